@@ -1,0 +1,34 @@
+"""DR-LoRA: LoRA on Mixture-of-Experts models whose experts' ranks grow where the task needs them.
+
+    import drlora
+    from peft import get_peft_model
+
+    model = get_peft_model(base_model, drlora.DrLoraConfig(r_init=8, r_target=16, r_max=32))
+    trainer = Trainer(model=model, ..., callbacks=[drlora.DrLoraCallback()])
+
+Importing drlora registers the method with PEFT. The method: arXiv 2601.04823.
+"""
+
+from __future__ import annotations
+
+from drlora import peft_method as _peft_method
+from drlora.callback import DrLoraCallback
+from drlora.config import DrLoraConfig
+from drlora.dynamics import Grant, RankDynamics
+from drlora.errors import CheckpointError, ConfigError, DataError, DrLoraError
+
+_peft_method.register()
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "DrLoraCallback",
+    "DrLoraConfig",
+    "DrLoraError",
+    "Grant",
+    "RankDynamics",
+    "__version__",
+]

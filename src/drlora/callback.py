@@ -1,0 +1,115 @@
+"""DR-LoRA in transformers' Trainer (and TRL's trainers): one callback, nothing else to change.
+
+    Trainer(model=peft_model, ..., callbacks=[drlora.DrLoraCallback()])
+
+The callback owns a RankDynamics over the Trainer's steps, and writes `growth.jsonl`, one line a
+grant, into the output directory. Ranks and statistics are buffers of the adapter, so the Trainer's
+own checkpoints carry them and `resume_from_checkpoint` continues them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from drlora.dynamics import Grant, RankDynamics
+
+GROWTH_LOG = "growth.jsonl"
+
+
+class DrLoraCallback(TrainerCallback):
+    """Drives rank growth from the Trainer's events.
+
+    Args:
+        adapter: name of the DR-LoRA adapter; by default the model's active one.
+        log_dir: where `growth.jsonl` goes; by default the Trainer's output directory.
+        on_growth: called after each event with its grants.
+
+    Attributes:
+        dynamics: the RankDynamics, from the start of training on.
+    """
+
+    def __init__(
+        self,
+        adapter: str | None = None,
+        log_dir: str | os.PathLike[str] | None = None,
+        on_growth: Callable[[list[Grant]], None] | None = None,
+    ) -> None:
+        self.adapter = adapter
+        self.log_dir = log_dir
+        self.on_growth = on_growth
+        self.dynamics: RankDynamics | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start, or continue at the step that the Trainer resumed from."""
+        if self.dynamics is not None:
+            self.dynamics.release()
+        self.dynamics = RankDynamics(kwargs["model"], state.max_steps, self.adapter)
+        self.dynamics.step = state.global_step
+        _warn_of_longer_warmup(self.dynamics, args.get_warmup_steps(state.max_steps))
+        self._log = Path(self.log_dir or args.output_dir) / GROWTH_LOG
+        if state.is_world_process_zero:
+            _forget_after(self._log, state.global_step)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Signals, with all gradients in place."""
+        assert self.dynamics is not None
+        self.dynamics.before_optimizer_step()
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Growth, between the optimizer's step and the scheduler's."""
+        assert self.dynamics is not None
+        optimizer = kwargs.get("optimizer")
+        skipped = bool(getattr(optimizer, "step_was_skipped", False))
+        grants = self.dynamics.after_optimizer_step(optimizer, skipped=skipped)
+        if grants and state.is_world_process_zero:
+            _append(self._log, grants)
+        if grants and self.on_growth is not None:
+            self.on_growth(grants)
+
+
+def _append(path: Path, grants: list[Grant]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = "".join(json.dumps(asdict(grant)) + "\n" for grant in grants)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(lines)
+
+
+def _forget_after(path: Path, step: int) -> None:
+    """Drop the grants that a resumed run will make again (they lie after its checkpoint)."""
+    if not path.exists():
+        return
+    kept = [line for line in path.read_text("utf-8").splitlines() if _step_of(line) <= step]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(line + "\n" for line in kept), "utf-8")
+    os.replace(temporary, path)
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return float("inf")  # a line that was cut off by a crash
+
+
+def _warn_of_longer_warmup(dynamics: RankDynamics, trainer_warmup: int) -> None:
+    if dynamics.config.grows and dynamics.warmup_steps < trainer_warmup:
+        warnings.warn(
+            f"growth starts after {dynamics.warmup_steps} steps (DrLoraConfig.warmup_steps="
+            f"{dynamics.config.warmup_steps}), before the learning rate's warm-up of "
+            f"{trainer_warmup} steps is over; set both alike.",
+            stacklevel=2,
+        )

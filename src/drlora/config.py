@@ -1,0 +1,224 @@
+"""Every setting of DR-LoRA in one place, checked when it is made.
+
+`DrLoraConfig` is an ordinary PEFT configuration: `get_peft_model(model, DrLoraConfig(...))` works
+once `drlora` has been imported. The names follow PEFT where PEFT has a name (`lora_alpha`,
+`lora_dropout`, `use_rslora`, `modules_to_save`) and the paper where it has one (`r_init`,
+`r_target`, `r_max`, `p_grow`, `beta`, `gamma`); source: arXiv 2601.04823.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from peft import PeftConfig, TaskType
+
+from drlora.errors import ConfigError
+from drlora.peft_type import DRLORA
+
+PROJECTION_SETS = (
+    ("gate_up", "down"),
+    ("gate", "up", "down"),
+    ("up", "down"),
+    ("gate_up",),
+    ("gate", "up"),
+    ("gate",),
+    ("up",),
+    ("down",),
+)
+RANK_PER = ("expert", "projection")
+ROUTING_SIGNALS = ("topk_weight", "probability", "count")
+IMPORTANCE_RESETS = ("grown", "all")
+ROUTER_MODES = ("frozen", "train")
+YOUNG_ROW_CLOCKS = ("own", "shared")
+ENGINES = ("auto", "naive", "loop", "grouped")
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # OLMoE-1B-7B: 38,000 steps, batch 16, lr 2e-5 linear, weight decay 0.
+    "paper-v3": dict(r_init=32, r_target=64, r_max=128, projections=["up", "down"], router="train"),
+    # One fine-tune per task: 3,750 steps, batch 48.
+    "paper-v5": dict(r_init=8, r_target=16, r_max=32, projections=["up", "down"], router="train"),
+}
+
+
+@dataclass
+class DrLoraConfig(PeftConfig):
+    """Settings of one DR-LoRA adapter.
+
+    Args:
+        r_init: rank of every expert at the start, >= 0.
+        r_target: mean rank of the budget; `E * r_target` rows are stored per block and projection.
+        r_max: no expert grows beyond it.
+        lora_alpha: LoRA's alpha; `None` means `2 * r_target` (the paper's alpha = 2 r).
+        use_rslora: scale by alpha / sqrt(r_target) instead of alpha / r_target. Either way the
+            scaling is one constant and does not follow an expert's live rank.
+        lora_dropout: dropout probability on the adapter's input, in [0, 1).
+        projections: which matrices of an expert get an adapter: `gate_up` and `down` (one adapter
+            over the fused gate and up), or any of `gate`, `up`, `down` on their own.
+        rank_per: `expert` (the paper): the projections of an expert share one rank; `projection`:
+            each projection of a block has its own pool, saliency and quota.
+        beta: decay of the moving averages of routing frequency and rank importance, in [0, 1).
+        gamma: exponent of the rank penalty (r + 1) ** gamma, >= 0.
+        p_grow: an expert gains at most floor(p_grow * (r_max - r_init)) ranks at one event.
+        grow_every: optimizer steps between two growth events (T_grow).
+        warmup_steps: growth starts after it: a number of steps if >= 1, else a fraction of the
+            run. Set it to the learning rate's warm-up.
+        settle_steps: no growth in the last so many steps of the run.
+        routing_signal: what counts as routing: the top-k `topk_weight` (0 where not selected), the
+            router's softmax `probability`, or the `count` of selections.
+        importance_reset: whose rank importance restarts from 0 after an event: only the `grown`
+            experts' (the paper's text) or `all` (its Algorithm 1).
+        router: `frozen`, or `train`: trained from the end of the warm-up and saved with the
+            adapter.
+        young_rows: `own`: a row that wakes up at step t has Adam moments that are bias-corrected
+            from t; `shared`: from step 0, as a plain Adam does (first steps up to 6 times larger).
+        engine: how the adapted experts are computed; `auto` chooses by device.
+        modules_to_save: further modules that are trained in full and saved with the adapter.
+        experts: full names of the adapted experts modules; filled in at injection.
+
+    Raises:
+        ConfigError: naming the setting, its value and the way out.
+    """
+
+    r_init: int = 8
+    r_target: int = 16
+    r_max: int = 32
+    lora_alpha: float | None = None
+    use_rslora: bool = False
+    lora_dropout: float = 0.0
+    projections: list[str] = field(default_factory=lambda: ["gate_up", "down"])
+    rank_per: str = "expert"
+    beta: float = 0.9
+    gamma: float = 1.2
+    p_grow: float = 0.1
+    grow_every: int = 200
+    warmup_steps: float = 0.03
+    settle_steps: int = 200
+    routing_signal: str = "topk_weight"
+    importance_reset: str = "grown"
+    router: str = "frozen"
+    young_rows: str = "own"
+    engine: str = "auto"
+    modules_to_save: list[str] | None = None
+    experts: list[str] | None = None
+
+    # PEFT's injection asks for it; experts are found by structure, not by name.
+    target_modules: ClassVar[None] = None
+
+    def __post_init__(self) -> None:
+        self.peft_type = DRLORA
+        if self.task_type is None:
+            self.task_type = TaskType.CAUSAL_LM
+        super().__post_init__()
+        self._check_ranks()
+        self._check_numbers()
+        self._check_choices()
+        if self.lora_alpha is None:
+            self.lora_alpha = 2.0 * self.r_target
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> DrLoraConfig:
+        """The published settings `paper-v3` or `paper-v5`, with `changes` on top."""
+        if name not in PRESETS:
+            raise ConfigError(f"preset={name!r} is not known; choose one of {sorted(PRESETS)}.")
+        return cls(**{**PRESETS[name], **changes})
+
+    @property
+    def scaling(self) -> float:
+        """The factor on B A x: constant over the run and equal for all experts."""
+        assert self.lora_alpha is not None
+        divisor = math.sqrt(self.r_target) if self.use_rslora else self.r_target
+        return self.lora_alpha / divisor
+
+    @property
+    def grows(self) -> bool:
+        """Whether any rank is left to grant after the start."""
+        return self.r_init < self.r_target
+
+    @property
+    def grant_cap(self) -> int:
+        """Most ranks one expert can gain at one event."""
+        # The small term keeps 0.1 * 30 at 3 although it is 3 - 4e-16 in floating point.
+        return math.floor(self.p_grow * (self.r_max - self.r_init) + 1e-9)
+
+    def resolve_warmup(self, total_steps: int) -> int:
+        """`warmup_steps` as a number of steps of a run of `total_steps`."""
+        if self.warmup_steps >= 1:
+            return int(self.warmup_steps)
+        return math.ceil(self.warmup_steps * total_steps)
+
+    def _check_ranks(self) -> None:
+        for name in ("r_init", "r_target", "r_max"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise ConfigError(f"{name}={value!r} must be a whole number.")
+        if self.r_init < 0:
+            raise ConfigError(f"r_init={self.r_init} must be at least 0.")
+        if self.r_target < 1:
+            raise ConfigError(f"r_target={self.r_target} must be at least 1.")
+        if not self.r_init <= self.r_target <= self.r_max:
+            raise ConfigError(
+                f"ranks are out of order: r_init={self.r_init}, r_target={self.r_target}, "
+                f"r_max={self.r_max}; they must satisfy r_init <= r_target <= r_max."
+            )
+
+    def _check_numbers(self) -> None:
+        _in_range(self, "beta", 0, 1)
+        _in_range(self, "lora_dropout", 0, 1)
+        _in_range(self, "gamma", 0, None)
+        _in_range(self, "warmup_steps", 0, None)
+        _in_range(self, "settle_steps", 0, None)
+        if self.lora_alpha is not None and not 0 < _number(self, "lora_alpha") < math.inf:
+            raise ConfigError(f"lora_alpha={self.lora_alpha} must be greater than 0.")
+        if not 0 < _number(self, "p_grow") <= 1:
+            raise ConfigError(f"p_grow={self.p_grow} must lie in (0, 1].")
+        if isinstance(self.grow_every, bool) or not isinstance(self.grow_every, int):
+            raise ConfigError(f"grow_every={self.grow_every!r} must be a whole number of steps.")
+        if self.grow_every < 1:
+            raise ConfigError(f"grow_every={self.grow_every} must be at least 1 step.")
+        if self.grows and self.grant_cap < 1:
+            room = self.r_max - self.r_init
+            raise ConfigError(
+                f"p_grow={self.p_grow} lets no expert grow: floor(p_grow * (r_max - r_init)) = "
+                f"floor({self.p_grow} * {room}) = 0; raise p_grow to at least {1 / room:.3g}."
+            )
+
+    def _check_choices(self) -> None:
+        _one_of(self, "rank_per", RANK_PER)
+        _one_of(self, "routing_signal", ROUTING_SIGNALS)
+        _one_of(self, "importance_reset", IMPORTANCE_RESETS)
+        _one_of(self, "router", ROUTER_MODES)
+        _one_of(self, "young_rows", YOUNG_ROW_CLOCKS)
+        _one_of(self, "engine", ENGINES)
+        if isinstance(self.projections, str):
+            self.projections = [self.projections]
+        chosen = list(self.projections)
+        for candidate in PROJECTION_SETS:
+            if len(chosen) == len(candidate) and set(chosen) == set(candidate):
+                self.projections = list(candidate)
+                return
+        raise ConfigError(
+            f"projections={chosen} is not understood; choose one of "
+            f"{[list(candidate) for candidate in PROJECTION_SETS]}."
+        )
+
+
+def _number(config: DrLoraConfig, name: str) -> float:
+    value = getattr(config, name)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ConfigError(f"{name}={value!r} must be a number.")
+    return value
+
+
+def _in_range(config: DrLoraConfig, name: str, low: float, high: float | None) -> None:
+    value = _number(config, name)
+    if not (low <= value < (math.inf if high is None else high)):
+        bound = f"[{low}, {high})" if high is not None else f"at least {low} and finite"
+        raise ConfigError(f"{name}={value} is out of range; it must be {bound}.")
+
+
+def _one_of(config: DrLoraConfig, name: str, choices: tuple[str, ...]) -> None:
+    value = getattr(config, name)
+    if value not in choices:
+        raise ConfigError(f"{name}={value!r} is not known; choose one of {list(choices)}.")

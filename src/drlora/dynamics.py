@@ -1,0 +1,354 @@
+"""The life of ranks over a run: observe, score, allocate, grow.
+
+    dynamics = RankDynamics(model, total_steps=n)
+    loss.backward()
+    dynamics.before_optimizer_step()           # signals, from the gradients at hand
+    optimizer.step()
+    dynamics.after_optimizer_step(optimizer)   # growth, before the scheduler steps
+
+One step of a grant: the blocks' meters and gradients (observe) become f and g (saliency), these
+become grants (allocator) when the plan says so (schedule), and the pools claim rows (layer).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from peft import PeftModel
+from peft.utils import ModulesToSaveWrapper
+from torch import Tensor, nn
+
+from drlora.allocator import allocate
+from drlora.config import DrLoraConfig
+from drlora.errors import CheckpointError, ConfigError
+from drlora.inject import adapted_layers
+from drlora.layer import ExpertsAdapter, RankPool
+from drlora.optimizer_clock import (
+    correct_young_rows,
+    keeps_adam_moments,
+    parameter_groups,
+    unwrap_optimizer,
+    young_rows,
+)
+from drlora.saliency import ema, expert_sums, rank_importance, routed_share, saliency
+from drlora.schedule import GrowthPlan, plan_growth
+
+
+@dataclass(frozen=True)
+class Grant:
+    """Ranks that one expert was given at an event, and the signals that decided it.
+
+    `projection` names the projections that grew together, joined by "+"; `rank` is the rank after
+    the grant; `routing`, `importance` and `saliency` are f, g and S just before it.
+    """
+
+    step: int
+    block: str
+    projection: str
+    expert: int
+    granted: int
+    rank: int
+    routing: float
+    importance: float
+    saliency: float
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Pools of one block whose experts share a rank and compete for one quota."""
+
+    block: str
+    adapter: ExpertsAdapter
+    projections: tuple[str, ...]
+    plan: GrowthPlan
+
+    @property
+    def pools(self) -> list[RankPool]:
+        return [self.adapter.pools[name] for name in self.projections]  # type: ignore[misc]
+
+    def ranks(self) -> list[int]:
+        return self.pools[0].book.ranks().tolist()
+
+    def importance(self) -> Tensor:
+        """(E,) g_i: the mean over the rows that the expert owns in all of the group's pools."""
+        num_experts = self.adapter.block.num_experts
+        sums = [expert_sums(p.importance, p.owner, num_experts) for p in self.pools]
+        counts = torch.tensor(self.ranks(), device=sums[0].device) * len(self.pools)
+        return sum(sums[1:], start=sums[0]) / counts.clamp(min=1)
+
+
+class RankDynamics:
+    """Grows the ranks of one adapter over a run of `total_steps` optimizer steps.
+
+    Args:
+        model: a PeftModel (or any model with injected adapters) that carries a DR-LoRA adapter.
+        total_steps: optimizer steps of the whole run.
+        adapter: its name; by default the model's active adapter.
+
+    Attributes:
+        step: optimizer steps taken so far.
+
+    Raises:
+        ConfigError: if the model has no such adapter, or the settings cannot reach the budget.
+    """
+
+    def __init__(self, model: nn.Module, total_steps: int, adapter: str | None = None) -> None:
+        self.adapter_name = adapter or _active_adapter(model)
+        self.config = _config_of(model, self.adapter_name)
+        self.total_steps = total_steps
+        self.step = 0
+        self.adapters: dict[str, ExpertsAdapter] = {
+            name: layer.drlora_adapters[self.adapter_name]  # type: ignore[misc]
+            for name, layer in adapted_layers(model, self.adapter_name).items()
+        }
+        self.groups = list(self._make_groups())
+        self.warmup_steps = self.config.resolve_warmup(total_steps)
+        self._router_parameters = list(_router_parameters(model, self.adapters, self.adapter_name))
+        self._hooks = [p.register_hook(self._hold_router) for p in self._router_parameters]
+        self._warned = False
+
+    @property
+    def event_steps(self) -> tuple[int, ...]:
+        """The steps after which ranks grow."""
+        return self.groups[0].plan.event_steps
+
+    @torch.no_grad()
+    def before_optimizer_step(self) -> None:
+        """Take the signals of this step; call it when all gradients are in place, once a step.
+
+        Under gradient accumulation that is after the last backward pass, under a GradScaler after
+        `unscale_`. Gradients that are not finite leave the averages as they were.
+        """
+        self._update_frequencies()
+        for adapter in self.adapters.values():
+            for pool in adapter.pools.values():
+                self._update_importance(pool)
+        if self.step < self.warmup_steps:
+            for parameter in self._router_parameters:
+                # Not a zero gradient: weight decay and Adam's step count must not run either.
+                parameter.grad = None
+
+    @torch.no_grad()
+    def after_optimizer_step(
+        self, optimizer: object = None, *, skipped: bool = False
+    ) -> list[Grant]:
+        """Count the step and, if it is an event, grow; call it before the scheduler steps.
+
+        Args:
+            optimizer: the optimizer that stepped; its Adam moments correct the updates of young
+                rows. Without it they keep the shared step count.
+            skipped: whether a GradScaler skipped the step; then it does not count.
+
+        Returns:
+            The grants of this step, empty if it was no event.
+        """
+        if skipped:
+            return []
+        self.step += 1
+        if optimizer is not None and self.config.young_rows == "own":
+            self._correct_young_rows(unwrap_optimizer(optimizer))
+        return [grant for group in self.groups for grant in self._grow(group)]
+
+    def release(self) -> None:
+        """Let go of the model: nothing of this object acts on it any more."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def ranks(self) -> dict[str, dict[str, list[int]]]:
+        """Block -> projection -> rank of each expert."""
+        return {name: adapter.ranks() for name, adapter in self.adapters.items()}
+
+    def budget(self) -> tuple[int, int]:
+        """Ranks owned, and rows stored, over all blocks and projections."""
+        pools = [pool for adapter in self.adapters.values() for pool in adapter.pools.values()]
+        stored = sum(len(pool.book.owner_R) for pool in pools)
+        return stored - sum(pool.book.free for pool in pools), stored
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything that growth depends on, as tensors: step, owners and running averages."""
+        return {"step": torch.tensor(self.step)} | {
+            key: buffer.detach().clone() for key, buffer in self._buffers()
+        }
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Continue from `state_dict()`.
+
+        Raises:
+            CheckpointError: if the state belongs to other blocks, projections or sizes; nothing
+                is changed then.
+        """
+        buffers = dict(self._buffers())
+        if set(state) != {"step", *buffers}:
+            odd = sorted(set(state) ^ {"step", *buffers})[:4]
+            raise CheckpointError(
+                f"the state belongs to another adapter: {odd} do not match. Make RankDynamics for "
+                f"the model and configuration that the state was saved with."
+            )
+        for key, buffer in buffers.items():
+            if state[key].shape != buffer.shape:
+                raise CheckpointError(
+                    f"{key} has shape {tuple(state[key].shape)} in the state but "
+                    f"{tuple(buffer.shape)} in this model."
+                )
+        for key, buffer in buffers.items():
+            buffer.copy_(state[key])
+        for adapter in self.adapters.values():
+            for pool in adapter.pools.values():
+                pool.read_owners()
+        self.step = int(state["step"])
+
+    def _make_groups(self) -> Iterator[_Group]:
+        for name, adapter in self.adapters.items():
+            plan = plan_growth(self.config, adapter.block.num_experts, self.total_steps)
+            projections = tuple(adapter.pools)
+            if self.config.rank_per == "expert":
+                yield _Group(name, adapter, projections, plan)
+            else:
+                for projection in projections:
+                    yield _Group(name, adapter, (projection,), plan)
+
+    def _buffers(self) -> Iterator[tuple[str, Tensor]]:
+        for name, adapter in self.adapters.items():
+            yield f"{name}.frequency", adapter.frequency
+            for projection, pool in adapter.pools.items():
+                for key in ("owner", "importance", "birth"):
+                    yield f"{name}.{projection}.{key}", getattr(pool, key)
+
+    def _update_frequencies(self) -> None:
+        """f of every block, from sums over the tokens of all micro-batches and processes."""
+        adapters = list(self.adapters.values())
+        device = adapters[0].meter.sum_E.device
+        sums = torch.cat(
+            [torch.cat([a.meter.sum_E, a.meter.num_tokens[None]]).to(device) for a in adapters]
+        )
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(sums)
+        for adapter, sums_E1 in zip(
+            adapters, sums.split([a.block.num_experts + 1 for a in adapters]), strict=True
+        ):
+            share_E = routed_share(sums_E1[:-1], sums_E1[-1]).to(adapter.frequency.device)
+            adapter.frequency.copy_(ema(adapter.frequency, share_E, self.config.beta))
+            adapter.meter.reset()
+
+    def _update_importance(self, pool: RankPool) -> None:
+        if pool.lora_A.grad is None or pool.lora_B.grad is None:
+            return
+        importance_R = rank_importance(pool.lora_A, pool.lora_A.grad, pool.lora_B, pool.lora_B.grad)
+        if hasattr(importance_R, "full_tensor"):  # sharded parameters (FSDP2)
+            importance_R = importance_R.full_tensor()
+        pool.importance.copy_(ema(pool.importance, importance_R, self.config.beta))
+
+    def _grow(self, group: _Group) -> list[Grant]:
+        event = group.plan.event_number(self.step)
+        if not event:
+            return []
+        frequency_E, importance_E = group.adapter.frequency, group.importance()
+        before = group.ranks()
+        ranks_E = torch.tensor(before, device=frequency_E.device)
+        saliency_E = saliency(frequency_E, importance_E, ranks_E, self.config.gamma).tolist()
+        spent = sum(before) - len(before) * self.config.r_init
+        grants = allocate(
+            saliency_E,
+            ranks=before,
+            quota=group.plan.due(event) - spent,
+            cap=self.config.grant_cap,
+            r_max=self.config.r_max,
+        )
+        for pool in group.pools:
+            pool.grant(grants, self.step)
+            self._restart_importance(pool, grants)
+        return [
+            Grant(self.step, group.block, "+".join(group.projections), expert, granted,
+                  before[expert] + granted, f, g, s)
+            for expert, (granted, f, g, s) in enumerate(
+                zip(grants, frequency_E.tolist(), importance_E.tolist(), saliency_E, strict=True)
+            )
+            if granted
+        ]  # fmt: skip
+
+    def _restart_importance(self, pool: RankPool, grants: list[int]) -> None:
+        if self.config.importance_reset == "all":
+            pool.importance.zero_()
+            return
+        # The extra last entry stands for the free rows, whose owner is -1.
+        grown_E1 = torch.tensor([*(granted > 0 for granted in grants), False])
+        pool.importance[grown_E1.to(pool.owner.device)[pool.owner.long()]] = 0.0
+
+    def _correct_young_rows(self, optimizer: object) -> None:
+        if not keeps_adam_moments(optimizer):
+            self._warn_shared_clock(optimizer)
+            return
+        groups = parameter_groups(optimizer)  # type: ignore[arg-type]
+        for adapter in self.adapters.values():
+            for pool in adapter.pools.values():
+                for parameter in (pool.lora_A, pool.lora_B):
+                    state = optimizer.state.get(parameter)  # type: ignore[attr-defined]
+                    if not state or parameter not in groups:
+                        continue
+                    step = self._optimizer_step(state)
+                    rows = young_rows(pool.birth, step, groups[parameter]["betas"][1])
+                    if len(rows):
+                        correct_young_rows(
+                            parameter, state, groups[parameter], pool.birth, rows, step
+                        )
+
+    def _optimizer_step(self, state: dict[str, Any]) -> int:
+        count = state["step"]
+        # Reading it from an accelerator would make the host wait; our own count is the same.
+        on_host = not isinstance(count, Tensor) or count.device.type == "cpu"
+        return int(count) if on_host else self.step
+
+    def _warn_shared_clock(self, optimizer: object) -> None:
+        if not self._warned and type(optimizer).__name__ not in ("SGD",):
+            warnings.warn(
+                f"{type(optimizer).__name__} is not torch's Adam or AdamW: rows that wake up late "
+                f"keep its step count, and may take larger first steps (young_rows='shared').",
+                stacklevel=3,
+            )
+        self._warned = True
+
+    def _hold_router(self, grad: Tensor) -> Tensor:
+        """During the warm-up the router's gradient must not weigh in gradient clipping either."""
+        return torch.zeros_like(grad) if self.step < self.warmup_steps else grad
+
+
+def _active_adapter(model: nn.Module) -> str:
+    active = getattr(model, "active_adapter", None)
+    if callable(active):
+        active = active()
+    if isinstance(active, (list, tuple)):
+        active = active[0] if active else None
+    if not isinstance(active, str):
+        raise ConfigError(
+            f"{type(model).__name__} has no active adapter; wrap the model first: "
+            f"get_peft_model(model, drlora.DrLoraConfig(...))."
+        )
+    return active
+
+
+def _config_of(model: nn.Module, adapter: str) -> DrLoraConfig:
+    configs = getattr(model, "peft_config", {})
+    config = configs.get(adapter)
+    if not isinstance(config, DrLoraConfig):
+        kinds = {name: type(c).__name__ for name, c in configs.items()}
+        raise ConfigError(
+            f"adapter {adapter!r} is no DR-LoRA adapter; the model's adapters are {kinds}."
+        )
+    return config
+
+
+def _router_parameters(
+    model: nn.Module, adapters: Mapping[str, ExpertsAdapter], adapter_name: str
+) -> Iterator[nn.Parameter]:
+    """The trained copies of the routers of the adapted blocks."""
+    routers = {a.block.router_name for a in adapters.values() if a.config.router == "train"}
+    inner = model.base_model.model if isinstance(model, PeftModel) else model
+    for name, module in inner.named_modules():
+        if name in routers and isinstance(module, ModulesToSaveWrapper):
+            yield from module.modules_to_save[adapter_name].parameters()

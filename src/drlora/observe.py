@@ -1,0 +1,136 @@
+"""Routing statistics: which experts the tokens that are being learned from went to.
+
+What is counted is committed in the BACKWARD pass of the adapted experts. So a token counts once
+under gradient checkpointing (either kind runs forward twice, backward once), and evaluation,
+generation and reference passes, which have no backward, do not count at all. Padding tokens are
+left out by the attention mask that the model was called with.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_HOLDER = "_drlora_token_mask"
+
+
+class TokenMask:
+    """The attention mask of the model's current forward pass, shared by all adapted blocks."""
+
+    def __init__(self) -> None:
+        self.mask: Tensor | None = None
+
+    def real_tokens(self, num_tokens: int) -> Tensor | None:
+        """(T,) float32, 1 for a real token and 0 for padding; None if all are real.
+
+        A mask that does not match the tokens (packed or cached input) is ignored.
+        """
+        if self.mask is None or self.mask.dim() != 2 or self.mask.numel() != num_tokens:
+            return None
+        return (self.mask.reshape(-1) != 0).to(torch.float32)
+
+
+def watch_tokens(model: nn.Module) -> TokenMask:
+    """Note the attention mask of every forward pass of `model`; idempotent."""
+    holder = getattr(model, _HOLDER, None)
+    if holder is None:
+        holder = TokenMask()
+        setattr(model, _HOLDER, holder)
+        model.register_forward_pre_hook(_note_mask, with_kwargs=True)
+    return holder
+
+
+def _note_mask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    # The holder is looked up on the module, so that a deep copy of the model has its own.
+    mask = kwargs.get("attention_mask")
+    if mask is None and len(args) > 1:
+        names = list(inspect.signature(module.forward).parameters)[: len(args)]
+        mask = dict(zip(names, args, strict=True)).get("attention_mask")
+    getattr(module, _HOLDER).mask = mask if isinstance(mask, Tensor) else None
+
+
+class RoutingMeter:
+    """Sums of routing over the tokens of one optimizer step, of one block and adapter.
+
+    Attributes:
+        sum_E: (E,) float32 routing sums, on the device of the block.
+        num_tokens: scalar float32 tensor, how many tokens they are taken over.
+    """
+
+    def __init__(self, num_experts: int) -> None:
+        self.num_experts = num_experts
+        self.sum_E = torch.zeros(num_experts)
+        self.num_tokens = torch.zeros(())
+
+    def add(self, sum_E: Tensor, num_tokens: Tensor) -> None:
+        """Add one micro-batch."""
+        self.sum_E = self.sum_E.to(sum_E.device) + sum_E
+        self.num_tokens = self.num_tokens.to(sum_E.device) + num_tokens
+
+    def reset(self) -> None:
+        """Start the next optimizer step."""
+        self.sum_E = torch.zeros_like(self.sum_E)
+        self.num_tokens = torch.zeros_like(self.num_tokens)
+
+
+@torch.no_grad()
+def routing_sums(
+    signal: str,
+    index_TK: Tensor,
+    weight_TK: Tensor,
+    logits_TE: Tensor | None,
+    real_T: Tensor | None,
+    num_experts: int,
+) -> tuple[Tensor, Tensor]:
+    """Routing of one forward pass, summed over its real tokens.
+
+    Args:
+        signal: `topk_weight`, `count` or `probability` (the last needs the router's logits).
+        index_TK: (T, K) selected experts.
+        weight_TK: (T, K) their routing weights.
+        logits_TE: (T, E) router logits, or None.
+        real_T: (T,) 1 for real tokens, or None for all.
+
+    Returns:
+        (E,) float32 sums, and the number of real tokens as a float32 scalar.
+    """
+    num_tokens = index_TK.shape[0]
+    if signal == "probability":
+        assert logits_TE is not None, "the router's logits were not noted"
+        routed_TE = logits_TE.reshape(num_tokens, num_experts).float().softmax(dim=-1)
+    else:
+        value_TK = (
+            weight_TK.float()
+            if signal == "topk_weight"
+            else torch.ones_like(weight_TK, dtype=torch.float32)
+        )
+        # A dense scatter and a sum in fixed order: index_add would not be deterministic on CUDA.
+        empty_TE = value_TK.new_zeros(num_tokens, num_experts)
+        routed_TE = empty_TE.scatter_add_(1, index_TK, value_TK)
+    if real_T is None:
+        return routed_TE.sum(dim=0), routed_TE.new_full((), float(num_tokens))
+    return real_T.to(routed_TE.device) @ routed_TE, real_T.sum().to(routed_TE.device)
+
+
+def count_in_backward(
+    out_TH: Tensor, meter: RoutingMeter, sum_E: Tensor, num_tokens: Tensor
+) -> Tensor:
+    """`out_TH` itself; when its gradient arrives, the sums are added to `meter`."""
+    return _CountInBackward.apply(out_TH, meter, sum_E, num_tokens)
+
+
+class _CountInBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, out_TH: Tensor, meter: RoutingMeter, sum_E: Tensor, num_tokens: Tensor
+    ) -> Tensor:
+        ctx.meter, ctx.sum_E, ctx.num_tokens = meter, sum_E, num_tokens
+        return out_TH.view_as(out_TH)
+
+    @staticmethod
+    def backward(ctx: Any, grad_TH: Tensor) -> tuple[Tensor, None, None, None]:
+        ctx.meter.add(ctx.sum_E, ctx.num_tokens)
+        return grad_TH, None, None, None

@@ -1,0 +1,83 @@
+"""Ragged LoRA on grouped experts: `naive` defines it, `loop` and `grouped` are fast.
+
+All engines take the same arguments and agree in the output and in every gradient (tests/test_ops).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from drlora.ops.grouped import experts_grouped
+from drlora.ops.loop import experts_loop
+from drlora.ops.naive import experts_naive
+from drlora.ops.parts import (
+    DropoutMasks,
+    ExpertWeights,
+    LoraPiece,
+    Matrix,
+    Routing,
+    draw_dropout,
+    sort_by_expert,
+)
+
+__all__ = [
+    "DropoutMasks",
+    "ENGINES",
+    "ExpertWeights",
+    "LoraPiece",
+    "Matrix",
+    "Routing",
+    "adapted_experts",
+    "choose_engine",
+    "draw_dropout",
+    "sort_by_expert",
+]
+
+Engine = Callable[
+    [Tensor, Tensor, Routing, ExpertWeights, list[LoraPiece], DropoutMasks],
+    Tensor,
+]
+
+ENGINES: dict[str, Engine] = {
+    "naive": experts_naive,
+    "loop": experts_loop,
+    "grouped": experts_grouped,
+}
+
+
+def choose_engine(name: str, x_TH: Tensor) -> Engine:
+    """The engine called `name`; `auto` takes `loop` on the CPU and `grouped` elsewhere."""
+    if name == "auto":
+        name = "loop" if x_TH.device.type == "cpu" else "grouped"
+    return ENGINES[name]
+
+
+def adapted_experts(
+    x_TH: Tensor,
+    index_TK: Tensor,
+    weight_TK: Tensor,
+    base: ExpertWeights,
+    pieces: list[LoraPiece],
+    *,
+    dropout: float = 0.0,
+    engine: str = "auto",
+) -> Tensor:
+    """Routing-weighted sum of the adapted experts' outputs.
+
+    Args:
+        x_TH: (T, H) inputs, of the base weights' dtype.
+        index_TK: (T, K) the experts of each token, int64 in [0, E).
+        weight_TK: (T, K) their routing weights, any float dtype.
+        base: the frozen experts; their weights get no gradient.
+        pieces: low-rank updates; their factors have `x_TH`'s dtype.
+        dropout: probability with which the adapter's inputs are dropped.
+        engine: `auto`, `naive`, `loop` or `grouped`.
+
+    Returns:
+        (T, H), of `x_TH`'s dtype. Differentiable in `x_TH`, `weight_TK` and the pieces' factors.
+    """
+    routing = sort_by_expert(index_TK, base.num_experts)
+    masks = draw_dropout(pieces, routing.order_S.numel(), dropout, x_TH)
+    return choose_engine(engine, x_TH)(x_TH, weight_TK, routing, base, pieces, masks)

@@ -1,0 +1,83 @@
+"""The accelerator engine without kernels of our own: grouped matrix products, plain autograd.
+
+The base product and the two LoRA products each run as one `torch.nn.functional.grouped_mm` over
+all experts. Factors are padded at compute time only, to the largest active rank rounded up to
+what the alignment of grouped products asks for (16 bytes); storage stays packed.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from drlora.ops.parts import DropoutMasks, ExpertWeights, LoraPiece, Matrix, Routing
+
+_ALIGNMENT_BYTES = 16
+
+
+def experts_grouped(
+    x_TH: Tensor,
+    weight_TK: Tensor,
+    routing: Routing,
+    base: ExpertWeights,
+    pieces: list[LoraPiece],
+    masks: DropoutMasks,
+) -> Tensor:
+    """(T, H) output of the adapted experts; see `drlora.ops.adapted_experts`."""
+    ends_E = routing.counts_E.cumsum(0).to(torch.int32)
+    x_SH = x_TH[routing.token_S]
+    gate_up_SG = F.grouped_mm(x_SH, base.gate_up_EGH.transpose(1, 2), offs=ends_E)
+    gate_up_SG = _add_lora("gate_up", gate_up_SG, x_SH, ends_E, pieces, masks.gate_up_SH)
+    h_SI = base.apply_gate(gate_up_SG)
+    y_SH = F.grouped_mm(h_SI, base.down_EHI.transpose(1, 2), offs=ends_E)
+    y_SH = _add_lora("down", y_SH, h_SI, ends_E, pieces, masks.down_SI)
+    y_SH = y_SH * weight_TK.reshape(-1)[routing.order_S, None]
+    inverse_S = torch.empty_like(routing.order_S)
+    inverse_S[routing.order_S] = torch.arange(routing.order_S.numel(), device=x_TH.device)
+    # A gather and a sum, not index_add: the order of the sum is then fixed on an accelerator.
+    return y_SH[inverse_S].view(*weight_TK.shape, -1).sum(dim=1).to(x_TH.dtype)
+
+
+def _add_lora(
+    matrix: Matrix,
+    out_SO: Tensor,
+    x_SI: Tensor,
+    ends_E: Tensor,
+    pieces: list[LoraPiece],
+    mask_SI: Tensor | None,
+) -> Tensor:
+    if mask_SI is not None:
+        x_SI = x_SI * mask_SI
+    for piece in pieces:
+        if piece.matrix != matrix or piece.a_RI.shape[0] == 0:
+            continue
+        rows_EP = _padded_rows(piece.offsets, _ALIGNMENT_BYTES // x_SI.element_size(), x_SI.device)
+        a_EPI, b_EPO = _pad(piece.a_RI, rows_EP), _pad(piece.b_RO, rows_EP)
+        z_SP = F.grouped_mm(x_SI, a_EPI.transpose(1, 2), offs=ends_E)
+        update_SO = F.grouped_mm(z_SP, b_EPO, offs=ends_E) * piece.scaling
+        if update_SO.shape[1] == out_SO.shape[1]:
+            out_SO = out_SO + update_SO
+        else:
+            before, after = piece.start, out_SO.shape[1] - piece.columns.stop
+            out_SO = out_SO + F.pad(update_SO, (before, after))
+    return out_SO
+
+
+def _pad(factor_RO: Tensor, rows_EP: Tensor) -> Tensor:
+    """(E, P, O): each expert's rows, filled up with zero rows."""
+    zero_1O = factor_RO.new_zeros(1, factor_RO.shape[1])
+    return torch.cat([factor_RO, zero_1O])[rows_EP]
+
+
+@lru_cache(maxsize=512)
+def _padded_rows(offsets: tuple[int, ...], multiple: int, device: torch.device) -> Tensor:
+    """(E, P) rows of each expert; the number after the last row stands for the zero row."""
+    start_E = torch.tensor(offsets[:-1])
+    rank_E = torch.tensor(offsets[1:]) - start_E
+    width = -(-int(rank_E.max()) // multiple) * multiple
+    step_P = torch.arange(width)
+    rows_EP = torch.where(step_P < rank_E[:, None], start_E[:, None] + step_P, offsets[-1])
+    return rows_EP.to(device)

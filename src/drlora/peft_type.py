@@ -1,0 +1,30 @@
+"""Adds `DRLORA` to PEFT's closed list of methods.
+
+PEFT registers methods through `register_peft_method`, but only names that are members of its
+`PeftType` enumeration. The member is added here, through the enumeration's private maps, once, at
+import. Tried with PEFT 0.21.2 on Python 3.11; tests/test_peft.py notices when it stops working.
+"""
+
+from __future__ import annotations
+
+from peft import PeftType
+
+_NAME = "DRLORA"
+
+
+def _add_member() -> PeftType:
+    if _NAME in PeftType.__members__:
+        return PeftType[_NAME]
+    member = str.__new__(PeftType, _NAME)
+    member._name_ = _NAME
+    member._value_ = _NAME
+    member._sort_order_ = len(PeftType._member_names_)
+    PeftType._member_names_.append(_NAME)
+    PeftType._member_map_[_NAME] = member
+    PeftType._value2member_map_[_NAME] = member
+    # From Python 3.12 on members are plain class attributes; the metaclass guards assignment.
+    type.__setattr__(PeftType, _NAME, member)
+    return member
+
+
+DRLORA = _add_member()

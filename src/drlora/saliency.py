@@ -1,0 +1,57 @@
+"""The equations of DR-LoRA's signals, as pure functions on tensors.
+
+Shapes: E experts, R pool rows, I in-features, O out-features. Source: arXiv 2601.04823; where its
+text leaves a choice open, docs/method.md says which one is taken and why.
+
+    f_t = beta * f_{t-1} + (1 - beta) * w_t          routing frequency, per expert
+    s_j = |dL/da_j * a_j|_1 * |dL/db_j * b_j|_1      importance of rank j at one step
+    g_j = beta * g_j + (1 - beta) * s_j              its moving average
+    g_i = mean of g_j over the rows that expert i owns
+    S_i = f_i * g_i / (r_i + 1) ** gamma             saliency
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def ema(previous: Tensor, value: Tensor, beta: float) -> Tensor:
+    """`beta * previous + (1 - beta) * value`; entries of `value` that are not finite are skipped.
+
+    A poisoned step (infinite or NaN gradients) thus leaves the average as it was.
+    """
+    updated = torch.lerp(value, previous, beta)
+    return torch.where(torch.isfinite(value), updated, previous)
+
+
+def routed_share(routing_sum_E: Tensor, num_tokens: Tensor) -> Tensor:
+    """(E,) mean routing per token: w_t of one optimizer step; NaN if there was no token."""
+    return routing_sum_E / num_tokens
+
+
+def rank_importance(a_RI: Tensor, grad_a_RI: Tensor, b_RO: Tensor, grad_b_RO: Tensor) -> Tensor:
+    """(R,) float32: s_j of each row, the PRODUCT of the two 1-norms of gradient times weight.
+
+    The absolute value is taken inside the sum. Row j of `b_RO` is the j-th column of LoRA's B.
+    """
+    sensitivity_a_R = torch.linalg.vector_norm(grad_a_RI * a_RI, ord=1, dim=1, dtype=torch.float32)
+    sensitivity_b_R = torch.linalg.vector_norm(grad_b_RO * b_RO, ord=1, dim=1, dtype=torch.float32)
+    return sensitivity_a_R * sensitivity_b_R
+
+
+def expert_sums(value_R: Tensor, owner_R: Tensor, num_experts: int) -> Tensor:
+    """(E,) sum of `value_R` over the rows that each expert owns; free rows (owner -1) are left out.
+
+    Deterministic on every device: a matrix product would do, but the bins are few and the sum is
+    taken in row order.
+    """
+    bins_E1 = torch.zeros(num_experts + 1, dtype=value_R.dtype, device=value_R.device)
+    # Free rows land in a bin of their own, at the end.
+    bins_E1.index_add_(0, owner_R.long() % (num_experts + 1), value_R)
+    return bins_E1[:num_experts]
+
+
+def saliency(frequency_E: Tensor, importance_E: Tensor, ranks_E: Tensor, gamma: float) -> Tensor:
+    """(E,) S_i = f_i * g_i / (r_i + 1) ** gamma."""
+    return frequency_E * importance_E / (ranks_E + 1.0) ** gamma
