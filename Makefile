@@ -1,0 +1,60 @@
+# Every verb works from a clean checkout: the first one builds .venv, later ones reuse it.
+# Extra words for a verb go through ARGS: make test ARGS="-k floors", make train ARGS="seed=3".
+
+PYTHON  ?= python3
+WORKERS ?= 2
+PLAN    ?= recipes/compare.yaml
+ARGS    ?=
+
+VENV := .venv
+BIN  := $(VENV)/bin
+PIP  := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+# One thread a worker: with two workers on two cores, more would only fight for them, and a fixed
+# thread count keeps the order of float sums, and so the bits, the same from run to run.
+TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 NUMEXPR_NUM_THREADS=1 \
+            TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+
+.DEFAULT_GOAL := help
+.PHONY: help train test check bench docs compare clean
+
+help: ## list the verbs
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+train: $(VENV)/.ok ## fine-tune the embedded model on the embedded data, into a new folder under runs/
+	$(BIN)/drlora train recipes/embedded.yaml output_dir=runs/embedded-$(shell date +%Y%m%d-%H%M%S) $(ARGS)
+
+test: $(VENV)/.ok ## run the tests
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist=loadfile $(ARGS)
+
+check: $(VENV)/.ok ## lint, formatting, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.ok ## measure speed and memory on this machine
+	$(BIN)/python -m benchmarks $(ARGS)
+
+docs: $(VENV)/.docs-ok ## build the documentation into site/
+	$(BIN)/mkdocs build --strict $(ARGS)
+
+compare: $(VENV)/.ok ## run a comparison plan (PLAN=file.yaml)
+	$(BIN)/drlora compare $(PLAN) $(ARGS)
+
+clean: ## remove caches and build outputs; .venv and runs/ stay
+	rm -rf build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find src tests benchmarks experiments examples -name __pycache__ -type d -prune \
+		-exec rm -rf {} + 2>/dev/null || true
+
+# torch goes first and alone, so that the build of torch is chosen by torch.txt (and by the pip
+# settings of the machine: CPU or a CUDA version) and by nothing that merely depends on torch.
+$(VENV)/.ok: pyproject.toml requirements/torch.txt requirements/lock.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) -r requirements/torch.txt
+	$(PIP) -r requirements/lock.txt
+	$(PIP) --no-deps --no-build-isolation -e .
+	touch $@
+
+$(VENV)/.docs-ok: $(VENV)/.ok requirements/docs.txt
+	$(PIP) -r requirements/docs.txt
+	touch $@

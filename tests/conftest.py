@@ -1,0 +1,41 @@
+"""What every test shares: one thread, no network, a fixed seed. Run: make test"""
+
+import os
+
+# Read when the libraries are imported, so set before any of them is.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("MKL_NUM_THREADS", "1")
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    HF_DATASETS_OFFLINE="1",
+    HF_HUB_DISABLE_TELEMETRY="1",
+    TRANSFORMERS_OFFLINE="1",
+    TOKENIZERS_PARALLELISM="false",
+    MPLBACKEND="Agg",
+)
+
+import pytest
+import torch
+from hypothesis import settings
+
+torch.set_num_threads(1)
+
+# No deadline: the first call of an operator is slow for reasons that are not the test's.
+settings.register_profile("drlora", deadline=None, derandomize=bool(os.environ.get("CI")))
+settings.load_profile("drlora")
+
+
+@pytest.fixture(autouse=True)
+def seed() -> int:
+    """Start each test from the same torch seed, whatever ran before it."""
+    torch.manual_seed(0)
+    return 0
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip the tests marked `gpu` where there is no CUDA device."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
