@@ -1,0 +1,266 @@
+"""Examples to token ids with labels, and a list of those to a padded batch.
+
+    encoded = encode_examples(load_examples("data.jsonl"), tokenizer, max_length=512)
+    batch = Collator(tokenizer)([encoded.dataset[0], encoded.dataset[1]])
+
+A label is the token itself where there is loss and -100 elsewhere; the model shifts, not we.
+"""
+
+import logging
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jinja2
+import torch
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from drlora.data.layout import Layout, check_record, choose_layout
+from drlora.errors import ConfigError, DataError
+
+IGNORED = -100
+
+logger = logging.getLogger(__name__)
+
+Tokens = tuple[list[int], list[int]]
+"""Token ids and labels of one example, equally long."""
+
+
+@dataclass(frozen=True)
+class EncodedData:
+    """Examples as token ids.
+
+    `dataset` has the columns input_ids and labels (lists of int, equally long). `dropped` counts
+    the examples left out because no token with loss was left within `max_length`; `truncated`
+    counts those kept, but cut.
+    """
+
+    dataset: Dataset
+    dropped: int
+    truncated: int
+
+
+def encode_examples(
+    examples: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> EncodedData:
+    """Tokenize `examples`, a data set as `load_examples` gives it.
+
+    Loss is on the completion and its end-of-sequence token, on the assistant's turns, or on all of
+    a text. What is longer than `max_length` tokens loses its end. Dropped and truncated examples
+    are counted and logged as a warning.
+
+    Raises:
+        ConfigError: `max_length` is below 2.
+        DataError: a record is malformed, the tokenizer lacks what the examples need (an
+            end-of-sequence token, a chat template), or every example would be dropped.
+    """
+    if max_length < 2:
+        raise ConfigError(f"max_length is {max_length}; it must be at least 2")
+    layout = choose_layout(examples.column_names, None, "the data set")
+    _check_tokenizer(tokenizer, layout)
+    encoded = examples.map(
+        _encode_row,
+        with_indices=True,
+        fn_kwargs={"tokenizer": tokenizer, "layout": layout, "max_length": max_length},
+        remove_columns=examples.column_names,
+        load_from_cache_file=False,  # its key does not see a change in this file
+        desc="Tokenizing",
+    )
+    kept = encoded.select([row for row, has in enumerate(encoded["has_target"]) if has])
+    dropped, truncated = len(encoded) - len(kept), sum(kept["is_truncated"])
+    _report(len(encoded), dropped, truncated, max_length)
+    return EncodedData(kept.select_columns(["input_ids", "labels"]), dropped, truncated)
+
+
+def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, layout: Layout) -> None:
+    _eos(tokenizer)
+    if layout.form == "messages" and not tokenizer.chat_template:
+        raise DataError(
+            f"the data has messages, but the tokenizer {tokenizer.name_or_path!r} has no chat "
+            f"template; use the tokenizer of an instruction-tuned model, set "
+            f"tokenizer.chat_template, or use prompt and completion columns"
+        )
+
+
+def _report(total: int, dropped: int, truncated: int, max_length: int) -> None:
+    if dropped == total:
+        raise DataError(
+            f"all {total} examples have no token to learn within max_length={max_length}; raise "
+            f"max_length (or, for messages, see that there are assistant turns)"
+        )
+    if dropped:
+        logger.warning(
+            "%d of %d examples left out: no token to learn within max_length=%d",
+            dropped,
+            total,
+            max_length,
+        )
+    if truncated:
+        logger.warning("%d of %d examples cut at max_length=%d", truncated, total, max_length)
+
+
+def _encode_row(
+    record: Mapping[str, Any],
+    index: int,
+    tokenizer: PreTrainedTokenizerBase,
+    layout: Layout,
+    max_length: int,
+) -> dict[str, Any]:
+    where = f"example {index}"
+    check_record(record, layout, where)
+    if layout.form == "completion":
+        ids, labels = _encode_completion(record["prompt"], record["completion"], tokenizer)
+    elif layout.form == "messages":
+        ids, labels = _encode_messages(record["messages"], tokenizer, where)
+    else:
+        ids = _with_eos(encode_prompt(record["text"], tokenizer), tokenizer)
+        labels = list(ids)
+    kept = labels[:max_length]
+    return {
+        "input_ids": ids[:max_length],
+        "labels": kept,
+        "has_target": any(label != IGNORED for label in kept),
+        "is_truncated": len(ids) > max_length,
+    }
+
+
+def encode_prompt(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids of `text`, opened as the tokenizer opens a sequence, and left open at its end."""
+    ids = list(tokenizer(text)["input_ids"])
+    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
+
+
+def _with_eos(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    return [*ids, _eos(tokenizer)]
+
+
+def _eos(tokenizer: PreTrainedTokenizerBase) -> int:
+    if tokenizer.eos_token_id is None:
+        raise DataError(
+            f"the tokenizer {tokenizer.name_or_path!r} has no end-of-sequence token; "
+            f"set tokenizer.eos_token"
+        )
+    return int(tokenizer.eos_token_id)
+
+
+def _encode_completion(prompt: str, completion: str, tokenizer: PreTrainedTokenizerBase) -> Tokens:
+    """Prompt and completion are tokenized apart, as they are when the model has to answer."""
+    head = encode_prompt(prompt, tokenizer)
+    tail = _with_eos(_encode_plain(completion, tokenizer), tokenizer)
+    return head + tail, [IGNORED] * len(head) + tail
+
+
+def _encode_plain(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _encode_messages(
+    messages: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, where: str
+) -> Tokens:
+    turns = [{key: value for key, value in turn.items() if value is not None} for turn in messages]
+    template = tokenizer.get_chat_template()
+    is_marked = re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
+    try:
+        encode_turns = _marked_turns if is_marked else _prefixed_turns
+        ids, is_target = encode_turns(turns, tokenizer)
+    except (jinja2.TemplateError, DataError) as error:
+        raise DataError(f"{where}: the chat template cannot be used on it: {error}") from error
+    labels = [token if target else IGNORED for token, target in zip(ids, is_target, strict=True)]
+    if turns[-1]["role"] == "assistant" and _eos(tokenizer) not in labels:
+        return _with_eos(ids, tokenizer), _with_eos(labels, tokenizer)
+    return ids, labels
+
+
+def _marked_turns(
+    turns: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[int], list[bool]]:
+    """The template marks the assistant's turns itself, by `{% generation %}`."""
+    encoded: Any = tokenizer.apply_chat_template(
+        turns, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    )
+    return list(encoded["input_ids"]), [bool(mark) for mark in encoded["assistant_masks"]]
+
+
+def _prefixed_turns(
+    turns: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[int], list[bool]]:
+    """An assistant's turn is what it adds to the conversation before it."""
+    text = _render(turns, tokenizer)
+    ids = _encode_plain(text, tokenizer)
+    is_target = [False] * len(ids)
+    for before, through in _assistant_prefixes(turns, tokenizer):
+        if not text.startswith(through):
+            raise DataError(
+                "it changes earlier turns, so the assistant's cannot be told apart; mark them in "
+                "the template with {% generation %}, or give each conversation one assistant turn, "
+                "its last"
+            )
+        first = _common_length(_encode_plain(before, tokenizer), ids)
+        end = _common_length(_encode_plain(through, tokenizer), ids)
+        is_target[first:end] = [True] * (end - first)
+    return ids, is_target
+
+
+def _assistant_prefixes(
+    turns: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[tuple[str, str]]:
+    """For each assistant turn, the conversation up to where it starts, and to its end."""
+    for index, turn in enumerate(turns):
+        if turn["role"] == "assistant":
+            # Templates look at the first message, so none can be rendered without one.
+            before = _render(turns[:index], tokenizer, True) if index else ""
+            yield before, _render(turns[: index + 1], tokenizer)
+
+
+def _render(
+    turns: list[dict[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    add_generation_prompt: bool = False,
+) -> str:
+    text = tokenizer.apply_chat_template(
+        turns, tokenize=False, add_generation_prompt=add_generation_prompt
+    )
+    assert isinstance(text, str)
+    return text
+
+
+def _common_length(one: Sequence[int], other: Sequence[int]) -> int:
+    """Length of the common prefix; a token merged across the border counts to the later part."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((at for at, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
+def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token to pad with: the tokenizer's own, or the end of sequence where it has none."""
+    return _eos(tokenizer) if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Pads examples on the right to the longest of them."""
+
+    tokenizer: PreTrainedTokenizerBase
+
+    def __call__(self, features: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, torch.Tensor]:
+        """`input_ids`, `attention_mask` (1 on tokens) and `labels` (-100 on padding).
+
+        Args:
+            features: B examples with `input_ids` and `labels`, each up to L tokens.
+
+        Returns:
+            Three int64 tensors of shape (B, L).
+        """
+        ids = [feature["input_ids"] for feature in features]
+        return {
+            "input_ids": _pad(ids, pad_token_id(self.tokenizer)),
+            "attention_mask": _pad([[1] * len(row) for row in ids], 0),
+            "labels": _pad([feature["labels"] for feature in features], IGNORED),
+        }
+
+
+def _pad(rows: Sequence[Sequence[int]], filler: int) -> torch.Tensor:
+    longest = max(map(len, rows))
+    padded = [[*row, *[filler] * (longest - len(row))] for row in rows]
+    return torch.tensor(padded, dtype=torch.int64)

@@ -1,0 +1,178 @@
+"""Load examples of an embedded task, of a json, jsonl or parquet file, or of a hub data set.
+
+`datasets` does the reading. JSON files are checked first, line by line, so that what is wrong is
+told with its line number; the check keeps nothing in memory.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import datasets
+from datasets.exceptions import DatasetsError
+
+from drlora.data.layout import Layout, check_record, choose_layout
+from drlora.errors import DataError
+
+EMBEDDED_PREFIX = "embedded:"
+EMBEDDED_FOLDER = Path(__file__).resolve().parents[1] / "embedded" / "tasks"
+READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+OTHER_FILE_SUFFIXES = (".csv", ".tsv", ".txt", ".arrow", ".gz", ".zip", ".zst", ".xlsx")
+
+
+def load_examples(
+    source: str,
+    *,
+    split: str = "train",
+    config: str | None = None,
+    columns: Mapping[str, str] | None = None,
+) -> datasets.Dataset:
+    """Examples under the standard column names (see `drlora.data.layout`), all others dropped.
+
+    Args:
+        source: `embedded:TASK`, the path of a .json, .jsonl or .parquet file, or a hub data set.
+        split: name of the split, which may carry a slice (`train[:100]`). A file is one split,
+            called train.
+        config: configuration of a hub data set that has several.
+        columns: the data's names for standard columns, as `{"prompt": "question"}`.
+
+    Raises:
+        DataError: the source, the split or a column does not exist, or a record is malformed.
+    """
+    if source.startswith(EMBEDDED_PREFIX):
+        return _load_file(_embedded_file(source, split), split, columns)
+    path = Path(source).expanduser()
+    if _is_file_name(source, path):
+        if _base(split) != "train":
+            raise DataError(
+                f"split {split!r} of {source}: a file has no splits; name the file of that split"
+            )
+        return _load_file(path, split, columns)
+    return _load_hub(source, split, config, columns)
+
+
+def _base(split: str) -> str:
+    return split.partition("[")[0]
+
+
+def _is_file_name(source: str, path: Path) -> bool:
+    return (
+        path.is_file()
+        or path.suffix in READERS
+        or path.suffix in OTHER_FILE_SUFFIXES
+        or source.startswith(("/", "./", "../", "~"))
+    )
+
+
+def _embedded_file(source: str, split: str) -> Path:
+    task = source.removeprefix(EMBEDDED_PREFIX)
+    tasks = sorted(path.parent.name for path in EMBEDDED_FOLDER.glob("*/train.jsonl"))
+    if task not in tasks:
+        raise DataError(f"no embedded task {task!r}; there are {', '.join(tasks)}")
+    splits = sorted(path.stem for path in (EMBEDDED_FOLDER / task).glob("*.jsonl"))
+    if _base(split) not in splits:
+        raise DataError(f"{source} has no split {split!r}; there are {', '.join(splits)}")
+    return EMBEDDED_FOLDER / task / f"{_base(split)}.jsonl"
+
+
+def _load_file(path: Path, split: str, columns: Mapping[str, str] | None) -> datasets.Dataset:
+    if path.is_dir():
+        raise DataError(f"{path} is a folder; name one {', '.join(READERS)} file in it")
+    if path.suffix not in READERS:
+        raise DataError(f"{path}: cannot read {path.suffix!r} files; use {', '.join(READERS)}")
+    if not path.is_file():
+        raise DataError(f"{path}: no such file")
+    if READERS[path.suffix] == "json":
+        _check_json(path, columns)
+    return _read(
+        lambda: datasets.load_dataset(
+            READERS[path.suffix], data_files={_base(split): str(path)}, split=split
+        ),
+        str(path),
+        f"is it empty, or not really a {path.suffix} file?",
+        columns,
+    )
+
+
+def _load_hub(
+    source: str, split: str, config: str | None, columns: Mapping[str, str] | None
+) -> datasets.Dataset:
+    return _read(
+        lambda: datasets.load_dataset(source, config, split=split),
+        f"data set {source!r} (split {split!r})",
+        "check the name, the split and the config, or whether the hub can be reached; for a local "
+        "file give a path that ends in " + ", ".join(READERS),
+        columns,
+    )
+
+
+def _read(
+    load: Callable[[], Any], where: str, hint: str, columns: Mapping[str, str] | None
+) -> datasets.Dataset:
+    try:
+        dataset = load()
+    except (DatasetsError, OSError, ValueError, RuntimeError) as error:
+        raise DataError(f"cannot load {where}: {error}; {hint}") from error
+    layout = choose_layout(dataset.column_names, columns, where)
+    if len(dataset) == 0:
+        raise DataError(f"{where} has no examples")
+    dataset = dataset.select_columns(list(layout.columns.values()))
+    check_record(dataset[0], layout, f"{where}, first example")
+    return dataset.rename_columns({column: name for name, column in layout.columns.items()})
+
+
+def _check_json(path: Path, columns: Mapping[str, str] | None) -> None:
+    """Check a file of one JSON object a line, or (.json) of one list of objects."""
+    layout: Layout | None = None
+    try:
+        with path.open(encoding="utf-8") as lines:
+            if path.suffix == ".json" and _starts_list(path):
+                _check_list(json.load(lines), path, columns)
+                return
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    layout = _check_line(line, f"{path}, line {number}", layout, columns)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text: {error}; save it as UTF-8") from error
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}, line {error.lineno}: not valid JSON ({error.msg})") from error
+    if layout is None:
+        raise DataError(f"{path} is empty")
+
+
+def _starts_list(path: Path) -> bool:
+    with path.open(encoding="utf-8") as lines:
+        return next((line.lstrip() for line in lines if line.strip()), "").startswith("[")
+
+
+def _check_list(records: list[Any], path: Path, columns: Mapping[str, str] | None) -> None:
+    if not records:
+        raise DataError(f"{path} is empty")
+    layout: Layout | None = None
+    for number, record in enumerate(records, start=1):
+        layout = _check_object(record, f"{path}, item {number}", layout, columns)
+
+
+def _check_line(
+    line: str, where: str, layout: Layout | None, columns: Mapping[str, str] | None
+) -> Layout:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{where}: not valid JSON ({error.msg}, column {error.colno}); "
+            f"each line must be one JSON object"
+        ) from error
+    return _check_object(record, where, layout, columns)
+
+
+def _check_object(
+    record: object, where: str, layout: Layout | None, columns: Mapping[str, str] | None
+) -> Layout:
+    """Check one record; the first one (`layout` is None) decides the form of all."""
+    if not isinstance(record, dict):
+        raise DataError(f"{where}: must be a JSON object, not {type(record).__name__}")
+    layout = layout or choose_layout(list(record), columns, where)
+    check_record(record, layout, where)
+    return layout

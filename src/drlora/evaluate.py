@@ -1,0 +1,260 @@
+"""Evaluate a causal language model: loss on target tokens, and exact match of generated answers.
+
+    result = evaluate_loss(model, encoded.dataset, Collator(tokenizer), batch_size=8)
+    match = exact_match(model, tokenizer, load_examples("embedded:definitions", split="test"), 32,
+                        max_new_tokens=12)
+
+Neither changes the model's mode, its gradients or the tokenizer's settings.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
+
+from drlora.data import encode_prompt, pad_token_id
+from drlora.errors import ConfigError, DataError
+
+IGNORED = -100
+SAMPLES_KEPT = 5
+
+
+class Rows(Protocol):
+    """A list of records or a `datasets.Dataset`."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
+@dataclass(frozen=True)
+class LossResult:
+    """Mean negative log-likelihood of the target tokens (nats), its exponential, their number."""
+
+    loss: float
+    perplexity: float
+    target_tokens: int
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What was asked, what the model wrote (stripped), and what would have been right."""
+
+    prompt: str
+    prediction: str
+    answers: tuple[str, ...]
+    is_correct: bool
+
+
+@dataclass(frozen=True)
+class MatchResult:
+    """Share of examples answered exactly (0 to 1), the counts behind it, the first few samples."""
+
+    accuracy: float
+    correct: int
+    total: int
+    samples: tuple[Sample, ...]
+
+
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; afterwards each submodule is in the mode it was in."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def evaluate_loss(
+    model: torch.nn.Module,
+    dataset: Rows,
+    collator: Callable[[Sequence[Any]], Mapping[str, torch.Tensor]],
+    batch_size: int,
+) -> LossResult:
+    """Loss over all target tokens of `dataset`, each weighing the same.
+
+    It does not depend on `batch_size` or padding, and holds no router loss.
+
+    Args:
+        model: a causal LM, called with input_ids (B, L) and attention_mask (B, L).
+        dataset: encoded examples.
+        collator: makes a batch of int64 tensors (B, L) of a list of them; labels are -100 where
+            there is no loss.
+        batch_size: examples a forward pass.
+
+    Raises:
+        ConfigError: `batch_size` is below 1.
+        DataError: there is no target token.
+    """
+    total_nats, target_tokens = 0.0, 0
+    with evaluating(model):
+        for features in _batches(dataset, len(dataset), batch_size):
+            nats, count = _summed_loss(model, collator(features))
+            total_nats += nats
+            target_tokens += count
+    if target_tokens == 0:
+        raise DataError("the evaluation data has no target token; see that it has completions")
+    loss = total_nats / target_tokens
+    return LossResult(loss, math.exp(loss) if loss < 700 else math.inf, target_tokens)
+
+
+def _summed_loss(model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> tuple[float, int]:
+    """Summed loss (nats) and number of targets; only the targets' logits are made float32."""
+    device = _device(model)
+    logits_BLV = model(
+        input_ids=batch["input_ids"].to(device),
+        attention_mask=batch["attention_mask"].to(device),
+        use_cache=False,
+    ).logits
+    targets_BL = batch["labels"][:, 1:].to(logits_BLV.device)
+    is_target_BL = targets_BL != IGNORED
+    logits_NV = logits_BLV[:, :-1][is_target_BL].float()
+    losses_N = F.cross_entropy(logits_NV, targets_BL[is_target_BL], reduction="none")
+    return losses_N.double().sum().item(), losses_N.numel()
+
+
+def _device(model: torch.nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _batches(rows: Rows, count: int, batch_size: int) -> Iterator[list[Any]]:
+    if batch_size < 1:
+        raise ConfigError(f"batch_size is {batch_size}; it must be at least 1")
+    for start in range(0, count, batch_size):
+        yield [rows[index] for index in range(start, min(start + batch_size, count))]
+
+
+def exact_match(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Rows,
+    batch_size: int,
+    max_new_tokens: int,
+    limit: int | None = None,
+) -> MatchResult:
+    """Share of `examples` whose greedy continuation is exactly one of the accepted answers.
+
+    The continuation ends at the end-of-sequence token or the first newline, and is stripped, as
+    are the answers. Prompts are padded on the left.
+
+    Args:
+        model: a transformers causal LM or a PEFT model of one.
+        tokenizer: the model's tokenizer.
+        examples: records with `prompt` and `answers`, or with `completion` where there are none.
+        batch_size: examples generated at once.
+        max_new_tokens: longest continuation, in tokens.
+        limit: evaluate only so many examples, from the front.
+
+    Raises:
+        ConfigError: `batch_size`, `max_new_tokens` or `limit` is below 1.
+        DataError: there is no example, or one without a prompt or an answer on a single line.
+    """
+    for name, value in (("max_new_tokens", max_new_tokens), ("limit", limit)):
+        if value is not None and value < 1:
+            raise ConfigError(f"{name} is {value}; it must be at least 1")
+    total = len(examples) if limit is None else min(limit, len(examples))
+    if total == 0:
+        raise DataError("no examples to evaluate")
+    correct = 0
+    samples: list[Sample] = []
+    with evaluating(model):
+        for batch in _batches(examples, total, batch_size):
+            for sample in _answer(model, tokenizer, batch, max_new_tokens):
+                correct += sample.is_correct
+                if len(samples) < SAMPLES_KEPT:
+                    samples.append(sample)
+    return MatchResult(correct / total, correct, total, tuple(samples))
+
+
+def _answer(
+    model: Any, tokenizer: PreTrainedTokenizerBase, batch: Sequence[Any], max_new_tokens: int
+) -> Iterator[Sample]:
+    answers = [_accepted(example) for example in batch]
+    prompts = [example["prompt"] for example in batch]
+    predictions = _generate(model, tokenizer, prompts, max_new_tokens)
+    for prompt, prediction, accepted in zip(prompts, predictions, answers, strict=True):
+        yield Sample(prompt, prediction, accepted, prediction in accepted)
+
+
+def _accepted(example: Mapping[str, Any]) -> tuple[str, ...]:
+    answers = example.get("answers") or [example.get("completion")]
+    if not isinstance(example.get("prompt"), str) or not all(isinstance(a, str) for a in answers):
+        raise DataError(
+            f"exact match needs a prompt, and answers or a completion; found are {sorted(example)}"
+        )
+    stripped = tuple(answer.strip() for answer in answers)
+    if any("\n" in answer for answer in stripped):
+        raise DataError(
+            f"exact match compares one line, but an answer to {example['prompt']!r} has several; "
+            f"use the loss for such data"
+        )
+    return stripped
+
+
+def _generate(
+    model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], max_new_tokens: int
+) -> list[str]:
+    """The first line that the model writes after each prompt, stripped."""
+    pad, ends = pad_token_id(tokenizer), _end_tokens(model, tokenizer)
+    input_ids_BL, mask_BL = _pad_left([encode_prompt(text, tokenizer) for text in prompts], pad)
+    length = input_ids_BL.shape[1]
+    output = model.generate(
+        input_ids=input_ids_BL.to(_device(model)),
+        attention_mask=mask_BL.to(_device(model)),
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        eos_token_id=ends,
+        pad_token_id=pad,
+        stopping_criteria=StoppingCriteriaList([_NewlineStop(tokenizer)]),
+    )
+    return [_first_line(row[length:].tolist(), ends, tokenizer) for row in output]
+
+
+def _pad_left(rows: Sequence[list[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and attention mask, int64 (B, L) each."""
+    if not all(rows):
+        raise DataError("an empty prompt has no token to continue from; give each example a prompt")
+    longest = max(map(len, rows))
+    ids = [[pad] * (longest - len(row)) + row for row in rows]
+    mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
+    return torch.tensor(ids), torch.tensor(mask)
+
+
+def _end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """End-of-sequence ids of the tokenizer and of the model, which may have several."""
+    configured = model.generation_config.eos_token_id
+    ends = configured if isinstance(configured, list) else [configured]
+    return sorted({end for end in (*ends, tokenizer.eos_token_id) if end is not None})
+
+
+def _first_line(ids: list[int], ends: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    stop = next((at for at, token in enumerate(ids) if token in ends), len(ids))
+    text = tokenizer.decode(
+        ids[:stop], skip_special_tokens=True, clean_up_tokenization_spaces=False
+    )
+    assert isinstance(text, str)
+    return text.partition("\n")[0].strip()
+
+
+class _NewlineStop(StoppingCriteria):
+    """Ends each sequence at the first token with a newline in it."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+
+    def __call__(
+        self, input_ids: torch.LongTensor, scores: torch.Tensor, **kwargs: Any
+    ) -> torch.BoolTensor:
+        """True for each of the B sequences (B, L) whose last token has a newline."""
+        ended = ["\n" in self._tokenizer.decode([token]) for token in input_ids[:, -1].tolist()]
+        return torch.tensor(ended, device=input_ids.device)  # type: ignore[return-value]
