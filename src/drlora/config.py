@@ -47,7 +47,7 @@ class DrLoraConfig(PeftConfig):
     """Settings of one DR-LoRA adapter.
 
     Args:
-        r_init: rank of every expert at the start, >= 0.
+        r_init: rank of every expert at the start, >= 1.
         r_target: mean rank of the budget; `E * r_target` rows are stored per block and projection.
         r_max: no expert grows beyond it.
         lora_alpha: LoRA's alpha; `None` means `2 * r_target` (the paper's alpha = 2 r).
@@ -153,10 +153,11 @@ class DrLoraConfig(PeftConfig):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int):
                 raise ConfigError(f"{name}={value!r} must be a whole number.")
-        if self.r_init < 0:
-            raise ConfigError(f"r_init={self.r_init} must be at least 0.")
-        if self.r_target < 1:
-            raise ConfigError(f"r_target={self.r_target} must be at least 1.")
+        if self.r_init < 1:
+            raise ConfigError(
+                f"r_init={self.r_init} must be at least 1: an expert without a rank has no "
+                f"gradient to be judged by, so it would never be chosen to grow."
+            )
         if not self.r_init <= self.r_target <= self.r_max:
             raise ConfigError(
                 f"ranks are out of order: r_init={self.r_init}, r_target={self.r_target}, "

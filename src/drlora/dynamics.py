@@ -30,6 +30,8 @@ from drlora.inject import adapted_layers
 from drlora.layer import ExpertsAdapter, RankPool
 from drlora.optimizer_clock import (
     correct_young_rows,
+    decays_weights,
+    forget_rows,
     keeps_adam_moments,
     parameter_groups,
     unwrap_optimizer,
@@ -152,7 +154,7 @@ class RankDynamics:
         self.step += 1
         if optimizer is not None and self.config.young_rows == "own":
             self._correct_young_rows(unwrap_optimizer(optimizer))
-        return [grant for group in self.groups for grant in self._grow(group)]
+        return [grant for group in self.groups for grant in self._grow(group, optimizer)]
 
     def release(self) -> None:
         """Let go of the model: nothing of this object acts on it any more."""
@@ -217,7 +219,7 @@ class RankDynamics:
         for name, adapter in self.adapters.items():
             yield f"{name}.frequency", adapter.frequency
             for projection, pool in adapter.pools.items():
-                for key in ("owner", "importance", "birth"):
+                for key in ("owner", "importance", "birth", "seed"):
                     yield f"{name}.{projection}.{key}", getattr(pool, key)
 
     def _update_frequencies(self) -> None:
@@ -244,7 +246,7 @@ class RankDynamics:
             importance_R = importance_R.full_tensor()
         pool.importance.copy_(ema(pool.importance, importance_R, self.config.beta))
 
-    def _grow(self, group: _Group) -> list[Grant]:
+    def _grow(self, group: _Group, optimizer: object) -> list[Grant]:
         event = group.plan.event_number(self.step)
         if not event:
             return []
@@ -261,8 +263,9 @@ class RankDynamics:
             r_max=self.config.r_max,
         )
         for pool in group.pools:
-            pool.grant(grants, self.step)
+            rows = pool.grant(grants, self.step)
             self._restart_importance(pool, grants)
+            self._start_rows(pool, rows, unwrap_optimizer(optimizer))
         return [
             Grant(self.step, group.block, "+".join(group.projections), expert, granted,
                   before[expert] + granted, f, g, s)
@@ -271,6 +274,15 @@ class RankDynamics:
             )
             if granted
         ]  # fmt: skip
+
+    def _start_rows(self, pool: RankPool, rows: Tensor, optimizer: object) -> None:
+        """Claimed rows begin like those of a new adapter, whatever weight decay did to them."""
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            return
+        for parameter in (pool.lora_A, pool.lora_B):
+            forget_rows(parameter, optimizer.state.get(parameter, {}), rows)
+        if decays_weights(optimizer.param_groups):
+            pool.redraw(rows, self.step)
 
     def _restart_importance(self, pool: RankPool, grants: list[int]) -> None:
         if self.config.importance_reset == "all":

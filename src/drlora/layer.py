@@ -25,6 +25,7 @@ from drlora.config import DrLoraConfig
 from drlora.errors import CheckpointError
 from drlora.observe import RoutingMeter, TokenMask, count_in_backward, routing_sums
 from drlora.ops import LoraPiece, Matrix, adapted_experts
+from drlora.optimizer_clock import held_rows, local_part
 from drlora.ranks import RankBook
 
 
@@ -37,6 +38,7 @@ class RankPool(nn.Module):
         owner: (R,) int32 buffer, the expert that owns the row, -1 if nobody does.
         importance: (R,) float32 buffer, g of each row; 0 for free rows.
         birth: (R,) int32 buffer, the optimizer step after which the row was claimed.
+        seed: int64 buffer, from which rows of lora_A are drawn anew (see `redraw`).
     """
 
     lora_A: nn.Parameter
@@ -44,6 +46,7 @@ class RankPool(nn.Module):
     owner: Tensor
     importance: Tensor
     birth: Tensor
+    seed: Tensor
     packed_index: Tensor
 
     def __init__(
@@ -54,11 +57,12 @@ class RankPool(nn.Module):
         self.book = RankBook.uniform(num_experts, rows, r_init)
         self.lora_A = nn.Parameter(torch.empty(rows, in_features))
         self.lora_B = nn.Parameter(torch.zeros(rows, out_features))
-        # The same bound as LoRA's: kaiming_uniform with a = sqrt(5), in closed form.
-        nn.init.uniform_(self.lora_A, -1 / math.sqrt(in_features), 1 / math.sqrt(in_features))
+        self._init_bound = 1 / math.sqrt(in_features)  # LoRA's kaiming_uniform with a = sqrt(5)
+        nn.init.uniform_(self.lora_A, -self._init_bound, self._init_bound)
         self.register_buffer("owner", torch.from_numpy(self.book.owner_R).to(torch.int32))
         self.register_buffer("importance", torch.zeros(rows))
         self.register_buffer("birth", torch.zeros(rows, dtype=torch.int32))
+        self.register_buffer("seed", torch.randint(2**62, ()))
         self.register_buffer("packed_index", torch.empty(0, dtype=torch.int64), persistent=False)
         self._index_rows()
 
@@ -86,6 +90,19 @@ class RankPool(nn.Module):
         self.importance[rows] = 0.0
         self._index_rows()
         return rows
+
+    @torch.no_grad()
+    def redraw(self, rows: Tensor, step: int) -> None:
+        """Give just claimed rows of lora_A fresh initial values; lora_B is zero there.
+
+        Needed where weight decay has shrunk them while nobody read them. The values depend on the
+        pool's seed and the step alone, so every process draws the same.
+        """
+        generator = torch.Generator().manual_seed(int(self.seed) + step)
+        fresh = torch.empty(len(rows), self.lora_A.shape[1])
+        fresh.uniform_(-self._init_bound, self._init_bound, generator=generator)
+        held, target = held_rows(self.lora_A, rows), local_part(self.lora_A)
+        target[held.local] = fresh.to(target)[held.chosen]
 
     def _index_rows(self) -> None:
         packed = self.book.packed()

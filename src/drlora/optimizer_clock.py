@@ -1,4 +1,7 @@
-"""Adam's bias correction for rows that wake up late.
+"""The optimizer's side of a row that wakes up late.
+
+A young row starts like a row of a new adapter: with no optimizer state, and with Adam's bias
+correction counted from its own birth.
 
 Adam divides its moments by 1 - beta ** t, with one step count t for a whole parameter. A row that
 is claimed after step b has moments that started from zero at b, so with t instead of n = t - b its
@@ -6,12 +9,19 @@ steps are too large: by (1 - b1) / sqrt(1 - b2) = 3.16 at its first step, and by
 tenth to twentieth if its gradient keeps its sign. Here each such row gets the update it would have
 had from an Adam of its own that started at b: the moments are right as they are, only the
 correction of the bias is not.
+
+Parameters may be sharded by rows (FSDP2): each process then handles the rows it holds.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.optim import Adam, AdamW, Optimizer
 
 # Beyond this the two corrections differ by less than 5e-5 and the row is grown up.
@@ -35,6 +45,52 @@ def parameter_groups(optimizer: Optimizer) -> dict[Tensor, dict]:
     return {p: group for group in optimizer.param_groups for p in group["params"]}
 
 
+def decays_weights(groups: Iterable[dict]) -> bool:
+    """Whether any of the groups has weight decay, which also acts on rows that nobody owns."""
+    return any(group.get("weight_decay", 0) for group in groups)
+
+
+class HeldRows(NamedTuple):
+    """The part of some rows of a parameter that this process holds.
+
+    Attributes:
+        chosen: which of the asked-for rows these are, as an index into them.
+        local: their row numbers in the local shard.
+    """
+
+    chosen: Tensor
+    local: Tensor
+
+
+def held_rows(parameter: Tensor, rows: Tensor) -> HeldRows:
+    """All of `rows` for an ordinary parameter; those of the local shard for a DTensor."""
+    first, count = 0, parameter.shape[0]
+    if isinstance(parameter, DTensor):
+        shape, offset = compute_local_shape_and_global_offset(
+            parameter.shape, parameter.device_mesh, parameter.placements
+        )
+        first, count = offset[0], shape[0]
+    chosen = ((rows >= first) & (rows < first + count)).nonzero().squeeze(1)
+    return HeldRows(chosen, rows[chosen] - first)
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """The tensor itself, or the local shard of a DTensor (same storage)."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+@torch.no_grad()
+def forget_rows(parameter: Tensor, state: dict, rows: Tensor) -> None:
+    """Zero every per-element state (moments, momentum) of some rows.
+
+    They are zero already unless the optimizer fed weight decay into its moments.
+    """
+    held = held_rows(parameter, rows)
+    for value in state.values():
+        if isinstance(value, Tensor) and value.shape == parameter.shape:
+            local_part(value)[held.local] = 0
+
+
 @torch.no_grad()
 def correct_young_rows(
     parameter: Tensor, state: dict, group: dict, birth_R: Tensor, rows: Tensor, step: int
@@ -50,25 +106,20 @@ def correct_young_rows(
         step: the optimizer's step count t after the update.
     """
     beta1, beta2 = group["betas"]
-    moment = state["exp_avg"].index_select(0, rows)
-    denominator = _second_moment(state, group, rows).sqrt_()
-    age_R1 = (step - birth_R.index_select(0, rows)).to(torch.float64)[:, None]
+    held = held_rows(parameter, rows)
+    second = "max_exp_avg_sq" if group.get("amsgrad") else "exp_avg_sq"
+    moment = local_part(state["exp_avg"]).index_select(0, held.local)
+    root = local_part(state[second]).index_select(0, held.local).sqrt_()
+    age_R1 = (step - birth_R[rows[held.chosen]]).to(torch.float64)[:, None]
 
-    def factors(count: Tensor) -> tuple[Tensor, Tensor]:
-        bias1, bias2 = 1 - beta1**count, 1 - beta2**count
-        return (group["lr"] / bias1).to(moment.dtype), bias2.sqrt().to(moment.dtype)
+    def update(count_R1: Tensor) -> Tensor:
+        bias1, bias2 = 1 - beta1**count_R1, 1 - beta2**count_R1
+        length, scale = (group["lr"] / bias1).to(root.dtype), bias2.rsqrt().to(root.dtype)
+        return length * moment / torch.addcmul(root.new_tensor(group["eps"]), root, scale)
 
-    shared_lr, shared_root = factors(torch.full_like(age_R1, step))
-    own_lr, own_root = factors(age_R1)
-    made = shared_lr * moment / (denominator / shared_root).add_(group["eps"])
-    wanted = own_lr * moment / (denominator / own_root).add_(group["eps"])
+    excess = update(torch.full_like(age_R1, step)) - update(age_R1)
     sign = -1.0 if group.get("maximize") else 1.0
-    parameter.index_add_(0, rows, (made - wanted).to(parameter.dtype), alpha=sign)
-
-
-def _second_moment(state: dict, group: dict, rows: Tensor) -> Tensor:
-    key = "max_exp_avg_sq" if group.get("amsgrad") else "exp_avg_sq"
-    return state[key].index_select(0, rows)
+    local_part(parameter).index_add_(0, held.local, excess.to(parameter.dtype), alpha=sign)
 
 
 def young_rows(birth_R: Tensor, step: int, beta2: float) -> Tensor:

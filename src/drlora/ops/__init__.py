@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from drlora.ops.grouped import experts_grouped
+from drlora.ops.grouped import experts_grouped, grouped_fits
 from drlora.ops.loop import experts_loop
 from drlora.ops.naive import experts_naive
 from drlora.ops.parts import (
@@ -47,10 +47,15 @@ ENGINES: dict[str, Engine] = {
 }
 
 
-def choose_engine(name: str, x_TH: Tensor) -> Engine:
-    """The engine called `name`; `auto` takes `loop` on the CPU and `grouped` elsewhere."""
+def choose_engine(name: str, base: ExpertWeights) -> Engine:
+    """The engine called `name`; `auto` takes `loop` on the CPU and `grouped` elsewhere.
+
+    Where torch's grouped product cannot take the weights, `loop` stands in for `grouped`.
+    """
     if name == "auto":
-        name = "loop" if x_TH.device.type == "cpu" else "grouped"
+        name = "loop" if base.down_EHI.device.type == "cpu" else "grouped"
+    if name == "grouped" and not grouped_fits(base):
+        name = "loop"
     return ENGINES[name]
 
 
@@ -80,4 +85,4 @@ def adapted_experts(
     """
     routing = sort_by_expert(index_TK, base.num_experts)
     masks = draw_dropout(pieces, routing.order_S.numel(), dropout, x_TH)
-    return choose_engine(engine, x_TH)(x_TH, weight_TK, routing, base, pieces, masks)
+    return choose_engine(engine, base)(x_TH, weight_TK, routing, base, pieces, masks)

@@ -16,6 +16,14 @@ from torch.nn import functional as F
 from drlora.ops.parts import DropoutMasks, ExpertWeights, LoraPiece, Matrix, Routing
 
 _ALIGNMENT_BYTES = 16
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def grouped_fits(base: ExpertWeights) -> bool:
+    """Whether torch's grouped product can take these weights: dtype, and rows of 16 bytes."""
+    widths = (base.gate_up_EGH.shape[2], base.gate_up_EGH.shape[1], base.down_EHI.shape[2])
+    aligned = all(w * base.down_EHI.element_size() % _ALIGNMENT_BYTES == 0 for w in widths)
+    return base.down_EHI.dtype in _DTYPES and aligned
 
 
 def experts_grouped(
@@ -52,7 +60,11 @@ def _add_lora(
     if mask_SI is not None:
         x_SI = x_SI * mask_SI
     for piece in pieces:
-        if piece.matrix != matrix or piece.a_RI.shape[0] == 0:
+        if piece.matrix != matrix:
+            continue
+        if piece.a_RI.shape[0] == 0:
+            # Adds zero, but keeps the factors in the graph: data-parallel engines wait for them.
+            out_SO = out_SO + (piece.a_RI.sum() + piece.b_RO.sum())
             continue
         rows_EP = _padded_rows(piece.offsets, _ALIGNMENT_BYTES // x_SI.element_size(), x_SI.device)
         a_EPI, b_EPO = _pad(piece.a_RI, rows_EP), _pad(piece.b_RO, rows_EP)

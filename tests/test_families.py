@@ -1,0 +1,163 @@
+"""Every family with the standard fused layout, on tiny models of the real classes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import get_peft_model
+from tiny import FAMILIES, make_batch, make_model, plain_loop, trainable
+
+import drlora
+from drlora.blocks import find_blocks
+from drlora.inject import adapted_layers
+
+PROJECTIONS = [["gate_up", "down"], ["up", "down"], ["gate", "up", "down"]]
+
+
+def adapted(family, **changes):
+    settings = dict(r_init=2, r_target=4, r_max=8, p_grow=0.5, grow_every=2, warmup_steps=1,
+                    settle_steps=1, lora_alpha=8.0)  # fmt: skip
+    return get_peft_model(make_model(family), drlora.DrLoraConfig(**{**settings, **changes}))
+
+
+def randomise(model):
+    """LoRA's B starts at zero; give the owned rows values, as training would."""
+    generator = torch.Generator().manual_seed(3)
+    for layer in adapted_layers(model, "default").values():
+        for pool in layer.drlora_adapters["default"].pools.values():
+            owned = pool.owner >= 0
+            noise = torch.randn(pool.lora_B.shape, generator=generator) * 0.2
+            pool.lora_B.data = torch.where(owned[:, None], noise, 0.0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_blocks_are_found_without_naming_modules(family):
+    model = make_model(family)
+    blocks = find_blocks(model)
+    dense = getattr(model.config, "first_k_dense_replace", 0)
+    assert len(blocks) == model.config.num_hidden_layers - dense
+    for block in blocks:
+        experts = model.get_submodule(block.experts_name)
+        assert experts.gate_up_proj.shape == (block.num_experts, 48, 32)
+        router = model.get_submodule(block.router_name)
+        assert block.num_experts in [p.shape[0] for p in router.parameters()]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_new_adapter_changes_nothing(family):
+    batch, plain = make_batch(), make_model(family)
+    model = adapted(family).eval()
+    torch.testing.assert_close(model(**batch).logits, plain(**batch).logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("projections", PROJECTIONS, ids="+".join)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_output_and_gradients_equal_merged_eager_experts(family, projections):
+    """The reference is the class's own eager forward over W + s B A, differentiated by torch."""
+    model = adapted(family, projections=projections).eval()
+    randomise(model)
+    model.config._experts_implementation = "eager"
+    batch = make_batch()
+    out = model(**batch)
+    out.loss.backward()
+    layers = adapted_layers(model, "default")
+    factors = {
+        (name, projection, key): getattr(pool, key)
+        for name, layer in layers.items()
+        for projection, pool in layer.drlora_adapters["default"].pools.items()
+        for key in ("lora_A", "lora_B")
+    }
+    got = {key: factor.grad.clone() for key, factor in factors.items()}
+
+    reference = make_model(family)
+    reference.config._experts_implementation = "eager"
+    tensors = {}
+    for name, layer in layers.items():
+        experts = reference.get_submodule(layer.block.experts_name)
+        merged = {
+            "gate_up": experts.gate_up_proj.detach().clone(),
+            "down": experts.down_proj.detach().clone(),
+        }
+        for projection, pool in layer.drlora_adapters["default"].pools.items():
+            a, b = (
+                getattr(pool, k).detach().clone().requires_grad_() for k in ("lora_A", "lora_B")
+            )
+            tensors[name, projection, "lora_A"], tensors[name, projection, "lora_B"] = a, b
+            update = merged_update(pool, a, b, layer.block.num_experts)
+            target = "down" if projection == "down" else "gate_up"
+            start = layer.block.expert_width if projection == "up" else 0
+            full = torch.zeros_like(merged[target])
+            full[:, start : start + update.shape[1]] = update
+            merged[target] = merged[target] + full
+        for key, weight in (("gate_up_proj", "gate_up"), ("down_proj", "down")):
+            delattr(experts, key)
+            setattr(experts, key, merged[weight])
+    wanted = reference(**batch)
+    torch.testing.assert_close(out.logits, wanted.logits, rtol=1e-4, atol=1e-4)
+    grads = torch.autograd.grad(wanted.loss, list(tensors.values()))
+    for (key, _), grad in zip(tensors.items(), grads, strict=True):
+        error = (got[key] - grad).norm() / grad.norm()
+        assert error < 1e-4, f"{key}: {error:.2e}"
+
+
+def merged_update(pool, a, b, num_experts):
+    scaling = 8.0 / 4
+    return torch.stack([
+        scaling * b[pool.owner == e].T @ a[pool.owner == e] for e in range(num_experts)
+    ])  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_growth_spends_the_budget(family):
+    model = adapted(family)
+    dynamics = drlora.RankDynamics(model, total_steps=12)
+    plain_loop(model, dynamics, torch.optim.AdamW(trainable(model), lr=1e-3), range(12))
+    spent, stored = dynamics.budget()
+    blocks = find_blocks(model.base_model.model)
+    assert spent == stored == sum(4 * 2 * block.num_experts for block in blocks)
+    ranks = [r for block in dynamics.ranks().values() for r in block["down"]]
+    assert len(set(ranks)) > 1 and max(ranks) <= 8 and min(ranks) >= 2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_recorded_routing_is_what_the_router_chose(family):
+    model = adapted(family, router="frozen").train()
+    chosen = {}
+    layers = adapted_layers(model, "default")
+
+    def note(name):
+        def hook(module, args):
+            chosen[name] = (args[1].detach(), args[2].detach().float())
+
+        return hook
+
+    for name, layer in layers.items():
+        layer.register_forward_pre_hook(note(name))
+    model(**make_batch()).loss.backward()
+    for name, layer in layers.items():
+        index, weight = chosen[name]
+        wanted = torch.zeros(layer.block.num_experts)
+        for tokens, weights in zip(index.tolist(), weight.tolist(), strict=True):
+            for expert, value in zip(tokens, weights, strict=True):
+                wanted[expert] += value
+        meter = layer.drlora_adapters["default"].meter
+        torch.testing.assert_close(meter.sum_E, wanted, rtol=1e-5, atol=1e-5)
+        assert meter.num_tokens.item() == 24
+
+
+def test_refusals_name_the_module_and_the_reason():
+    model = make_model("olmoe")
+    model.model.layers[1].mlp.experts.is_transposed = True
+    with pytest.raises(drlora.ConfigError, match=r"model.layers.1.mlp.experts.*is_transposed=True"):
+        get_peft_model(model, drlora.DrLoraConfig())
+    quantised = make_model("olmoe")
+    experts = quantised.model.layers[0].mlp.experts
+    experts.down_proj = torch.nn.Parameter(
+        experts.down_proj.data.to(torch.float8_e4m3fn), requires_grad=False
+    )
+    with pytest.raises(drlora.ConfigError, match="layers.0.*float8.*bfloat16"):
+        get_peft_model(quantised, drlora.DrLoraConfig())
+    with pytest.raises(drlora.ConfigError, match="no Mixture-of-Experts block"):
+        get_peft_model(torch.nn.Sequential(torch.nn.Linear(2, 2)), drlora.DrLoraConfig())
+    with pytest.raises(drlora.ConfigError, match="nonsense.*match nothing"):
+        get_peft_model(make_model("olmoe"), drlora.DrLoraConfig(experts=["nonsense"]))

@@ -1,0 +1,209 @@
+"""Laws 3 and 5: growth changes no function and no old row; free rows are inert."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import get_peft_model
+from tiny import make_batch, make_model, plain_loop, trainable
+
+import drlora
+from drlora.inject import adapted_layers
+
+SETTINGS = dict(r_init=2, r_target=4, r_max=8, p_grow=0.5, grow_every=4, warmup_steps=1,
+                settle_steps=2, lora_alpha=8.0)  # fmt: skip
+TOTAL = 15  # events after steps 5, 9 and 13
+
+OPTIMIZERS = {
+    "adamw": lambda p: torch.optim.AdamW(p, lr=1e-2),
+    "adamw-fused": lambda p: torch.optim.AdamW(p, lr=1e-2, fused=True),
+    "adam-amsgrad": lambda p: torch.optim.Adam(p, lr=1e-2, amsgrad=True),
+    "sgd-momentum": lambda p: torch.optim.SGD(p, lr=1e-1, momentum=0.9),
+}
+
+
+def start(total=TOTAL, optimizer="adamw", **changes):
+    model = get_peft_model(make_model(), drlora.DrLoraConfig(**{**SETTINGS, **changes}))
+    return model, drlora.RankDynamics(model, total), OPTIMIZERS[optimizer](trainable(model))
+
+
+def pools(model):
+    return [
+        pool
+        for layer in adapted_layers(model, "default").values()
+        for pool in layer.drlora_adapters["default"].pools.values()
+    ]
+
+
+@pytest.mark.parametrize("engine", ["naive", "loop", "grouped"])
+@pytest.mark.parametrize("rank_per", ["expert", "projection"])
+def test_growth_leaves_the_function_unchanged(rank_per, engine):
+    model, dynamics, optimizer = start(rank_per=rank_per, engine=engine)
+    grown = 0
+    for step in range(TOTAL):
+        model.train()
+        model(**make_batch(step)).loss.backward()
+        dynamics.before_optimizer_step()
+        optimizer.step()
+        model.eval()
+        before = model(**make_batch(99)).logits
+        grants = dynamics.after_optimizer_step(None)  # without an optimizer: growth alone
+        after = model(**make_batch(99)).logits
+        torch.testing.assert_close(after, before, rtol=1e-6, atol=1e-6)
+        optimizer.zero_grad()
+        grown += len(grants)
+    assert grown > 3
+    assert dynamics.budget()[0] == dynamics.budget()[1]
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_old_rows_moments_and_parameters_are_untouched_by_growth(optimizer):
+    model, dynamics, optimizer = start(optimizer=optimizer)
+    plain_loop(model, dynamics, optimizer, range(4))
+    model(**make_batch(4)).loss.backward()
+    dynamics.before_optimizer_step()
+    optimizer.step()
+    parameters = trainable(model)
+    weights = [p.detach().clone() for p in parameters]
+    moments = [{k: torch.as_tensor(v).clone() for k, v in optimizer.state[p].items()
+                if v is not None} for p in parameters]  # fmt: skip
+    groups = [list(map(id, group["params"])) for group in optimizer.param_groups]
+    owners = [pool.owner.clone() for pool in pools(model)]
+    owned = {id(p): pool.owner >= 0 for pool in pools(model) for p in (pool.lora_A, pool.lora_B)}
+    owned = {key: mask.clone() for key, mask in owned.items()}
+    assert dynamics.after_optimizer_step(optimizer), "step 5 is an event"
+    assert [list(map(id, group["params"])) for group in optimizer.param_groups] == groups
+    assert [id(p) for p in trainable(model)] == [id(p) for p in parameters]
+    for parameter, weight, moment in zip(parameters, weights, moments, strict=True):
+        old = owned[id(parameter)]
+        assert torch.equal(parameter[old], weight[old])
+        for key, value in moment.items():
+            now = torch.as_tensor(optimizer.state[parameter][key])
+            assert torch.equal(now, value) if now.dim() == 0 else torch.equal(now[old], value[old])
+    for pool, owner in zip(pools(model), owners, strict=True):
+        assert torch.equal(pool.owner[owner >= 0], owner[owner >= 0])
+        assert (pool.owner != owner).any()
+
+
+@pytest.mark.parametrize("engine", ["naive", "loop", "grouped"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_free_rows_have_no_gradient_and_no_moments(optimizer, engine):
+    model, dynamics, optimizer = start(optimizer=optimizer, engine=engine)
+    initial = [(pool.lora_A.detach().clone(), pool.lora_B.detach().clone())
+               for pool in pools(model)]  # fmt: skip
+    for step in range(11):
+        model.train()
+        model(**make_batch(step)).loss.backward()
+        dynamics.before_optimizer_step()
+        for pool in pools(model):
+            free = pool.owner < 0
+            assert free.any() and (pool.lora_A.grad[free] == 0).all()
+            assert (pool.lora_B.grad[free] == 0).all()
+        optimizer.step()
+        dynamics.after_optimizer_step(optimizer)
+        optimizer.zero_grad()
+    for pool, (a, b) in zip(pools(model), initial, strict=True):
+        free = pool.owner < 0
+        assert free.any()
+        assert torch.equal(pool.lora_B[free], b[free])
+        for parameter in (pool.lora_A, pool.lora_B):
+            for key, value in optimizer.state[parameter].items():
+                if key != "step" and value is not None:
+                    assert (value[free] == 0).all(), key
+
+
+def test_one_rank_per_expert_or_one_per_projection():
+    for rank_per, alike in (("expert", True), ("projection", False)):
+        model, dynamics, optimizer = start(rank_per=rank_per)
+        plain_loop(model, dynamics, optimizer, range(TOTAL))
+        ranks = dynamics.ranks().values()
+        assert all(block["gate_up"] == block["down"] for block in ranks) == alike
+        for block in ranks:
+            assert sum(block["gate_up"]) == sum(block["down"]) == 6 * 4
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW])
+def test_weight_decay_does_not_wear_out_free_rows(kind):
+    """Decay shrinks rows that nobody reads; a row that wakes up starts at full size all the same."""
+    model, dynamics, _ = start()
+    optimizer = kind(trainable(model), lr=1e-2, weight_decay=5.0)
+    plain_loop(model, dynamics, optimizer, range(5))
+    for pool in pools(model):
+        young, free = pool.birth == 5, pool.owner < 0
+        fresh = 1 / (3 * pool.lora_A.shape[1]) ** 0.5  # of the uniform draw
+        assert young.any() and pool.lora_A[free].std() < 0.9 * fresh
+        assert pool.lora_A[young].std().item() == pytest.approx(fresh, rel=0.15)
+        assert (pool.lora_B[young] == 0).all()
+        for key in ("exp_avg", "exp_avg_sq"):
+            assert (optimizer.state[pool.lora_A][key][young] == 0).all()
+
+
+def test_without_weight_decay_growth_writes_no_weight_at_all():
+    model, dynamics, _ = start()
+    optimizer = torch.optim.AdamW(trainable(model), lr=1e-2, weight_decay=0.0)
+    plain_loop(model, dynamics, optimizer, range(4))
+    model(**make_batch(4)).loss.backward()
+    dynamics.before_optimizer_step()
+    optimizer.step()
+    before = [p.detach().clone() for p in trainable(model)]
+    assert dynamics.after_optimizer_step(optimizer)
+    assert all(torch.equal(p, q) for p, q in zip(trainable(model), before, strict=True))
+
+
+def test_grants_tell_who_and_why():
+    model, dynamics, optimizer = start()
+    plain_loop(model, dynamics, optimizer, range(4))
+    model(**make_batch(4)).loss.backward()
+    dynamics.before_optimizer_step()
+    adapters = dict(dynamics.adapters)
+    signals = {
+        name: (a.frequency.clone(), [p.importance.clone() for p in a.pools.values()])
+        for name, a in adapters.items()
+    }
+    optimizer.step()
+    grants = dynamics.after_optimizer_step(optimizer)
+    for grant in grants:
+        frequency, importance = signals[grant.block]
+        assert grant.step == 5 and grant.granted > 0 and grant.rank == 2 + grant.granted
+        assert grant.routing == pytest.approx(frequency[grant.expert].item())
+        rows = [2 * grant.expert, 2 * grant.expert + 1]
+        mean = torch.stack([values[rows] for values in importance]).mean().item()
+        assert grant.importance == pytest.approx(mean)
+        wanted = grant.routing * grant.importance / 3**1.2
+        assert grant.saliency == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize("reset", ["grown", "all"])
+def test_importance_restarts_after_an_event(reset):
+    model, dynamics, optimizer = start(importance_reset=reset)
+    plain_loop(model, dynamics, optimizer, range(4))
+    model(**make_batch(4)).loss.backward()
+    dynamics.before_optimizer_step()
+    frequencies = [a.frequency.clone() for a in dynamics.adapters.values()]
+    before = [pool.importance.clone() for pool in pools(model)]
+    optimizer.step()
+    grown = {(g.block, g.expert) for g in dynamics.after_optimizer_step(optimizer)}
+    for adapter, frequency in zip(dynamics.adapters.values(), frequencies, strict=True):
+        assert torch.equal(adapter.frequency, frequency), "f is kept"
+    position = 0
+    for name, adapter in dynamics.adapters.items():
+        for pool in adapter.pools.values():
+            for row, owner in enumerate(pool.owner.tolist()):
+                if owner < 0:
+                    continue
+                zeroed = reset == "all" or (name, owner) in grown
+                wanted = 0.0 if zeroed else before[position][row].item()
+                assert pool.importance[row].item() == wanted
+            position += 1
+
+
+def test_a_skipped_step_does_not_count():
+    model, dynamics, optimizer = start()
+    for _ in range(20):
+        assert dynamics.after_optimizer_step(optimizer, skipped=True) == []
+    assert dynamics.step == 0
+
+
+def test_settings_that_cannot_reach_the_budget_are_refused_before_training():
+    with pytest.raises(drlora.ConfigError, match="grow_every"):
+        start(grow_every=200)

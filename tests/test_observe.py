@@ -1,0 +1,160 @@
+"""Law 6: training tokens count once; never evaluation, padding or recomputation."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from peft import get_peft_model
+from tiny import make_batch, make_model
+
+import drlora
+from drlora.inject import adapted_layers
+
+
+def start(**changes):
+    settings = dict(r_init=2, r_target=2, r_max=2)
+    return get_peft_model(make_model(), drlora.DrLoraConfig(**{**settings, **changes})).train()
+
+
+def meters(model):
+    return [
+        layer.drlora_adapters["default"].meter
+        for layer in adapted_layers(model, "default").values()
+    ]
+
+
+def sums(model):
+    return [(meter.sum_E.clone(), meter.num_tokens.item()) for meter in meters(model)]
+
+
+def assert_same(one, other):
+    for (sum_a, tokens_a), (sum_b, tokens_b) in zip(one, other, strict=True):
+        assert tokens_a == tokens_b
+        torch.testing.assert_close(sum_a, sum_b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
+def test_gradient_checkpointing_counts_once(reentrant):
+    plain, checkpointed = start(), start()
+    checkpointed.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    checkpointed.enable_input_require_grads()
+    for model in (plain, checkpointed):
+        model(**make_batch()).loss.backward()
+    assert sums(plain)[0][1] == 24
+    assert_same(sums(plain), sums(checkpointed))
+    for one, other in zip(plain.parameters(), checkpointed.parameters(), strict=True):
+        if one.requires_grad:
+            torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-7)
+
+
+def test_evaluation_and_passes_without_backward_do_not_count():
+    model = start()
+    model(**make_batch())  # training mode, but nothing is learned from it
+    with torch.no_grad():
+        model(**make_batch())
+    model.eval()(**make_batch()).loss.backward()
+    model.train()
+    with model.disable_adapter():
+        model(**make_batch())
+    model.generate(make_batch()["input_ids"], max_new_tokens=2, do_sample=False)
+    assert all(tokens == 0 and sum_E.abs().sum() == 0 for sum_E, tokens in sums(model))
+
+
+def test_padding_does_not_count():
+    model, padded = start(), start()
+    batch = make_batch(length=8)
+    model(**batch).loss.backward()
+    pad = torch.zeros(2, 5, dtype=torch.int64)
+    mask = torch.cat([torch.ones(2, 8), pad], dim=1).long()
+    labels = torch.cat([batch["labels"], pad - 100], dim=1)
+    ids = torch.cat([batch["input_ids"], pad], dim=1)
+    padded(input_ids=ids, attention_mask=mask, labels=labels).loss.backward()
+    assert_same(sums(model), sums(padded))
+
+
+def test_micro_batches_accumulate():
+    whole, parts = start(), start()
+    batch = make_batch(rows=4)
+    whole(**batch).loss.backward()
+    for half in (slice(0, 2), slice(2, 4)):
+        parts(**{key: value[half] for key, value in batch.items()}).loss.backward()
+    assert_same(sums(whole), sums(parts))
+
+
+@pytest.mark.parametrize("signal", ["topk_weight", "probability", "count"])
+def test_frequency_is_the_moving_average_of_the_mean_per_token(signal):
+    model = start(routing_signal=signal)
+    dynamics = drlora.RankDynamics(model, total_steps=5)
+    wanted = {name: torch.zeros(6) for name in dynamics.adapters}
+    routed = {}
+
+    def note(name):
+        def hook(module, args, output):
+            logits, weight, index = (t.detach() for t in output)
+            if signal == "probability":
+                routed[name] = logits.softmax(-1).mean(0)
+            else:
+                value = weight if signal == "topk_weight" else torch.ones_like(weight)
+                routed[name] = torch.zeros(24, 6).scatter_add(1, index, value).mean(0)
+
+        return hook
+
+    inner = model.base_model.model
+    for name, adapter in dynamics.adapters.items():
+        inner.get_submodule(adapter.block.router_name).register_forward_hook(note(name))
+    for step in range(3):
+        model(**make_batch(step)).loss.backward()
+        dynamics.before_optimizer_step()
+        dynamics.after_optimizer_step()
+        for name in wanted:
+            wanted[name] = 0.9 * wanted[name] + 0.1 * routed[name]
+    for name, adapter in dynamics.adapters.items():
+        torch.testing.assert_close(adapter.frequency, wanted[name], rtol=1e-5, atol=1e-6)
+        if signal == "count":
+            assert adapter.frequency.sum().item() == pytest.approx(2 * (1 - 0.9**3), rel=1e-5)
+
+
+def test_a_step_of_padding_alone_leaves_the_statistics():
+    model = start()
+    dynamics = drlora.RankDynamics(model, total_steps=5)
+    model(**make_batch()).loss.backward()
+    dynamics.before_optimizer_step()
+    dynamics.after_optimizer_step()
+    before = [adapter.frequency.clone() for adapter in dynamics.adapters.values()]
+    model.zero_grad()
+    batch = make_batch()
+    model(input_ids=batch["input_ids"], labels=batch["labels"],
+          attention_mask=torch.zeros_like(batch["input_ids"])).loss.backward()  # fmt: skip
+    dynamics.before_optimizer_step()
+    for adapter, frequency in zip(dynamics.adapters.values(), before, strict=True):
+        assert torch.equal(adapter.frequency, frequency)
+
+
+def test_a_copied_model_has_its_own_mask():
+    model = start()
+    twin = copy.deepcopy(model)
+    batch = make_batch()
+    mask = torch.ones_like(batch["input_ids"])
+    mask[:, 6:] = 0
+    twin(**batch, attention_mask=mask).loss.backward()
+    assert sums(twin)[0][1] == 12 and sums(model)[0][1] == 0
+
+
+def test_poisoned_gradients_leave_the_importance():
+    model = start()
+    dynamics = drlora.RankDynamics(model, total_steps=5)
+    for adapter in dynamics.adapters.values():
+        for pool in adapter.pools.values():
+            pool.lora_B.data.normal_()
+    model(**make_batch()).loss.backward()
+    for adapter in dynamics.adapters.values():
+        for pool in adapter.pools.values():
+            pool.lora_A.grad[0] = float("nan")
+            pool.lora_B.grad[1] = float("inf")
+    dynamics.before_optimizer_step()
+    for adapter in dynamics.adapters.values():
+        for pool in adapter.pools.values():
+            assert torch.isfinite(pool.importance).all()
+            assert (pool.importance[:2] == 0).all() and (pool.importance[2:] > 0).any()

@@ -1,0 +1,189 @@
+"""Law 1: every engine equals the naive definition, in the output and in every gradient."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+import drlora.ops
+from drlora.ops import ENGINES, ExpertWeights, LoraPiece, adapted_experts
+
+FAST = [name for name in ENGINES if name != "naive"]
+
+
+def silu_gate(gate_up):
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def gelu_gate(gate_up):
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.gelu(gate) * up
+
+
+def make_pool(ranks, inputs, outputs, dtype):
+    rows = sum(ranks)
+    offsets = tuple([0, *torch.tensor(ranks).cumsum(0).tolist()])
+    a = torch.randn(rows, inputs, dtype=dtype, requires_grad=True)
+    b = torch.randn(rows, outputs, dtype=dtype, requires_grad=True)
+    return a, b, offsets
+
+
+def make_case(ranks, projections=("gate_up", "down"), dtype=torch.float32, hidden=16, width=8,
+              tokens=9, top_k=2, index=None, gate=silu_gate, seed=0):  # fmt: skip
+    torch.manual_seed(seed)
+    experts = len(ranks)
+    scale = 0.3
+    base = ExpertWeights(
+        (scale * torch.randn(experts, 2 * width, hidden)).to(dtype),
+        (scale * torch.randn(experts, hidden, width)).to(dtype),
+        gate,
+        is_silu=gate is silu_gate,
+    )
+    shapes = {"gate_up": (hidden, 2 * width, 0), "gate": (hidden, width, 0),
+              "up": (hidden, width, width), "down": (width, hidden, 0)}  # fmt: skip
+    pieces, leaves = [], []
+    for projection in projections:
+        inputs, outputs, start = shapes[projection]
+        a, b, offsets = make_pool(ranks, inputs, outputs, dtype)
+        leaves += [a, b]
+        matrix = "down" if projection == "down" else "gate_up"
+        pieces.append(LoraPiece(matrix, start, a, b, offsets, 0.7))
+    x = torch.randn(tokens, hidden).to(dtype).requires_grad_()
+    if index is None:
+        index = torch.stack([torch.randperm(experts)[:top_k] for _ in range(tokens)])
+    weight = torch.rand(index.shape, dtype=dtype).requires_grad_()
+    return base, pieces, [x, weight, *leaves], index
+
+
+def run(engine, case, dropout=0.0):
+    base, pieces, leaves, index = case
+    torch.manual_seed(1)
+    out = adapted_experts(leaves[0], index, leaves[1], base, pieces, dropout=dropout, engine=engine)
+    torch.manual_seed(2)
+    grads = torch.autograd.grad(out, leaves, torch.randn(out.shape, dtype=out.dtype))
+    return [out.detach(), *grads]
+
+
+def assert_engines_agree(case, engine, tolerance=2e-5, dropout=0.0):
+    names = ["out", "dX", "dweight", *(f"d{f}{i}" for i in range(len(case[1])) for f in "AB")]
+    wanted = run("naive", case, dropout)
+    got = run(engine, case, dropout)
+    for name, w, g in zip(names, wanted, got, strict=True):
+        assert g.dtype == w.dtype and g.shape == w.shape, name
+        error = (g.double() - w.double()).norm() / w.double().norm().clamp(min=1e-12)
+        assert error < tolerance, f"{engine}: relative error of {name} is {error:.2e}"
+
+
+def looped_grouped_mm(x_SI, w_EIO, *, offs):
+    """What torch's grouped product computes, in any dtype: torch's own has no float64."""
+    starts = [0, *offs.tolist()]
+    return torch.cat([x_SI[a:b] @ w for a, b, w in zip(starts, starts[1:], w_EIO, strict=False)])
+
+
+@pytest.mark.parametrize("engine", FAST)
+@settings(max_examples=40)
+@given(
+    ranks=st.lists(st.integers(0, 9), min_size=2, max_size=6),
+    tokens=st.integers(1, 20),
+    top_k=st.integers(1, 2),
+    seed=st.integers(0, 999),
+)
+def test_ragged_ranks_in_double_precision(engine, ranks, tokens, top_k, seed):
+    case = make_case(ranks, dtype=torch.float64, tokens=tokens, top_k=top_k, seed=seed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(F, "grouped_mm", looped_grouped_mm)
+        patch.setattr(drlora.ops, "grouped_fits", lambda base: True)
+        assert_engines_agree(case, engine, tolerance=1e-11)
+
+
+@pytest.mark.parametrize("engine", FAST)
+@pytest.mark.parametrize("ranks", [[3, 0, 9, 1, 4], [0, 0, 1, 0], [8, 8, 8]], ids=str)
+def test_ragged_ranks_in_single_precision(engine, ranks):
+    assert_engines_agree(make_case(ranks, tokens=30), engine)
+
+
+@pytest.mark.parametrize("engine", FAST)
+@pytest.mark.parametrize(
+    "projections",
+    [("up", "down"), ("gate", "up", "down"), ("gate_up",), ("down",), ("gate", "up"), ("gate",)],
+    ids="+".join,
+)
+def test_projections(engine, projections):
+    assert_engines_agree(make_case([3, 0, 5, 1], projections), engine)
+
+
+@pytest.mark.parametrize("engine", FAST)
+def test_all_tokens_on_one_expert(engine):
+    assert_engines_agree(make_case([3, 4, 0], index=torch.ones(9, 1, dtype=torch.int64)), engine)
+
+
+@pytest.mark.parametrize("engine", FAST)
+def test_no_adapter_rank_at_all(engine):
+    base, pieces, leaves, index = make_case([0, 0, 0])
+    out = adapted_experts(leaves[0], index, leaves[1], base, pieces, engine=engine)
+    grads = torch.autograd.grad(out.sum(), leaves)
+    assert all(grad.numel() == 0 for grad in grads[2:])
+    assert grads[0].abs().sum() > 0
+
+
+@pytest.mark.parametrize("engine", FAST)
+def test_odd_sizes(engine):
+    assert_engines_agree(make_case([3, 2, 7], hidden=13, width=5, tokens=11), engine)
+
+
+@pytest.mark.parametrize("engine", FAST)
+def test_bfloat16(engine):
+    case = make_case([3, 8, 1, 4], dtype=torch.bfloat16, hidden=32, width=16, tokens=20)
+    assert_engines_agree(case, engine, tolerance=2e-2)
+
+
+@pytest.mark.parametrize("engine", FAST)
+def test_float32_routing_weights_on_bfloat16_experts(engine):
+    base, pieces, leaves, index = make_case([3, 2, 4], dtype=torch.bfloat16)
+    leaves[1] = leaves[1].detach().float().requires_grad_()
+    assert_engines_agree((base, pieces, leaves, index), engine, tolerance=2e-2)
+
+
+@pytest.mark.parametrize("engine", FAST)
+def test_another_activation(engine):
+    assert_engines_agree(make_case([3, 2, 4], gate=gelu_gate), engine)
+
+
+@pytest.mark.parametrize("engine", FAST)
+def test_dropout_draws_the_same_mask(engine):
+    case = make_case([3, 2, 4])
+    assert_engines_agree(case, engine, dropout=0.4)
+    plain, dropped = run(engine, case), run(engine, case, dropout=0.4)
+    assert not torch.allclose(plain[0], dropped[0])
+
+
+def test_naive_is_the_merged_weights():
+    """The definition itself, against experts whose weights are W + s B A."""
+    base, pieces, leaves, index = make_case([3, 0, 5, 1], ("gate", "up", "down"))
+    out = adapted_experts(leaves[0], index, leaves[1], base, pieces, engine="naive")
+    matrices = {"gate_up": base.gate_up_EGH.clone(), "down": base.down_EHI.clone()}
+    for piece in pieces:
+        for e in range(4):
+            rows = slice(piece.offsets[e], piece.offsets[e + 1])
+            update = piece.scaling * piece.b_RO[rows].T @ piece.a_RI[rows]
+            matrices[piece.matrix][e, piece.columns] += update.detach()
+    merged = ExpertWeights(matrices["gate_up"], matrices["down"], silu_gate, is_silu=True)
+    plain = adapted_experts(leaves[0], index, leaves[1], merged, [], engine="naive")
+    torch.testing.assert_close(out, plain, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("engine", ["naive", "loop"])
+def test_gradients_are_right_in_double_precision(engine):
+    base, pieces, leaves, index = make_case([2, 0, 3], dtype=torch.float64, hidden=5, width=3,
+                                            tokens=4)  # fmt: skip
+
+    def function(x, weight, *factors):
+        bound = [p._replace(a_RI=factors[2 * i], b_RO=factors[2 * i + 1])
+                 for i, p in enumerate(pieces)]  # fmt: skip
+        return adapted_experts(x, index, weight, base, bound, engine=engine)
+
+    assert torch.autograd.gradcheck(function, tuple(leaves))

@@ -1,0 +1,226 @@
+"""DR-LoRA as a PEFT method: what users of PEFT do with an adapter."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, PeftType, get_peft_model
+from safetensors.torch import load_file, save_file
+from tiny import make_batch, make_model, plain_loop, trainable
+
+import drlora
+from drlora.inject import adapted_layers
+
+SETTINGS = dict(r_init=2, r_target=4, r_max=8, p_grow=0.5, grow_every=2, warmup_steps=1,
+                settle_steps=1, lora_alpha=8.0)  # fmt: skip
+
+
+def trained(family="olmoe", base=None, **changes):
+    config = drlora.DrLoraConfig(**{**SETTINGS, **changes})
+    model = get_peft_model(base or make_model(family), config)
+    dynamics = drlora.RankDynamics(model, total_steps=8)
+    plain_loop(model, dynamics, torch.optim.AdamW(trainable(model), lr=2e-2), range(8))
+    return model.eval()
+
+
+def logits(model, seed=7):
+    with torch.no_grad():
+        return model.eval()(**make_batch(seed)).logits
+
+
+def test_the_method_is_registered():
+    assert PeftType.DRLORA == "DRLORA"
+    assert PeftType("DRLORA") is PeftType.DRLORA
+    assert PeftType.DRLORA in list(PeftType)
+    assert isinstance(trained(), PeftModel)
+
+
+@pytest.mark.parametrize("changes", [{}, {"router": "train"}, {"projections": ["up", "down"]}],
+                         ids=["default", "router", "up+down"])  # fmt: skip
+def test_save_and_load(tmp_path, changes):
+    model = trained(**changes)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(make_model(), tmp_path)
+    assert torch.equal(logits(loaded), logits(model))
+    for one, other in zip(
+        adapted_layers(model, "default").values(),
+        adapted_layers(loaded, "default").values(),
+        strict=True,
+    ):
+        one, other = one.drlora_adapters["default"], other.drlora_adapters["default"]
+        assert one.ranks() == other.ranks()
+        for key, value in one.state_dict().items():
+            assert torch.equal(value, other.state_dict()[key]), key
+    assert PeftConfig.from_pretrained(tmp_path).to_dict() == {
+        **model.peft_config["default"].to_dict(), "inference_mode": True
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_auto_class(tmp_path, low_cpu_mem_usage):
+    base = make_model()
+    base.save_pretrained(tmp_path / "base")
+    model = trained(base=type(base).from_pretrained(tmp_path / "base"))
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = AutoPeftModelForCausalLM.from_pretrained(
+        tmp_path / "adapter", low_cpu_mem_usage=low_cpu_mem_usage
+    )
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-5, atol=1e-5)
+
+
+def test_only_the_adapter_is_saved(tmp_path):
+    model = trained()
+    model.save_pretrained(tmp_path)
+    keys = load_file(tmp_path / "adapter_model.safetensors")
+    assert keys and all(".drlora_adapters." in key for key in keys)
+    written = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert written["peft_type"] == "DRLORA" and written["r_target"] == 4
+
+
+def test_storage_is_exactly_the_budget():
+    model = trained()
+    rows = 6 * 4  # experts * r_target
+    wanted = 2 * rows * ((32 + 48) + (24 + 32))  # two blocks; gate_up and down
+    assert model.get_nb_trainable_parameters()[0] == wanted
+
+
+def test_print_trainable_parameters(capsys):
+    trained().print_trainable_parameters()
+    assert "trainable params: 6,528" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("router", ["frozen", "train"])
+def test_disable_adapter(router):
+    model = trained(router=router)
+    plain, adapted = logits(make_model()), logits(model)
+    with model.disable_adapter():
+        assert torch.equal(logits(model), plain)
+    assert torch.equal(logits(model), adapted) and not torch.equal(adapted, plain)
+
+
+@pytest.mark.parametrize("family", ["olmoe", "mixtral", "deepseek_v3"])
+@pytest.mark.parametrize("router", ["frozen", "train"])
+def test_merge_and_unload(family, router):
+    """Law 7: merged logits equal adapter logits."""
+    model = trained(family, router=router)
+    adapted = logits(model)
+    merged = model.merge_and_unload()
+    assert type(merged) is type(make_model(family))
+    assert not any("drlora" in name for name, _ in merged.named_modules())
+    torch.testing.assert_close(logits(merged), adapted, rtol=1e-4, atol=1e-5)
+
+
+def test_unmerge_restores_the_base_to_the_bit():
+    model = trained()
+    base = {k: v.clone() for k, v in model.state_dict().items() if "base_layer" in k}
+    adapted = logits(model)
+    model.merge_adapter(safe_merge=True)
+    torch.testing.assert_close(logits(model), adapted, rtol=1e-4, atol=1e-5)
+    assert any(not torch.equal(v, model.state_dict()[k]) for k, v in base.items())
+    model.unmerge_adapter()
+    assert all(torch.equal(v, model.state_dict()[k]) for k, v in base.items())
+    assert torch.equal(logits(model), adapted)
+
+
+def test_safe_merge_refuses_nan():
+    model = trained()
+    layer = next(iter(adapted_layers(model, "default").values()))
+    layer.drlora_adapters["default"].pools["down"].lora_B.data[0] = float("nan")
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        model.merge_adapter(safe_merge=True)
+
+
+def test_two_adapters():
+    model = trained()
+    first = logits(model)
+    model.add_adapter("second", drlora.DrLoraConfig(r_init=1, r_target=2, r_max=4, p_grow=0.5))
+    assert torch.equal(logits(model), first)
+    model.set_adapter("second")
+    torch.testing.assert_close(logits(model), logits(make_model()), rtol=1e-5, atol=1e-5)
+    names = [n for n, p in model.named_parameters() if p.requires_grad]
+    assert names and all(".second." in name for name in names)
+    model.set_adapter("default")
+    assert torch.equal(logits(model), first)
+    model.delete_adapter("second")
+    assert torch.equal(logits(model), first)
+
+
+def test_generation_with_and_without_cache():
+    model = trained()
+    ids = make_batch()["input_ids"]
+    texts = [
+        model.generate(ids, max_new_tokens=6, do_sample=False, use_cache=cache)
+        for cache in (True, False)
+    ]
+    assert torch.equal(*texts)
+
+
+def test_bfloat16_base_keeps_the_adapter_in_float32():
+    model = trained(base=make_model().to(torch.bfloat16))
+    for layer in adapted_layers(model, "default").values():
+        for pool in layer.drlora_adapters["default"].pools.values():
+            assert pool.lora_A.dtype == pool.lora_B.dtype == torch.float32
+            assert pool.importance.dtype == torch.float32
+    assert logits(model).dtype == torch.bfloat16
+
+
+def test_autocast():
+    model = trained()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = model.train()(**make_batch())
+    out.loss.backward()
+    torch.testing.assert_close(out.logits.float(), logits(model, 0), rtol=0.1, atol=0.1)
+
+
+def test_deep_copy():
+    model = trained()
+    assert torch.equal(logits(copy.deepcopy(model)), logits(model))
+
+
+def test_modules_to_save(tmp_path):
+    model = trained(modules_to_save=["lm_head"])
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(make_model(), tmp_path)
+    assert torch.equal(logits(loaded), logits(model))
+    assert not torch.equal(
+        model.base_model.model.lm_head.modules_to_save["default"].weight,
+        make_model().lm_head.weight,
+    )
+
+
+def test_one_block_alone():
+    name = "model.layers.1.mlp.experts"
+    model = trained(experts=[name])
+    assert [layer.block.experts_name for layer in adapted_layers(model, "default").values()] == [
+        name
+    ]
+
+
+@pytest.mark.parametrize("damage", ["missing", "shape", "owner", "truncated", "other model"])
+def test_adapters_that_do_not_fit_are_refused(tmp_path, damage):
+    trained().save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    key = "base_model.model.model.layers.0.mlp.experts.drlora_adapters.pools.down."
+    base, match = make_model(), "does not fit this model"
+    if damage == "missing":
+        del tensors[key + "lora_A"]
+    elif damage == "shape":
+        tensors[key + "lora_A"] = tensors[key + "lora_A"][:3].contiguous()
+    elif damage == "owner":
+        tensors[key + "owner"][0] = 77
+        match = "rank map is damaged.*77"
+    elif damage == "other model":
+        base = make_model(num_hidden_layers=1)
+        match = "match nothing in OlmoeForCausalLM"
+    save_file(tensors, path)
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[:-100])
+        match = "Error while deserializing"
+    with pytest.raises(Exception, match=match) as caught:
+        PeftModel.from_pretrained(base, tmp_path)
+    if damage != "truncated":
+        assert isinstance(caught.value, drlora.DrLoraError)

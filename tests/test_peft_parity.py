@@ -1,0 +1,72 @@
+"""Law 2: uniform ranks with growth off equal PEFT's LoRA on `target_parameters`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tiny import make_batch, make_model
+
+import drlora
+from drlora.inject import adapted_layers
+
+RANK, ALPHA = 4, 8.0
+PARAMETERS = {"gate_up": "gate_up_proj", "down": "down_proj"}
+
+
+def peft_factors(model, rank):
+    """(block, projection) -> PEFT's (lora_A (E*r, in), lora_B (out, r*E)) parameters."""
+    from peft.tuners.lora.layer import ParamWrapper
+
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, ParamWrapper):
+            block = name.split("base_model.model.")[1].split(".experts")[0]
+            projection = next(p for p, key in PARAMETERS.items() if key == module.parameter_name)
+            found[block, projection] = (
+                module.lora_A["default"].weight,
+                module.lora_B["default"].weight,
+            )
+    return found
+
+
+def to_pool_layout(a, b, experts):
+    """PEFT keeps A at row e*r + k and B at column k*E + e; a pool keeps both at row e*r + k."""
+    outputs = b.shape[0]
+    return a, b.reshape(outputs, -1, experts).permute(2, 1, 0).reshape(-1, outputs)
+
+
+@pytest.mark.parametrize("rslora", [False, True], ids=["alpha/r", "rslora"])
+@pytest.mark.parametrize("engine", ["naive", "loop", "grouped"])
+@pytest.mark.parametrize("family", ["olmoe", "qwen3_moe", "mixtral"])
+def test_loss_and_every_gradient_equal_pefts(family, engine, rslora):
+    theirs = get_peft_model(
+        make_model(family),
+        LoraConfig(r=RANK, lora_alpha=ALPHA, use_rslora=rslora,
+                   target_parameters=[f"experts.{key}" for key in PARAMETERS.values()]),
+    )  # fmt: skip
+    ours = get_peft_model(
+        make_model(family),
+        drlora.DrLoraConfig(r_init=RANK, r_target=RANK, r_max=RANK, lora_alpha=ALPHA,
+                            use_rslora=rslora, engine=engine),
+    )  # fmt: skip
+    pairs = peft_factors(theirs, RANK)
+    layers = adapted_layers(ours, "default")
+    assert len(pairs) == 2 * len(layers)
+    for (block, projection), (a, b) in pairs.items():
+        b.data.normal_(std=0.2)
+        pool = layers[block].drlora_adapters["default"].pools[projection]
+        a_pool, b_pool = to_pool_layout(a.data, b.data, layers[block].block.num_experts)
+        pool.lora_A.data.copy_(a_pool)
+        pool.lora_B.data.copy_(b_pool)
+    losses = []
+    for model in (theirs, ours):
+        out = model.train()(**make_batch())
+        out.loss.backward()
+        losses.append(out.loss.item())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+    for (block, projection), (a, b) in pairs.items():
+        pool = layers[block].drlora_adapters["default"].pools[projection]
+        wanted = to_pool_layout(a.grad, b.grad, layers[block].block.num_experts)
+        for want, got in zip(wanted, (pool.lora_A.grad, pool.lora_B.grad), strict=True):
+            assert (got - want).norm() / want.norm() < 1e-5, (block, projection)
