@@ -22,14 +22,21 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset(
         {
             "__main__",
+            "assemble",
             "callback",
             "cli",
             "data",
             "embedded",
             "evaluate",
+            "evaluate_run",
             "inspection",
+            "measure",
+            "progress",
             "recipe",
             "report",
+            "rundir",
+            "settings",
+            "summary",
             "train",
         }
     ),

@@ -1,0 +1,7 @@
+"""`python -m drlora`: the same as the command `drlora`."""
+
+import sys
+
+from drlora.cli import main
+
+sys.exit(main())

@@ -1,0 +1,240 @@
+"""From a recipe to its parts: architecture, tokenizer, data, Trainer arguments, weights.
+
+The order in which train.py calls these is the order of cost: what can be refused from the
+configuration is refused before data is read, and what data can tell before weights are loaded.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import PeftModel, get_peft_model
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainingArguments,
+)
+
+from drlora.config import DrLoraConfig
+from drlora.data import EncodedData, encode_examples, load_examples
+from drlora.embedded import resolve_model
+from drlora.errors import CheckpointError, ConfigError, DataError, DrLoraError
+from drlora.inject import choose_blocks
+from drlora.recipe import DataSection, Recipe
+from drlora.rundir import RunDir
+from drlora.schedule import plan_growth
+
+DEFAULT_MAX_LENGTH = 1024
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Examples as loaded (`raw`) and as token ids (`encoded`)."""
+
+    raw: Dataset
+    encoded: EncodedData
+
+
+def load_architecture(model: str, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """The model's config: of `embedded`, a folder, a config.json, or the hub. No weights.
+
+    Raises:
+        ConfigError: if there is no such model.
+    """
+    with _told(f"model={model!r} cannot be loaded", _MODEL_HINT):
+        return AutoConfig.from_pretrained(resolve_model(model), trust_remote_code=trust_remote_code)
+
+
+def model_on_meta(config: PreTrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model of `config` without memory for its weights.
+
+    Raises:
+        ConfigError: if `config` is not of a causal language model.
+    """
+    with _told(f"{type(config).__name__} gives no causal language model", ""), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+
+
+def check_growth(model: PreTrainedModel, config: DrLoraConfig, total_steps: int) -> None:
+    """Refuse a model without fitting blocks, or a run that cannot spend the budget.
+
+    Raises:
+        ConfigError: with the arithmetic.
+    """
+    for num_experts in {block.num_experts for block in choose_blocks(model, config)}:
+        plan_growth(config, num_experts, total_steps)
+
+
+def load_tokenizer(recipe: Recipe, vocab_size: int) -> PreTrainedTokenizerBase:
+    """The recipe's tokenizer.
+
+    Raises:
+        ConfigError: if there is none, or it knows more tokens than the model (`vocab_size`).
+    """
+    name = resolve_model(recipe.tokenizer or recipe.model)
+    with _told(f"the tokenizer of {name!r} cannot be loaded", "Set tokenizer: to one that fits."):
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=recipe.trust_remote_code)
+    if len(tokenizer) > vocab_size:
+        raise ConfigError(
+            f"the tokenizer {name!r} has {len(tokenizer)} tokens, but the model {recipe.model!r} "
+            f"knows {vocab_size}; set tokenizer: to the one the model was trained with."
+        )
+    return tokenizer
+
+
+def vocabulary_size(model: PreTrainedModel) -> int:
+    """How many tokens the model has an embedding for."""
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, torch.Tensor)
+    return weight.shape[0]
+
+
+def load_role(recipe: Recipe, role: str) -> Dataset:
+    """The examples of a role (train, eval or test), cut to its limit.
+
+    Raises:
+        DataError: if they are missing, empty or malformed.
+    """
+    source, split = recipe.data.source(role)
+    return load_source(recipe.data, source, split, recipe.data.limits.get(role))
+
+
+def load_source(section: DataSection, source: str, split: str, limit: int | None) -> Dataset:
+    """The first `limit` examples of a source, read as the section `data` says."""
+    examples = load_examples(source, split=split, config=section.config, columns=section.columns)
+    return examples.select(range(min(len(examples), limit or len(examples))))
+
+
+def encode(
+    raw: Dataset, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, config: PreTrainedConfig
+) -> Examples:
+    """Token ids of `raw`, at most `data.max_length` of them an example.
+
+    Raises:
+        ConfigError: if the model cannot take examples of that length.
+        DataError: if no example has a token to learn.
+    """
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
+    wanted = recipe.data.max_length or min(DEFAULT_MAX_LENGTH, longest)
+    if wanted > longest:
+        raise ConfigError(
+            f"data.max_length={wanted} is more than the {longest} tokens that {recipe.model!r} "
+            f"takes; lower it."
+        )
+    return Examples(raw, encode_examples(raw, tokenizer, int(wanted)))
+
+
+def training_arguments(recipe: Recipe, run: RunDir) -> TrainingArguments:
+    """The Trainer's arguments: the section `training`, and what a run directory needs.
+
+    Raises:
+        ConfigError: what transformers says against them.
+    """
+    has_accelerator = torch.accelerator.is_available()
+    settings: dict[str, Any] = {
+        "use_cpu": not has_accelerator,
+        "dataloader_pin_memory": has_accelerator,
+        **recipe.training,
+    }
+    try:
+        arguments = TrainingArguments(
+            output_dir=str(run.checkpoints), label_names=["labels"], **settings
+        )
+    except (ValueError, TypeError, ImportError) as error:
+        raise ConfigError(f"the section training is refused by transformers: {error}") from error
+    for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+        if getattr(arguments, name) < 1:
+            raise ConfigError(f"training.{name}={getattr(arguments, name)} must be at least 1.")
+    if arguments.max_steps < 1 and arguments.num_train_epochs <= 0:
+        raise ConfigError(
+            f"training.num_train_epochs={arguments.num_train_epochs} leaves nothing to train; set "
+            f"it, or training.max_steps, above 0."
+        )
+    return arguments
+
+
+def count_steps(arguments: TrainingArguments, num_examples: int) -> int:
+    """Optimizer steps of the run, as the Trainer counts them.
+
+    Raises:
+        DataError: if `dataloader_drop_last` leaves no batch.
+    """
+    if arguments.max_steps > 0:
+        return arguments.max_steps
+    examples = num_examples / arguments.world_size / arguments.train_batch_size
+    batches = math.floor(examples) if arguments.dataloader_drop_last else math.ceil(examples)
+    if batches < 1:
+        raise DataError(f"{num_examples} examples do not fill one batch; lower the batch size.")
+    updates = math.ceil(batches / arguments.gradient_accumulation_steps)
+    return math.ceil(arguments.num_train_epochs * updates)
+
+
+def load_base_model(recipe: Recipe) -> PreTrainedModel:
+    """The model with its weights.
+
+    Raises:
+        ConfigError: if they are missing or damaged.
+    """
+    with _told(f"the weights of model={recipe.model!r} cannot be loaded", _MODEL_HINT):
+        return AutoModelForCausalLM.from_pretrained(
+            resolve_model(recipe.model),
+            dtype="auto" if recipe.dtype == "auto" else getattr(torch, recipe.dtype),
+            trust_remote_code=recipe.trust_remote_code,
+        )
+
+
+def add_adapter(model: PreTrainedModel, config: DrLoraConfig) -> PeftModel:
+    """The model with a new DR-LoRA adapter; its base is frozen."""
+    peft_model = get_peft_model(model, config)
+    assert isinstance(peft_model, PeftModel)
+    return peft_model
+
+
+def load_adapter(model: PreTrainedModel, folder: str) -> PeftModel:
+    """The model with the adapter that was saved in `folder`.
+
+    Raises:
+        CheckpointError: if the adapter is missing, damaged, or was made for another model.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            return PeftModel.from_pretrained(model, folder)
+    except DrLoraError as error:
+        raise CheckpointError(f"the adapter in {folder} cannot be used: {error}") from error
+    except (SafetensorError, OSError, ValueError, RuntimeError, UserWarning) as error:
+        raise CheckpointError(
+            f"the adapter in {folder} cannot be loaded: {_first_line(error)}. It is incomplete or "
+            f"damaged; train it again, or copy it again from where it came."
+        ) from error
+
+
+_MODEL_HINT = "Name a local folder with a model, a model of the hub, or `embedded`."
+
+
+@contextmanager
+def _told(what: str, way_out: str) -> Iterator[None]:
+    """What transformers raises for a user's mistake, in one sentence."""
+    try:
+        yield
+    except DrLoraError:
+        raise
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        raise ConfigError(f"{what}: {_first_line(error)}. {way_out}".strip()) from error
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__).rstrip(".")

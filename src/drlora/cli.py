@@ -1,0 +1,140 @@
+"""The command line: verbs, arguments, and errors as one message.
+
+    drlora train RECIPE.yaml [key=value ...] [--resume]
+    drlora eval RUN [--split SPLIT] [--data FILE]
+    drlora inspect MODEL [key=value ...] [--steps N]
+
+Exit codes: 0 done, 2 something to put right (one message on standard error), 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import warnings
+from collections.abc import Sequence
+
+import datasets
+import transformers
+from rich.console import Console
+
+from drlora.errors import DrLoraError
+from drlora.evaluate_run import evaluate_run
+from drlora.inspection import inspect_model, print_inspection
+from drlora.recipe import load_recipe, make_adapter_config
+from drlora.settings import split_override
+from drlora.summary import print_summary
+from drlora.train import train
+
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    arguments = _parser().parse_args(argv)
+    _quiet()
+    try:
+        return arguments.verb(arguments)
+    except KeyboardInterrupt:
+        return _report(_interrupted(arguments), EXIT_INTERRUPTED)
+    except (DrLoraError, OSError) as error:
+        if arguments.debug:
+            raise
+        return _report(f"error: {error}", EXIT_BAD_INPUT)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="drlora", description="Fine-tune Mixture-of-Experts language models with DR-LoRA."
+    )
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
+    _add_train(verbs, common)
+    _add_eval(verbs, common)
+    _add_inspect(verbs, common)
+    return parser
+
+
+def _add_train(verbs: argparse._SubParsersAction, common: argparse.ArgumentParser) -> None:
+    verb = verbs.add_parser("train", parents=[common], help="fine-tune as a recipe says")
+    verb.add_argument("recipe", metavar="RECIPE.yaml")
+    verb.add_argument("overrides", nargs="*", metavar="key=value", help="training.max_steps=100")
+    verb.add_argument("--resume", action="store_true", help="continue the run in output_dir")
+    verb.set_defaults(verb=_train)
+
+
+def _add_eval(verbs: argparse._SubParsersAction, common: argparse.ArgumentParser) -> None:
+    verb = verbs.add_parser("eval", parents=[common], help="measure a trained run on data")
+    verb.add_argument("run", metavar="RUN", help="a run directory")
+    verb.add_argument("--split", default="eval", help="train, eval, test or a split's name")
+    verb.add_argument("--data", metavar="FILE", help="other data than the recipe's")
+    verb.add_argument("--json", action="store_true", help="print JSON")
+    verb.set_defaults(verb=_eval)
+
+
+def _add_inspect(verbs: argparse._SubParsersAction, common: argparse.ArgumentParser) -> None:
+    verb = verbs.add_parser(
+        "inspect", parents=[common], help="blocks, experts, memory and growth plan of a model"
+    )
+    verb.add_argument("model", metavar="MODEL", help="embedded, a folder, a config.json, or a name")
+    verb.add_argument("overrides", nargs="*", metavar="key=value", help="r_target=16, preset=...")
+    verb.add_argument("--steps", type=int, metavar="N", help="show the growth plan of N steps")
+    verb.add_argument("--dtype", help="of the weights; by default what they are stored in")
+    verb.add_argument("--json", action="store_true", help="print JSON")
+    verb.set_defaults(verb=_inspect)
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    console = Console(highlight=False, soft_wrap=True)
+    result = train(load_recipe(arguments.recipe, arguments.overrides), arguments.resume, console)
+    if result.interrupted:
+        return _report(
+            f"interrupted at step {result.steps}; a checkpoint is saved. Continue with:\n"
+            f"  {result.run.resume_command}",
+            EXIT_INTERRUPTED,
+        )
+    print_summary(result, console)
+    return 0
+
+
+def _eval(arguments: argparse.Namespace) -> int:
+    found = evaluate_run(arguments.run, arguments.split, arguments.data)
+    print(json.dumps(found.to_dict(), indent=2) if arguments.json else found)
+    return 0
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    settings = {}
+    for override in arguments.overrides:
+        path, value = split_override(override)
+        settings[".".join(path).removeprefix("adapter.")] = value
+    found = inspect_model(
+        arguments.model, make_adapter_config(settings), arguments.steps, arguments.dtype
+    )
+    if arguments.json:
+        print(json.dumps(found, indent=2))
+    else:
+        print_inspection(found)
+    return 0
+
+
+def _quiet() -> None:
+    """Keep other libraries' bars and notes out of the output; our own messages say enough."""
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+def _interrupted(arguments: argparse.Namespace) -> str:
+    if arguments.verb is not _train:
+        return "interrupted"
+    return "interrupted outside of the training steps; the same command with --resume goes on"
+
+
+def _report(message: str, code: int) -> int:
+    print(message, file=sys.stderr)
+    return code

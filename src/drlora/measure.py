@@ -1,0 +1,81 @@
+"""What a run measures on held-out data, before and after training."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from datasets import Dataset
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
+
+from drlora.assemble import Examples
+from drlora.data import Collator
+from drlora.errors import DataError
+from drlora.evaluate import LossResult, MatchResult, evaluate_loss, exact_match
+from drlora.recipe import EvaluationSection
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Loss over target tokens and, where answers can be compared, exact match."""
+
+    loss: LossResult
+    match: MatchResult | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values; `measurement_from` reads them back."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        text = f"loss {self.loss.loss:.4f}, perplexity {self.loss.perplexity:.2f}"
+        if self.match is None:
+            return text
+        share = f"{self.match.accuracy:.1%} ({self.match.correct} of {self.match.total})"
+        return f"{text}, exact match {share}"
+
+
+def measurement_from(values: dict[str, Any]) -> Measurement:
+    """The measurement that `to_dict` gave, without its samples."""
+    match = values["match"]
+    return Measurement(
+        LossResult(**values["loss"]),
+        MatchResult(**{**match, "samples": ()}) if match else None,
+    )
+
+
+def measure(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Examples,
+    section: EvaluationSection,
+) -> Measurement:
+    """Measure the model as it is on `examples`, as the recipe's section `evaluation` says."""
+    encoded = _front(examples.encoded.dataset, section.loss_examples)
+    loss = evaluate_loss(model, encoded, Collator(tokenizer), section.batch_size)
+    raw = _front(examples.raw, section.exact_match_examples)
+    if not wants_match(raw, section):
+        return Measurement(loss, None)
+    match = exact_match(model, tokenizer, raw, section.batch_size, section.max_new_tokens)
+    return Measurement(loss, match)
+
+
+def wants_match(raw: Dataset, section: EvaluationSection) -> bool:
+    """Whether answers are compared: as the recipe says, or where there are one-line ones.
+
+    Raises:
+        DataError: if the recipe asks for it but the data has no prompts.
+    """
+    has_prompts = "prompt" in raw.column_names
+    if section.exact_match and not has_prompts:
+        raise DataError(
+            f"evaluation.exact_match=true needs prompt and completion columns; the held-out data "
+            f"has {raw.column_names}. Leave evaluation.exact_match out."
+        )
+    if section.exact_match is None:
+        return has_prompts and not any("\n" in text.strip() for text in raw["completion"])
+    return section.exact_match
+
+
+def _front(rows: Dataset, limit: int | None) -> Dataset:
+    return rows.select(range(min(len(rows), limit or len(rows))))

@@ -1,0 +1,144 @@
+"""What a run writes and shows while it trains: metrics, progress bar or plain lines, Ctrl-C."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from drlora.dynamics import Grant, RankDynamics
+from drlora.rundir import append_line
+
+PLAIN_LINES = 10
+
+
+class MetricsLog(TrainerCallback):
+    """Appends every log entry of the Trainer to a .jsonl file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """One line: step, kind, and what the Trainer logged."""
+        append_line(self.path, {"step": state.global_step, "kind": "log", **(logs or {})})
+
+
+class StopOnInterrupt(TrainerCallback):
+    """Ctrl-C ends the training after the step under way, with a checkpoint; twice ends it at once.
+
+    Use it as a context around `trainer.train()`.
+
+    Attributes:
+        interrupted: whether Ctrl-C was pressed.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.interrupted = False
+
+    def __enter__(self) -> StopOnInterrupt:
+        self._is_main = threading.current_thread() is threading.main_thread()
+        if self._is_main:
+            self._before = signal.signal(signal.SIGINT, self._note)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._is_main:
+            signal.signal(signal.SIGINT, self._before)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.interrupted:
+            raise KeyboardInterrupt
+        self.interrupted = True
+        self.console.print("stopping after this step; Ctrl-C again stops at once")
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Ask the Trainer for a checkpoint and the end."""
+        if self.interrupted:
+            control.should_save = True
+            control.should_training_stop = True
+
+
+class ShowProgress(TrainerCallback):
+    """A bar and a line a growth event on a terminal; a few plain lines elsewhere."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.dynamics: RankDynamics | None = None
+        self.loss = float("nan")
+        self.bar = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]:.3f}"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start at the step that the run resumes from."""
+        self.task = self.bar.add_task(
+            "training", total=state.max_steps, completed=state.global_step, loss=self.loss
+        )
+        self.bar.start()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Move the bar, or print one of a few lines."""
+        self.bar.update(self.task, completed=state.global_step, loss=self.loss)
+        every = max(1, state.max_steps // PLAIN_LINES)
+        if not self.console.is_terminal and state.global_step % every == 0:
+            self.console.print(f"step {state.global_step}/{state.max_steps}, loss {self.loss:.3f}")
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Keep the loss to show."""
+        self.loss = (logs or {}).get("loss", self.loss)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take the bar down."""
+        self.bar.stop()
+
+    def show_growth(self, grants: list[Grant]) -> None:
+        """One line for one event, on a terminal."""
+        if self.console.is_terminal and self.dynamics is not None:
+            self.console.print(growth_line(grants, self.dynamics))
+
+
+def growth_line(grants: list[Grant], dynamics: RankDynamics) -> str:
+    """`step 120: 24 ranks to 9 experts, the largest now has 12; 40 % of the growth is done`."""
+    owned, stored = dynamics.budget()
+    start = stored * dynamics.config.r_init // dynamics.config.r_target
+    granted, largest = sum(g.granted for g in grants), max(g.rank for g in grants)
+    return (
+        f"step {grants[0].step}: {granted} rank{'s' if granted > 1 else ''} to {len(grants)} "
+        f"expert{'s' if len(grants) > 1 else ''}, the largest grew to {largest}; "
+        f"{(owned - start) / (stored - start):.0%} of the growth is done"
+    )

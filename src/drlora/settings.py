@@ -1,0 +1,181 @@
+"""Reading and checking settings that a user wrote: YAML, `key=value`, names, types.
+
+Nothing here knows which settings there are; recipe.py does.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import types
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Union, get_args, get_origin
+
+import yaml
+
+from drlora.errors import ConfigError
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as people write it: `1e-4` is a number, and a key may stand only once."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = sorted({str(key) for key in keys if keys.count(key) > 1})
+        if twice:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"{twice[0]} is set twice", node.start_mark
+            )
+        return super().construct_mapping(node, deep)
+
+
+# YAML 1.1, which PyYAML follows, takes 1e-4 for a string because it has no dot.
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """The value that `text` stands for.
+
+    Raises:
+        ConfigError: naming `where` and the line of the fault.
+    """
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or str(error)
+        raise ConfigError(f"{where}{line} is not valid YAML: {problem}.") from error
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in the YAML file `path`.
+
+    Raises:
+        ConfigError: if there is no such file, or it holds no mapping.
+    """
+    try:
+        text = path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ConfigError(f"{path} cannot be read: {reason}.") from error
+    value = parse_yaml(text, str(path))
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path} must hold `setting: value` lines, not {_shown(value)}.")
+    return value
+
+
+def split_override(text: str) -> tuple[list[str], Any]:
+    """`a.b=value` as (["a", "b"], value), the value read as YAML."""
+    key, equals, value = text.partition("=")
+    if not equals or not all(key.split(".")):
+        raise ConfigError(f"{text!r} is no override; write key=value, as training.max_steps=100.")
+    return key.split("."), parse_yaml(value, f"the value in {text!r}")
+
+
+def set_in(tree: dict[str, Any], path: Sequence[str], value: Any) -> None:
+    """Set `tree[path[0]][path[1]]...` in place, making the mappings in between.
+
+    Raises:
+        ConfigError: if what lies in between is a plain value.
+    """
+    for depth, key in enumerate(path[:-1], start=1):
+        if tree.get(key) is None:
+            tree[key] = {}
+        tree = tree[key]
+        if not isinstance(tree, dict):
+            raise ConfigError(f"{'.'.join(path)}: {'.'.join(path[:depth])} is no section.")
+    tree[path[-1]] = value
+
+
+def refuse_unknown(
+    found: Collection[Any],
+    known: Collection[str],
+    section: str,
+    elsewhere: Mapping[str, str] | None = None,
+    shown: str | None = None,
+) -> None:
+    """Refuse names in `found` that are not in `known`.
+
+    Args:
+        found: names that the user wrote.
+        known: names that exist here.
+        section: where "here" is, "" for the top of a recipe.
+        elsewhere: name -> the dotted name it has in another place.
+        shown: what to say instead of the list of known names.
+
+    Raises:
+        ConfigError: with the nearest known name and the list of them.
+    """
+    for name in found:
+        if name in known:
+            continue
+        full = f"{section}.{name}" if section else str(name)
+        near = difflib.get_close_matches(str(name), known, n=1)
+        hint = f"{section}.{near[0]}" if near and section else "".join(near)
+        hint = hint or (elsewhere or {}).get(str(name), "")
+        raise ConfigError(
+            f"{full} is not a setting; {f'did you mean {hint}? K' if hint else 'k'}nown "
+            f"{f'in {section} ' if section else ''}are {shown or ', '.join(sorted(known))}."
+        )
+
+
+def check_type(value: Any, wanted: Any, name: str) -> Any:
+    """`value`, refused unless it fits the annotation `wanted`; 100.0 becomes 100 for an int.
+
+    Only plain types, lists, dicts and unions of them are looked at; anything else passes.
+
+    Raises:
+        ConfigError: naming the setting, its value and what it must be.
+    """
+    if wanted is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    if not _fits(value, wanted):
+        raise ConfigError(f"{name}={_shown(value)} must be {_described(wanted)}.")
+    return value
+
+
+def _fits(value: Any, wanted: Any) -> bool:
+    origin, arguments = get_origin(wanted), get_args(wanted)
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, one) for one in arguments)
+    if origin is list:
+        return isinstance(value, list) and all(_fits(item, arguments[0]) for item in value)
+    if origin is dict or wanted is dict:
+        return isinstance(value, dict)
+    if wanted is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if wanted is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if wanted in (bool, str, type(None)):
+        return isinstance(value, wanted)
+    return True
+
+
+_NAMES = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    dict: "a mapping",
+    type(None): "null",
+}
+
+
+def _described(wanted: Any) -> str:
+    origin, arguments = get_origin(wanted), get_args(wanted)
+    if origin in (Union, types.UnionType):
+        return " or ".join(_described(one) for one in arguments)
+    if origin is list:
+        return f"a list ({_described(arguments[0])} each)"
+    return _NAMES.get(origin or wanted, str(wanted))
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

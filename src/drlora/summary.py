@@ -1,0 +1,74 @@
+"""The outcome of a run, for people: what was measured, the ranks, the budget."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from drlora.measure import Measurement
+from drlora.train import Ranks, TrainResult
+
+
+def print_summary(result: TrainResult, console: Console) -> None:
+    """Held-out measurements before and after, ranks, budget, size and time."""
+    console.print()
+    if result.after is not None:
+        for line in compare(result.before, result.after):
+            console.print(line)
+    console.print(rank_table(result.ranks))
+    console.print(budget_line(result))
+    console.print(
+        f"{result.trainable_parameters:,} trainable parameters, {result.steps} steps, "
+        f"{result.seconds:.0f} s of training"
+    )
+    if result.after is not None:
+        console.print(f"the run is in {result.run.path}")
+
+
+def compare(before: Measurement, after: Measurement) -> list[str]:
+    """`held-out loss 3.1 -> 0.9` and, where it was measured, exact match."""
+    lines = [
+        f"held-out loss      {before.loss.loss:.4f} -> {after.loss.loss:.4f}   "
+        f"(perplexity {before.loss.perplexity:.2f} -> {after.loss.perplexity:.2f})"
+    ]
+    if before.match is not None and after.match is not None:
+        lines.append(
+            f"exact match        {before.match.accuracy:.1%} -> {after.match.accuracy:.1%}   "
+            f"({before.match.correct} -> {after.match.correct} of {after.match.total})"
+        )
+    return lines
+
+
+def budget_line(result: TrainResult) -> str:
+    """The ranks spent, and what the budget is made of."""
+    b = result.budget
+    return (
+        f"spent {b['spent']} of {b['stored']} ranks = r_target {b['r_target']} x {b['experts']} "
+        f"experts x {b['layers']} layers x {b['projections']} projections"
+    )
+
+
+def rank_table(ranks: Ranks) -> Table:
+    """One row a block, or one a projection where ranks differ between projections."""
+    table = Table(title="ranks", box=None, pad_edge=False)
+    for name in ("layer", "projection"):
+        table.add_column(name)
+    for name in ("min", "mean", "max"):
+        table.add_column(name, justify="right")
+    table.add_column("by expert")
+    for block, projections in ranks.items():
+        for label, row in _rows(projections):
+            mean = f"{sum(row) / len(row):.2f}"
+            cells = " ".join(map(str, row))
+            table.add_row(block, label, str(min(row)), mean, str(max(row)), cells)
+    return table
+
+
+def _rows(projections: dict[str, list[int]]) -> list[tuple[str, Sequence[int]]]:
+    """(projections, ranks): one entry if all projections have the same ranks."""
+    distinct = {tuple(row) for row in projections.values()}
+    if len(distinct) == 1:
+        return [("+".join(projections), distinct.pop())]
+    return list(projections.items())

@@ -1,0 +1,273 @@
+"""One run, from a recipe to a trained adapter: `drlora train`.
+
+result = train(load_recipe("recipes/embedded.yaml"))
+result.before.loss.loss, result.after.loss.loss, result.ranks
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import datasets
+import peft
+import torch
+import transformers
+from peft import PeftModel
+from rich.console import Console
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+from drlora import __version__
+from drlora.assemble import (
+    Examples,
+    add_adapter,
+    check_growth,
+    count_steps,
+    encode,
+    load_architecture,
+    load_base_model,
+    load_role,
+    load_tokenizer,
+    model_on_meta,
+    training_arguments,
+    vocabulary_size,
+)
+from drlora.callback import DrLoraCallback
+from drlora.data import Collator
+from drlora.inject import adapted_layers
+from drlora.measure import Measurement, measure, measurement_from
+from drlora.progress import MetricsLog, ShowProgress, StopOnInterrupt
+from drlora.recipe import Recipe
+from drlora.rundir import (
+    RunDir,
+    append_line,
+    checkpoint_step,
+    forget_after,
+    read_lines,
+    write_json,
+    write_yaml,
+)
+
+Ranks = dict[str, dict[str, list[int]]]
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """The outcome of a run.
+
+    Attributes:
+        run: the run directory.
+        before, after: held-out measurements; `after` is None if the run was interrupted.
+        ranks: block -> projection -> rank of each expert.
+        budget: spent and stored ranks, and the factors of the stored ones.
+        trainable_parameters: how many numbers were trained.
+        steps: optimizer steps taken in all.
+        seconds: time in training (of this process), measurements not included.
+        interrupted: whether Ctrl-C ended it early.
+    """
+
+    run: RunDir
+    before: Measurement
+    after: Measurement | None
+    ranks: Ranks
+    budget: dict[str, Any]
+    trainable_parameters: int
+    steps: int
+    seconds: float
+    interrupted: bool
+
+
+@dataclass(frozen=True)
+class _Job:
+    """All that a run needs, with nothing left to refuse but the weights."""
+
+    recipe: Recipe
+    run: RunDir
+    arguments: TrainingArguments
+    tokenizer: PreTrainedTokenizerBase
+    train: Examples
+    held_out: Examples
+
+
+def train(recipe: Recipe, resume: bool = False, console: Console | None = None) -> TrainResult:
+    """Fine-tune as the recipe says, into its output_dir.
+
+    Args:
+        recipe: what to do.
+        resume: continue the unfinished run in output_dir from its newest checkpoint.
+        console: where progress is shown; by default standard output.
+
+    Raises:
+        DrLoraError: before anything is trained, with what is wrong and the way out.
+    """
+    console = console or Console()
+    run = RunDir(Path(recipe.output_dir))
+    if resume:
+        run.refuse_resume_of(recipe)
+    else:
+        run.refuse_second_run()
+    job = _prepare(recipe, run)
+    base = load_base_model(recipe)
+    set_seed(job.arguments.seed)
+    model = add_adapter(base, recipe.adapter_config()).to(job.arguments.device)
+    write_yaml(run.config, recipe.to_dict())
+    return _run(job, model, console)
+
+
+def _prepare(recipe: Recipe, run: RunDir) -> _Job:
+    """Everything that can be checked without the weights, in the order of its cost."""
+    arguments = training_arguments(recipe, run)
+    architecture = load_architecture(recipe.model, recipe.trust_remote_code)
+    skeleton = model_on_meta(architecture, recipe.trust_remote_code)
+    if arguments.max_steps > 0:
+        check_growth(skeleton, recipe.adapter_config(), arguments.max_steps)
+    tokenizer = load_tokenizer(recipe, vocabulary_size(skeleton))
+    train, held_out = (
+        encode(load_role(recipe, role), tokenizer, recipe, architecture)
+        for role in ("train", "eval")
+    )
+    total_steps = count_steps(arguments, len(train.encoded.dataset))
+    check_growth(skeleton, recipe.adapter_config(), total_steps)
+    return _Job(recipe, run, arguments, tokenizer, train, held_out)
+
+
+def _run(job: _Job, model: PeftModel, console: Console) -> TrainResult:
+    checkpoint = job.run.newest_checkpoint()
+    forget_after(job.run.metrics, checkpoint_step(checkpoint) if checkpoint else 0)
+    before = _measure_before(job, model)
+    console.print(f"before: {before}")
+    if checkpoint:
+        console.print(f"continuing from {checkpoint}")
+    started = time.monotonic()
+    state, interrupted = _fit(job, model, checkpoint, console)
+    seconds = time.monotonic() - started
+    after = None
+    if not interrupted:
+        model.save_pretrained(str(job.run.path))
+        job.tokenizer.save_pretrained(str(job.run.path))
+        after = _measure_and_log(job, model, "after", state.global_step)
+    result = TrainResult(
+        run=job.run,
+        before=before,
+        after=after,
+        ranks=(ranks := current_ranks(model)),
+        budget=_budget(ranks, job.recipe.adapter["r_target"]),
+        trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        steps=state.global_step,
+        seconds=seconds,
+        interrupted=interrupted,
+    )
+    if not interrupted:
+        write_json(job.run.result, _to_json(result, job, model))
+    return result
+
+
+def _measure_before(job: _Job, model: PeftModel) -> Measurement:
+    """The measurement at step 0; a resumed run has it in its metrics."""
+    for entry in read_lines(job.run.metrics):
+        if entry.get("kind") == "before":
+            return measurement_from(entry)
+    return _measure_and_log(job, model, "before", 0)
+
+
+def _measure_and_log(job: _Job, model: PeftModel, kind: str, step: int) -> Measurement:
+    found = measure(model, job.tokenizer, job.held_out, job.recipe.evaluation)
+    append_line(job.run.metrics, {"step": step, "kind": kind, **found.to_dict()})
+    return found
+
+
+def _fit(
+    job: _Job, model: PeftModel, checkpoint: Path | None, console: Console
+) -> tuple[transformers.TrainerState, bool]:
+    """Train to the end, or until Ctrl-C; returns the Trainer's state and whether it was that."""
+    progress, stop = ShowProgress(console), StopOnInterrupt(console)
+    growth = DrLoraCallback(log_dir=job.run.path, on_growth=progress.show_growth)
+    job.arguments.disable_tqdm = True
+    trainer = Trainer(
+        model=model,
+        args=job.arguments,
+        train_dataset=job.train.encoded.dataset,
+        eval_dataset=job.held_out.encoded.dataset,
+        data_collator=Collator(job.tokenizer),
+        processing_class=job.tokenizer,
+        callbacks=[growth, MetricsLog(job.run.metrics), _Share(growth, progress), progress, stop],
+    )
+    trainer.remove_callback(PrinterCallback)
+    with stop:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    return trainer.state, stop.interrupted and trainer.state.global_step < trainer.state.max_steps
+
+
+class _Share(transformers.TrainerCallback):
+    """Lets the progress bar see the ranks, which exist from the start of training on."""
+
+    def __init__(self, growth: DrLoraCallback, progress: ShowProgress) -> None:
+        self.growth, self.progress = growth, progress
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        """Hand the RankDynamics over."""
+        self.progress.dynamics = self.growth.dynamics
+
+
+def current_ranks(model: PeftModel) -> Ranks:
+    """Block -> projection -> rank of each expert, of the model's adapter."""
+    name = model.active_adapter
+    adapters = {
+        block: layer.drlora_adapters[name] for block, layer in adapted_layers(model, name).items()
+    }
+    return {block: adapter.ranks() for block, adapter in adapters.items()}  # type: ignore[operator]
+
+
+def _budget(ranks: Ranks, r_target: int) -> dict[str, Any]:
+    rows = [row for projections in ranks.values() for row in projections.values()]
+    return {
+        "spent": sum(map(sum, rows)),
+        "stored": sum(r_target * len(row) for row in rows),
+        "r_target": r_target,
+        "experts": len(rows[0]),
+        "layers": len(ranks),
+        "projections": len(next(iter(ranks.values()))),
+    }
+
+
+def _to_json(result: TrainResult, job: _Job, model: PreTrainedModel | PeftModel) -> dict[str, Any]:
+    assert result.after is not None
+    return {
+        "before": result.before.to_dict(),
+        "after": result.after.to_dict(),
+        "budget": result.budget,
+        "ranks": result.ranks,
+        "parameters": {
+            "trainable": result.trainable_parameters,
+            "total": sum(p.numel() for p in model.parameters()),
+        },
+        "steps": result.steps,
+        "seconds": round(result.seconds, 2),
+        "examples": {
+            role: {"used": len(e.dataset), "dropped": e.dropped, "truncated": e.truncated}
+            for role, e in (("train", job.train.encoded), ("eval", job.held_out.encoded))
+        },
+        "seed": job.arguments.seed,
+        "device": str(job.arguments.device),
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+        "config": job.recipe.to_dict(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """The versions of what computes."""
+    modules = (torch, transformers, peft, accelerate, datasets)
+    found = {module.__name__: str(module.__version__) for module in modules}
+    return {"drlora": __version__, "python": platform.python_version(), **found}
