@@ -38,7 +38,7 @@ def assert_same(one, other):
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
 def test_gradient_checkpointing_counts_once(reentrant):
     plain, checkpointed = start(), start()
-    checkpointed.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    checkpointed.activation_checkpointing_enable({"use_reentrant": reentrant})
     checkpointed.enable_input_require_grads()
     for model in (plain, checkpointed):
         model(**make_batch()).loss.backward()

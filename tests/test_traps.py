@@ -169,7 +169,7 @@ def test_trap_6_processes_decide_alike_and_as_one_process_would(tmp_path):
 @pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW])
 @pytest.mark.parametrize("amsgrad", [False, True])
 def test_trap_7_a_young_row_steps_like_an_adam_of_its_own(kind, amsgrad):
-    """Against a second Adam that really starts when the rows are claimed, fed the same gradients."""
+    """Against a second Adam that starts when the rows are claimed, fed the same gradients."""
     model, dynamics = start()
     options = dict(lr=1e-2, weight_decay=0.01, amsgrad=amsgrad)
     optimizer = kind(trainable(model), **options)

@@ -111,7 +111,7 @@ def make_model(family: str = "olmoe", seed: int = 0, **changes: Any) -> PreTrain
     model = getattr(transformers, FAMILIES[family][0])(make_config(family, **changes))
     # Larger weights than the default 0.02, so that experts and routers matter to the output.
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for parameter in model.parameters():
             if parameter.dim() >= 2:
                 parameter.normal_(std=0.15)
     return model.eval()

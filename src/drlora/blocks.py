@@ -9,6 +9,7 @@ that no model is adapted by half.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -80,7 +81,7 @@ def find_blocks(model: nn.Module) -> list[MoEBlock]:
     return blocks
 
 
-def expert_weights(experts: nn.Module) -> ExpertWeights:
+def expert_weights(experts: Any) -> ExpertWeights:
     """The frozen weights of a standard experts module, as the engines read them."""
     act = getattr(experts, "act_fn", None)
     default_gate = type(experts)._apply_gate is hf_moe._default_apply_gate
@@ -104,7 +105,7 @@ def _looks_like_experts(module: nn.Module) -> bool:
     return "down_proj" in own and any(part.dim() >= 3 for part in expert_parts)
 
 
-def _describe(name: str, experts: nn.Module, modules: dict[str, nn.Module]) -> MoEBlock:
+def _describe(name: str, experts: Any, modules: dict[str, nn.Module]) -> MoEBlock:
     _refuse_other_layouts(name, experts)
     # Already adapted experts sit one level deeper; their block is described as before.
     experts_name = name.removesuffix(".base_layer")
@@ -133,7 +134,7 @@ def _refuse_other_layouts(name: str, experts: nn.Module) -> None:
             raise ConfigError(
                 f"{kind} is not understood: {flag}={found}, supported is {flag}={wanted}."
             )
-    gate_up, down = experts.gate_up_proj, experts.down_proj
+    gate_up, down = experts.get_parameter("gate_up_proj"), experts.get_parameter("down_proj")
     num_experts, double_width, hidden_size = gate_up.shape
     if down.shape != (num_experts, hidden_size, double_width // 2):
         raise ConfigError(

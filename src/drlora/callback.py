@@ -56,7 +56,7 @@ class DrLoraCallback(TrainerCallback):
         self.dynamics = RankDynamics(kwargs["model"], state.max_steps, self.adapter)
         self.dynamics.step = state.global_step
         _warn_of_longer_warmup(self.dynamics, args.get_warmup_steps(state.max_steps))
-        self._log = Path(self.log_dir or args.output_dir) / GROWTH_LOG
+        self._log = Path(self.log_dir or args.output_dir or ".") / GROWTH_LOG
         if state.is_world_process_zero:
             _forget_after(self._log, state.global_step)
 

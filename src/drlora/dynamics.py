@@ -71,7 +71,7 @@ class _Group:
 
     @property
     def pools(self) -> list[RankPool]:
-        return [self.adapter.pools[name] for name in self.projections]  # type: ignore[misc]
+        return [self.adapter.rank_pools[name] for name in self.projections]
 
     def ranks(self) -> list[int]:
         return self.pools[0].book.ranks().tolist()
@@ -105,7 +105,7 @@ class RankDynamics:
         self.total_steps = total_steps
         self.step = 0
         self.adapters: dict[str, ExpertsAdapter] = {
-            name: layer.drlora_adapters[self.adapter_name]  # type: ignore[misc]
+            name: layer.adapter(self.adapter_name)
             for name, layer in adapted_layers(model, self.adapter_name).items()
         }
         self.groups = list(self._make_groups())
@@ -127,9 +127,8 @@ class RankDynamics:
         `unscale_`. Gradients that are not finite leave the averages as they were.
         """
         self._update_frequencies()
-        for adapter in self.adapters.values():
-            for pool in adapter.pools.values():
-                self._update_importance(pool)
+        for pool in self._pools():
+            self._update_importance(pool)
         if self.step < self.warmup_steps:
             for parameter in self._router_parameters:
                 # Not a zero gradient: weight decay and Adam's step count must not run either.
@@ -168,9 +167,8 @@ class RankDynamics:
 
     def budget(self) -> tuple[int, int]:
         """Ranks owned, and rows stored, over all blocks and projections."""
-        pools = [pool for adapter in self.adapters.values() for pool in adapter.pools.values()]
-        stored = sum(len(pool.book.owner_R) for pool in pools)
-        return stored - sum(pool.book.free for pool in pools), stored
+        stored = sum(len(pool.book.owner_R) for pool in self._pools())
+        return stored - sum(pool.book.free for pool in self._pools()), stored
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything that growth depends on, as tensors: step, owners and running averages."""
@@ -200,9 +198,8 @@ class RankDynamics:
                 )
         for key, buffer in buffers.items():
             buffer.copy_(state[key])
-        for adapter in self.adapters.values():
-            for pool in adapter.pools.values():
-                pool.read_owners()
+        for pool in self._pools():
+            pool.read_owners()
         self.step = int(state["step"])
 
     def _make_groups(self) -> Iterator[_Group]:
@@ -215,10 +212,13 @@ class RankDynamics:
                 for projection in projections:
                     yield _Group(name, adapter, (projection,), plan)
 
+    def _pools(self) -> list[RankPool]:
+        return [pool for a in self.adapters.values() for pool in a.rank_pools.values()]
+
     def _buffers(self) -> Iterator[tuple[str, Tensor]]:
         for name, adapter in self.adapters.items():
             yield f"{name}.frequency", adapter.frequency
-            for projection, pool in adapter.pools.items():
+            for projection, pool in adapter.rank_pools.items():
                 for key in ("owner", "importance", "birth", "seed"):
                     yield f"{name}.{projection}.{key}", getattr(pool, key)
 
@@ -297,18 +297,15 @@ class RankDynamics:
             self._warn_shared_clock(optimizer)
             return
         groups = parameter_groups(optimizer)  # type: ignore[arg-type]
-        for adapter in self.adapters.values():
-            for pool in adapter.pools.values():
-                for parameter in (pool.lora_A, pool.lora_B):
-                    state = optimizer.state.get(parameter)  # type: ignore[attr-defined]
-                    if not state or parameter not in groups:
-                        continue
-                    step = self._optimizer_step(state)
-                    rows = young_rows(pool.birth, step, groups[parameter]["betas"][1])
-                    if len(rows):
-                        correct_young_rows(
-                            parameter, state, groups[parameter], pool.birth, rows, step
-                        )
+        for pool in self._pools():
+            for parameter in (pool.lora_A, pool.lora_B):
+                state = optimizer.state.get(parameter)  # type: ignore[attr-defined]
+                if not state or parameter not in groups:
+                    continue
+                step, group = self._optimizer_step(state), groups[parameter]
+                rows = young_rows(pool.birth, step, group["betas"][1])
+                if len(rows):
+                    correct_young_rows(parameter, state, group, pool.birth, rows, step)
 
     def _optimizer_step(self, state: dict[str, Any]) -> int:
         count = state["step"]
@@ -360,7 +357,7 @@ def _router_parameters(
 ) -> Iterator[nn.Parameter]:
     """The trained copies of the routers of the adapted blocks."""
     routers = {a.block.router_name for a in adapters.values() if a.config.router == "train"}
-    inner = model.base_model.model if isinstance(model, PeftModel) else model
+    inner: nn.Module = model.get_base_model() if isinstance(model, PeftModel) else model
     for name, module in inner.named_modules():
         if name in routers and isinstance(module, ModulesToSaveWrapper):
             yield from module.modules_to_save[adapter_name].parameters()

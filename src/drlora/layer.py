@@ -13,7 +13,7 @@ their optimizer state and their sharding are left alone (docs/rank-pool.md says 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -71,13 +71,12 @@ class RankPool(nn.Module):
 
         Free rows are not read, so their gradient is exactly zero.
         """
-        a_RI, b_RO = self.lora_A, self.lora_B
-        if not self._all_in_order:
-            a_RI, b_RO = (
-                a_RI.index_select(0, self.packed_index),
-                b_RO.index_select(0, self.packed_index),
-            )
-        return a_RI.to(dtype), b_RO.to(dtype)
+        if self._all_in_order:
+            return self.lora_A.to(dtype), self.lora_B.to(dtype)
+        rows = self.packed_index
+        return self.lora_A.index_select(0, rows).to(dtype), self.lora_B.index_select(0, rows).to(
+            dtype
+        )
 
     def grant(self, grants_E: list[int], step: int) -> Tensor:
         """Claim free rows for each expert; returns the claimed rows.
@@ -150,10 +149,15 @@ class ExpertsAdapter(nn.Module):
         self.register_buffer("frequency", torch.zeros(block.num_experts))
         self.meter = RoutingMeter(block.num_experts)
 
+    @property
+    def rank_pools(self) -> dict[str, RankPool]:
+        """Projection -> pool."""
+        return cast("dict[str, RankPool]", dict(self.pools.items()))
+
     def pieces(self, dtype: torch.dtype) -> list[LoraPiece]:
         """What the engines need of each pool."""
         result = []
-        for projection, pool in self.pools.items():
+        for projection, pool in self.rank_pools.items():
             matrix: Matrix = "down" if projection == "down" else "gate_up"
             start = self.block.expert_width if projection == "up" else 0
             a_RI, b_RO = pool(dtype)
@@ -163,7 +167,7 @@ class ExpertsAdapter(nn.Module):
 
     def ranks(self) -> dict[str, list[int]]:
         """Projection -> rank of each expert."""
-        return {name: pool.book.ranks().tolist() for name, pool in self.pools.items()}
+        return {name: pool.book.ranks().tolist() for name, pool in self.rank_pools.items()}
 
 
 class DrLoraExperts(nn.Module, BaseTunerLayer):
@@ -183,15 +187,23 @@ class DrLoraExperts(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self._unmerged: dict[str, Tensor] = {}
 
+    def adapter(self, name: str) -> ExpertsAdapter:
+        """The adapter called `name`."""
+        return cast(ExpertsAdapter, self.drlora_adapters[name])
+
+    @property
+    def base_weight(self) -> Tensor:
+        """One of the base weights, for its device and dtype."""
+        return cast(Tensor, self.get_base_layer().gate_up_proj)
+
     def add_adapter(self, name: str, config: DrLoraConfig) -> None:
         """Add an adapter, on the device of the base weights and in their dtype."""
         adapter = ExpertsAdapter(self.block, config)
-        weight = self.get_base_layer().gate_up_proj
         if not any(p.device.type == "meta" for p in adapter.parameters()):
-            adapter.to(weight.device)
-            for pool in adapter.pools.values():
-                pool.lora_A.data = pool.lora_A.data.to(weight.dtype)
-                pool.lora_B.data = pool.lora_B.data.to(weight.dtype)
+            adapter.to(self.base_weight.device)
+            for pool in adapter.rank_pools.values():
+                pool.lora_A.data = pool.lora_A.data.to(self.base_weight.dtype)
+                pool.lora_B.data = pool.lora_B.data.to(self.base_weight.dtype)
         self.drlora_adapters[name] = adapter
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
@@ -201,7 +213,7 @@ class DrLoraExperts(nn.Module, BaseTunerLayer):
         names = [name for name in self.active_adapters if name in self.drlora_adapters]
         if self.disable_adapters or self.merged or not names:
             return self.base_layer(hidden_states, top_k_index, top_k_weights)
-        adapters = [self.drlora_adapters[name] for name in names]
+        adapters = [self.adapter(name) for name in names]
         base = expert_weights(self.base_layer)
         x_TH = hidden_states.to(base.gate_up_EGH.dtype)
         out_TH = adapted_experts(
@@ -266,7 +278,7 @@ class DrLoraExperts(nn.Module, BaseTunerLayer):
         for name in names:
             if name not in self.drlora_adapters:
                 continue
-            for piece in self.drlora_adapters[name].pieces(torch.float32):
+            for piece in self.adapter(name).pieces(torch.float32):
                 if safe_merge and not _is_finite(piece):
                     raise ValueError(
                         f"adapter {name!r} has NaN or infinite weights in {self.block.name} "
@@ -280,8 +292,7 @@ class DrLoraExperts(nn.Module, BaseTunerLayer):
         self, adapter_name: str, device: torch.device | None = None
     ) -> None:
         if adapter_name in self.drlora_adapters:
-            target = device or self.get_base_layer().gate_up_proj.device
-            self.drlora_adapters[adapter_name].to(target)
+            self.adapter(adapter_name).to(device or self.base_weight.device)
 
     def __repr__(self) -> str:
         return "drlora." + super().__repr__()

@@ -18,7 +18,7 @@ def _add_member() -> PeftType:
     member = str.__new__(PeftType, _NAME)
     member._name_ = _NAME
     member._value_ = _NAME
-    member._sort_order_ = len(PeftType._member_names_)
+    member.__dict__["_sort_order_"] = len(PeftType._member_names_)
     PeftType._member_names_.append(_NAME)
     PeftType._member_map_[_NAME] = member
     PeftType._value2member_map_[_NAME] = member

@@ -1,0 +1,75 @@
+"""Settings: presets, derived values, and refusals that name the value and the way out."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from drlora import ConfigError, DrLoraConfig
+
+BAD = {
+    "order": (dict(r_init=9, r_target=8, r_max=16), "r_init=9, r_target=8, r_max=16"),
+    "order at the top": (dict(r_init=8, r_target=16, r_max=12), "r_init <= r_target <= r_max"),
+    "rank zero": (dict(r_init=0), "r_init=0 must be at least 1"),
+    "fraction": (dict(r_target=8.5), "r_target=8.5 must be a whole number"),
+    "beta": (dict(beta=1.0), r"beta=1.0 is out of range; it must be \[0, 1\)"),
+    "gamma": (dict(gamma=-1), "gamma=-1 is out of range"),
+    "gamma nan": (dict(gamma=float("nan")), "gamma=nan is out of range"),
+    "dropout": (dict(lora_dropout=1.5), "lora_dropout=1.5"),
+    "alpha": (dict(lora_alpha=0), "lora_alpha=0 must be greater than 0"),
+    "word": (dict(beta="high"), "beta='high' must be a number"),
+    "p_grow": (dict(p_grow=1.5), r"p_grow=1.5 must lie in \(0, 1\]"),
+    "no growth": (dict(r_init=2, r_target=4, r_max=6), r"floor\(0.1 \* 4\) = 0; raise .* 0.25"),
+    "grow_every": (dict(grow_every=0), "grow_every=0 must be at least 1 step"),
+    "projections": (dict(projections=["gate_up", "up"]), r"\['gate_up', 'up'\] is not understood"),
+    "projection": (dict(projections=["sideways"]), r"\['sideways'\] is not understood"),
+    "signal": (dict(routing_signal="vibes"), "routing_signal='vibes' is not known; choose one of"),
+    "rank_per": (dict(rank_per="layer"), "rank_per='layer'"),
+    "router": (dict(router=True), "router=True is not known; choose one of"),
+    "engine": (dict(engine="cuda"), "engine='cuda'"),
+    "clock": (dict(young_rows="new"), "young_rows='new'"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_settings_are_refused(case):
+    settings, message = BAD[case]
+    with pytest.raises(ConfigError, match=message):
+        DrLoraConfig(**settings)
+
+
+def test_presets_are_the_published_settings():
+    """arXiv 2601.04823, v3 (OLMoE) and v5."""
+    v3, v5 = DrLoraConfig.preset("paper-v3"), DrLoraConfig.preset("paper-v5")
+    assert (v3.r_init, v3.r_target, v3.r_max) == (32, 64, 128)
+    assert (v5.r_init, v5.r_target, v5.r_max) == (8, 16, 32)
+    for config in (v3, v5):
+        assert (config.beta, config.gamma, config.p_grow) == (0.9, 1.2, 0.1)
+        assert (config.grow_every, config.settle_steps, config.warmup_steps) == (200, 200, 0.03)
+        assert config.projections == ["up", "down"] and config.rank_per == "expert"
+        assert config.router == "train" and config.scaling == 2.0
+    assert DrLoraConfig.preset("paper-v5", r_max=64).r_max == 64
+    with pytest.raises(ConfigError, match="'paper-v9' is not known; choose one of"):
+        DrLoraConfig.preset("paper-v9")
+
+
+@given(r_init=st.integers(1, 8), more=st.integers(0, 8), rslora=st.booleans())
+def test_scaling_does_not_depend_on_the_live_rank(r_init, more, rslora):
+    config = DrLoraConfig(r_init=r_init, r_target=r_init + more, r_max=64, lora_alpha=12.0,
+                          use_rslora=rslora)  # fmt: skip
+    divisor = (r_init + more) ** 0.5 if rslora else r_init + more
+    assert config.scaling == pytest.approx(12.0 / divisor)
+
+
+def test_warmup_is_a_number_of_steps_or_a_share():
+    assert DrLoraConfig(warmup_steps=0.03).resolve_warmup(38_000) == 1140
+    assert DrLoraConfig(warmup_steps=7).resolve_warmup(38_000) == 7
+
+
+def test_the_cap_is_not_lost_to_rounding():
+    assert DrLoraConfig(r_init=10, r_target=20, r_max=40, p_grow=0.1).grant_cap == 3
+
+
+def test_projections_are_put_in_order():
+    assert DrLoraConfig(projections=["down", "up"]).projections == ["up", "down"]

@@ -1,0 +1,75 @@
+"""Law 10: public names are pinned; what a README or a script uses does not vanish unnoticed."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+
+import drlora
+
+NAMES = {
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "DrLoraCallback",
+    "DrLoraConfig",
+    "DrLoraError",
+    "Grant",
+    "RankDynamics",
+    "__version__",
+}
+SETTINGS = {
+    "r_init": 8,
+    "r_target": 16,
+    "r_max": 32,
+    "lora_alpha": None,
+    "use_rslora": False,
+    "lora_dropout": 0.0,
+    "rank_per": "expert",
+    "beta": 0.9,
+    "gamma": 1.2,
+    "p_grow": 0.1,
+    "grow_every": 200,
+    "warmup_steps": 0.03,
+    "settle_steps": 200,
+    "routing_signal": "topk_weight",
+    "importance_reset": "grown",
+    "router": "frozen",
+    "young_rows": "own",
+    "engine": "auto",
+    "modules_to_save": None,
+    "experts": None,
+}
+GRANT_FIELDS = [
+    "step", "block", "projection", "expert", "granted", "rank", "routing", "importance", "saliency",
+]  # fmt: skip
+
+
+def test_public_names():
+    assert set(drlora.__all__) == NAMES
+    assert all(hasattr(drlora, name) for name in NAMES)
+
+
+def test_settings_and_their_defaults():
+    own = {f.name: f for f in dataclasses.fields(drlora.DrLoraConfig)}
+    for name, default in SETTINGS.items():
+        assert own[name].default == default, name
+    assert drlora.DrLoraConfig().projections == ["gate_up", "down"]
+    inherited = {f.name for f in dataclasses.fields(drlora.DrLoraConfig.__mro__[1])}
+    assert set(own) - inherited == {*SETTINGS, "projections"}
+
+
+def test_the_growth_log_has_the_fields_of_a_grant():
+    assert [f.name for f in dataclasses.fields(drlora.Grant)] == GRANT_FIELDS
+
+
+def test_dynamics_and_callback_signatures():
+    assert list(inspect.signature(drlora.RankDynamics).parameters) == [
+        "model", "total_steps", "adapter",
+    ]  # fmt: skip
+    for method in ("before_optimizer_step", "after_optimizer_step", "ranks", "budget",
+                   "state_dict", "load_state_dict", "release"):  # fmt: skip
+        assert callable(getattr(drlora.RankDynamics, method))
+    assert list(inspect.signature(drlora.DrLoraCallback).parameters) == [
+        "adapter", "log_dir", "on_growth",
+    ]  # fmt: skip
