@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import transformers
+from safetensors.torch import load_file, save_file
 from tiny_run import make_tokenizer, save_all, save_model_folder
 
 from drlora.cli import main
@@ -85,7 +86,11 @@ def the_message(code: int, capsys) -> str:
         ("adapter.r_max=2", ["r_target=3", "r_max=2", "r_init <= r_target <= r_max"]),
         # budgets out of reach
         ("training.max_steps=5", ["run of 5 steps has no growth event", "train longer"]),
-        ("adapter.grow_every=7", ["12 ranks", "only 9 are certain", "lower grow_every"]),
+        (
+            "adapter.grow_every=7; adapter.p_grow=0.2",
+            ["6 experts * (r_target - r_init) = 6 * 2 = 12 ranks", "only 6 are certain",
+             "raise p_grow or r_max, or lower grow_every"],
+        ),
         ("adapter.p_grow=0.1", ["p_grow=0.1", "floor(0.1 * 7) = 0", "raise p_grow"]),
         # models
         ("model=no/such-model", ["model='no/such-model'", "local folder"]),
@@ -100,8 +105,12 @@ def the_message(code: int, capsys) -> str:
         ("data.columns={promt: question}", ["promt", "did you mean data.columns.prompt?"]),
     ],
 )  # fmt: skip
-def test_settings(refused, override, parts):
-    message = refused(override)
+def test_settings(refused, monkeypatch, override, parts):
+    def no_weights(*arguments):
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr("drlora.train.load_base_model", no_weights)
+    message = refused(*override.split("; "))
     for part in parts:
         assert part in message
 
@@ -153,16 +162,24 @@ def test_a_tokenizer_of_another_model(refused, folder):
     tokenizer.add_tokens([f"<{i}>" for i in range(100)])
     tokenizer.save_pretrained(folder / "large")
     message = refused(f"tokenizer={folder / 'large'}")
-    assert "has 130 tokens" in message
+    assert "has 131 tokens" in message
     assert "knows 64" in message
 
 
 def test_damaged_model_weights(refused, folder, model):
-    shutil.copytree(model, folder / "damaged")
-    cut(folder / "damaged" / "model.safetensors")
-    message = refused(f"model={folder / 'damaged'}")
-    assert "weights of model=" in message
-    assert "damaged" in message
+    weights = shutil.copytree(model, folder / "damaged") / "model.safetensors"
+    cut(weights)
+    message = refused(f"model={weights.parent}")
+    assert f"weights of model={str(weights.parent)!r} cannot be loaded" in message
+
+
+def test_incomplete_model_weights(refused, folder, model):
+    weights = shutil.copytree(model, folder / "incomplete") / "model.safetensors"
+    tensors = load_file(weights)
+    del tensors["model.norm.weight"]
+    save_file(tensors, weights, metadata={"format": "pt"})
+    message = refused(f"model={weights.parent}")
+    assert "1 tensors are missing, model.norm.weight for one" in message
 
 
 def cut(path: Path) -> None:

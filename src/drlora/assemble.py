@@ -188,11 +188,20 @@ def load_base_model(recipe: Recipe) -> PreTrainedModel:
         ConfigError: if they are missing or damaged.
     """
     with _told(f"the weights of model={recipe.model!r} cannot be loaded", _MODEL_HINT):
-        return AutoModelForCausalLM.from_pretrained(
+        model, report = AutoModelForCausalLM.from_pretrained(
             resolve_model(recipe.model),
             dtype="auto" if recipe.dtype == "auto" else getattr(torch, recipe.dtype),
             trust_remote_code=recipe.trust_remote_code,
+            output_loading_info=True,
         )
+    missing = sorted(report["missing_keys"])
+    if missing:
+        # transformers would go on with random weights in their place.
+        raise ConfigError(
+            f"the weights of model={recipe.model!r} are incomplete: {len(missing)} tensors are "
+            f"missing, {missing[0]} for one. {_MODEL_HINT}"
+        )
+    return model
 
 
 def add_adapter(model: PreTrainedModel, config: DrLoraConfig) -> PeftModel:
