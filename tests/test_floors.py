@@ -30,6 +30,7 @@ FLOORS: tuple[frozenset[str], ...] = (
             "evaluate",
             "evaluate_run",
             "inspection",
+            "jsonl",
             "measure",
             "progress",
             "recipe",

@@ -188,7 +188,8 @@ def load_base_model(recipe: Recipe) -> PreTrainedModel:
         ConfigError: if they are missing or damaged.
     """
     with _told(f"the weights of model={recipe.model!r} cannot be loaded", _MODEL_HINT):
-        model, report = AutoModelForCausalLM.from_pretrained(
+        load: Any = AutoModelForCausalLM.from_pretrained
+        model, report = load(
             resolve_model(recipe.model),
             dtype="auto" if recipe.dtype == "auto" else getattr(torch, recipe.dtype),
             trust_remote_code=recipe.trust_remote_code,

@@ -9,7 +9,6 @@ own checkpoints carry them and `resume_from_checkpoint` continues them.
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from drlora.dynamics import Grant, RankDynamics
+from drlora.jsonl import append_lines, forget_after
 
 GROWTH_LOG = "growth.jsonl"
 
@@ -58,7 +58,7 @@ class DrLoraCallback(TrainerCallback):
         _warn_of_longer_warmup(self.dynamics, args.get_warmup_steps(state.max_steps))
         self._log = Path(self.log_dir or args.output_dir or ".") / GROWTH_LOG
         if state.is_world_process_zero:
-            _forget_after(self._log, state.global_step)
+            forget_after(self._log, state.global_step)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -76,33 +76,9 @@ class DrLoraCallback(TrainerCallback):
         skipped = bool(getattr(optimizer, "step_was_skipped", False))
         grants = self.dynamics.after_optimizer_step(optimizer, skipped=skipped)
         if grants and state.is_world_process_zero:
-            _append(self._log, grants)
+            append_lines(self._log, [asdict(grant) for grant in grants])
         if grants and self.on_growth is not None:
             self.on_growth(grants)
-
-
-def _append(path: Path, grants: list[Grant]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = "".join(json.dumps(asdict(grant)) + "\n" for grant in grants)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(lines)
-
-
-def _forget_after(path: Path, step: int) -> None:
-    """Drop the grants that a resumed run will make again (they lie after its checkpoint)."""
-    if not path.exists():
-        return
-    kept = [line for line in path.read_text("utf-8").splitlines() if _step_of(line) <= step]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(line + "\n" for line in kept), "utf-8")
-    os.replace(temporary, path)
-
-
-def _step_of(line: str) -> float:
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return float("inf")  # a line that was cut off by a crash
 
 
 def _warn_of_longer_warmup(dynamics: RankDynamics, trainer_warmup: int) -> None:

@@ -14,6 +14,7 @@ import json
 import sys
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 
 import datasets
 import transformers
@@ -23,6 +24,7 @@ from drlora.errors import DrLoraError
 from drlora.evaluate_run import evaluate_run
 from drlora.inspection import inspect_model, print_inspection
 from drlora.recipe import load_recipe, make_adapter_config
+from drlora.rundir import RunDir
 from drlora.settings import split_override
 from drlora.summary import print_summary
 from drlora.train import train
@@ -38,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return arguments.verb(arguments)
     except KeyboardInterrupt:
-        return _report(_interrupted(arguments), EXIT_INTERRUPTED)
+        return _report("interrupted", EXIT_INTERRUPTED)
     except (DrLoraError, OSError) as error:
         if arguments.debug:
             raise
@@ -89,15 +91,24 @@ def _add_inspect(verbs: argparse._SubParsersAction, common: argparse.ArgumentPar
 
 def _train(arguments: argparse.Namespace) -> int:
     console = Console(highlight=False, soft_wrap=True)
-    result = train(load_recipe(arguments.recipe, arguments.overrides), arguments.resume, console)
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    run = RunDir(Path(recipe.output_dir))
+    try:
+        result = train(recipe, arguments.resume, console)
+    except KeyboardInterrupt:
+        return _report(_way_on(run, "interrupted"), EXIT_INTERRUPTED)
     if result.interrupted:
-        return _report(
-            f"interrupted at step {result.steps}; a checkpoint is saved. Continue with:\n"
-            f"  {result.run.resume_command}",
-            EXIT_INTERRUPTED,
-        )
+        what = f"interrupted at step {result.steps}; a checkpoint is saved"
+        return _report(_way_on(run, what), EXIT_INTERRUPTED)
     print_summary(result, console)
     return 0
+
+
+def _way_on(run: RunDir, what: str) -> str:
+    """What happened, and how to continue, if there is something to continue."""
+    if not run.config.is_file():
+        return f"{what} before the run began; nothing was written"
+    return f"{what}. Continue with:\n  {run.resume_command}"
 
 
 def _eval(arguments: argparse.Namespace) -> int:
@@ -127,12 +138,6 @@ def _quiet() -> None:
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=FutureWarning)
-
-
-def _interrupted(arguments: argparse.Namespace) -> str:
-    if arguments.verb is not _train:
-        return "interrupted"
-    return "interrupted outside of the training steps; the same command with --resume goes on"
 
 
 def _report(message: str, code: int) -> int:

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from drlora.dynamics import Grant, RankDynamics
-from drlora.rundir import append_line
+from drlora.jsonl import append_lines
 
 PLAIN_LINES = 10
 
@@ -33,7 +33,7 @@ class MetricsLog(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """One line: step, kind, and what the Trainer logged."""
-        append_line(self.path, {"step": state.global_step, "kind": "log", **(logs or {})})
+        append_lines(self.path, [{"step": state.global_step, "kind": "log", **(logs or {})}])
 
 
 class StopOnInterrupt(TrainerCallback):
@@ -81,6 +81,7 @@ class ShowProgress(TrainerCallback):
         self.console = console
         self.dynamics: RankDynamics | None = None
         self.loss = float("nan")
+        self.tenth = 0
         self.bar = Progress(
             TextColumn("training"),
             BarColumn(),
@@ -103,11 +104,8 @@ class ShowProgress(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Move the bar, or print one of a few lines."""
+        """Move the bar."""
         self.bar.update(self.task, completed=state.global_step, loss=self.loss)
-        every = max(1, state.max_steps // PLAIN_LINES)
-        if not self.console.is_terminal and state.global_step % every == 0:
-            self.console.print(f"step {state.global_step}/{state.max_steps}, loss {self.loss:.3f}")
 
     def on_log(
         self,
@@ -117,8 +115,14 @@ class ShowProgress(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Keep the loss to show."""
-        self.loss = (logs or {}).get("loss", self.loss)
+        """Keep the loss for the bar, or print it in one of a few lines."""
+        if "loss" not in (logs or {}):
+            return
+        self.loss = (logs or {})["loss"]
+        tenth = PLAIN_LINES * state.global_step // state.max_steps
+        if not self.console.is_terminal and tenth > self.tenth:
+            self.tenth = tenth
+            self.console.print(f"step {state.global_step}/{state.max_steps}, loss {self.loss:.3f}")
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

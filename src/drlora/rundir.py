@@ -11,20 +11,20 @@ result.json                    the outcome; the mark of a finished run
 from __future__ import annotations
 
 import json
-import math
 import os
+import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
+from safetensors import SafetensorError, safe_open
 
 from drlora.errors import CheckpointError, ConfigError
+from drlora.jsonl import finite
 from drlora.recipe import Recipe, recipe_from
 from drlora.settings import read_yaml
-
-_CHECKPOINT_FILES = ("adapter_model.safetensors", "optimizer.pt", "trainer_state.json")
 
 
 @dataclass(frozen=True)
@@ -113,17 +113,23 @@ class RunDir:
 
     def newest_checkpoint(self) -> Path | None:
         """The complete checkpoint of the latest step, if there is one."""
-        complete = [
-            folder
-            for folder in self.checkpoints.glob("checkpoint-*")
-            if all((folder / name).is_file() for name in _CHECKPOINT_FILES)
-        ]
+        complete = [c for c in self.checkpoints.glob("checkpoint-*") if _is_complete(c)]
         return max(complete, key=checkpoint_step, default=None)
 
 
 def checkpoint_step(folder: Path) -> int:
     """The step N of `checkpoint-N`."""
     return int(folder.name.rpartition("-")[2])
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    """Whether nothing was cut off when it was written."""
+    try:
+        with safe_open(checkpoint / "adapter_model.safetensors", "pt"):
+            json.loads((checkpoint / "trainer_state.json").read_text("utf-8"))
+    except (OSError, ValueError, SafetensorError):
+        return False
+    return zipfile.is_zipfile(checkpoint / "optimizer.pt")
 
 
 def write_yaml(path: Path, value: Any) -> None:
@@ -133,31 +139,7 @@ def write_yaml(path: Path, value: Any) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` to `path` at once or not at all."""
-    _write(path, json.dumps(_finite(value), indent=2, ensure_ascii=False) + "\n")
-
-
-def append_line(path: Path, entry: dict[str, Any]) -> None:
-    """Append one JSON object to a .jsonl file."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(_finite(entry)) + "\n")
-
-
-def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The entries of a .jsonl file; a line that a crash cut off is left out."""
-    if not path.exists():
-        return
-    for line in path.read_text("utf-8").splitlines():
-        try:
-            yield json.loads(line)
-        except ValueError:
-            continue
-
-
-def forget_after(path: Path, step: int) -> None:
-    """Drop the entries that a run resumed at `step` will write again."""
-    if path.exists():
-        kept = [entry for entry in read_lines(path) if entry.get("step", math.inf) <= step]
-        _write(path, "".join(json.dumps(entry) + "\n" for entry in kept))
+    _write(path, json.dumps(finite(value), indent=2, ensure_ascii=False) + "\n")
 
 
 def _write(path: Path, text: str) -> None:
@@ -165,15 +147,6 @@ def _write(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text, "utf-8")
     os.replace(temporary, path)
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: null."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _differences(old: Any, new: Any, name: str = "") -> Iterator[str]:

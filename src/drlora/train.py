@@ -46,18 +46,11 @@ from drlora.assemble import (
 from drlora.callback import DrLoraCallback
 from drlora.data import Collator
 from drlora.inject import adapted_layers
+from drlora.jsonl import append_lines, forget_after, read_lines
 from drlora.measure import Measurement, measure, measurement_from
 from drlora.progress import MetricsLog, ShowProgress, StopOnInterrupt
 from drlora.recipe import Recipe
-from drlora.rundir import (
-    RunDir,
-    append_line,
-    checkpoint_step,
-    forget_after,
-    read_lines,
-    write_json,
-    write_yaml,
-)
+from drlora.rundir import RunDir, checkpoint_step, write_json, write_yaml
 
 Ranks = dict[str, dict[str, list[int]]]
 
@@ -98,6 +91,7 @@ class _Job:
     tokenizer: PreTrainedTokenizerBase
     train: Examples
     held_out: Examples
+    total_steps: int
 
 
 def train(recipe: Recipe, resume: bool = False, console: Console | None = None) -> TrainResult:
@@ -139,7 +133,7 @@ def _prepare(recipe: Recipe, run: RunDir) -> _Job:
     )
     total_steps = count_steps(arguments, len(train.encoded.dataset))
     check_growth(skeleton, recipe.adapter_config(), total_steps)
-    return _Job(recipe, run, arguments, tokenizer, train, held_out)
+    return _Job(recipe, run, arguments, tokenizer, train, held_out, total_steps)
 
 
 def _run(job: _Job, model: PeftModel, console: Console) -> TrainResult:
@@ -150,13 +144,13 @@ def _run(job: _Job, model: PeftModel, console: Console) -> TrainResult:
     if checkpoint:
         console.print(f"continuing from {checkpoint}")
     started = time.monotonic()
-    state, interrupted = _fit(job, model, checkpoint, console)
+    steps, interrupted = _fit(job, model, checkpoint, console)
     seconds = time.monotonic() - started
     after = None
     if not interrupted:
         model.save_pretrained(str(job.run.path))
         job.tokenizer.save_pretrained(str(job.run.path))
-        after = _measure_and_log(job, model, "after", state.global_step)
+        after = _measure_and_log(job, model, "after", steps)
     result = TrainResult(
         run=job.run,
         before=before,
@@ -164,7 +158,7 @@ def _run(job: _Job, model: PeftModel, console: Console) -> TrainResult:
         ranks=(ranks := current_ranks(model)),
         budget=_budget(ranks, job.recipe.adapter["r_target"]),
         trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        steps=state.global_step,
+        steps=steps,
         seconds=seconds,
         interrupted=interrupted,
     )
@@ -183,15 +177,28 @@ def _measure_before(job: _Job, model: PeftModel) -> Measurement:
 
 def _measure_and_log(job: _Job, model: PeftModel, kind: str, step: int) -> Measurement:
     found = measure(model, job.tokenizer, job.held_out, job.recipe.evaluation)
-    append_line(job.run.metrics, {"step": step, "kind": kind, **found.to_dict()})
+    append_lines(job.run.metrics, [{"step": step, "kind": kind, **found.to_dict()}])
     return found
 
 
 def _fit(
     job: _Job, model: PeftModel, checkpoint: Path | None, console: Console
-) -> tuple[transformers.TrainerState, bool]:
-    """Train to the end, or until Ctrl-C; returns the Trainer's state and whether it was that."""
-    progress, stop = ShowProgress(console), StopOnInterrupt(console)
+) -> tuple[int, bool]:
+    """Train to the end, or until Ctrl-C; returns the steps taken and whether it was that."""
+    if checkpoint and checkpoint_step(checkpoint) >= job.total_steps:
+        # The run ended between its last step and its result; the Trainer would take one step more.
+        model.load_adapter(str(checkpoint), model.active_adapter, is_trainable=True)
+        return job.total_steps, False
+    stop = StopOnInterrupt(console)
+    trainer = _make_trainer(job, model, console, stop)
+    with stop:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    steps = trainer.state.global_step
+    return steps, stop.interrupted and steps < job.total_steps
+
+
+def _make_trainer(job: _Job, model: PeftModel, console: Console, stop: StopOnInterrupt) -> Trainer:
+    progress = ShowProgress(console)
     growth = DrLoraCallback(log_dir=job.run.path, on_growth=progress.show_growth)
     job.arguments.disable_tqdm = True
     trainer = Trainer(
@@ -204,9 +211,7 @@ def _fit(
         callbacks=[growth, MetricsLog(job.run.metrics), _Share(growth, progress), progress, stop],
     )
     trainer.remove_callback(PrinterCallback)
-    with stop:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    return trainer.state, stop.interrupted and trainer.state.global_step < trainer.state.max_steps
+    return trainer
 
 
 class _Share(transformers.TrainerCallback):
