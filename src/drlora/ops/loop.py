@@ -1,16 +1,25 @@
 """The CPU engine: one autograd function for the whole expert MLP, at the active ranks only.
 
-Experts run one after the other, so that an expert's activations are still in cache when the next
-product needs them. LoRA products are added in place into the base product, forward and in dX; no
-gradient of a base weight is computed; dropped are all buffers of the size of the routed rows but
-one: what backward needs is the input, the gate_up output and the rank-wide intermediates.
+Matrix products run expert by expert; everything that is done element by element runs on chunks of
+neighbouring experts, large enough for all threads and small enough to stay in cache, in buffers
+that are used again. LoRA products are added in place into the base product, forward and in dX; no
+gradient of a base weight is computed; what is kept for backward is the input, the gate_up output
+and the rank-wide intermediates z = A x.
 
-The gradient of the routing weight comes from the down projection's input instead of its output:
-<grad, W h> = <W^T grad, h>. Tested against `naive`; written out in docs/engines.md.
+Backward of one expert, with g the output's gradient and w the routing weight of its rows:
+
+    dh   = g W_down + s (g B^T) A            still without w
+    dw   = <dh, h>                           because <g, W h> = <W^T g, h>
+    dB   = s (w z)^T g                       w put on the rank-wide factor, the narrowest place
+    dA   = (w s g B^T)^T h
+    dgu  = gate_backward(w dh)               and then the same for gate_up, without w
+
+Letters as in `parts`, and c for the rows of a chunk.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +28,9 @@ from torch.autograd.function import once_differentiable
 
 from drlora.ops.parts import DropoutMasks, ExpertWeights, LoraPiece, Matrix, Routing
 
+# Rows of a chunk: 1024 x 1024 floats are 4 MB. Smaller chunks leave threads idle.
+CHUNK_ROWS = 1024
+
 
 class _Plan(NamedTuple):
     """What is not a tensor, or needs no gradient."""
@@ -26,7 +38,7 @@ class _Plan(NamedTuple):
     base: ExpertWeights
     pieces: list[LoraPiece]
     routing: Routing
-    ends: list[int]
+    counts: list[int]
 
 
 def experts_loop(
@@ -38,7 +50,7 @@ def experts_loop(
     masks: DropoutMasks,
 ) -> Tensor:
     """(T, H) output of the adapted experts; see `drlora.ops.adapted_experts`."""
-    plan = _Plan(base, pieces, routing, routing.ends())
+    plan = _Plan(base, pieces, routing, routing.counts())
     factors = [factor for piece in pieces for factor in (piece.a_RI, piece.b_RO)]
     return _ExpertsLoop.apply(plan, x_TH, weight_TK, masks.gate_up_SH, masks.down_SI, *factors)
 
@@ -54,178 +66,219 @@ class _ExpertsLoop(torch.autograd.Function):
         mask_SI: Tensor | None,
         *factors: Tensor,
     ) -> Tensor:
-        base, routing = plan.base, plan.routing
-        pieces = _bind(plan.pieces, factors)
-        num_rows = routing.order_S.numel()
-        weight_S1 = weight_TK.reshape(-1)[routing.order_S, None]
-        gate_up_SG = x_TH.new_empty(num_rows, base.gate_up_EGH.shape[1])
-        shrunk = [_Shrunk.empty(piece, plan.ends, x_TH) for piece in pieces]
+        base, token_S = plan.base, plan.routing.token_S
+        gate_up_SG = x_TH.new_empty(len(token_S), 2 * base.width)
+        shrunk = [_empty_shrunk(piece, plan.counts, x_TH) for piece in plan.pieces]
+        gate_up = _Projection("gate_up", plan, factors, shrunk, mask_SH)
+        down = _Projection("down", plan, factors, shrunk, mask_SI)
+        weight_S1 = weight_TK.reshape(-1)[plan.routing.order_S, None]
         # Sums over a token's experts are kept in float32: bfloat16 would round after each expert.
         out_TH = torch.zeros(x_TH.shape, dtype=_sum_dtype(x_TH), device=x_TH.device)
-        x_bH, y_bH = _workspace(plan.ends, x_TH, x_TH.shape[1], x_TH.shape[1])
-        for expert, rows in _busy(plan.ends):
-            n = rows.stop - rows.start
-            token_n = routing.token_S[rows]
-            x_nH = torch.index_select(x_TH, 0, token_n, out=x_bH[:n])
-            gate_up_nG, y_nH = gate_up_SG[rows], y_bH[:n]
-            torch.mm(x_nH, base.gate_up_EGH[expert].T, out=gate_up_nG)
-            _add_lora("gate_up", gate_up_nG, x_nH, expert, rows, pieces, shrunk, mask_SH)
-            h_nI = base.apply_gate(gate_up_nG)
-            torch.mm(h_nI, base.down_EHI[expert].T, out=y_nH)
-            _add_lora("down", y_nH, h_nI, expert, rows, pieces, shrunk, mask_SI)
-            out_TH.index_add_(0, token_n, y_nH.to(out_TH.dtype).mul_(weight_S1[rows]))
+        buffers = _Buffers(plan.counts, x_TH)
+        for chunk in _chunks(plan.counts):
+            token_c = token_S[chunk.rows]
+            x_cH = torch.index_select(x_TH, 0, token_c, out=buffers.get(0, chunk, x_TH.shape[1]))
+            gate_up_cG = gate_up_SG[chunk.rows]
+            gate_up.forward(chunk, gate_up_cG, x_cH)
+            h_cI = base.gate_into(buffers.get(1, chunk, base.width), gate_up_cG)
+            y_cH = down.forward(chunk, buffers.get(2, chunk, x_TH.shape[1]), h_cI)
+            out_TH.index_add_(0, token_c, (y_cH * weight_S1[chunk.rows]).to(out_TH.dtype))
         ctx.plan = plan
         # Through save_for_backward, so that checkpointing can drop them.
-        ctx.save_for_backward(
-            x_TH, weight_TK, mask_SH, mask_SI, gate_up_SG, *(s.flat for s in shrunk), *factors
-        )
+        ctx.save_for_backward(x_TH, weight_TK, mask_SH, mask_SI, gate_up_SG, *shrunk, *factors)
         return out_TH.to(x_TH.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_TH: Tensor) -> tuple[Tensor | None, ...]:
         plan: _Plan = ctx.plan
-        base, routing = plan.base, plan.routing
+        base, order_S = plan.base, plan.routing.order_S
         x_TH, weight_TK, mask_SH, mask_SI, gate_up_SG, *rest = ctx.saved_tensors
-        flats, factors = rest[: len(plan.pieces)], rest[len(plan.pieces) :]
-        pieces = _bind(plan.pieces, factors)
-        shrunk = [_Shrunk.of(f, p, plan.ends) for f, p in zip(flats, pieces, strict=True)]
-        grads = [(torch.zeros_like(p.a_RI), torch.zeros_like(p.b_RO)) for p in pieces]
-        weight_S1 = weight_TK.reshape(-1)[routing.order_S, None].to(x_TH.dtype)
-        grad_weight_S = weight_TK.new_zeros(weight_TK.numel())
+        shrunk, factors = rest[: len(plan.pieces)], rest[len(plan.pieces) :]
+        gate_up = _Projection("gate_up", plan, factors, shrunk, mask_SH)
+        down = _Projection("down", plan, factors, shrunk, mask_SI)
+        grads = [torch.zeros_like(factor) for factor in factors]
+        gate_up.start_backward(grads)
+        down.start_backward(grads)
+        weight_S1 = weight_TK.reshape(-1)[order_S, None].to(x_TH.dtype)
+        grad_w_S = x_TH.new_empty(len(order_S))
         grad_x_TH = torch.zeros(x_TH.shape, dtype=_sum_dtype(x_TH), device=x_TH.device)
-        hidden, width = x_TH.shape[1], base.down_EHI.shape[2]
-        x_bH, g_bH, dx_bH, dh_bI = _workspace(plan.ends, x_TH, hidden, hidden, hidden, width)
-        for expert, rows in _busy(plan.ends):
-            n = rows.stop - rows.start
-            token_n, w_n1 = routing.token_S[rows], weight_S1[rows]
-            x_nH = torch.index_select(x_TH, 0, token_n, out=x_bH[:n])
-            g_nH = torch.index_select(grad_TH, 0, token_n, out=g_bH[:n])
-            gate_up_nG = gate_up_SG[rows]
-            h_nI = base.apply_gate(gate_up_nG)
-            dh_nI = torch.mm(g_nH, base.down_EHI[expert], out=dh_bI[:n])
-            at = _At("down", expert, rows)
-            _lora_backward(at, g_nH, h_nI, dh_nI, w_n1, pieces, shrunk, grads, mask_SI)
-            grad_weight_S[routing.order_S[rows]] = (dh_nI * h_nI).sum(-1).to(weight_TK.dtype)
-            dgate_up_nG = base.gate_backward(gate_up_nG, dh_nI.mul_(w_n1))
-            dx_nH = torch.mm(dgate_up_nG, base.gate_up_EGH[expert], out=dx_bH[:n])
-            at = _At("gate_up", expert, rows)
-            _lora_backward(at, dgate_up_nG, x_nH, dx_nH, None, pieces, shrunk, grads, mask_SH)
-            grad_x_TH.index_add_(0, token_n, dx_nH.to(grad_x_TH.dtype))
-        flat_grads = [grad for pair in grads for grad in pair]
-        grad_weight_TK = grad_weight_S.view_as(weight_TK)
-        return None, grad_x_TH.to(x_TH.dtype), grad_weight_TK, None, None, *flat_grads
+        hidden, width, buffers = x_TH.shape[1], base.width, _Buffers(plan.counts, x_TH)
+        for chunk in _chunks(plan.counts):
+            token_c, w_c1 = plan.routing.token_S[chunk.rows], weight_S1[chunk.rows]
+            x_cH = torch.index_select(x_TH, 0, token_c, out=buffers.get(0, chunk, hidden))
+            g_cH = torch.index_select(grad_TH, 0, token_c, out=buffers.get(1, chunk, hidden))
+            gate_up_cG = gate_up_SG[chunk.rows]
+            h_cI, act_cI = base.gate_again(
+                buffers.get(2, chunk, width), buffers.get(3, chunk, width), gate_up_cG
+            )
+            dh_cI = buffers.get(4, chunk, width)
+            down.backward(chunk, dh_cI, g_cH, h_cI, w_c1)
+            torch.sum(h_cI.mul_(dh_cI), dim=1, out=grad_w_S[chunk.rows])
+            dgate_up_cG = buffers.get(5, chunk, 2 * width)
+            base.gate_backward(dgate_up_cG, gate_up_cG, act_cI, dh_cI.mul_(w_c1))
+            gate_up.backward(chunk, g_cH, dgate_up_cG, x_cH, None)  # g's buffer now takes dx
+            grad_x_TH.index_add_(0, token_c, g_cH.to(grad_x_TH.dtype))
+        for piece, grad_b_RO in zip(plan.pieces, grads[1::2], strict=True):
+            grad_b_RO.mul_(piece.scaling)
+        grad_weight = weight_TK.new_empty(weight_TK.numel())
+        grad_weight[order_S] = grad_w_S.to(weight_TK.dtype)
+        return (
+            None, grad_x_TH.to(x_TH.dtype), grad_weight.view_as(weight_TK), None, None, *grads,
+        )  # fmt: skip
 
 
-class _At(NamedTuple):
-    """Where in the block: which matrix, which expert, which of the sorted rows."""
+class _Projection:
+    """One matrix of all experts, with the LoRA pieces on it."""
 
-    matrix: Matrix
-    expert: int
+    def __init__(
+        self,
+        matrix: Matrix,
+        plan: _Plan,
+        factors: Sequence[Tensor],
+        shrunk: Sequence[Tensor],
+        mask_SI: Tensor | None,
+    ) -> None:
+        self.into = plan.base.forward_matrices(matrix)
+        self.back = plan.base.backward_matrices(matrix)
+        self.mask_SI = mask_SI
+        self.updates = []
+        for number, piece in enumerate(plan.pieces):
+            if piece.matrix == matrix:
+                piece = piece._replace(a_RI=factors[2 * number], b_RO=factors[2 * number + 1])
+                whole = piece.b_RO.shape[1] == plan.base.out_features(matrix)
+                columns = None if whole else piece.columns
+                self.updates.append(_Update(number, piece, columns, plan.counts, shrunk[number]))
+
+    def forward(self, chunk: _Chunk, out_cO: Tensor, x_cI: Tensor) -> Tensor:
+        """out = x W^T + s (x A^T) B, expert by expert; keeps z = x A^T."""
+        adapter_cI = x_cI if self.mask_SI is None else x_cI * self.mask_SI[chunk.rows]
+        for expert, out_nO, x_nI, adapter_nI in chunk.split(out_cO, x_cI, adapter_cI):
+            torch.mm(x_nI, self.into[expert], out=out_nO)
+            for update in self.updates:
+                update.forward(expert, out_nO, adapter_nI)
+        return out_cO
+
+    def start_backward(self, grads: Sequence[Tensor]) -> None:
+        """Take the buffers for the factors' gradients, zero for experts that get no rows."""
+        for update in self.updates:
+            update.da = grads[2 * update.number].split(update.ranks)
+            update.db = grads[2 * update.number + 1].split(update.ranks)
+
+    def backward(
+        self, chunk: _Chunk, dx_cI: Tensor, g_cO: Tensor, x_cI: Tensor, weight_c1: Tensor | None
+    ) -> None:
+        """dx = g W + s (g B^T) A, and dA and dB / s.
+
+        With `weight_c1`, `g_cO` and `dx_cI` are without the routing weight.
+        """
+        mask_cI = None if self.mask_SI is None else self.mask_SI[chunk.rows]
+        adapter_cI = x_cI if mask_cI is None else x_cI * mask_cI
+        # Under dropout the base part is added after the mask was put on the adapter's part.
+        part_cI = dx_cI if mask_cI is None else torch.zeros_like(dx_cI)
+        weights_c1 = g_cO if weight_c1 is None else weight_c1
+        for expert, dx_nI, part_nI, g_nO, x_nI, w_n1 in chunk.split(
+            dx_cI, part_cI, g_cO, adapter_cI, weights_c1
+        ):
+            torch.mm(g_nO, self.back[expert], out=dx_nI)
+            for update in self.updates:
+                update.backward(expert, part_nI, g_nO, x_nI, None if weight_c1 is None else w_n1)
+        if mask_cI is not None:
+            dx_cI.addcmul_(part_cI, mask_cI)
+
+
+class _Update:
+    """One LoRA piece, cut into its experts' views at once: one by one would cost more."""
+
+    def __init__(
+        self,
+        number: int,
+        piece: LoraPiece,
+        columns: slice | None,
+        counts: list[int],
+        flat_z: Tensor,
+    ) -> None:
+        self.number, self.ranks, self.columns = number, piece.ranks, columns
+        self.a, self.a_T = piece.a_RI.split(self.ranks), piece.a_RI.T.split(self.ranks, dim=1)
+        scaled_b_RO = piece.b_RO * piece.scaling
+        self.b, self.b_T = scaled_b_RO.split(self.ranks), scaled_b_RO.T.split(self.ranks, dim=1)
+        sizes = [count * rank for count, rank in zip(counts, self.ranks, strict=True)]
+        parts = zip(flat_z.split(sizes), counts, self.ranks, strict=True)
+        self.z = [z.view(count, rank) for z, count, rank in parts]
+        self.da: Sequence[Tensor] = ()
+        self.db: Sequence[Tensor] = ()
+
+    def forward(self, expert: int, out_nO: Tensor, x_nI: Tensor) -> None:
+        if self.ranks[expert]:
+            z_nr = torch.mm(x_nI, self.a_T[expert], out=self.z[expert])
+            self._own(out_nO).addmm_(z_nr, self.b[expert])
+
+    def backward(
+        self, expert: int, dx_nI: Tensor, g_nO: Tensor, x_nI: Tensor, weight_n1: Tensor | None
+    ) -> None:
+        if not self.ranks[expert]:
+            return
+        g_nO, z_nr = self._own(g_nO), self.z[expert]
+        dz_nr = torch.mm(g_nO, self.b_T[expert])
+        dx_nI.addmm_(dz_nr, self.a[expert])
+        if weight_n1 is not None:
+            z_nr, dz_nr = z_nr * weight_n1, dz_nr.mul_(weight_n1)
+        torch.mm(dz_nr.T, x_nI, out=self.da[expert])
+        torch.mm(z_nr.T, g_nO, out=self.db[expert])
+
+    def _own(self, out_nO: Tensor) -> Tensor:
+        return out_nO if self.columns is None else out_nO[:, self.columns]
+
+
+class _Chunk(NamedTuple):
+    """Neighbouring experts: their rows, and how many each has."""
+
     rows: slice
+    experts: range
+    counts: list[int]
+
+    @property
+    def size(self) -> int:
+        return self.rows.stop - self.rows.start
+
+    def split(self, *tensors: Tensor) -> Iterator[tuple[Any, ...]]:
+        """(expert, its rows of each tensor) for the experts that have rows."""
+        cut = [tensor.split(self.counts) for tensor in tensors]
+        for position, (expert, count) in enumerate(zip(self.experts, self.counts, strict=True)):
+            if count:
+                yield expert, *(parts[position] for parts in cut)
 
 
-class _Shrunk(NamedTuple):
-    """x A^T of one piece for all experts, (rows x rank) blocks of unequal size, end to end."""
-
-    flat: Tensor
-    blocks: list[Tensor]
-
-    @classmethod
-    def empty(cls, piece: LoraPiece, ends: list[int], like: Tensor) -> _Shrunk:
-        size = sum(
-            (end - start) * rank
-            for start, end, rank in zip([0, *ends], ends, _ranks(piece), strict=False)
-        )
-        return cls.of(like.new_empty(size), piece, ends)
-
-    @classmethod
-    def of(cls, flat: Tensor, piece: LoraPiece, ends: list[int]) -> _Shrunk:
-        counts = [end - start for start, end in zip([0, *ends], ends, strict=False)]
-        ranks = _ranks(piece)
-        parts = flat.split([count * rank for count, rank in zip(counts, ranks, strict=True)])
-        views = [
-            part.view(count, rank) for part, count, rank in zip(parts, counts, ranks, strict=True)
-        ]
-        return cls(flat, views)
+def _chunks(counts: list[int]) -> Iterator[_Chunk]:
+    """Experts in order, joined until a chunk has CHUNK_ROWS rows."""
+    first_expert = first_row = row = 0
+    for expert, count in enumerate(counts):
+        row += count
+        if row - first_row >= CHUNK_ROWS or (expert == len(counts) - 1 and row > first_row):
+            experts = range(first_expert, expert + 1)
+            yield _Chunk(slice(first_row, row), experts, counts[first_expert : expert + 1])
+            first_expert, first_row = expert + 1, row
 
 
-def _ranks(piece: LoraPiece) -> list[int]:
-    return [b - a for a, b in zip(piece.offsets, piece.offsets[1:], strict=False)]
+class _Buffers:
+    """Numbered buffers for the largest chunk: fresh ones each time would cost page faults."""
+
+    def __init__(self, counts: list[int], like: Tensor) -> None:
+        self.rows = max((chunk.size for chunk in _chunks(counts)), default=0)
+        self.like = like
+        self.kept: dict[int, Tensor] = {}
+
+    def get(self, number: int, chunk: _Chunk, width: int) -> Tensor:
+        """Buffer `number`, (rows of the chunk, width); its content is whatever was there."""
+        if number not in self.kept:
+            self.kept[number] = self.like.new_empty(self.rows, width)
+        return self.kept[number][: chunk.size]
 
 
-def _bind(pieces: list[LoraPiece], factors: Any) -> list[LoraPiece]:
-    """The pieces with the factors as this function received them."""
-    pairs = zip(factors[::2], factors[1::2], strict=True)
-    return [p._replace(a_RI=a, b_RO=b) for p, (a, b) in zip(pieces, pairs, strict=True)]
+def _empty_shrunk(piece: LoraPiece, counts: list[int], like: Tensor) -> Tensor:
+    """Room for z = x A^T of all experts: (rows x rank) blocks of unequal size, end to end."""
+    return like.new_empty(sum(n * rank for n, rank in zip(counts, piece.ranks, strict=True)))
 
 
 def _sum_dtype(like: Tensor) -> torch.dtype:
     return torch.float64 if like.dtype == torch.float64 else torch.float32
-
-
-def _busy(ends: list[int]) -> list[tuple[int, slice]]:
-    """The experts that got rows, with their rows."""
-    spans = zip([0, *ends], ends, strict=False)
-    return [(e, slice(start, end)) for e, (start, end) in enumerate(spans) if start < end]
-
-
-def _workspace(ends: list[int], like: Tensor, *widths: int) -> list[Tensor]:
-    """Buffers for the busiest expert: fresh ones for each expert would cost page faults."""
-    most = max((rows.stop - rows.start for _, rows in _busy(ends)), default=0)
-    return [like.new_empty(most, width) for width in widths]
-
-
-def _add_lora(
-    matrix: Matrix,
-    out_nO: Tensor,
-    x_nI: Tensor,
-    expert: int,
-    rows: slice,
-    pieces: list[LoraPiece],
-    shrunk: list[_Shrunk],
-    mask_SI: Tensor | None,
-) -> None:
-    """Add scaling * (x A^T) B into `out_nO`, keeping x A^T for backward."""
-    if mask_SI is not None:
-        x_nI = x_nI * mask_SI[rows]
-    for piece, kept in zip(pieces, shrunk, strict=True):
-        ranks = slice(piece.offsets[expert], piece.offsets[expert + 1])
-        if piece.matrix != matrix or ranks.start == ranks.stop:
-            continue
-        z_nr = torch.mm(x_nI, piece.a_RI[ranks].T, out=kept.blocks[expert])
-        out_nO[:, piece.columns].addmm_(z_nr, piece.b_RO[ranks], alpha=piece.scaling)
-
-
-def _lora_backward(
-    at: _At,
-    g_nO: Tensor,
-    x_nI: Tensor,
-    dx_nI: Tensor,
-    weight_n1: Tensor | None,
-    pieces: list[LoraPiece],
-    shrunk: list[_Shrunk],
-    grads: list[tuple[Tensor, Tensor]],
-    mask_SI: Tensor | None,
-) -> None:
-    """Write dA and dB of one expert, and add the pieces' part of dX into `dx_nI`.
-
-    With `weight_n1`, `g_nO` still lacks the routing weight: it is put on the rank-wide
-    intermediates, the narrowest place, and `dx_nI` is left without it.
-    """
-    mask_nI = None if mask_SI is None else mask_SI[at.rows]
-    for piece, kept, (da_RI, db_RO) in zip(pieces, shrunk, grads, strict=True):
-        ranks = slice(piece.offsets[at.expert], piece.offsets[at.expert + 1])
-        if piece.matrix != at.matrix or ranks.start == ranks.stop:
-            continue
-        g_piece_nO, z_nr = g_nO[:, piece.columns], kept.blocks[at.expert]
-        dz_nr = torch.mm(g_piece_nO, piece.b_RO[ranks].T).mul_(piece.scaling)
-        if mask_nI is None:
-            dx_nI.addmm_(dz_nr, piece.a_RI[ranks])
-        else:
-            dx_nI.addcmul_(torch.mm(dz_nr, piece.a_RI[ranks]), mask_nI)
-        if weight_n1 is not None:
-            z_nr, dz_nr = z_nr * weight_n1, dz_nr.mul_(weight_n1)
-        inputs_nI = x_nI if mask_nI is None else x_nI * mask_nI
-        torch.mm(dz_nr.T, inputs_nI, out=da_RI[ranks])
-        torch.mm(z_nr.T, g_piece_nO, out=db_RO[ranks]).mul_(piece.scaling)

@@ -28,9 +28,9 @@ def experts_naive(
     out_TH = torch.zeros_like(x_TH)
     weight_S = weight_TK.reshape(-1)[routing.order_S]
     start = 0
-    for expert, end in enumerate(routing.ends()):
-        rows, start = slice(start, end), end
-        if rows.start == rows.stop:
+    for expert, count in enumerate(routing.counts()):
+        rows, start = slice(start, start + count), start + count
+        if not count:
             continue
         token_n = routing.token_S[rows]
         x_nH = x_TH[token_n]

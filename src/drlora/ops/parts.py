@@ -6,7 +6,7 @@ I expert width, R rows of a packed pool, n rows of one expert.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -44,6 +44,11 @@ class LoraPiece(NamedTuple):
         """Output features that the piece adds to."""
         return slice(self.start, self.start + self.b_RO.shape[1])
 
+    @property
+    def ranks(self) -> list[int]:
+        """The rank of each expert."""
+        return [end - start for start, end in zip(self.offsets, self.offsets[1:], strict=False)]
+
 
 @dataclass(frozen=True)
 class ExpertWeights:
@@ -66,15 +71,56 @@ class ExpertWeights:
         """E."""
         return self.gate_up_EGH.shape[0]
 
-    def gate_backward(self, gate_up_nG: Tensor, grad_nI: Tensor) -> Tensor:
-        """(n, 2 * I) gradient of `apply_gate` at `gate_up_nG`, given that of its output."""
-        if self.is_silu:
-            gate_nI, up_nI = gate_up_nG.chunk(2, dim=-1)
-            grad_gate_nI = torch.ops.aten.silu_backward(grad_nI * up_nI, gate_nI)
-            return torch.cat([grad_gate_nI, grad_nI * F.silu(gate_nI)], dim=-1)
-        with torch.enable_grad():
-            leaf = gate_up_nG.detach().requires_grad_()
-            return torch.autograd.grad(self.apply_gate(leaf), leaf, grad_nI)[0]
+    @property
+    def width(self) -> int:
+        """I, the in-features of down."""
+        return self.down_EHI.shape[2]
+
+    def out_features(self, matrix: Matrix) -> int:
+        """Output features of one expert's matrix."""
+        return self._stack(matrix).shape[1]
+
+    def forward_matrices(self, matrix: Matrix) -> Sequence[Tensor]:
+        """E matrices (in-features, out-features), for `x @ W^T`; views, not copies."""
+        return self._stack(matrix).transpose(1, 2).unbind()
+
+    def backward_matrices(self, matrix: Matrix) -> Sequence[Tensor]:
+        """E matrices (out-features, in-features), for `g @ W`; views, not copies."""
+        return self._stack(matrix).unbind()
+
+    def _stack(self, matrix: Matrix) -> Tensor:
+        return self.gate_up_EGH if matrix == "gate_up" else self.down_EHI
+
+    def gate_into(self, h_nI: Tensor, gate_up_nG: Tensor) -> Tensor:
+        """`apply_gate(gate_up_nG)`, in the given buffer where its form is known."""
+        if not self.is_silu:
+            return self.apply_gate(gate_up_nG)
+        gate_nI, up_nI = gate_up_nG.chunk(2, dim=-1)
+        return torch.ops.aten.silu.out(gate_nI, out=h_nI).mul_(up_nI)
+
+    def gate_again(
+        self, h_nI: Tensor, act_nI: Tensor, gate_up_nG: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """The same for backward: (h, act(gate) if known), in the given buffers."""
+        if not self.is_silu:
+            return self.apply_gate(gate_up_nG).clone(), None
+        gate_nI, up_nI = gate_up_nG.chunk(2, dim=-1)
+        torch.ops.aten.silu.out(gate_nI, out=act_nI)
+        return torch.mul(act_nI, up_nI, out=h_nI), act_nI
+
+    def gate_backward(
+        self, out_nG: Tensor, gate_up_nG: Tensor, act_nI: Tensor | None, grad_nI: Tensor
+    ) -> None:
+        """Write the gradient of `apply_gate` at `gate_up_nG`, given that of its output."""
+        if act_nI is None:
+            with torch.enable_grad():
+                leaf = gate_up_nG.detach().requires_grad_()
+                out_nG.copy_(torch.autograd.grad(self.apply_gate(leaf), leaf, grad_nI)[0])
+            return
+        gate_nI, up_nI = gate_up_nG.chunk(2, dim=-1)
+        grad_gate_nI, grad_up_nI = out_nG.chunk(2, dim=-1)
+        torch.mul(grad_nI, act_nI, out=grad_up_nI)
+        torch.ops.aten.silu_backward.grad_input(grad_nI * up_nI, gate_nI, grad_input=grad_gate_nI)
 
 
 class Routing(NamedTuple):
@@ -90,9 +136,9 @@ class Routing(NamedTuple):
     token_S: Tensor
     counts_E: Tensor
 
-    def ends(self) -> list[int]:
-        """Where each expert's rows end, on the host (a synchronisation on an accelerator)."""
-        return self.counts_E.cumsum(0).tolist()
+    def counts(self) -> list[int]:
+        """Rows of each expert, on the host (a synchronisation on an accelerator)."""
+        return self.counts_E.tolist()
 
 
 def sort_by_expert(index_TK: Tensor, num_experts: int) -> Routing:
