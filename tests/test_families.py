@@ -120,6 +120,21 @@ def test_growth_spends_the_budget(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_the_router_can_be_trained(family):
+    model = adapted(family, router="train")
+    dynamics = drlora.RankDynamics(model, total_steps=12)
+    routers = dict(model.named_parameters())
+    routers = {n: p for n, p in routers.items() if p.requires_grad and "drlora" not in n}
+    before = {name: p.detach().clone() for name, p in routers.items()}
+    assert len(routers) >= len(dynamics.adapters)
+    plain_loop(model, dynamics, torch.optim.AdamW(trainable(model), lr=1e-2), range(3))
+    assert all(not torch.equal(p, before[name]) for name, p in routers.items())
+    adapted_logits = model.eval()(**make_batch()).logits
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(merged(**make_batch()).logits, adapted_logits, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_recorded_routing_is_what_the_router_chose(family):
     model = adapted(family, router="frozen").train()
     chosen = {}

@@ -206,3 +206,16 @@ def test_a_skipped_step_does_not_count():
 def test_settings_that_cannot_reach_the_budget_are_refused_before_training():
     with pytest.raises(drlora.ConfigError, match="grow_every"):
         start(grow_every=200)
+
+
+def test_growth_without_any_signal_is_told_about():
+    """Evaluation mode all along: nothing was observed, so the order is only that of the numbers."""
+    model, dynamics, optimizer = start()
+    with pytest.warns(UserWarning, match="no expert has any saliency"):
+        for step in range(TOTAL):
+            model.eval()(**make_batch(step)).loss.backward()
+            dynamics.before_optimizer_step()
+            optimizer.step()
+            dynamics.after_optimizer_step(optimizer)
+            optimizer.zero_grad()
+    assert dynamics.budget()[0] == dynamics.budget()[1]

@@ -112,7 +112,7 @@ class RankDynamics:
         self.warmup_steps = self.config.resolve_warmup(total_steps)
         self._router_parameters = list(_router_parameters(model, self.adapters, self.adapter_name))
         self._hooks = [p.register_hook(self._hold_router) for p in self._router_parameters]
-        self._warned = False
+        self._warned: set[str] = set()
 
     @property
     def event_steps(self) -> tuple[int, ...]:
@@ -254,6 +254,12 @@ class RankDynamics:
         before = group.ranks()
         ranks_E = torch.tensor(before, device=frequency_E.device)
         saliency_E = saliency(frequency_E, importance_E, ranks_E, self.config.gamma).tolist()
+        if not any(saliency_E):
+            self._warn_once(
+                f"{group.block}: at step {self.step} no expert has any saliency, so ranks go by "
+                f"expert number. Was the model in training mode, and before_optimizer_step called "
+                f"before the gradients were cleared?"
+            )
         spent = sum(before) - len(before) * self.config.r_init
         grants = allocate(
             saliency_E,
@@ -314,13 +320,17 @@ class RankDynamics:
         return int(count) if on_host else self.step
 
     def _warn_shared_clock(self, optimizer: object) -> None:
-        if not self._warned and type(optimizer).__name__ not in ("SGD",):
-            warnings.warn(
+        if type(optimizer).__name__ != "SGD":
+            self._warn_once(
                 f"{type(optimizer).__name__} is not torch's Adam or AdamW: rows that wake up late "
-                f"keep its step count, and may take larger first steps (young_rows='shared').",
-                stacklevel=3,
+                f"keep its step count, and may take larger first steps (young_rows='shared')."
             )
-        self._warned = True
+
+    def _warn_once(self, message: str) -> None:
+        kind = message.split(":")[-1]
+        if kind not in self._warned:
+            warnings.warn(message, stacklevel=4)
+        self._warned.add(kind)
 
     def _hold_router(self, grad: Tensor) -> Tensor:
         """During the warm-up the router's gradient must not weigh in gradient clipping either."""
