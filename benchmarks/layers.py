@@ -1,9 +1,9 @@
 """One expert layer in every implementation that is compared, with the same weights and routing.
 
-    hf_frozen   transformers' own experts, frozen, grouped_mm: forward and the input's gradient
-    ours        DrLoraExperts at the given ranks
-    masked      the paper's way: every expert at r_max, unused ranks masked, same engine
-    peft        PEFT's LoRA on `target_parameters`, one rank for all (the mean)
+hf_frozen   transformers' own experts, frozen, grouped_mm: forward and the input's gradient
+ours        DrLoraExperts at the given ranks
+masked      the paper's way: every expert at r_max, unused ranks masked, same engine
+peft        PEFT's LoRA on `target_parameters`, one rank for all (the mean)
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ MAX_LINES = 400
 # Modules and subpackages of drlora by floor, lowest first. `report` stands for report/* as well.
 FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"config", "errors", "peft_type", "ranks"}),
-    frozenset({"allocator", "ops", "optimizer_clock", "saliency", "schedule"}),
+    frozenset({"allocator", "ops", "young_rows", "saliency", "schedule"}),
     frozenset({"blocks", "inject", "layer", "observe"}),
     frozenset({"checkpoint", "dynamics", "export", "peft_method"}),
     frozenset(

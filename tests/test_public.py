@@ -35,7 +35,7 @@ SETTINGS = {
     "routing_signal": "topk_weight",
     "importance_reset": "grown",
     "router": "frozen",
-    "young_rows": "own",
+    "young_rows": "inherit",
     "engine": "auto",
     "modules_to_save": None,
     "experts": None,

@@ -31,8 +31,8 @@ RANK_PER = ("expert", "projection")
 ROUTING_SIGNALS = ("topk_weight", "probability", "count")
 IMPORTANCE_RESETS = ("grown", "all")
 ROUTER_MODES = ("frozen", "train")
-YOUNG_ROW_CLOCKS = ("own", "shared")
-ENGINES = ("auto", "naive", "loop", "grouped")
+YOUNG_ROWS = ("inherit", "own", "shared")
+ENGINES = ("auto", "naive", "loop", "grouped", "triton")
 
 PRESETS: dict[str, dict[str, Any]] = {
     # OLMoE-1B-7B: 38,000 steps, batch 16, lr 2e-5 linear, weight decay 0.
@@ -71,9 +71,12 @@ class DrLoraConfig(PeftConfig):
             experts' (the paper's text) or `all` (its Algorithm 1).
         router: `frozen`, or `train`: trained from the end of the warm-up and saved with the
             adapter.
-        young_rows: `own`: a row that wakes up at step t has Adam moments that are bias-corrected
-            from t; `shared`: from step 0, as a plain Adam does (first steps up to 6 times larger).
-        engine: how the adapted experts are computed; `auto` chooses by device.
+        young_rows: what Adam does with a row that wakes up late. `inherit`: its second moment
+            starts at the mean of its expert's older rows; `own`: its bias is corrected from its
+            own birth, at some cost in each step; `shared`: nothing is done, as in a plain Adam
+            (first steps up to 6 times larger). See docs/rank-pool.md.
+        engine: how the adapted experts are computed; `auto` chooses by device (`loop` or
+            `grouped`). `triton` needs a GPU and the triton package, and is not chosen by itself.
         modules_to_save: further modules that are trained in full and saved with the adapter.
         experts: full names of the adapted experts modules; filled in at injection.
 
@@ -98,7 +101,7 @@ class DrLoraConfig(PeftConfig):
     routing_signal: str = "topk_weight"
     importance_reset: str = "grown"
     router: str = "frozen"
-    young_rows: str = "own"
+    young_rows: str = "inherit"
     engine: str = "auto"
     modules_to_save: list[str] | None = None
     experts: list[str] | None = None
@@ -190,7 +193,7 @@ class DrLoraConfig(PeftConfig):
         _one_of(self, "routing_signal", ROUTING_SIGNALS)
         _one_of(self, "importance_reset", IMPORTANCE_RESETS)
         _one_of(self, "router", ROUTER_MODES)
-        _one_of(self, "young_rows", YOUNG_ROW_CLOCKS)
+        _one_of(self, "young_rows", YOUNG_ROWS)
         _one_of(self, "engine", ENGINES)
         if isinstance(self.projections, str):
             self.projections = [self.projections]

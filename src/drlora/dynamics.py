@@ -28,17 +28,18 @@ from drlora.config import DrLoraConfig
 from drlora.errors import CheckpointError, ConfigError
 from drlora.inject import adapted_layers
 from drlora.layer import ExpertsAdapter, RankPool
-from drlora.optimizer_clock import (
+from drlora.saliency import ema, expert_sums, rank_importance, routed_share, saliency
+from drlora.schedule import GrowthPlan, plan_growth
+from drlora.young_rows import (
     correct_young_rows,
     decays_weights,
     forget_rows,
-    keeps_adam_moments,
+    inherit_second_moment,
+    is_adam,
     parameter_groups,
     unwrap_optimizer,
     young_rows,
 )
-from drlora.saliency import ema, expert_sums, rank_importance, routed_share, saliency
-from drlora.schedule import GrowthPlan, plan_growth
 
 
 @dataclass(frozen=True)
@@ -283,10 +284,15 @@ class RankDynamics:
 
     def _start_rows(self, pool: RankPool, rows: Tensor, optimizer: object) -> None:
         """Claimed rows begin like those of a new adapter, whatever weight decay did to them."""
-        if not isinstance(optimizer, torch.optim.Optimizer):
+        if not isinstance(optimizer, torch.optim.Optimizer) or not len(rows):
             return
         for parameter in (pool.lora_A, pool.lora_B):
-            forget_rows(parameter, optimizer.state.get(parameter, {}), rows)
+            state = optimizer.state.get(parameter, {})
+            forget_rows(parameter, state, rows)
+            if self.config.young_rows == "inherit" and not inherit_second_moment(
+                parameter, state, pool.owner, pool.book.num_experts, rows
+            ):
+                self._warn_unknown(optimizer, "has no second moment per element (exp_avg_sq)")
         if decays_weights(optimizer.param_groups):
             pool.redraw(rows, self.step)
 
@@ -299,8 +305,8 @@ class RankDynamics:
         pool.importance[grown_E1.to(pool.owner.device)[pool.owner.long()]] = 0.0
 
     def _correct_young_rows(self, optimizer: object) -> None:
-        if not keeps_adam_moments(optimizer):
-            self._warn_shared_clock(optimizer)
+        if not is_adam(optimizer):
+            self._warn_unknown(optimizer, "is not torch's Adam or AdamW")
             return
         groups = parameter_groups(optimizer)  # type: ignore[arg-type]
         for pool in self._pools():
@@ -319,11 +325,12 @@ class RankDynamics:
         on_host = not isinstance(count, Tensor) or count.device.type == "cpu"
         return int(count) if on_host else self.step
 
-    def _warn_shared_clock(self, optimizer: object) -> None:
+    def _warn_unknown(self, optimizer: object, why: str) -> None:
         if type(optimizer).__name__ != "SGD":
             self._warn_once(
-                f"{type(optimizer).__name__} is not torch's Adam or AdamW: rows that wake up late "
-                f"keep its step count, and may take larger first steps (young_rows='shared')."
+                f"{type(optimizer).__name__} {why}: with young_rows={self.config.young_rows!r} "
+                f"rows that wake up late are treated as with 'shared', and may take larger first "
+                f"steps."
             )
 
     def _warn_once(self, message: str) -> None:

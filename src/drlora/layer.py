@@ -25,8 +25,8 @@ from drlora.config import DrLoraConfig
 from drlora.errors import CheckpointError
 from drlora.observe import RoutingMeter, TokenMask, count_in_backward, routing_sums
 from drlora.ops import LoraPiece, Matrix, adapted_experts
-from drlora.optimizer_clock import held_rows, local_part
 from drlora.ranks import RankBook
+from drlora.young_rows import held_rows, local_part
 
 
 class RankPool(nn.Module):

@@ -1,6 +1,8 @@
-"""Ragged LoRA on grouped experts: `naive` defines it, `loop` and `grouped` are fast.
+"""Ragged LoRA on grouped experts: `naive` defines it, `loop`, `grouped` and `triton` are fast.
 
-All engines take the same arguments and agree in the output and in every gradient (tests/test_ops).
+All engines take the same arguments and agree in the output and in every gradient (tests/test_ops,
+tests/test_triton). `triton` is imported only when it is asked for: it needs a package that torch
+brings on Linux with CUDA and nowhere else.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from drlora.errors import ConfigError
 from drlora.ops.grouped import experts_grouped, grouped_fits
 from drlora.ops.loop import experts_loop
 from drlora.ops.naive import experts_naive
@@ -51,12 +54,30 @@ def choose_engine(name: str, base: ExpertWeights) -> Engine:
     """The engine called `name`; `auto` takes `loop` on the CPU and `grouped` elsewhere.
 
     Where torch's grouped product cannot take the weights, `loop` stands in for `grouped`.
+
+    Raises:
+        ConfigError: if `triton` is asked for and not installed.
     """
+    if name == "triton":
+        return _triton_engine()
     if name == "auto":
         name = "loop" if base.down_EHI.device.type == "cpu" else "grouped"
     if name == "grouped" and not grouped_fits(base):
         name = "loop"
     return ENGINES[name]
+
+
+def _triton_engine() -> Engine:
+    try:
+        from drlora.ops.triton_engine import experts_triton
+    except ImportError as error:
+        if (error.name or "").partition(".")[0] != "triton":
+            raise
+        raise ConfigError(
+            "engine='triton' needs the package triton, which cannot be imported; install the "
+            "version that your torch asks for, or choose engine='auto'."
+        ) from error
+    return experts_triton
 
 
 def adapted_experts(
@@ -78,7 +99,7 @@ def adapted_experts(
         base: the frozen experts; their weights get no gradient.
         pieces: low-rank updates; their factors have `x_TH`'s dtype.
         dropout: probability with which the adapter's inputs are dropped.
-        engine: `auto`, `naive`, `loop` or `grouped`.
+        engine: `auto`, `naive`, `loop`, `grouped` or `triton`.
 
     Returns:
         (T, H), of `x_TH`'s dtype. Differentiable in `x_TH`, `weight_TK` and the pieces' factors.

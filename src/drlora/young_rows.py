@@ -1,14 +1,15 @@
-"""The optimizer's side of a row that wakes up late.
-
-A young row starts like a row of a new adapter: with no optimizer state, and with Adam's bias
-correction counted from its own birth.
+"""What the optimizer is told about a row that wakes up late.
 
 Adam divides its moments by 1 - beta ** t, with one step count t for a whole parameter. A row that
-is claimed after step b has moments that started from zero at b, so with t instead of n = t - b its
-steps are too large: by (1 - b1) / sqrt(1 - b2) = 3.16 at its first step, and by up to 6.5 in the
-tenth to twentieth if its gradient keeps its sign. Here each such row gets the update it would have
-had from an Adam of its own that started at b: the moments are right as they are, only the
-correction of the bias is not.
+is claimed after step b has moments that start from zero at b; with t instead of n = t - b its steps
+are too large: by (1 - b1) / sqrt(1 - b2) = 3.16 at its first step, and by up to 6.5 in the tenth to
+twentieth if its gradient keeps its sign. Two ways to put that right:
+
+    inherit   its second moment starts at the mean of its expert's older rows, whose bias is that
+              of the shared count; its first moment starts at zero, a warm-up of some ten steps.
+              Written once, at the event.
+    own       it gets the update of an Adam of its own that started at b, exactly: what the shared
+              count made of it is taken back and replaced after each step.
 
 Parameters may be sharded by rows (FSDP2): each process then handles the rows it holds.
 """
@@ -19,6 +20,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -35,8 +37,8 @@ def unwrap_optimizer(optimizer: object) -> object:
     return optimizer
 
 
-def keeps_adam_moments(optimizer: object) -> bool:
-    """Whether the optimizer's step is Adam's and its moments can be read row by row."""
+def is_adam(optimizer: object) -> bool:
+    """Whether the optimizer's update is torch's Adam or AdamW, which `own` computes again."""
     return isinstance(optimizer, (Adam, AdamW))
 
 
@@ -89,6 +91,44 @@ def forget_rows(parameter: Tensor, state: dict, rows: Tensor) -> None:
     for value in state.values():
         if isinstance(value, Tensor) and value.shape == parameter.shape:
             local_part(value)[held.local] = 0
+
+
+@torch.no_grad()
+def inherit_second_moment(
+    parameter: Tensor, state: dict, owner_R: Tensor, num_experts: int, rows: Tensor
+) -> bool:
+    """Start the second moment of just claimed rows at the mean of their expert's older rows.
+
+    Args:
+        parameter: (R, anything).
+        state: the optimizer's state of it.
+        owner_R: (R,) the expert of each row, -1 if free; `rows` are owned already.
+        num_experts: E.
+        rows: the claimed rows.
+
+    Returns:
+        Whether the state has a second moment per element (`exp_avg_sq`, as Adam's); nothing is
+        done if not.
+    """
+    moments = [
+        state[key]
+        for key in ("exp_avg_sq", "max_exp_avg_sq")
+        if isinstance(state.get(key), Tensor) and state[key].shape == parameter.shape
+    ]
+    older_R = owner_R.clone()
+    older_R[rows] = -1
+    bins_R = older_R.long() % (num_experts + 1)  # the last bin takes what does not count
+    counts_E1 = torch.bincount(bins_R, minlength=num_experts + 1).clamp(min=1)[:, None]
+    everything = held_rows(parameter, torch.arange(len(owner_R), device=owner_R.device))
+    held = held_rows(parameter, rows)
+    for moment in moments:
+        local = local_part(moment)
+        sums_E1 = local.new_zeros(num_experts + 1, *local.shape[1:])
+        sums_E1.index_add_(0, bins_R[everything.chosen], local)
+        if isinstance(moment, DTensor):
+            dist.all_reduce(sums_E1, group=moment.device_mesh.get_group())
+        local[held.local] = (sums_E1 / counts_E1)[owner_R[rows[held.chosen]].long()]
+    return bool(moments)
 
 
 @torch.no_grad()

@@ -1,0 +1,360 @@
+"""Launches the `triton` engine's kernels: grids, tile sizes, the map from tiles to experts.
+
+Nothing here waits for the device. How many rows an expert got is known there alone, so grids come
+from what the host knows: at most S // rows-per-tile + min(E, S) tiles can be in use, and no rank is
+above the pool's largest. Programs without work leave at once.
+
+Shape letters: T tokens, S routed rows, E experts, Q tiles, R rows of a packed factor, P largest
+active rank rounded up to 16, K reduced features, N and C columns.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import triton  # type: ignore[import-not-found, import-untyped, unused-ignore]
+from torch import Tensor
+from torch.nn import functional as F
+
+from drlora.ops import triton_kernels as kernels
+from drlora.ops import triton_rowwise as rowwise
+from drlora.ops.parts import LoraPiece, Routing
+
+RANK_BLOCK = 16  # the least width of a tensor core product
+_GROUP = 8
+_ROWWISE_TILE = (16, 128)
+
+
+class Tiles(NamedTuple):
+    """Sizes of one program's work in the matrix products."""
+
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+
+
+# Keyed by bytes per element, rows per tile, and whether a program may use 160 KiB of shared memory
+# (A100, H100 and later data-centre chips). Not measured: sizes that are usual for such products.
+# To tune on a device, put `Tiles` into an entry and time the layer, entry by entry; or wrap a
+# kernel, `kernels.product_kernel = triton.autotune(configs, key=["K", "N"])(kernels.product_kernel)`
+# with configs that name BLOCK_N, BLOCK_K, num_warps and num_stages, and leave these out below.
+# BLOCK_M cannot vary by kernel: all of a layer's kernels share one map of tiles.
+TILES: dict[tuple[int, int, bool], Tiles] = {
+    (2, 128, True): Tiles(columns=256, depth=64, warps=8, stages=3),
+    (2, 128, False): Tiles(columns=128, depth=32, warps=8, stages=3),
+    (2, 64, True): Tiles(columns=128, depth=64, warps=4, stages=4),
+    (2, 64, False): Tiles(columns=128, depth=32, warps=4, stages=3),
+    (2, 32, True): Tiles(columns=128, depth=64, warps=4, stages=4),
+    (2, 32, False): Tiles(columns=128, depth=32, warps=4, stages=4),
+    (2, 16, True): Tiles(columns=128, depth=64, warps=4, stages=4),
+    (2, 16, False): Tiles(columns=64, depth=64, warps=4, stages=4),
+    (4, 64, True): Tiles(columns=64, depth=32, warps=8, stages=2),
+    (4, 64, False): Tiles(columns=64, depth=32, warps=8, stages=2),
+    (4, 32, True): Tiles(columns=64, depth=32, warps=4, stages=2),
+    (4, 32, False): Tiles(columns=64, depth=32, warps=4, stages=2),
+    (4, 16, True): Tiles(columns=64, depth=32, warps=4, stages=2),
+    (4, 16, False): Tiles(columns=64, depth=32, warps=4, stages=2),
+}
+_LARGE_SHARED_BYTES = 160 * 1024
+
+
+class Sorted(NamedTuple):
+    """Rows in the order of the experts, as the kernels read them.
+
+    Attributes:
+        order_S: position of each sorted row in the flattened (T * K) routing.
+        token_S: the token of each sorted row.
+        bound_E1: (E + 1,) int32; expert e's rows are `bound_E1[e] : bound_E1[e + 1]`.
+        tile_expert_Q: int32 expert of each tile; E for tiles that are not used.
+        tile_row_Q: int32 first row of each tile.
+        tile_rows: rows per tile.
+        tiles: sizes of the products.
+    """
+
+    order_S: Tensor
+    token_S: Tensor
+    bound_E1: Tensor
+    tile_expert_Q: Tensor
+    tile_row_Q: Tensor
+    tile_rows: int
+    tiles: Tiles
+
+    @property
+    def num_rows(self) -> int:
+        """S."""
+        return self.order_S.numel()
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return self.bound_E1.numel() - 1
+
+
+def sorted_rows(routing: Routing, like: Tensor) -> Sorted:
+    """Cut each expert's rows into tiles, on the device."""
+    rows, experts = routing.order_S.numel(), routing.counts_E.numel()
+    tile_rows = _rows_per_tile(rows, experts, like.element_size())
+    bound_E1 = F.pad(routing.counts_E.cumsum(0), (1, 0))
+    tiles_E = (routing.counts_E + tile_rows - 1) // tile_rows
+    tile_bound_E1 = F.pad(tiles_E.cumsum(0), (1, 0))
+    tile_Q = torch.arange(rows // tile_rows + min(experts, rows), device=bound_E1.device)
+    expert_Q = torch.searchsorted(tile_bound_E1[1:], tile_Q, right=True)
+    known_Q = expert_Q.clamp(max=experts - 1)
+    row_Q = bound_E1[known_Q] + (tile_Q - tile_bound_E1[known_Q]) * tile_rows
+    return Sorted(
+        routing.order_S,
+        routing.token_S,
+        bound_E1.to(torch.int32),
+        expert_Q.to(torch.int32),
+        row_Q.to(torch.int32),
+        tile_rows,
+        TILES[like.element_size(), tile_rows, _has_large_shared_memory(like.device)],
+    )
+
+
+def _rows_per_tile(rows: int, experts: int, element_bytes: int) -> int:
+    """A power of two near the mean number of an expert's rows, so that tiles are mostly full."""
+    largest = 128 if element_bytes == 2 else 64
+    return max(16, min(largest, triton.next_power_of_2(-(-rows // experts))))
+
+
+@lru_cache(maxsize=32)
+def _has_large_shared_memory(device: torch.device) -> bool:
+    if device.type != "cuda":
+        return False
+    properties = torch.cuda.get_device_properties(device)
+    return getattr(properties, "shared_memory_per_block_optin", 0) >= _LARGE_SHARED_BYTES
+
+
+class Rows(NamedTuple):
+    """Values of the sorted rows: row i is `values[source_S[i]]`, or `values[i]` without source.
+
+    Attributes:
+        values: (n, K), features side by side in memory.
+        source_S: which row of values a sorted row reads.
+        mask_SK: dropout factors on the rows in sorted order.
+    """
+
+    values: Tensor
+    source_S: Tensor | None = None
+    mask_SK: Tensor | None = None
+
+
+class RankOffsets(NamedTuple):
+    """Where each expert's ranks are, for the device and for the host.
+
+    Attributes:
+        offset_E1: (E + 1,) int32 on the device.
+        padded: P, the largest rank rounded up to 16; the width that rank-wide tensors get. How much
+            a packed one would need depends on the counts, which the host would have to wait for.
+    """
+
+    offset_E1: Tensor
+    padded: int
+
+    @property
+    def block(self) -> int:
+        """Ranks of one program: a power of two, at most 64."""
+        return min(64, triton.next_power_of_2(self.padded))
+
+
+@lru_cache(maxsize=1024)
+def rank_offsets(offsets: tuple[int, ...], device: torch.device) -> RankOffsets:
+    """Copied to the device once for each set of ranks, which is once per growth event."""
+    largest = max(end - start for start, end in zip(offsets, offsets[1:], strict=False))
+    padded = -(-largest // RANK_BLOCK) * RANK_BLOCK
+    return RankOffsets(torch.tensor(offsets, dtype=torch.int32, device=device), padded)
+
+
+class Expansion(NamedTuple):
+    """The update z F of the columns from `column` on.
+
+    Attributes:
+        z_SP: scaled rank-wide rows; columns past an expert's rank are garbage.
+        factor_RN: packed factor.
+        column: first column of the product that is updated.
+        ranks: whose rows of the factor are whose.
+    """
+
+    z_SP: Tensor
+    factor_RN: Tensor
+    column: int
+    ranks: RankOffsets
+
+
+def shrink(at: Sorted, rows: Rows, factor_RK: Tensor, ranks: RankOffsets, scale: float) -> Tensor:
+    """(S, P) `scale` * rows @ factor[expert's ranks].T; columns past the rank are not written."""
+    x, features = rows.values, factor_RK.shape[1]
+    z_SP = x.new_empty(at.num_rows, ranks.padded)
+    grid = (at.tile_expert_Q.numel(), triton.cdiv(ranks.padded, ranks.block))
+    kernels.shrink_kernel[grid](
+        x, _or(rows.source_S, x), _or(rows.mask_SK, x), factor_RK, ranks.offset_E1, z_SP,
+        at.tile_expert_Q, at.tile_row_Q, at.bound_E1,
+        at.num_experts, features, x.stride(0), ranks.padded, scale,
+        GATHER=rows.source_S is not None,
+        MASKED=rows.mask_SK is not None,
+        EVEN_K=features % at.tiles.depth == 0,
+        BLOCK_M=at.tile_rows,
+        BLOCK_K=at.tiles.depth,
+        BLOCK_R=ranks.block,
+        num_warps=at.tiles.warps,
+        num_stages=at.tiles.stages,
+    )  # fmt: skip
+    return z_SP
+
+
+def product(
+    at: Sorted,
+    rows: Rows,
+    weight_EKN: Tensor,
+    expansions: list[Expansion],
+    *,
+    mask_SN: Tensor | None = None,
+    unsort: bool = False,
+) -> Tensor:
+    """(S, N) rows @ weight[expert] + mask * the expansions; the weight may have any strides.
+
+    Two expansions ride in the product. More of them (several adapters at once) are added in
+    further passes over the output.
+
+    Args:
+        at: the sorted rows.
+        rows: what is multiplied; its dropout factors are not read.
+        weight_EKN: frozen weights.
+        expansions: low-rank updates.
+        mask_SN: dropout factors on the sum of the expansions.
+        unsort: write in routing order instead of sorted order.
+    """
+    out_SN = rows.values.new_empty(at.num_rows, weight_EKN.shape[2])
+    for start in range(0, max(1, len(expansions)), 2):
+        _product(at, rows, weight_EKN, expansions[start : start + 2], mask_SN, unsort, out_SN, start)
+    return out_SN
+
+
+def _product(
+    at: Sorted,
+    rows: Rows,
+    weight_EKN: Tensor,
+    expansions: list[Expansion],
+    mask_SN: Tensor | None,
+    unsort: bool,
+    out_SN: Tensor,
+    done: int,
+) -> None:
+    x, (_, features, columns) = rows.values, weight_EKN.shape
+    tiles, num_tiles = at.tiles, at.tile_expert_Q.numel()
+    arguments = [_expansion_arguments(expansion) for expansion in expansions]
+    arguments += [(x, x, at.bound_E1, 0, 0, 0)] * (2 - len(arguments))
+    blocks = [expansion.ranks.block for expansion in expansions] + [RANK_BLOCK] * 2
+    grid = (num_tiles * triton.cdiv(columns, tiles.columns),)
+    kernels.product_kernel[grid](
+        x, _or(rows.source_S, x), weight_EKN, out_SN, at.order_S, _or(mask_SN, x),
+        at.tile_expert_Q, at.tile_row_Q, at.bound_E1, *arguments[0], *arguments[1],
+        at.num_experts, num_tiles, features, columns, x.stride(0), *weight_EKN.stride(),
+        GATHER=rows.source_S is not None,
+        SCATTER=unsort,
+        MASKED=mask_SN is not None,
+        BASE=done == 0,
+        TERMS=len(expansions),
+        EVEN_K=features % tiles.depth == 0,
+        BLOCK_M=at.tile_rows,
+        BLOCK_N=tiles.columns,
+        BLOCK_K=tiles.depth,
+        BLOCK_R0=blocks[0],
+        BLOCK_R1=blocks[1],
+        GROUP=_GROUP,
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
+    )  # fmt: skip
+
+
+def _expansion_arguments(e: Expansion) -> tuple[Tensor, Tensor, Tensor, int, int, int]:
+    return e.z_SP, e.factor_RN, e.ranks.offset_E1, e.ranks.padded, e.column, e.factor_RN.shape[1]
+
+
+def factor_grad(
+    at: Sorted,
+    z_SP: Tensor,
+    rows: Rows,
+    piece: LoraPiece,
+    ranks: RankOffsets,
+    weight_S: Tensor | None = None,
+) -> Tensor:
+    """(R, C) z[expert's rows].T @ rows, per expert.
+
+    Args:
+        at: the sorted rows.
+        z_SP: rank-wide rows.
+        rows: (S, C) what they are multiplied with.
+        piece: whose factor it is the gradient of.
+        ranks: the piece's ranks.
+        weight_S: factors on z's rows, in routing order.
+    """
+    x, columns, tiles = rows.values, rows.values.shape[1], at.tiles
+    out_RC = x.new_empty(piece.offsets[-1], columns)
+    # Columns run fastest in the grid: neighbours then read the same z.
+    grid = (
+        triton.cdiv(columns, tiles.columns),
+        triton.cdiv(ranks.padded, ranks.block),
+        at.num_experts,
+    )
+    kernels.factor_grad_kernel[grid](
+        z_SP, _or(weight_S, x), at.order_S, x, _or(rows.source_S, x), _or(rows.mask_SK, x),
+        ranks.offset_E1, at.bound_E1, out_RC, columns, ranks.padded, x.stride(0),
+        WEIGHTED=weight_S is not None,
+        GATHER=rows.source_S is not None,
+        MASKED=rows.mask_SK is not None,
+        BLOCK_S=tiles.depth,
+        BLOCK_R=ranks.block,
+        BLOCK_C=tiles.columns,
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
+    )  # fmt: skip
+    return out_RC
+
+
+def silu_mul(gate_up_SG: Tensor) -> Tensor:
+    """(S, I) silu(gate) * up."""
+    rows, width = gate_up_SG.shape[0], gate_up_SG.shape[1] // 2
+    h_SI = gate_up_SG.new_empty(rows, width)
+    block_m, block_n = _ROWWISE_TILE
+    grid = (triton.cdiv(rows, block_m), triton.cdiv(width, block_n))
+    rowwise.silu_mul_kernel[grid](gate_up_SG, h_SI, rows, width, BLOCK_M=block_m, BLOCK_N=block_n)
+    return h_SI
+
+
+def silu_mul_backward(
+    at: Sorted, gate_up_SG: Tensor, dh_SI: Tensor, weight_S: Tensor
+) -> tuple[Tensor, Tensor]:
+    """((S, 2 * I) gradient, (S,) <dh, h> in routing order); turns `dh_SI` into h in place.
+
+    `dh_SI` lacks the routing weight; the gradient has it.
+    """
+    rows, width = dh_SI.shape
+    dgate_up_SG, dweight_S = torch.empty_like(gate_up_SG), torch.empty_like(weight_S)
+    block_m, block_n = _ROWWISE_TILE
+    rowwise.silu_mul_backward_kernel[(triton.cdiv(rows, block_m),)](
+        gate_up_SG, dh_SI, weight_S, at.order_S, dgate_up_SG, dweight_S, rows, width,
+        BLOCK_M=block_m, BLOCK_N=block_n,
+    )  # fmt: skip
+    return dgate_up_SG, dweight_S
+
+
+def combine(y_SN: Tensor, top_k: int, weight_S: Tensor | None) -> Tensor:
+    """(T, N) sum over each token's `top_k` rows, weighted; rows and weights in routing order."""
+    tokens, columns = y_SN.shape[0] // top_k, y_SN.shape[1]
+    out_TN = y_SN.new_empty(tokens, columns)
+    block_m, block_n = _ROWWISE_TILE
+    rowwise.combine_kernel[(triton.cdiv(tokens, block_m), triton.cdiv(columns, block_n))](
+        y_SN, _or(weight_S, y_SN), out_TN, tokens, top_k, columns,
+        WEIGHTED=weight_S is not None, BLOCK_M=block_m, BLOCK_N=block_n,
+    )  # fmt: skip
+    return out_TN
+
+
+def _or(tensor: Tensor | None, unread: Tensor) -> Tensor:
+    """A kernel argument for a tensor that may be missing: any tensor will do, it is not read."""
+    return unread if tensor is None else tensor
