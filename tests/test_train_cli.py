@@ -200,6 +200,28 @@ def assert_same_run(run: Path, straight: Path) -> None:
     assert one["before"]["loss"] == other["before"]["loss"]
 
 
+def test_resumed_after_a_crash_it_writes_nothing_twice(trained, tmp_path, monkeypatch):
+    recipe = save_all(tmp_path)
+    on_log = MetricsLog.on_log
+
+    def crashing(self, args, state, control, logs=None, **kwargs):
+        on_log(self, args, state, control, logs, **kwargs)
+        if state.global_step == 9:
+            raise RuntimeError("power cut")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MetricsLog, "on_log", crashing)
+        with pytest.raises(RuntimeError, match="power cut"):
+            main(["train", str(recipe)])
+    run = tmp_path / "run"
+    assert RunDir(run).newest_checkpoint().name == "checkpoint-6"
+    assert max(grant["step"] for grant in lines(run / "growth.jsonl")) == 8
+    assert main(["train", str(recipe), "--resume"]) == 0
+    assert_same_run(run, trained / "run")
+    steps = [entry["step"] for entry in lines(run / "metrics.jsonl") if "loss" in entry]
+    assert steps == [0, *range(1, STEPS + 1), STEPS]
+
+
 def test_interrupted_before_the_first_step_it_starts_again(trained, tmp_path, monkeypatch, capsys):
     recipe = save_all(tmp_path)
 
