@@ -149,3 +149,13 @@ def test_a_whole_float_is_a_whole_number():
     steps = check_type(1000.0, int, "x")
     assert steps == 1000
     assert isinstance(steps, int)
+
+
+def test_an_unquoted_no_is_a_strategy_and_not_false(tmp_path):
+    tree = {
+        "model": "embedded",
+        "output_dir": str(tmp_path),
+        "data": {"train": "embedded:definitions"},
+    }
+    recipe = recipe_from({**tree, "training": yaml.safe_load("save_strategy: no")})
+    assert recipe.training["save_strategy"] == "no"

@@ -245,8 +245,10 @@ def _training(settings: dict[str, Any]) -> dict[str, Any]:
     for key in settings:
         if key in NOT_IN_RECIPES:
             raise ConfigError(f"training.{key} cannot be set in a recipe: {NOT_IN_RECIPES[key]}.")
+    # An unquoted `no` is false in YAML, but the name of a strategy for transformers.
+    plain = {k: "no" if v is False and k.endswith("_strategy") else v for k, v in settings.items()}
     checked = {
-        key: check_type(value, known[key], f"training.{key}") for key, value in settings.items()
+        key: check_type(value, known[key], f"training.{key}") for key, value in plain.items()
     }
     if checked.get("max_steps", -1) > 0 and "num_train_epochs" in checked:
         raise ConfigError(
