@@ -32,17 +32,19 @@ def table() -> str:
     timed = {**newest("experts_layer"), **newest("train_step")}
     extra = {k: row["of_peft"] for k, row in newest("memory").items()}
     lines = [
-        "| case | drlora / frozen | p20 - p80 | masked / frozen | PEFT / drlora | memory of PEFT's |",
+        "| case | drlora / frozen | p20 - p80 | masked / frozen | PEFT / drlora | memory / PEFT's |",
         "|---|---|---|---|---|---|",
     ]
     for case in dict.fromkeys(case for case, _ in timed):
         mine = timed[case, "ours"]
         slow = timed.get((case, "masked r_max"))
         used = extra.get((case.replace("step ", "memory "), "ours"))
+        slow_text = f"{slow['to_frozen']:.2f}" if slow else ""
+        used_text = f"{used:.0%}" if used is not None else ""
         lines.append(
             f"| {case} | {mine['to_frozen']:.2f} | {mine['to_frozen_p20']:.2f} - "
-            f"{mine['to_frozen_p80']:.2f} | {f'{slow["to_frozen"]:.2f}' if slow else ''} | "
-            f"{mine['peft_over_this']:.1f} | {f'{used:.0%}' if used is not None else ''} |"
+            f"{mine['to_frozen_p80']:.2f} | {slow_text} | {mine['peft_over_this']:.1f} | "
+            f"{used_text} |"
         )
     any_row = next(iter(timed.values()))
     lines.append("")
