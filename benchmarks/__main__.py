@@ -32,7 +32,7 @@ def table() -> str:
     timed = {**newest("experts_layer"), **newest("train_step")}
     extra = {k: row["of_peft"] for k, row in newest("memory").items()}
     lines = [
-        "| case | drlora / frozen | p20 - p80 | masked / frozen | PEFT / drlora | memory / PEFT's |",
+        "| case | drlora / frozen | p20 - p80 | masked / frozen | PEFT / drlora | of PEFT memory |",
         "|---|---|---|---|---|---|",
     ]
     for case in dict.fromkeys(case for case, _ in timed):
