@@ -80,13 +80,13 @@ class ShowProgress(TrainerCallback):
     def __init__(self, console: Console) -> None:
         self.console = console
         self.dynamics: RankDynamics | None = None
-        self.loss = float("nan")
+        self.loss = ""  # nothing was logged yet
         self.tenth = 0
         self.bar = Progress(
             TextColumn("training"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]:.3f}"),
+            TextColumn("{task.fields[loss]}"),
             TimeRemainingColumn(),
             console=console,
             disable=not console.is_terminal,
@@ -118,11 +118,11 @@ class ShowProgress(TrainerCallback):
         """Keep the loss for the bar, or print it in one of a few lines."""
         if "loss" not in (logs or {}):
             return
-        self.loss = (logs or {})["loss"]
+        self.loss = f"loss {(logs or {})['loss']:.3f}"
         tenth = PLAIN_LINES * state.global_step // state.max_steps
         if not self.console.is_terminal and tenth > self.tenth:
             self.tenth = tenth
-            self.console.print(f"step {state.global_step}/{state.max_steps}, loss {self.loss:.3f}")
+            self.console.print(f"step {state.global_step}/{state.max_steps}, {self.loss}")
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
