@@ -10,7 +10,7 @@ from pathlib import Path
 
 from drlora.errors import ConfigError
 
-FOLDER = Path(__file__).parent / "embedded"
+FOLDER = Path(__file__).parent
 MODEL_NAME = "embedded"
 MODEL_FOLDER = FOLDER / "olmoe-tiny"
 
