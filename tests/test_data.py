@@ -134,7 +134,7 @@ def test_missing_and_unknown_sources(tmp_path):
         str(tmp_path / "a.csv")
     )
     assert "is a folder" in refused(str(tmp_path))
-    assert "there are definitions, pronunciation" in refused("embedded:nonsense")
+    assert "there are definitions, kinds, pronunciation" in refused("embedded:nonsense")
     assert "there are dev, test, train" in refused("embedded:definitions", split="validation")
     path = write(tmp_path / "a.jsonl", *PAIRS)
     assert "a file has no splits" in refused(path, split="test")

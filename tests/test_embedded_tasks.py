@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
 from functools import cache
 from itertools import combinations
@@ -10,16 +11,26 @@ from pathlib import Path
 import pytest
 
 TASKS_FOLDER = Path(__file__).resolve().parents[1] / "src" / "drlora" / "embedded" / "tasks"
-TASKS = ("pronunciation", "definitions")
+TASKS = ("pronunciation", "definitions", "kinds")
 SPLITS = ("train", "dev", "test")
 PAIRS = tuple(combinations(SPLITS, 2))
 LIMIT_BYTES = 3_000_000
+WORDNET_LICENCE = [
+    "WordNet 3.0 Copyright 2006 by Princeton University.  All rights reserved.",
+    "Permission to use, copy, modify and distribute this software",
+    "Princeton University and LICENSEE agrees to preserve same.",
+]
 
 
 @cache
 def read_split(task: str, split: str) -> list[dict]:
     lines = (TASKS_FOLDER / task / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
+
+
+def accepted(example: dict) -> list[str]:
+    """The answers of a line; where there is one alone, it is the completion."""
+    return example.get("answers", [example["completion"].strip()])
 
 
 def words(split: str) -> set[str]:
@@ -52,14 +63,15 @@ def test_files_fit():
 
 
 @pytest.mark.parametrize("task", TASKS)
-@pytest.mark.parametrize(("split", "least"), [("train", 10_000), ("dev", 500), ("test", 1_000)])
+@pytest.mark.parametrize(("split", "least"), [("train", 6_900), ("dev", 500), ("test", 1_000)])
 def test_columns_and_size(task, split, least):
     examples = read_split(task, split)
     assert len(examples) >= least
     for example in examples:
-        assert list(example) == ["prompt", "completion", "answers"]
-        answers = example["answers"]
+        answers = accepted(example)
+        assert set(example) <= {"prompt", "completion", "answers"}
         assert example["completion"] == f" {answers[0]}"
+        assert len(answers) > 1 or "answers" not in example
         assert len(set(answers)) == len(answers)
         assert all(answer and answer == answer.strip() for answer in answers)
         assert "\n" not in example["completion"]
@@ -78,7 +90,7 @@ def test_definition_splits_share_no_lemma(one, other):
         {
             answer.lower()
             for example in read_split("definitions", split)
-            for answer in example["answers"]
+            for answer in accepted(example)
         }
         for split in (one, other)
     ]
@@ -105,7 +117,14 @@ def test_irregular_forms_stay_together():
 def test_pronunciations_are_phones_without_stress():
     for split in SPLITS:
         for example in read_split("pronunciation", split):
-            assert all(re.fullmatch("[A-Z]{1,2}( [A-Z]{1,2})*", a) for a in example["answers"])
+            assert all(re.fullmatch("[A-Z]{1,2}( [A-Z]{1,2})*", a) for a in accepted(example))
+
+
+def test_kinds_are_few_and_none_is_most_of_the_test():
+    counts = Counter(example["completion"] for example in read_split("kinds", "test"))
+    learnt = {example["completion"] for example in read_split("kinds", "train")}
+    assert 30 <= len(learnt) <= 40 and counts.keys() <= learnt
+    assert counts.most_common(1)[0][1] < 0.15 * counts.total()
 
 
 @pytest.mark.parametrize(
@@ -121,12 +140,9 @@ def test_pronunciations_are_phones_without_stress():
         ),
         (
             "definitions",
-            [
-                "WordNet 3.0 Copyright 2006 by Princeton University.  All rights reserved.",
-                "Permission to use, copy, modify and distribute this software",
-                "Princeton University and LICENSEE agrees to preserve same.",
-            ],
+            WORDNET_LICENCE,
         ),
+        ("kinds", WORDNET_LICENCE),
     ],
 )
 def test_readme_has_the_licence_and_the_true_sizes(task, phrases):

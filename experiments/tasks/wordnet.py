@@ -10,6 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PARTS_OF_SPEECH = {"noun": "noun", "verb": "verb", "adj": "adjective", "adv": "adverb"}
+# Lexicographer files 4 to 43, by number (lexnames(5WN)); the others have no topic.
+_KINDS = """
+    act animal artifact attribute body cognition communication event feeling food group location
+    motive object person phenomenon plant possession process quantity relation shape state substance
+    time body change cognition communication competition consumption contact creation emotion motion
+    perception possession social stative weather
+"""
+KINDS = dict(enumerate(_KINDS.split(), start=4))
 
 
 @dataclass(frozen=True)
@@ -17,13 +25,15 @@ class Synset:
     """One sense: its lemmas as WordNet spells them (spaces for underscores), and its definition.
 
     `is_instance` marks a named individual (a person, a town), `definition` is the gloss without its
-    examples.
+    examples, `kind` the topic it is filed under ("animal", "motion"), empty for adjectives, adverbs
+    and the topmost nouns.
     """
 
     part_of_speech: str
     lemmas: tuple[str, ...]
     definition: str
     is_instance: bool
+    kind: str
 
 
 def read_synsets(folder: Path) -> Iterator[Synset]:
@@ -41,7 +51,8 @@ def _parse_synset(line: str, part_of_speech: str) -> Synset:
     words = columns[4 : 4 + 2 * int(columns[3], 16) : 2]
     lemmas = (re.sub(r"\((a|p|ip)\)$", "", word).replace("_", " ") for word in words)
     definition = re.split(r'[;:]\s*"|\s"', gloss.strip(), maxsplit=1)[0].strip(" ;:")
-    return Synset(part_of_speech, tuple(dict.fromkeys(lemmas)), definition, "@i" in columns)
+    kind = KINDS.get(int(columns[1]), "")
+    return Synset(part_of_speech, tuple(dict.fromkeys(lemmas)), definition, "@i" in columns, kind)
 
 
 def read_counts(folder: Path) -> Counter[str]:
