@@ -3,7 +3,6 @@
 
 PYTHON  ?= python3
 WORKERS ?= 2
-PLAN    ?= recipes/compare.yaml
 ARGS    ?=
 
 VENV := .venv
@@ -16,7 +15,7 @@ TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 NUMEXPR_N
             TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
 .DEFAULT_GOAL := help
-.PHONY: help train test check bench docs compare clean
+.PHONY: help train test check bench docs clean
 
 help: ## list the verbs
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,7 +24,7 @@ train: $(VENV)/.ok ## fine-tune the embedded model on the embedded data, into a 
 	$(BIN)/drlora train recipes/embedded.yaml output_dir=runs/embedded-$(shell date +%Y%m%d-%H%M%S) $(ARGS)
 
 test: $(VENV)/.ok ## run the tests
-	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist=loadfile $(ARGS)
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist=worksteal $(ARGS)
 
 check: $(VENV)/.ok ## lint, formatting, types
 	$(BIN)/ruff check .
@@ -37,9 +36,6 @@ bench: $(VENV)/.ok ## measure speed and memory on this machine
 
 docs: $(VENV)/.docs-ok ## build the documentation into site/
 	$(BIN)/mkdocs build --strict $(ARGS)
-
-compare: $(VENV)/.ok ## run a comparison plan (PLAN=file.yaml)
-	$(BIN)/drlora compare $(PLAN) $(ARGS)
 
 clean: ## remove caches and build outputs; .venv and runs/ stay
 	rm -rf build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis
