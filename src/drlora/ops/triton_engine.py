@@ -1,10 +1,10 @@
-"""The accelerator engine with kernels of our own: tokens and ranks both ragged, no padding to r_max.
+"""The accelerator engine with kernels of our own, for ragged tokens and ragged ranks.
 
 One autograd function for the whole expert MLP, as in `loop`: it keeps the input, the gate_up output
 and the rank-wide intermediates, nothing else of the size of the routed rows. LoRA's expansion is
 added inside the frozen product, forward and in dX. No step waits for the device: the number of an
-expert's rows and its ranks are read there (`triton_launch`), and nothing is added atomically, so
-results repeat to the bit.
+expert's rows and its ranks are read there (`triton_tiles`, `triton_launch`), and nothing is added
+atomically, so results repeat to the bit.
 
 Forward, per expert (s folded into z):
 
@@ -32,7 +32,8 @@ from drlora.errors import ConfigError
 from drlora.ops import triton_launch as launch
 from drlora.ops.parts import DropoutMasks, ExpertWeights, LoraPiece, Matrix, Routing
 from drlora.ops.triton_kernels import INTERPRETED
-from drlora.ops.triton_launch import Expansion, RankOffsets, Rows, Sorted
+from drlora.ops.triton_launch import Expansion, RankOffsets, Rows
+from drlora.ops.triton_tiles import Sorted, sorted_rows
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -53,10 +54,10 @@ def experts_triton(
     _check_fits(x_TH)
     factors = [factor for piece in pieces for factor in (piece.a_RI, piece.b_RO)]
     with torch.cuda.device_of(x_TH):  # Triton launches on the current device, not the tensors'
-        plan = _Plan(base, pieces, launch.sorted_rows(routing, x_TH))
+        plan = _Plan(base, pieces, sorted_rows(routing, x_TH))
         return _TritonExperts.apply(
             plan, x_TH, weight_TK, masks.gate_up_SH, masks.down_SI, *factors
-        )  # type: ignore[no-any-return]
+        )
 
 
 def _check_fits(x_TH: Tensor) -> None:
@@ -83,13 +84,13 @@ class _Plan(NamedTuple):
 class _Piece(NamedTuple):
     """A piece with at least one rank, its factors as the function received them."""
 
-    index: int
+    number: int
     piece: LoraPiece
     ranks: RankOffsets
 
     def slot(self) -> int:
         """Number of its A among the factors; B is the next."""
-        return 2 * self.index
+        return 2 * self.number
 
 
 class _TritonExperts(torch.autograd.Function):
@@ -114,7 +115,14 @@ class _TritonExperts(torch.autograd.Function):
         ctx.z_slots = [*z_up, *z_down]
         # Through save_for_backward, so that checkpointing can drop them.
         ctx.save_for_backward(
-            x_TH, weight_TK, mask_SH, mask_SI, gate_up_SG, *z_up.values(), *z_down.values(), *factors
+            x_TH,
+            weight_TK,
+            mask_SH,
+            mask_SI,
+            gate_up_SG,
+            *z_up.values(),
+            *z_down.values(),
+            *factors,
         )
         return launch.combine(y_SH, weight_TK.shape[-1], weight_S)
 
@@ -155,11 +163,11 @@ def _bind(pieces: list[LoraPiece], factors: Any) -> list[_Piece]:
     pairs = zip(pieces, factors[::2], factors[1::2], strict=True)
     return [
         _Piece(
-            index,
+            number,
             piece._replace(a_RI=a_RI.contiguous(), b_RO=b_RO.contiguous()),
             launch.rank_offsets(piece.offsets, a_RI.device),
         )
-        for index, (piece, a_RI, b_RO) in enumerate(pairs)
+        for number, (piece, a_RI, b_RO) in enumerate(pairs)
         if piece.offsets[-1] > 0
     ]
 
@@ -173,22 +181,20 @@ def _adapted(
 ) -> tuple[Tensor, dict[int, Tensor]]:
     """Output of one adapted matrix, in routing order for `down`, and z by number of the piece."""
     z = {
-        b.index: launch.shrink(at, rows, b.piece.a_RI, b.ranks, b.piece.scaling)
+        b.number: launch.shrink(at, rows, b.piece.a_RI, b.ranks, b.piece.scaling)
         for b in _of(matrix, bound)
     }
     expansions = [
-        Expansion(z[b.index], b.piece.b_RO, b.piece.start, b.ranks) for b in _of(matrix, bound)
+        Expansion(z[b.number], b.piece.b_RO, b.piece.start, b.ranks) for b in _of(matrix, bound)
     ]
     weight_EIO = weight_EON.transpose(1, 2)
     return launch.product(at, rows, weight_EIO, expansions, unsort=matrix == "down"), z
 
 
-def _shrunk_grads(
-    matrix: Matrix, at: Sorted, g: Rows, bound: list[_Piece]
-) -> dict[int, Tensor]:
+def _shrunk_grads(matrix: Matrix, at: Sorted, g: Rows, bound: list[_Piece]) -> dict[int, Tensor]:
     """dz by number of the piece: the gradient of the piece's columns, times B^T."""
     return {
-        b.index: launch.shrink(at, _columns(g, b), b.piece.b_RO, b.ranks, b.piece.scaling)
+        b.number: launch.shrink(at, _columns(g, b), b.piece.b_RO, b.ranks, b.piece.scaling)
         for b in _of(matrix, bound)
     }
 
@@ -205,7 +211,7 @@ def _input_grad(
     unsort: bool = False,
 ) -> Tensor:
     """g W + mask * sum of dz A."""
-    expansions = [Expansion(dz[b.index], b.piece.a_RI, 0, b.ranks) for b in _of(matrix, bound)]
+    expansions = [Expansion(dz[b.number], b.piece.a_RI, 0, b.ranks) for b in _of(matrix, bound)]
     return launch.product(at, g, weight_EOI, expansions, mask_SN=mask_SI, unsort=unsort)
 
 
@@ -226,8 +232,8 @@ def _factor_grads(
     """
     for b in _of(matrix, bound):
         args = b.piece, b.ranks, weight_S
-        grads[b.slot()] = launch.factor_grad(at, dz[b.index], inputs, *args)
-        grads[b.slot() + 1] = launch.factor_grad(at, z[b.index], _columns(g, b), *args)
+        grads[b.slot()] = launch.factor_grad(at, dz[b.number], inputs, *args)
+        grads[b.slot() + 1] = launch.factor_grad(at, z[b.number], _columns(g, b), *args)
 
 
 def _columns(g: Rows, b: _Piece) -> Rows:

@@ -49,7 +49,7 @@ def _dropped(x, mask_ptr, index, keep, MASKED: tl.constexpr):
     return x
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_experts"])
 def shrink_kernel(
     x_ptr,  # (n, K), rows `stride_x` apart
     source_ptr,  # (S,) the row of x that each sorted row reads, if GATHER
@@ -100,8 +100,12 @@ def shrink_kernel(
             x_MK = tl.load(
                 x_ptr + source_M[:, None] * stride_x + k_K[None, :], inside_K[None, :], other=0.0
             )
-        x_MK = _dropped(x_MK, mask_ptr, row_M[:, None] * K + k_K[None, :], inside_K[None, :], MASKED)
-        f_KR = tl.load(f_R[None, :] + k_K[:, None], inside_K[:, None] & inside_R[None, :], other=0.0)
+        x_MK = _dropped(
+            x_MK, mask_ptr, row_M[:, None] * K + k_K[None, :], inside_K[None, :], MASKED
+        )
+        f_KR = tl.load(
+            f_R[None, :] + k_K[:, None], inside_K[:, None] & inside_R[None, :], other=0.0
+        )
         acc_MR = _dot(x_MK, f_KR, acc_MR)
     z_MR = (acc_MR * scaling).to(z_ptr.dtype.element_ty)
     tl.store(
@@ -152,7 +156,8 @@ def _expand(
     return acc_MN
 
 
-@triton.jit
+# A new number of tiles, which follows the tokens, must not compile the kernel anew.
+@triton.jit(do_not_specialize=["num_experts", "num_tiles"])
 def product_kernel(
     x_ptr,  # (n, K), rows `stride_x` apart
     source_ptr,  # (S,) the row of x that each sorted row reads, if GATHER
@@ -314,7 +319,9 @@ def factor_grad_kernel(
         x_SC = tl.load(
             x_ptr + source_S[:, None] * stride_x + c_C[None, :], inside_C[None, :], other=0.0
         )
-        x_SC = _dropped(x_SC, mask_ptr, row_S[:, None] * C + c_C[None, :], inside_C[None, :], MASKED)
+        x_SC = _dropped(
+            x_SC, mask_ptr, row_S[:, None] * C + c_C[None, :], inside_C[None, :], MASKED
+        )
         acc_CR = _dot(tl.trans(x_SC), z_SR, acc_CR)
     tl.store(
         out_ptr + (first + rank_R).to(tl.int64)[:, None] * C + c_C[None, :],

@@ -1,11 +1,11 @@
-"""Launches the `triton` engine's kernels: grids, tile sizes, the map from tiles to experts.
+"""Launches the `triton` engine's kernels.
 
 Nothing here waits for the device. How many rows an expert got is known there alone, so grids come
-from what the host knows: at most S // rows-per-tile + min(E, S) tiles can be in use, and no rank is
-above the pool's largest. Programs without work leave at once.
+from what the host knows: the number of tiles that can be in use (`triton_tiles`) and the largest
+rank of the pool. Programs without work leave at once.
 
-Shape letters: T tokens, S routed rows, E experts, Q tiles, R rows of a packed factor, P largest
-active rank rounded up to 16, K reduced features, N and C columns.
+Shape letters: T tokens, S routed rows, E experts, R rows of a packed factor, P largest active rank
+rounded up to 16, K reduced features, N and C columns.
 """
 
 from __future__ import annotations
@@ -16,117 +16,17 @@ from typing import NamedTuple
 import torch
 import triton  # type: ignore[import-not-found, import-untyped, unused-ignore]
 from torch import Tensor
-from torch.nn import functional as F
 
 from drlora.ops import triton_kernels as kernels
 from drlora.ops import triton_rowwise as rowwise
-from drlora.ops.parts import LoraPiece, Routing
+from drlora.ops.parts import LoraPiece
+from drlora.ops.triton_tiles import Sorted
 
 RANK_BLOCK = 16  # the least width of a tensor core product
 _GROUP = 8
 _ROWWISE_TILE = (16, 128)
-
-
-class Tiles(NamedTuple):
-    """Sizes of one program's work in the matrix products."""
-
-    columns: int
-    depth: int
-    warps: int
-    stages: int
-
-
-# Keyed by bytes per element, rows per tile, and whether a program may use 160 KiB of shared memory
-# (A100, H100 and later data-centre chips). Not measured: sizes that are usual for such products.
-# To tune on a device, put `Tiles` into an entry and time the layer, entry by entry; or wrap a
-# kernel, `kernels.product_kernel = triton.autotune(configs, key=["K", "N"])(kernels.product_kernel)`
-# with configs that name BLOCK_N, BLOCK_K, num_warps and num_stages, and leave these out below.
-# BLOCK_M cannot vary by kernel: all of a layer's kernels share one map of tiles.
-TILES: dict[tuple[int, int, bool], Tiles] = {
-    (2, 128, True): Tiles(columns=256, depth=64, warps=8, stages=3),
-    (2, 128, False): Tiles(columns=128, depth=32, warps=8, stages=3),
-    (2, 64, True): Tiles(columns=128, depth=64, warps=4, stages=4),
-    (2, 64, False): Tiles(columns=128, depth=32, warps=4, stages=3),
-    (2, 32, True): Tiles(columns=128, depth=64, warps=4, stages=4),
-    (2, 32, False): Tiles(columns=128, depth=32, warps=4, stages=4),
-    (2, 16, True): Tiles(columns=128, depth=64, warps=4, stages=4),
-    (2, 16, False): Tiles(columns=64, depth=64, warps=4, stages=4),
-    (4, 64, True): Tiles(columns=64, depth=32, warps=8, stages=2),
-    (4, 64, False): Tiles(columns=64, depth=32, warps=8, stages=2),
-    (4, 32, True): Tiles(columns=64, depth=32, warps=4, stages=2),
-    (4, 32, False): Tiles(columns=64, depth=32, warps=4, stages=2),
-    (4, 16, True): Tiles(columns=64, depth=32, warps=4, stages=2),
-    (4, 16, False): Tiles(columns=64, depth=32, warps=4, stages=2),
-}
-_LARGE_SHARED_BYTES = 160 * 1024
-
-
-class Sorted(NamedTuple):
-    """Rows in the order of the experts, as the kernels read them.
-
-    Attributes:
-        order_S: position of each sorted row in the flattened (T * K) routing.
-        token_S: the token of each sorted row.
-        bound_E1: (E + 1,) int32; expert e's rows are `bound_E1[e] : bound_E1[e + 1]`.
-        tile_expert_Q: int32 expert of each tile; E for tiles that are not used.
-        tile_row_Q: int32 first row of each tile.
-        tile_rows: rows per tile.
-        tiles: sizes of the products.
-    """
-
-    order_S: Tensor
-    token_S: Tensor
-    bound_E1: Tensor
-    tile_expert_Q: Tensor
-    tile_row_Q: Tensor
-    tile_rows: int
-    tiles: Tiles
-
-    @property
-    def num_rows(self) -> int:
-        """S."""
-        return self.order_S.numel()
-
-    @property
-    def num_experts(self) -> int:
-        """E."""
-        return self.bound_E1.numel() - 1
-
-
-def sorted_rows(routing: Routing, like: Tensor) -> Sorted:
-    """Cut each expert's rows into tiles, on the device."""
-    rows, experts = routing.order_S.numel(), routing.counts_E.numel()
-    tile_rows = _rows_per_tile(rows, experts, like.element_size())
-    bound_E1 = F.pad(routing.counts_E.cumsum(0), (1, 0))
-    tiles_E = (routing.counts_E + tile_rows - 1) // tile_rows
-    tile_bound_E1 = F.pad(tiles_E.cumsum(0), (1, 0))
-    tile_Q = torch.arange(rows // tile_rows + min(experts, rows), device=bound_E1.device)
-    expert_Q = torch.searchsorted(tile_bound_E1[1:], tile_Q, right=True)
-    known_Q = expert_Q.clamp(max=experts - 1)
-    row_Q = bound_E1[known_Q] + (tile_Q - tile_bound_E1[known_Q]) * tile_rows
-    return Sorted(
-        routing.order_S,
-        routing.token_S,
-        bound_E1.to(torch.int32),
-        expert_Q.to(torch.int32),
-        row_Q.to(torch.int32),
-        tile_rows,
-        TILES[like.element_size(), tile_rows, _has_large_shared_memory(like.device)],
-    )
-
-
-def _rows_per_tile(rows: int, experts: int, element_bytes: int) -> int:
-    """A power of two near the mean number of an expert's rows, so that tiles are mostly full."""
-    largest = 128 if element_bytes == 2 else 64
-    return max(16, min(largest, triton.next_power_of_2(-(-rows // experts))))
-
-
-@lru_cache(maxsize=32)
-def _has_large_shared_memory(device: torch.device) -> bool:
-    if device.type != "cuda":
-        return False
-    properties = torch.cuda.get_device_properties(device)
-    return getattr(properties, "shared_memory_per_block_optin", 0) >= _LARGE_SHARED_BYTES
+# A second expansion, a mask or a ragged edge takes registers that the widest tiles do not leave.
+_NARROW_COLUMNS = 128
 
 
 class Rows(NamedTuple):
@@ -230,7 +130,9 @@ def product(
     """
     out_SN = rows.values.new_empty(at.num_rows, weight_EKN.shape[2])
     for start in range(0, max(1, len(expansions)), 2):
-        _product(at, rows, weight_EKN, expansions[start : start + 2], mask_SN, unsort, out_SN, start)
+        _product(
+            at, rows, weight_EKN, expansions[start : start + 2], mask_SN, unsort, out_SN, start
+        )
     return out_SN
 
 
@@ -249,7 +151,9 @@ def _product(
     arguments = [_expansion_arguments(expansion) for expansion in expansions]
     arguments += [(x, x, at.bound_E1, 0, 0, 0)] * (2 - len(arguments))
     blocks = [expansion.ranks.block for expansion in expansions] + [RANK_BLOCK] * 2
-    grid = (num_tiles * triton.cdiv(columns, tiles.columns),)
+    plain = len(expansions) < 2 and mask_SN is None and not (features % 16 or columns % 16)
+    block_n = tiles.columns if plain else min(tiles.columns, _NARROW_COLUMNS)
+    grid = (num_tiles * triton.cdiv(columns, block_n),)
     kernels.product_kernel[grid](
         x, _or(rows.source_S, x), weight_EKN, out_SN, at.order_S, _or(mask_SN, x),
         at.tile_expert_Q, at.tile_row_Q, at.bound_E1, *arguments[0], *arguments[1],
@@ -261,7 +165,7 @@ def _product(
         TERMS=len(expansions),
         EVEN_K=features % tiles.depth == 0,
         BLOCK_M=at.tile_rows,
-        BLOCK_N=tiles.columns,
+        BLOCK_N=block_n,
         BLOCK_K=tiles.depth,
         BLOCK_R0=blocks[0],
         BLOCK_R1=blocks[1],
@@ -296,11 +200,9 @@ def factor_grad(
     x, columns, tiles = rows.values, rows.values.shape[1], at.tiles
     out_RC = x.new_empty(piece.offsets[-1], columns)
     # Columns run fastest in the grid: neighbours then read the same z.
-    grid = (
-        triton.cdiv(columns, tiles.columns),
-        triton.cdiv(ranks.padded, ranks.block),
-        at.num_experts,
-    )
+    block_c = min(tiles.columns, _NARROW_COLUMNS)
+    rank_blocks = triton.cdiv(ranks.padded, ranks.block)
+    grid = (triton.cdiv(columns, block_c), rank_blocks, at.num_experts)
     kernels.factor_grad_kernel[grid](
         z_SP, _or(weight_S, x), at.order_S, x, _or(rows.source_S, x), _or(rows.mask_SK, x),
         ranks.offset_E1, at.bound_E1, out_RC, columns, ranks.padded, x.stride(0),
@@ -309,7 +211,7 @@ def factor_grad(
         MASKED=rows.mask_SK is not None,
         BLOCK_S=tiles.depth,
         BLOCK_R=ranks.block,
-        BLOCK_C=tiles.columns,
+        BLOCK_C=block_c,
         num_warps=tiles.warps,
         num_stages=tiles.stages,
     )  # fmt: skip

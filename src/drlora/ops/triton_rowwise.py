@@ -18,7 +18,7 @@ import triton  # type: ignore[import-not-found, import-untyped, unused-ignore]
 import triton.language as tl  # type: ignore[import-not-found, import-untyped, unused-ignore]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def silu_mul_kernel(
     gate_up_ptr,  # (S, 2 * I)
     h_ptr,  # (S, I)
@@ -35,12 +35,10 @@ def silu_mul_kernel(
     gate_MN = tl.load(gate_ptr, inside_MN, other=0.0).to(tl.float32)
     up_MN = tl.load(gate_ptr + I, inside_MN, other=0.0).to(tl.float32)
     h_MN = gate_MN * tl.sigmoid(gate_MN) * up_MN
-    tl.store(
-        h_ptr + row_M[:, None] * I + n_N[None, :], h_MN.to(h_ptr.dtype.element_ty), inside_MN
-    )
+    tl.store(h_ptr + row_M[:, None] * I + n_N[None, :], h_MN.to(h_ptr.dtype.element_ty), inside_MN)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def silu_mul_backward_kernel(
     gate_up_ptr,  # (S, 2 * I)
     dh_ptr,  # (S, I): in, dh without the routing weight; out, h
@@ -83,7 +81,7 @@ def silu_mul_backward_kernel(
     tl.store(dweight_ptr + order_M, dweight_M.to(dweight_ptr.dtype.element_ty), live_M)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def combine_kernel(
     y_ptr,  # (T * top_k, N), in routing order
     weight_ptr,  # (T * top_k,), if WEIGHTED
