@@ -1,0 +1,160 @@
+"""What README.md and docs/using-it.md tell people to do works: commands, code, links, messages."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+from tiny import make_model
+from tiny_run import make_tokenizer
+
+import drlora
+from drlora.data import load_examples
+from drlora.schedule import plan_growth
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text("utf-8")
+USING_IT = (ROOT / "docs" / "using-it.md").read_text("utf-8")
+FEW = "train[:64]"
+PICTURE = "docs/images/ranks-growing.svg"
+
+
+def code_blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.M | re.S)
+
+
+def without_code(text: str) -> str:
+    return re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S)
+
+
+def test_make_verbs_exist():
+    verbs = set(re.findall(r"\bmake ([a-z]+)\b", without_code(README)))
+    assert {"train", "test"} <= verbs
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M))
+    assert verbs <= targets, verbs - targets
+
+
+def test_drlora_verbs_and_files_exist():
+    from drlora.cli import _parser
+
+    commands = re.findall(r"`drlora ([a-z]+) ([^`]+)`", README)
+    assert commands
+    for verb, rest in commands:
+        _parser().parse_args([verb, *rest.replace(" N", " 10").split()])
+    for name in re.findall(r"\b(?:docs|recipes|examples)/[\w/-]+\.\w+", README):
+        assert (ROOT / name).exists() or name == PICTURE, name
+
+
+class StopEarly(transformers.TrainerCallback):
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop = state.global_step >= 3
+
+
+@contextlib.contextmanager
+def stubbed_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, dict]]]:
+    """The hub's model is a tiny OLMoE with as many experts, its tokenizer one of letters."""
+    asked: list[tuple[str, dict]] = []
+
+    def model(name: str, **settings: Any) -> transformers.PreTrainedModel:
+        asked.append((name, settings))
+        return make_model("olmoe", num_experts=64, num_experts_per_tok=8).bfloat16()
+
+    def new_trainer(trainer: transformers.Trainer, *args: Any, **kwargs: Any) -> None:
+        make_trainer(trainer, *args, **kwargs)
+        trainer.add_callback(StopEarly())
+
+    tokenizer, make_trainer = make_tokenizer(), transformers.Trainer.__init__
+    with monkeypatch.context() as patch:
+        patch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", model)
+        patch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda name: tokenizer)
+        patch.setattr(transformers.Trainer, "__init__", new_trainer)
+        patch.setattr(drlora.data, "load_examples", lambda name: load_examples(name, split=FEW))
+        yield asked
+
+
+def test_the_example_runs(monkeypatch, tmp_path):
+    """On a stub of the hub's model, and for three of its steps; the plan is that of all steps."""
+    (example,) = code_blocks(README, "python")
+    assert len([line for line in example.splitlines() if line.strip()]) <= 16
+    for name in re.findall(r"\bdrlora\.(\w+)", example.replace("drlora.data", "")):
+        assert name in drlora.__all__, name
+    monkeypatch.chdir(tmp_path)
+    with stubbed_hub(monkeypatch) as asked:
+        names: dict[str, Any] = {"__name__": "readme"}
+        exec(compile(example, "README.md", "exec"), names)
+    assert [name for name, _ in asked] == ["allenai/OLMoE-1B-7B-0924"]
+    assert set(asked[0][1]) <= {"dtype"}
+    (callback,) = (
+        c
+        for c in names["trainer"].callback_handler.callbacks
+        if isinstance(c, drlora.DrLoraCallback)
+    )
+    assert callback.dynamics is not None
+    assert callback.dynamics.step == 3 and len(callback.dynamics.event_steps) == 15
+    written = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert written["peft_type"] == "DRLORA" and len(written["experts"]) == 2
+
+
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/{p.name}" for p in ROOT.glob("docs/*.md"))])
+def test_relative_links_exist(page):
+    text = without_code((ROOT / page).read_text("utf-8"))
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if not target.startswith(("http", "#")):
+            path = (ROOT / page).parent / target.partition("#")[0]
+            assert path.exists() or target == PICTURE, target
+
+
+def test_the_picture_is_there():
+    if not (ROOT / PICTURE).exists():
+        pytest.skip("not drawn yet: python docs/make_figures.py RUN")
+    assert "<svg" in (ROOT / PICTURE).read_text("utf-8")
+
+
+def test_the_file_tree_names_what_exists():
+    (tree,) = code_blocks(README, "text")
+    folder, seen = ROOT, 0
+    for line in tree.splitlines():
+        inside = line.startswith("  ")
+        names = re.split(r"\s{2,}", line.strip())[0].split()
+        for name in names:
+            path = (folder if inside else ROOT) / name
+            assert path.exists(), path
+            assert path.is_dir() == name.endswith("/"), name
+            seen += 1
+        if not inside:
+            folder = ROOT / names[0]
+    assert seen > 30
+
+
+REFUSALS: list[tuple[int, dict[str, Any]]] = [
+    (300, {}),
+    (150, {}),
+    (600, {}),
+    (600, dict(r_init=2, r_target=4, r_max=8)),
+]
+
+
+@pytest.mark.parametrize(("steps", "settings"), REFUSALS, ids=str)
+def test_quoted_refusals_are_what_you_get(steps, settings):
+    quotes = " ".join(re.sub(r"^> ?", "", USING_IT, flags=re.M).split())
+    with pytest.raises(drlora.ConfigError) as caught:
+        plan_growth(drlora.DrLoraConfig(**settings), num_experts=16, total_steps=steps)
+    assert str(caught.value) in quotes
+
+
+@pytest.mark.parametrize("experts", [8, 16, 64])
+@pytest.mark.parametrize("steps", [300, 1000])
+def test_the_advice_for_short_runs_spends_the_budget(steps, experts):
+    tenth = dict(warmup_steps=steps // 10, grow_every=steps // 20, settle_steps=steps // 10)
+    for ranks, p_grow in (((8, 16, 32), 0.1), ((4, 8, 16), 0.1), ((2, 4, 8), 0.5)):
+        r_init, r_target, r_max = ranks
+        config = drlora.DrLoraConfig(
+            r_init=r_init, r_target=r_target, r_max=r_max, p_grow=p_grow, **tenth
+        )
+        assert len(plan_growth(config, experts, steps).event_steps) == 16
