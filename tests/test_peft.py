@@ -224,3 +224,33 @@ def test_adapters_that_do_not_fit_are_refused(tmp_path, damage):
         PeftModel.from_pretrained(base, tmp_path)
     if damage != "truncated":
         assert isinstance(caught.value, drlora.DrLoraError)
+
+
+@pytest.mark.parametrize("family", ["olmoe", "mixtral", "deepseek_v3", "granitemoe", "phimoe"])
+def test_a_trained_router_of_a_bfloat16_model_is_kept_in_float32(tmp_path, family):
+    """In bfloat16 a step of 2e-5 is below the spacing of most weights, and they would not move."""
+    plain = make_model(family).to(torch.bfloat16)
+    model = get_peft_model(plain, drlora.DrLoraConfig(**{**SETTINGS, "router": "train"}))
+    dynamics = drlora.RankDynamics(model, total_steps=8)
+    routers = {id(p): p.detach().clone() for p in dynamics._router_parameters}
+    plain_loop(model, dynamics, torch.optim.AdamW(trainable(model), lr=2e-5), range(4))
+    for parameter in dynamics._router_parameters:
+        assert parameter.dtype == torch.float32
+        assert (parameter != routers[id(parameter)]).float().mean() > 0.9
+    adapted = logits(model)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(make_model(family).to(torch.bfloat16), tmp_path)
+    assert torch.equal(logits(loaded), adapted)
+    merged = model.merge_and_unload()
+    assert {p.dtype for p in merged.parameters()} == {torch.bfloat16}
+    # Rounded to bfloat16, the router may choose another expert where two are nearly tied.
+    assert torch.isclose(logits(merged), adapted, rtol=0.1, atol=0.1).float().mean() > 0.9
+
+
+def test_adapters_with_different_dropout_are_not_trained_together():
+    model = trained()
+    model.add_adapter("other", drlora.DrLoraConfig(lora_dropout=0.3))
+    model.base_model.set_adapter(["default", "other"])
+    model.eval()(**make_batch())
+    with pytest.raises(drlora.ConfigError, match="different lora_dropout"):
+        model.train()(**make_batch())

@@ -244,6 +244,15 @@ def test_trap_7_young_rows_inherit_the_second_moment_of_their_siblings(kind):
                 assert (state["exp_avg"][row] == 0).all()
 
 
+def test_trap_7_a_second_run_does_not_take_over_the_births_of_the_first():
+    model, dynamics = start(young_rows="own")
+    plain_loop(model, dynamics, torch.optim.AdamW(trainable(model), lr=1e-3), range(15))
+    assert any((pool.birth > 0).any() for pool in pools(model))
+    plain_loop(model, drlora.RankDynamics(model, 15), torch.optim.SGD(trainable(model), lr=1e-3),
+               range(1))  # fmt: skip
+    assert all((pool.birth == 0).all() for pool in pools(model))
+
+
 def test_an_unknown_optimizer_is_told_about():
     model, dynamics = start()
     optimizer = torch.optim.RMSprop(trainable(model), lr=1e-3)

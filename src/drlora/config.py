@@ -74,7 +74,7 @@ class DrLoraConfig(PeftConfig):
         young_rows: what Adam does with a row that wakes up late. `inherit`: its second moment
             starts at the mean of its expert's older rows; `own`: its bias is corrected from its
             own birth, at some cost in each step; `shared`: nothing is done, as in a plain Adam
-            (first steps up to 6 times larger). See docs/rank-pool.md.
+            (first steps up to 6.6 times larger). See docs/rank-pool.md.
         engine: how the adapted experts are computed; `auto` chooses by device (`loop` or
             `grouped`). `triton` needs a GPU and the triton package, and is not chosen by itself.
         modules_to_save: further modules that are trained in full and saved with the adapter.

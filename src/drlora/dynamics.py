@@ -151,6 +151,10 @@ class RankDynamics:
         """
         if skipped:
             return []
+        if self.step == 0:
+            # Births of an earlier run that the adapter was saved from; its optimizer is not this.
+            for pool in self._pools():
+                pool.birth.zero_()
         self.step += 1
         if optimizer is not None and self.config.young_rows == "own":
             self._correct_young_rows(unwrap_optimizer(optimizer))

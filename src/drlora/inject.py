@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from drlora.blocks import MoEBlock, find_blocks
@@ -62,6 +63,28 @@ def note_router_logits(router: nn.Module, layer: DrLoraExperts) -> None:
         layer.router_logits = logits.detach() if isinstance(logits, Tensor) else None
 
     router.register_forward_hook(note)
+
+
+def train_in_float32(router: nn.Module) -> None:
+    """Keep a trained router in float32, and hand it float32 input.
+
+    In bfloat16, steps at usual learning rates are smaller than the spacing of the weights, so most
+    entries would never move.
+    """
+    router.to(torch.float32)
+    router.register_forward_pre_hook(_input_to_float32)
+
+
+def release_router(router: nn.Module, dtype: torch.dtype) -> None:
+    """Undo `train_in_float32`, for a router that becomes part of the merged model."""
+    for key, hook in list(router._forward_pre_hooks.items()):
+        if hook is _input_to_float32:
+            del router._forward_pre_hooks[key]
+    router.to(dtype)
+
+
+def _input_to_float32(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(a.float() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
 
 
 def adapted_layers(model: nn.Module, adapter: str) -> dict[str, DrLoraExperts]:

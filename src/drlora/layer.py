@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from drlora.blocks import MoEBlock, expert_weights
 from drlora.config import DrLoraConfig
-from drlora.errors import CheckpointError
+from drlora.errors import CheckpointError, ConfigError
 from drlora.observe import RoutingMeter, TokenMask, count_in_backward, routing_sums
 from drlora.ops import LoraPiece, Matrix, adapted_experts
 from drlora.ranks import RankBook
@@ -214,6 +214,11 @@ class DrLoraExperts(nn.Module, BaseTunerLayer):
         if self.disable_adapters or self.merged or not names:
             return self.base_layer(hidden_states, top_k_index, top_k_weights)
         adapters = [self.adapter(name) for name in names]
+        if self.training and len({a.config.lora_dropout for a in adapters}) > 1:
+            raise ConfigError(
+                f"adapters {names} are active together with different lora_dropout; train one at "
+                f"a time, or give them the same."
+            )
         base = expert_weights(self.base_layer)
         x_TH = hidden_states.to(base.gate_up_EGH.dtype)
         out_TH = adapted_experts(

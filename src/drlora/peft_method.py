@@ -4,7 +4,7 @@ PEFT's own machinery does the saving, loading, switching and merging; this modul
 modules to wrap and how keys in the adapter file are named:
 
     ...mlp.experts.drlora_adapters.frequency
-    ...mlp.experts.drlora_adapters.pools.{projection}.{lora_A,lora_B,owner,importance,birth}
+    ...mlp.experts.drlora_adapters.pools.{projection}.{lora_A,lora_B,owner,importance,birth,seed}
 """
 
 from __future__ import annotations
@@ -13,12 +13,18 @@ from typing import Any
 
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
-from peft.utils import register_peft_method
+from peft.utils import ModulesToSaveWrapper, register_peft_method
 from torch import Tensor, nn
 
 from drlora.config import DrLoraConfig
 from drlora.errors import CheckpointError
-from drlora.inject import choose_blocks, note_router_logits, wrap_experts
+from drlora.inject import (
+    choose_blocks,
+    note_router_logits,
+    release_router,
+    train_in_float32,
+    wrap_experts,
+)
 from drlora.layer import DrLoraExperts
 from drlora.peft_type import DRLORA
 
@@ -63,6 +69,40 @@ class DrLoraModel(BaseTuner):
         if peft_config.routing_signal == "probability":
             assert block.router_name is not None
             note_router_logits(self.model.get_submodule(block.router_name), layer)
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        """PEFT's injection; then trained routers go to float32, as PEFT does with adapters."""
+        super().inject_adapter(model, adapter_name, autocast_adapter_dtype, *args, **kwargs)
+        if autocast_adapter_dtype:
+            for copies in self._router_copies(adapter_name):
+                train_in_float32(copies.modules_to_save[adapter_name])
+
+    def _router_copies(self, adapter_name: str) -> list[ModulesToSaveWrapper]:
+        """Where the adapter's trained routers are kept."""
+        config = self.peft_config[adapter_name]
+        assert isinstance(config, DrLoraConfig)
+        if config.router != "train":
+            return []
+        names = {block.router_name for block in self._blocks.values()}
+        return [
+            module
+            for name, module in self.model.named_modules()
+            if name in names and isinstance(module, ModulesToSaveWrapper)
+        ]
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+        for adapter_name in self.peft_config:
+            for copies in self._router_copies(adapter_name):
+                dtype = next(copies.original_module.parameters()).dtype
+                release_router(copies.modules_to_save[adapter_name], dtype)
+        return super()._unload_and_optionally_merge(*args, **kwargs)
 
     def _replace_module(
         self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module

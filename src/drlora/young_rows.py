@@ -85,11 +85,16 @@ def local_part(tensor: Tensor) -> Tensor:
 def forget_rows(parameter: Tensor, state: dict, rows: Tensor) -> None:
     """Zero every per-element state (moments, momentum) of some rows.
 
-    They are zero already unless the optimizer fed weight decay into its moments.
+    They are zero already unless the optimizer fed weight decay into its moments. Quantised states
+    are left alone: code 0 does not stand for zero there.
     """
     held = held_rows(parameter, rows)
     for value in state.values():
-        if isinstance(value, Tensor) and value.shape == parameter.shape:
+        if (
+            isinstance(value, Tensor)
+            and value.shape == parameter.shape
+            and value.is_floating_point()
+        ):
             local_part(value)[held.local] = 0
 
 
