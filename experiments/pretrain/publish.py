@@ -1,10 +1,10 @@
 """Publish a checkpoint as the embedded model, with a card made from the result files.
 
-    python experiments/pretrain/publish.py .cache/pretrain/checkpoints/checkpoint-400 --preview
+    python experiments/pretrain/publish.py .cache/pretrain/checkpoints/checkpoint-4389
 
 Weights are written in bfloat16, and what is written is then measured: the card states the results
-of `evaluate.py` and `specialise.py` on the published folder. Without `--preview` the card says
-that the run was finished.
+of `evaluate.py` and `specialise.py` on the published folder. A checkpoint whose learning rate had
+not decayed yet is called a preview.
 """
 
 import argparse
@@ -25,6 +25,7 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 TARGET = Path("src/drlora/embedded/olmoe-tiny")
 LARGEST_BYTES = 12 * 2**20
+DECAYED_BELOW = 0.05
 
 
 def write_model(checkpoint: Path, tokenizer_folder: Path, target: Path) -> None:
@@ -90,16 +91,21 @@ def routing_table(routing: dict[str, Any]) -> str:
     return table(header, rows)
 
 
-def card(model: OlmoeForCausalLM, results: dict[str, Any], preview: bool) -> str:
+def state(loss_curve: dict[str, Any]) -> str:
+    """Whether the published checkpoint is the decayed end of its run."""
+    run = loss_curve["run"]
+    rates = [row["learning_rate"] for row in loss_curve["train"] if row["tokens"] <= run["tokens"]]
+    share = rates[-1] / run["peak_learning_rate"]
+    if share > DECAYED_BELOW:
+        return "**Preview: an early checkpoint of an unfinished run.**"
+    return f"The run was finished: its learning rate had decayed to {share:.1%} of the peak."
+
+
+def card(model: OlmoeForCausalLM, results: dict[str, Any]) -> str:
     """The model card; every figure comes from the model or a result file."""
     run, config = results["loss-curve"]["run"], model.config
-    state = (
-        "**Preview: an early checkpoint of an unfinished run.**"
-        if preview
-        else "The run was finished: the learning rate had decayed to zero."
-    )
     values = {
-        "state": state,
+        "state": state(results["loss-curve"]),
         "parameters": f"{model.num_parameters() / 1e6:.2f}",
         "hidden": config.hidden_size,
         "layers": config.num_hidden_layers,
@@ -124,7 +130,7 @@ def card(model: OlmoeForCausalLM, results: dict[str, Any], preview: bool) -> str
     return (HERE / "card.md").read_text().format(**values)
 
 
-def publish(checkpoint: Path, cache: Path, target: Path, preview: bool) -> None:
+def publish(checkpoint: Path, cache: Path, target: Path) -> None:
     """Write, measure and describe the model; refuse a folder too large for the package."""
     # The Trainer writes the curve at every save; the card must tell of this checkpoint's tokens.
     step = json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]
@@ -135,7 +141,7 @@ def publish(checkpoint: Path, cache: Path, target: Path, preview: bool) -> None:
     run = results["loss-curve"]["run"]
     run["tokens"] = step * run["step_tokens"]
     model = OlmoeForCausalLM.from_pretrained(target)
-    (target / "README.md").write_text(card(model, results, preview))
+    (target / "README.md").write_text(card(model, results))
     size = sum(path.stat().st_size for path in target.iterdir())
     if size > LARGEST_BYTES:
         raise SystemExit(f"{target} has {size:,} bytes, more than {LARGEST_BYTES:,}")
@@ -147,9 +153,8 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--cache", type=Path, default=CACHE)
     parser.add_argument("--target", type=Path, default=TARGET)
-    parser.add_argument("--preview", action="store_true")
     options = parser.parse_args()
-    publish(options.checkpoint, options.cache, options.target, options.preview)
+    publish(options.checkpoint, options.cache, options.target)
 
 
 if __name__ == "__main__":
