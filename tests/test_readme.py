@@ -48,7 +48,7 @@ def test_drlora_verbs_and_files_exist():
     for verb, rest in commands:
         _parser().parse_args([verb, *rest.replace(" N", " 10").split()])
     for name in re.findall(r"\b(?:docs|recipes|examples)/[\w/-]+\.\w+", README):
-        assert (ROOT / name).exists() or name == PICTURE, name
+        assert (ROOT / name).exists(), name
 
 
 class StopEarly(transformers.TrainerCallback):
@@ -107,12 +107,10 @@ def test_relative_links_exist(page):
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
         if not target.startswith(("http", "#")):
             path = (ROOT / page).parent / target.partition("#")[0]
-            assert path.exists() or target == PICTURE, target
+            assert path.exists(), target
 
 
 def test_the_picture_is_there():
-    if not (ROOT / PICTURE).exists():
-        pytest.skip("not drawn yet: python docs/make_figures.py RUN")
     assert "<svg" in (ROOT / PICTURE).read_text("utf-8")
 
 
@@ -158,3 +156,15 @@ def test_the_advice_for_short_runs_spends_the_budget(steps, experts):
             r_init=r_init, r_target=r_target, r_max=r_max, p_grow=p_grow, **tenth
         )
         assert len(plan_growth(config, experts, steps).event_steps) == 16
+
+
+def test_the_output_shown_is_that_of_the_run_kept():
+    """The figures in the README come from docs/runs/embedded/result.json."""
+    result = json.loads((ROOT / "docs/runs/embedded/result.json").read_text("utf-8"))
+    shown = README.split("<!-- run output -->")[1].split("<!-- end of run output -->")[0]
+    before, after, budget = result["before"], result["after"], result["budget"]
+    assert f"{before['loss']['loss']:.4f} -> {after['loss']['loss']:.4f}" in shown
+    assert f"spent {budget['spent']} of {budget['stored']} ranks" in shown
+    assert budget["spent"] == budget["stored"] == 16 * 16 * 4 * 2
+    for projections in result["ranks"].values():
+        assert len(set(projections["down"])) > 1, "the ranks differ between experts"
