@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import inspect
 
 import drlora
+from drlora.cli import _parser
 
 NAMES = {
     "CheckpointError",
@@ -35,7 +37,7 @@ SETTINGS = {
     "routing_signal": "topk_weight",
     "importance_reset": "grown",
     "router": "frozen",
-    "young_rows": "inherit",
+    "young_rows": "own",
     "engine": "auto",
     "modules_to_save": None,
     "experts": None,
@@ -73,3 +75,8 @@ def test_dynamics_and_callback_signatures():
     assert list(inspect.signature(drlora.DrLoraCallback).parameters) == [
         "adapter", "log_dir", "on_growth",
     ]  # fmt: skip
+
+
+def test_command_line_verbs():
+    (verbs,) = [a for a in _parser()._actions if isinstance(a, argparse._SubParsersAction)]
+    assert set(verbs.choices) == {"train", "eval", "inspect"}

@@ -229,7 +229,7 @@ def test_trap_7_the_shared_clock_takes_larger_first_steps():
 
 @pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW])
 def test_trap_7_young_rows_inherit_the_second_moment_of_their_siblings(kind):
-    model, dynamics = start()
+    model, dynamics = start(young_rows="inherit")
     optimizer = kind(trainable(model), lr=1e-2, amsgrad=True)
     plain_loop(model, dynamics, optimizer, range(7))
     for pool in pools(model):
@@ -251,6 +251,29 @@ def test_trap_7_a_second_run_does_not_take_over_the_births_of_the_first():
     plain_loop(model, drlora.RankDynamics(model, 15), torch.optim.SGD(trainable(model), lr=1e-3),
                range(1))  # fmt: skip
     assert all((pool.birth == 0).all() for pool in pools(model))
+
+
+def test_trap_7_other_optimizers_with_a_second_moment_inherit():
+    class Other(torch.optim.Optimizer):
+        """Adam's state under another name, as in other libraries' Adams."""
+
+        def __init__(self, parameters):
+            super().__init__(parameters, {"lr": 1e-2, "weight_decay": 0.0})
+
+        @torch.no_grad()
+        def step(self, closure=None):
+            for parameter in self.param_groups[0]["params"]:
+                state = self.state[parameter]
+                state.setdefault("exp_avg_sq", torch.zeros_like(parameter))
+                state["exp_avg_sq"].lerp_(parameter.grad**2, 0.001)
+                parameter.sub_(1e-2 * parameter.grad)
+
+    model, dynamics = start()
+    optimizer = Other(trainable(model))
+    plain_loop(model, dynamics, optimizer, range(7))
+    moment = optimizer.state[pools(model)[0].lora_A]["exp_avg_sq"]
+    young = pools(model)[0].birth == 7
+    assert young.any() and (moment[young].sum(1) > 0).all()
 
 
 def test_an_unknown_optimizer_is_told_about():

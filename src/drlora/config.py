@@ -71,10 +71,11 @@ class DrLoraConfig(PeftConfig):
             experts' (the paper's text) or `all` (its Algorithm 1).
         router: `frozen`, or `train`: trained from the end of the warm-up and saved with the
             adapter.
-        young_rows: what Adam does with a row that wakes up late. `inherit`: its second moment
-            starts at the mean of its expert's older rows; `own`: its bias is corrected from its
-            own birth, at some cost in each step; `shared`: nothing is done, as in a plain Adam
-            (first steps up to 6.6 times larger). See docs/rank-pool.md.
+        young_rows: what Adam does with a row that wakes up late. `own`: its bias is corrected from
+            its own birth, exactly (torch's Adam and AdamW; others fall back to `inherit`);
+            `inherit`: its second moment starts at the mean of its expert's older rows, which costs
+            nothing between events; `shared`: nothing is done, as in a plain Adam (first steps up
+            to 6.6 times larger). See docs/rank-pool.md.
         engine: how the adapted experts are computed; `auto` chooses by device (`loop` or
             `grouped`). `triton` needs a GPU and the triton package, and is not chosen by itself.
         modules_to_save: further modules that are trained in full and saved with the adapter.
@@ -101,7 +102,7 @@ class DrLoraConfig(PeftConfig):
     routing_signal: str = "topk_weight"
     importance_reset: str = "grown"
     router: str = "frozen"
-    young_rows: str = "inherit"
+    young_rows: str = "own"
     engine: str = "auto"
     modules_to_save: list[str] | None = None
     experts: list[str] | None = None

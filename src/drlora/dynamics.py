@@ -293,10 +293,10 @@ class RankDynamics:
         for parameter in (pool.lora_A, pool.lora_B):
             state = optimizer.state.get(parameter, {})
             forget_rows(parameter, state, rows)
-            if self.config.young_rows == "inherit" and not inherit_second_moment(
+            if self._rows_inherit(optimizer) and not inherit_second_moment(
                 parameter, state, pool.owner, pool.book.num_experts, rows
             ):
-                self._warn_unknown(optimizer, "has no second moment per element (exp_avg_sq)")
+                self._warn_unknown(optimizer)
         if decays_weights(optimizer.param_groups):
             pool.redraw(rows, self.step)
 
@@ -310,7 +310,6 @@ class RankDynamics:
 
     def _correct_young_rows(self, optimizer: object) -> None:
         if not is_adam(optimizer):
-            self._warn_unknown(optimizer, "is not torch's Adam or AdamW")
             return
         groups = parameter_groups(optimizer)  # type: ignore[arg-type]
         for pool in self._pools():
@@ -329,12 +328,16 @@ class RankDynamics:
         on_host = not isinstance(count, Tensor) or count.device.type == "cpu"
         return int(count) if on_host else self.step
 
-    def _warn_unknown(self, optimizer: object, why: str) -> None:
+    def _rows_inherit(self, optimizer: object) -> bool:
+        mode = self.config.young_rows
+        return mode == "inherit" or (mode == "own" and not is_adam(optimizer))
+
+    def _warn_unknown(self, optimizer: object) -> None:
         if type(optimizer).__name__ != "SGD":
             self._warn_once(
-                f"{type(optimizer).__name__} {why}: with young_rows={self.config.young_rows!r} "
-                f"rows that wake up late are treated as with 'shared', and may take larger first "
-                f"steps."
+                f"{type(optimizer).__name__} has no second moment per element (exp_avg_sq): with "
+                f"young_rows={self.config.young_rows!r} rows that wake up late are treated as "
+                f"with 'shared', and may take larger first steps."
             )
 
     def _warn_once(self, message: str) -> None:
