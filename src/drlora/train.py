@@ -228,10 +228,8 @@ class _Share(transformers.TrainerCallback):
 def current_ranks(model: PeftModel) -> Ranks:
     """Block -> projection -> rank of each expert, of the model's adapter."""
     name = model.active_adapter
-    adapters = {
-        block: layer.drlora_adapters[name] for block, layer in adapted_layers(model, name).items()
-    }
-    return {block: adapter.ranks() for block, adapter in adapters.items()}  # type: ignore[operator]
+    layers = adapted_layers(model, name)
+    return {block: layer.adapter(name).ranks() for block, layer in layers.items()}
 
 
 def _budget(ranks: Ranks, r_target: int) -> dict[str, Any]:
