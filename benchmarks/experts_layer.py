@@ -1,20 +1,30 @@
 """Forward and backward of one adapted expert layer: `python -m benchmarks.experts_layer [CASE]`.
 
 Ranks run from 8 to 64 with mean 16: once drawn independently of the routing, once following the
-load, as DR-LoRA makes them. Before anything is timed, output and gradients are checked against the
-naive definition.
+load, as DR-LoRA makes them. Before anything is timed, output and gradients of every implementation
+are checked against the naive definition (benchmarks/checks.py).
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
+from functools import partial
 
 import torch
 
-from benchmarks.harness import alternate, append, rows_of
-from benchmarks.layers import Shape, make_experts, make_inputs, masked, ours, peft, step_of
-from benchmarks.layers import uneven_ranks as uneven
+from benchmarks.checks import Reference, check_peft, results_of
+from benchmarks.harness import Row, alternate, parser, rows_of, run_cases
+from benchmarks.layers import (
+    Inputs,
+    Shape,
+    make_experts,
+    make_inputs,
+    masked,
+    ours,
+    peft,
+    step_of,
+    uneven_ranks,
+)
 
 SHAPES = [
     Shape(512, 256, 64, 8, 1024),
@@ -23,69 +33,65 @@ SHAPES = [
     Shape(1024, 1024, 64, 8, 2048, torch.bfloat16),
     Shape(256, 256, 64, 8, 2048, torch.bfloat16),
 ]
+HOW = ("independent", "following")
+LEAST, MEAN, MOST = 8, 16, 64
 SKEW = 0.55  # so that ranks that follow the load meet rank 23 to 31 on average
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 
 
-def check(fast, reference, inputs, tolerance: float) -> None:
-    """Output and every gradient of `fast` against the naive engine's; raises if they differ."""
-    results = []
-    for module in (fast, reference):
-        leaves = [inputs.x, inputs.weight, *(p for p in module.parameters() if p.requires_grad)]
-        out = module(inputs.x, inputs.index, inputs.weight)
-        results.append([out, *torch.autograd.grad(out, leaves, inputs.grad)])
-    for number, (got, wanted) in enumerate(zip(*results, strict=True)):
-        error = (got.float() - wanted.float()).norm() / wanted.float().norm().clamp(min=1e-12)
-        if not error < tolerance:
-            raise RuntimeError(f"tensor {number} is wrong: relative error {error:.2e}; not timed.")
+def load_of(inputs: Inputs, shape: Shape) -> torch.Tensor:
+    """(E,) routed rows of each expert, on the host."""
+    return torch.bincount(inputs.index.flatten(), minlength=shape.experts).cpu()
 
 
-def run(shape: Shape, how: str, rounds: int, with_masked: bool) -> list[dict]:
-    """Time one case; `how` is `independent` or `following`."""
+def ranks_of(how: str, load_E: torch.Tensor) -> list[int]:
+    """Unequal ranks, `independent` of the load or `following` it."""
+    independent = how == "independent"
+    order = torch.randperm(len(load_E)) if independent else load_E.argsort(descending=True)
+    return uneven_ranks(len(load_E), LEAST, MEAN, MOST, order)
+
+
+def rank_met(load_E: torch.Tensor, ranks: list[int]) -> float:
+    """The rank that a routed row meets, on average."""
+    return round(float((load_E * torch.tensor(ranks)).sum() / load_E.sum()), 1)
+
+
+def run(
+    case: tuple[Shape, str], rounds: int, seconds: float | None, with_masked: bool
+) -> list[Row]:
+    """Check, then time one shape at one kind of ranks."""
+    shape, how = case
     torch.manual_seed(0)
-    inputs = make_inputs(shape, SKEW)
-    load = torch.bincount(inputs.index.flatten(), minlength=shape.experts)
-    order = load.argsort(descending=True) if how == "following" else torch.randperm(shape.experts)
-    ranks = uneven(shape.experts, 8, 16, 64, order)
-    experts = make_experts(shape)
-    mine = ours(experts, shape, ranks)
-    for pool in mine.experts.adapter("default").rank_pools.values():
-        pool.lora_A.data = pool.lora_A.data.to(shape.dtype)
-    naive = ours(experts, shape, ranks, engine="naive")
-    naive.load_state_dict(mine.state_dict())
-    check(mine, naive, inputs, TOLERANCE[shape.dtype])
-    modules = {"hf_frozen": experts, "ours": mine, "peft": peft(experts, 16)}
+    inputs, experts = make_inputs(shape, SKEW), make_experts(shape)
+    load_E = load_of(inputs, shape)
+    ranks = ranks_of(how, load_E)
+    modules = {"hf_frozen": experts, "ours": ours(experts, shape, ranks),
+               "peft": peft(experts, MEAN)}  # fmt: skip
+    Reference(modules["ours"], experts, shape, ranks, inputs).check(
+        results_of(modules["ours"], inputs)
+    )
+    check_peft(modules["peft"], experts, shape, inputs, MEAN)
     if with_masked:
-        modules["masked r_max"] = masked(experts, shape, ranks, 64)
+        modules["masked r_max"] = masked(experts, shape, ranks)
+        Reference(modules["masked r_max"], experts, shape, ranks, inputs, make=masked).check(
+            results_of(modules["masked r_max"], inputs)
+        )
     steps = {name: step_of(module, inputs) for name, module in modules.items()}
-    timings = alternate(steps, rounds)
-    met = float((load * torch.tensor(ranks)).sum() / load.sum())
+    timings = alternate(steps, rounds, seconds=seconds)
     return rows_of(
         f"layer {shape.name} {how}", timings, "hf_frozen", "peft",
-        mean_rank=16, mean_rank_met=round(met, 1),
+        mean_rank=MEAN, mean_rank_met=rank_met(load_E, ranks),
     )  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
     """Time the chosen cases and append the rows to benchmarks/results/experts_layer.jsonl."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("cases", nargs="*", type=int, help="numbers of cases, all by default")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--masked", action="store_true", help="also time the paper's masked way")
-    parser.add_argument("--dry", action="store_true", help="append no rows")
-    arguments = parser.parse_args(argv)
-    for number in arguments.cases or range(len(SHAPES)):
-        for how in ("independent", "following"):
-            rows = run(SHAPES[number], how, arguments.rounds, arguments.masked)
-            for row in rows:
-                print(
-                    f"{row['case']:58} {row['implementation']:12} {row['median_s'] * 1e3:8.1f} ms"
-                    f"  to frozen {row['to_frozen']:.3f} [{row['to_frozen_p20']:.3f},"
-                    f" {row['to_frozen_p80']:.3f}]  PEFT/this {row['peft_over_this']:.2f}"
-                    f"  rank met {row['mean_rank_met']}", flush=True,
-                )  # fmt: skip
-            if not arguments.dry:
-                append("experts_layer", rows)
+    arguments = parser(__doc__, rounds=9)
+    arguments.add_argument("cases", nargs="*", type=int, help="numbers of shapes, all by default")
+    arguments.add_argument("--masked", action="store_true", help="also time the paper's masked way")
+    chosen = arguments.parse_args(argv)
+    shapes = [SHAPES[number] for number in chosen.cases] or SHAPES
+    measure = partial(run, rounds=chosen.rounds, seconds=chosen.seconds, with_masked=chosen.masked)
+    run_cases("experts_layer", [(s, how) for s in shapes for how in HOW], measure, chosen.dry)
     return 0
 
 

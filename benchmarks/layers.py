@@ -22,7 +22,6 @@ from drlora import DrLoraConfig
 from drlora.blocks import MoEBlock
 from drlora.layer import DrLoraExperts
 from drlora.observe import TokenMask
-from drlora.ranks import RankBook
 
 
 @dataclass(frozen=True)
@@ -90,14 +89,15 @@ def make_experts(shape: Shape, device: str = "cpu") -> OlmoeExperts:
 
 def uneven_ranks(experts: int, low: int, mean: int, high: int, order: Tensor) -> list[int]:
     """Ranks from `low` to `high` with the given mean, the largest to the first in `order`."""
+    if not low <= mean <= high:
+        raise ValueError(f"a mean of {mean} is out of reach with ranks from {low} to {high}.")
     ranks = [low] * experts
     left = experts * (mean - low)
-    for expert in order.tolist():
-        share = min(high - low, max(left // 4, 1), left)
-        ranks[expert] += share
-        left -= share
-    if left:
-        raise ValueError(f"a mean of {mean} is out of reach with ranks from {low} to {high}.")
+    while left:
+        for expert in order.tolist():
+            share = min(high - ranks[expert], max(left // 4, 1), left)
+            ranks[expert] += share
+            left -= share
     return ranks
 
 
@@ -106,22 +106,26 @@ def ours(experts: nn.Module, shape: Shape, ranks: list[int], **settings: Any) ->
     total = sum(ranks)
     assert total % shape.experts == 0, "the budget is a whole rank per expert"
     config = DrLoraConfig(
-        r_init=1, r_target=total // shape.experts, r_max=max(ranks), p_grow=1.0, **settings
+        r_init=min(ranks),
+        r_target=total // shape.experts,
+        r_max=max(ranks),
+        p_grow=1.0,
+        **settings,
     )
     block = MoEBlock("block", "experts", None, shape.experts, shape.hidden, shape.width)
     layer = DrLoraExperts(experts, block, TokenMask())
     layer.add_adapter("default", config)
     layer.set_adapter("default")
     for pool in layer.adapter("default").rank_pools.values():
-        pool.book = RankBook.uniform(shape.experts, total, 1)
-        pool.grant([rank - 1 for rank in ranks], step=1)
+        pool.grant([rank - min(ranks) for rank in ranks], step=1)
         nn.init.normal_(pool.lora_B, std=0.02)
     return Block(layer).train()
 
 
-def masked(experts: nn.Module, shape: Shape, ranks: list[int], r_max: int) -> Block:
-    """Every expert at r_max, the unused ranks of A and B zeroed in each forward pass."""
-    block = ours(experts, shape, [r_max] * shape.experts)
+def masked(experts: nn.Module, shape: Shape, ranks: list[int], **settings: Any) -> Block:
+    """Every expert at the largest rank; the unused rows of A and B are zeroed in each forward."""
+    r_max = max(ranks)
+    block = ours(experts, shape, [r_max] * shape.experts, **settings)
     for pool in block.experts.adapter("default").rank_pools.values():
         live = torch.cat([torch.arange(r_max) < rank for rank in ranks]).float()[:, None]
         live = live.to(pool.lora_A)

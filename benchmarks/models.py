@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import OlmoeConfig, OlmoeForCausalLM
+from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedModel
 
 import drlora
 from drlora.layer import RankPool
@@ -24,7 +24,7 @@ EXPERT_PARAMETERS = ["experts.gate_up_proj", "experts.down_proj"]
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes of a model and its batch (one sequence of `tokens`)."""
+    """Sizes of a model and its batch (`tokens` in all, in `sequences` of equal length)."""
 
     hidden: int
     width: int
@@ -34,6 +34,7 @@ class ModelShape:
     tokens: int
     dtype: torch.dtype = torch.float32
     vocab: int = VOCAB
+    sequences: int = 1
 
     @property
     def name(self) -> str:
@@ -58,6 +59,31 @@ def make_base(shape: ModelShape, device: str = "cpu") -> OlmoeForCausalLM:
         model = OlmoeForCausalLM(config).to(shape.dtype)
     model.requires_grad_(False)
     return model.train()
+
+
+def random_model(
+    model_class: type[PreTrainedModel], config: Any, dtype: torch.dtype, device: str
+) -> PreTrainedModel:
+    """A frozen model with random weights, made where they stay: no copy, no slow initialisation."""
+    with torch.device("meta"):
+        model = model_class(config).to(dtype)
+    model.to_empty(device=device)
+    for name, weight in model.named_parameters():
+        if "norm" in name:
+            nn.init.ones_(weight)
+        else:
+            nn.init.normal_(weight, std=0.02)
+    # Its buffers are computed, not stored.
+    model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
+    return model.requires_grad_(False).train()
+
+
+def with_checkpointing(model: nn.Module) -> nn.Module:
+    """Gradient checkpointing, the kind that needs no reentrant backward."""
+    # transformers 5.23 renames the method and warns of the old name; 5.17 has the old one only.
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+    return model
 
 
 def ours(base: OlmoeForCausalLM, rank: int, **settings: Any) -> nn.Module:
@@ -99,16 +125,26 @@ def _randomise(model: nn.Module) -> nn.Module:
     return model.train()
 
 
+def twin_of(base: nn.Module) -> nn.Module:
+    """A copy that shares the memory of the weights."""
+    return copy.deepcopy(base, {id(p): p for p in base.parameters()})
+
+
 def twins(shape: ModelShape, device: str, kinds: dict[str, Callable]) -> dict[str, nn.Module]:
     """One model per kind; they share the memory of the frozen weights."""
     base = make_base(shape, device)
-    memo = {id(p): p for p in base.parameters()}
-    return {name: make(copy.deepcopy(base, dict(memo))) for name, make in kinds.items()}
+    return {name: make(twin_of(base)) for name, make in kinds.items()}
+
+
+def batch_of(shape: ModelShape, device: str) -> Tensor:
+    """Random tokens, (sequences, tokens / sequences)."""
+    size = (shape.sequences, shape.tokens // shape.sequences)
+    return torch.randint(1, shape.vocab, size, device=device)
 
 
 def training_step(model: nn.Module, shape: ModelShape, device: str = "cpu") -> Callable[[], None]:
     """Forward and backward; a model without trainable weights propagates to its embeddings."""
-    ids = torch.randint(1, shape.vocab, (1, shape.tokens), device=device)
+    ids = batch_of(shape, device)
     if any(p.requires_grad for p in model.parameters()):
 
         def step() -> None:
@@ -126,7 +162,7 @@ def optimizer_step(
     model: nn.Module, shape: ModelShape, dynamics: Any = None, device: str = "cpu"
 ) -> Callable[[], None]:
     """Forward, backward and AdamW, with DR-LoRA's dynamics around it if given."""
-    ids = torch.randint(1, shape.vocab, (1, shape.tokens), device=device)
+    ids = batch_of(shape, device)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-5, weight_decay=0.0, fused=True)
 

@@ -1,26 +1,23 @@
 """A whole training step of small OLMoE models: `python -m benchmarks.train_step [CASE]`.
 
 Implementations: frozen base (forward, and backward to the embeddings), ours at one rank, the
-paper's masked way at r_max, PEFT's LoRA on the experts. Before timing, ours is checked against
-PEFT with the same adapter weights: loss and the norm of every gradient.
+paper's masked way at r_max, PEFT's LoRA on the experts. Before timing, ours and the masked way are
+checked against PEFT with the same adapter weights: loss and the norm of the gradient.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
+from functools import partial
 
 import torch
+from peft.tuners.lora.layer import ParamWrapper
+from torch import nn
 
-from benchmarks.harness import alternate, append, rows_of
-from benchmarks.models import (
-    ModelShape,
-    masked,
-    ours,
-    peft,
-    training_step,
-    twins,
-)
+from benchmarks.checks import WrongResultError, pool_rows
+from benchmarks.harness import Row, alternate, parser, rows_of, run_cases
+from benchmarks.models import ModelShape, batch_of, masked, ours, peft, training_step, twins
+from drlora.inject import adapted_layers
 
 RANK, R_MAX = 16, 64
 SHAPES = [
@@ -29,40 +26,47 @@ SHAPES = [
 ]
 
 
-def copy_adapter(source: torch.nn.Module, target: torch.nn.Module, experts: int) -> None:
-    """PEFT's factors into our pools (A at row e*r + k there too; B at column k*E + e)."""
-    from peft.tuners.lora.layer import ParamWrapper
-
-    from drlora.inject import adapted_layers
-
+def copy_adapter(source: nn.Module, target: nn.Module, experts: int) -> None:
+    """PEFT's factors into the first rows of each expert of our pools, which are in order."""
     layers = adapted_layers(target, "default")
     for name, module in source.named_modules():
         if isinstance(module, ParamWrapper):
             block = name.split("base_model.model.")[1].split(".experts")[0]
             projection = "gate_up" if module.parameter_name == "gate_up_proj" else "down"
             pool = layers[block].adapter("default").rank_pools[projection]
-            b = module.lora_B["default"].weight.data
-            pool.lora_A.data.copy_(module.lora_A["default"].weight.data)
-            b = b.reshape(b.shape[0], -1, experts).permute(2, 1, 0).reshape(-1, b.shape[0])
-            pool.lora_B.data.copy_(b)
+            a, b = module.lora_A["default"].weight.data, module.lora_B["default"].weight.data
+            for ours_RO, theirs_RO in ((pool.lora_A, a), (pool.lora_B, pool_rows(b, experts))):
+                theirs_EPO = theirs_RO.unflatten(0, (experts, -1))
+                ours_RO.data.unflatten(0, (experts, -1))[:, : theirs_EPO.shape[1]] = theirs_EPO
 
 
-def check(mine: torch.nn.Module, theirs: torch.nn.Module, shape: ModelShape) -> None:
-    """Same adapter, same loss and same total gradient norm; raises if not."""
+def loss_and_norm(model: nn.Module, ids: torch.Tensor) -> tuple[float, float]:
+    """Loss of a batch, and the norm of all gradients together."""
+    loss = model(input_ids=ids, labels=ids).loss
+    grads = torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])
+    return loss.item(), torch.stack([g.float().norm() for g in grads]).norm().item()
+
+
+def check(
+    mine: nn.Module,
+    theirs: nn.Module,
+    shape: ModelShape,
+    device: str = "cpu",
+    tolerance: tuple[float, float] = (1e-5, 1e-4),
+) -> None:
+    """Same adapter, same loss and same gradient norm as PEFT; raises if not."""
     copy_adapter(theirs, mine, shape.experts)
-    ids = torch.randint(1, shape.vocab, (1, min(64, shape.tokens)))
-    seen = []
-    for model in (mine, theirs):
-        loss = model(input_ids=ids, labels=ids).loss
-        trained = [p for p in model.parameters() if p.requires_grad]
-        grads = torch.autograd.grad(loss, trained)
-        seen.append((loss.item(), torch.cat([g.flatten() for g in grads]).norm().item()))
-    (loss, norm), (loss_peft, norm_peft) = seen
-    if abs(loss / loss_peft - 1) > 1e-5 or abs(norm / norm_peft - 1) > 1e-4:
-        raise RuntimeError(f"ours {seen[0]} and PEFT {seen[1]} differ (loss, norm); not timed.")
+    ids = batch_of(shape, device)[:, :64]
+    (loss, norm), (loss_peft, norm_peft) = loss_and_norm(mine, ids), loss_and_norm(theirs, ids)
+    close = abs(loss / loss_peft - 1) < tolerance[0] and abs(norm / norm_peft - 1) < tolerance[1]
+    if not close:
+        raise WrongResultError(
+            f"loss {loss:.6g} and gradient norm {norm:.6g}; PEFT has {loss_peft:.6g} and "
+            f"{norm_peft:.6g}"
+        )
 
 
-def run(shape: ModelShape, rounds: int) -> list[dict]:
+def run(shape: ModelShape, rounds: int, seconds: float | None) -> list[Row]:
     """Check, then time one case."""
     models = twins(
         shape,
@@ -74,29 +78,21 @@ def run(shape: ModelShape, rounds: int) -> list[dict]:
             "peft": lambda base: peft(base, RANK),
         },
     )
-    check(models["ours"], models["peft"], shape)
+    for name in ("ours", "masked r_max"):
+        check(models[name], models["peft"], shape)
     steps = {name: training_step(model, shape) for name, model in models.items()}
-    timings = alternate(steps, rounds)
+    timings = alternate(steps, rounds, seconds=seconds)
     return rows_of(f"step {shape.name} r{RANK}", timings, "hf_frozen", "peft", rank=RANK)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Time the chosen cases and append the rows to benchmarks/results/train_step.jsonl."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("cases", nargs="*", type=int, help="numbers of cases, all by default")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--dry", action="store_true", help="append no rows")
-    arguments = parser.parse_args(argv)
-    for number in arguments.cases or range(len(SHAPES)):
-        rows = run(SHAPES[number], arguments.rounds)
-        for row in rows:
-            print(
-                f"{row['case']:50} {row['implementation']:13} {row['median_s'] * 1e3:8.1f} ms  "
-                f"to frozen {row['to_frozen']:.3f} [{row['to_frozen_p20']:.3f}, "
-                f"{row['to_frozen_p80']:.3f}]  PEFT/this {row['peft_over_this']:.2f}", flush=True,
-            )  # fmt: skip
-        if not arguments.dry:
-            append("train_step", rows)
+    arguments = parser(__doc__, rounds=9)
+    arguments.add_argument("cases", nargs="*", type=int, help="numbers of cases, all by default")
+    chosen = arguments.parse_args(argv)
+    shapes = [SHAPES[number] for number in chosen.cases] or SHAPES
+    measure = partial(run, rounds=chosen.rounds, seconds=chosen.seconds)
+    run_cases("train_step", shapes, measure, chosen.dry)
     return 0
 
 
