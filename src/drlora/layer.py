@@ -24,8 +24,8 @@ from drlora.blocks import MoEBlock, expert_weights
 from drlora.config import DrLoraConfig
 from drlora.errors import CheckpointError, ConfigError
 from drlora.observe import RoutingMeter, TokenMask, count_in_backward, routing_sums
-from drlora.ops import LoraPiece, Matrix, adapted_experts
-from drlora.ranks import RankBook
+from drlora.ops import LoraPiece, Matrix, TracedPiece, adapted_experts, traced_experts
+from drlora.ranks import FREE, RankBook
 from drlora.young_rows import held_rows, local_part
 
 
@@ -47,7 +47,7 @@ class RankPool(nn.Module):
     importance: Tensor
     birth: Tensor
     seed: Tensor
-    packed_index: Tensor
+    row_order: Tensor
 
     def __init__(
         self, num_experts: int, in_features: int, out_features: int, r_init: int, r_target: int
@@ -63,8 +63,16 @@ class RankPool(nn.Module):
         self.register_buffer("importance", torch.zeros(rows))
         self.register_buffer("birth", torch.zeros(rows, dtype=torch.int32))
         self.register_buffer("seed", torch.randint(2**62, ()))
-        self.register_buffer("packed_index", torch.empty(0, dtype=torch.int64), persistent=False)
+        # All rows, the free ones last, and where each expert's begin. Of fixed size and written in
+        # place when ranks grow, so that what torch.compile made of them stays valid.
+        self.register_buffer("row_order", torch.arange(rows), persistent=False)
+        self.offset_E1 = torch.zeros(num_experts + 1, dtype=torch.int64, device="cpu")
         self._index_rows()
+
+    @property
+    def packed_index(self) -> Tensor:
+        """(sum of ranks,) int64, the owned rows ordered by expert."""
+        return self.row_order[: self.offsets[-1]]
 
     def forward(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The owned rows of (lora_A, lora_B) in `dtype`, ordered by expert.
@@ -74,6 +82,13 @@ class RankPool(nn.Module):
         if self._all_in_order:
             return self.lora_A.to(dtype), self.lora_B.to(dtype)
         rows = self.packed_index
+        return self.lora_A.index_select(0, rows).to(dtype), self.lora_B.index_select(0, rows).to(
+            dtype
+        )
+
+    def all_rows(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """As `forward`, but the free rows follow: no shape and no Python value depends on ranks."""
+        rows = self.row_order
         return self.lora_A.index_select(0, rows).to(dtype), self.lora_B.index_select(0, rows).to(
             dtype
         )
@@ -104,10 +119,13 @@ class RankPool(nn.Module):
         target[held.local] = fresh.to(target)[held.chosen]
 
     def _index_rows(self) -> None:
-        packed = self.book.packed()
+        order_R = np.concatenate([self.book.packed(), np.flatnonzero(self.book.owner_R == FREE)])
         self.offsets = tuple(self.book.offsets().tolist())
-        self._all_in_order = np.array_equal(packed, np.arange(len(self.book.owner_R)))
-        self.packed_index = torch.from_numpy(packed).to(self.owner.device)
+        self.offset_E1.copy_(torch.tensor(self.offsets))
+        self._all_in_order = not self.book.free and bool((np.diff(order_R) == 1).all())
+        if self.row_order.device != self.owner.device:  # just loaded, after a start on meta
+            self.row_order = torch.empty_like(self.row_order, device=self.owner.device)
+        self.row_order.copy_(torch.from_numpy(order_R))
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -158,12 +176,32 @@ class ExpertsAdapter(nn.Module):
         """What the engines need of each pool."""
         result = []
         for projection, pool in self.rank_pools.items():
-            matrix: Matrix = "down" if projection == "down" else "gate_up"
-            start = self.block.expert_width if projection == "up" else 0
+            matrix, start = self._place(projection)
             a_RI, b_RO = pool(dtype)
             offsets, scaling = pool.offsets, self.config.scaling
             result.append(LoraPiece(matrix, start, a_RI, b_RO, offsets, scaling))
         return result
+
+    def traced_pieces(self, dtype: torch.dtype) -> list[TracedPiece]:
+        """The same under torch.compile."""
+        result = []
+        for projection, pool in self.rank_pools.items():
+            matrix, start = self._place(projection)
+            a_RI, b_RO = pool.all_rows(dtype)
+            result.append(
+                TracedPiece(matrix, start, a_RI, b_RO, pool.offset_E1, self.config.scaling)
+            )
+        return result
+
+    def _place(self, projection: str) -> tuple[Matrix, int]:
+        """Which matrix a projection is part of, and its first output feature there."""
+        start = self.block.expert_width if projection == "up" else 0
+        return ("down" if projection == "down" else "gate_up"), start
+
+    def _apply(self, fn: Any, recurse: bool = True) -> ExpertsAdapter:
+        super()._apply(fn, recurse)
+        self.meter.to(self.frequency.device)
+        return self
 
     def ranks(self) -> dict[str, list[int]]:
         """Projection -> rank of each expert."""
@@ -209,7 +247,9 @@ class DrLoraExperts(nn.Module, BaseTunerLayer):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """The experts' output, (T, H); see `drlora.ops.adapted_experts` for the arguments."""
-        logits_TE, self.router_logits = self.router_logits, None
+        logits_TE = self.router_logits
+        if logits_TE is not None:
+            self.router_logits = None  # if need be: a compiled, checkpointed block forbids it
         names = [name for name in self.active_adapters if name in self.drlora_adapters]
         if self.disable_adapters or self.merged or not names:
             return self.base_layer(hidden_states, top_k_index, top_k_weights)
@@ -221,15 +261,14 @@ class DrLoraExperts(nn.Module, BaseTunerLayer):
             )
         base = expert_weights(self.base_layer)
         x_TH = hidden_states.to(base.gate_up_EGH.dtype)
-        out_TH = adapted_experts(
-            x_TH,
-            top_k_index,
-            top_k_weights,
-            base,
-            [piece for adapter in adapters for piece in adapter.pieces(x_TH.dtype)],
-            dropout=adapters[0].config.lora_dropout if self.training else 0.0,
-            engine=adapters[0].config.engine,
-        )
+        dropout = adapters[0].config.lora_dropout if self.training else 0.0
+        engine, routed = adapters[0].config.engine, (x_TH, top_k_index, top_k_weights, base)
+        if torch.compiler.is_compiling():
+            traced = [piece for adapter in adapters for piece in adapter.traced_pieces(x_TH.dtype)]
+            out_TH = traced_experts(*routed, traced, dropout=dropout, engine=engine)
+        else:
+            pieces = [piece for adapter in adapters for piece in adapter.pieces(x_TH.dtype)]
+            out_TH = adapted_experts(*routed, pieces, dropout=dropout, engine=engine)
         if self.training and torch.is_grad_enabled() and out_TH.requires_grad:
             for adapter in adapters:
                 out_TH = self._observe(adapter, out_TH, top_k_index, top_k_weights, logits_TE)

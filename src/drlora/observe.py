@@ -4,6 +4,9 @@ What is counted is committed in the BACKWARD pass of the adapted experts. So a t
 under gradient checkpointing (either kind runs forward twice, backward once), and evaluation,
 generation and reference passes, which have no backward, do not count at all. Padding tokens are
 left out by the attention mask that the model was called with.
+
+The sums arrive as the GRADIENT of a tensor of their own (see `count_in_backward`), so adding them
+up is autograd's work, and neither torch.compile nor checkpointing sees a side effect.
 """
 
 from __future__ import annotations
@@ -56,24 +59,38 @@ class RoutingMeter:
     """Sums of routing over the tokens of one optimizer step, of one block and adapter.
 
     Attributes:
-        sum_E: (E,) float32 routing sums, on the device of the block.
-        num_tokens: scalar float32 tensor, how many tokens they are taken over.
+        tally_E1: (E + 1,) float32 zeros, no parameter; its gradient holds the sums so far, those of
+            the experts and then the number of tokens.
     """
 
     def __init__(self, num_experts: int) -> None:
-        self.num_experts = num_experts
-        self.sum_E = torch.zeros(num_experts)
-        self.num_tokens = torch.zeros(())
+        # A device of its own, so that a model which is made on the meta device can count too.
+        self.tally_E1 = torch.zeros(num_experts + 1, device="cpu", requires_grad=True)
 
-    def add(self, sum_E: Tensor, num_tokens: Tensor) -> None:
-        """Add one micro-batch."""
-        self.sum_E = self.sum_E.to(sum_E.device) + sum_E
-        self.num_tokens = self.num_tokens.to(sum_E.device) + num_tokens
+    @property
+    def sum_E(self) -> Tensor:  # noqa: N802
+        """(E,) float32 routing sums, on the device of the block."""
+        return self._sums()[:-1]
+
+    @property
+    def num_tokens(self) -> Tensor:
+        """Scalar float32 tensor, how many tokens the sums are taken over."""
+        return self._sums()[-1]
 
     def reset(self) -> None:
         """Start the next optimizer step."""
-        self.sum_E = torch.zeros_like(self.sum_E)
-        self.num_tokens = torch.zeros_like(self.num_tokens)
+        self.tally_E1.grad = None
+
+    def to(self, device: torch.device) -> None:
+        """Count on `device`, where the gradients of the block are; what was counted comes along."""
+        if device.type != "meta" and device != self.tally_E1.device:
+            grad = self.tally_E1.grad
+            self.tally_E1 = torch.zeros_like(self.tally_E1, device=device, requires_grad=True)
+            self.tally_E1.grad = None if grad is None else grad.to(device)
+
+    def _sums(self) -> Tensor:
+        tally_E1 = self.tally_E1
+        return torch.zeros_like(tally_E1) if tally_E1.grad is None else tally_E1.grad
 
 
 @torch.no_grad()
@@ -119,18 +136,20 @@ def count_in_backward(
     out_TH: Tensor, meter: RoutingMeter, sum_E: Tensor, num_tokens: Tensor
 ) -> Tensor:
     """`out_TH` itself; when its gradient arrives, the sums are added to `meter`."""
-    return _CountInBackward.apply(out_TH, meter, sum_E, num_tokens)
+    sums_E1 = torch.cat([sum_E, num_tokens[None]])
+    # Where the model was spread out after the adapter was made, the sums find their way back.
+    tally_E1 = meter.tally_E1.to(sums_E1.device)
+    return _CountInBackward.apply(out_TH, tally_E1, sums_E1)
 
 
 class _CountInBackward(torch.autograd.Function):
+    """Passes `out_TH` through, and hands `tally_E1` the sums as its gradient."""
+
     @staticmethod
-    def forward(
-        ctx: Any, out_TH: Tensor, meter: RoutingMeter, sum_E: Tensor, num_tokens: Tensor
-    ) -> Tensor:
-        ctx.meter, ctx.sum_E, ctx.num_tokens = meter, sum_E, num_tokens
+    def forward(ctx: Any, out_TH: Tensor, tally_E1: Tensor, sums_E1: Tensor) -> Tensor:
+        ctx.save_for_backward(sums_E1)
         return out_TH.view_as(out_TH)
 
     @staticmethod
-    def backward(ctx: Any, grad_TH: Tensor) -> tuple[Tensor, None, None, None]:
-        ctx.meter.add(ctx.sum_E, ctx.num_tokens)
-        return grad_TH, None, None, None
+    def backward(ctx: Any, grad_TH: Tensor) -> tuple[Tensor, Tensor, None]:
+        return grad_TH, ctx.saved_tensors[0], None

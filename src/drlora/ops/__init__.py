@@ -2,16 +2,18 @@
 
 All engines take the same arguments and agree in the output and in every gradient (tests/test_ops,
 tests/test_triton). `triton` is imported only when it is asked for: it needs a package that torch
-brings on Linux with CUDA and nowhere else.
+brings on Linux with CUDA and nowhere else. Under torch.compile `compiled` takes their place.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from drlora.errors import ConfigError
+from drlora.ops.compiled import TracedPiece, experts_traced
 from drlora.ops.grouped import experts_grouped, grouped_fits
 from drlora.ops.loop import experts_loop
 from drlora.ops.naive import experts_naive
@@ -32,10 +34,12 @@ __all__ = [
     "LoraPiece",
     "Matrix",
     "Routing",
+    "TracedPiece",
     "adapted_experts",
     "choose_engine",
     "draw_dropout",
     "sort_by_expert",
+    "traced_experts",
 ]
 
 Engine = Callable[
@@ -104,6 +108,35 @@ def adapted_experts(
     Returns:
         (T, H), of `x_TH`'s dtype. Differentiable in `x_TH`, `weight_TK` and the pieces' factors.
     """
+    if torch.is_autocast_enabled(x_TH.device.type):
+        # The experts compute in the dtype of their weights, as transformers' grouped ones do.
+        with torch.autocast(x_TH.device.type, enabled=False):
+            return adapted_experts(
+                x_TH, index_TK, weight_TK, base, pieces, dropout=dropout, engine=engine
+            )
     routing = sort_by_expert(index_TK, base.num_experts)
     masks = draw_dropout(pieces, routing.order_S.numel(), dropout, x_TH)
     return choose_engine(engine, base)(x_TH, weight_TK, routing, base, pieces, masks)
+
+
+def traced_experts(
+    x_TH: Tensor,
+    index_TK: Tensor,
+    weight_TK: Tensor,
+    base: ExpertWeights,
+    pieces: list[TracedPiece],
+    *,
+    dropout: float = 0.0,
+    engine: str = "auto",
+) -> Tensor:
+    """`adapted_experts` inside torch.compile.
+
+    Args:
+        pieces: low-rank updates in a form that growth does not change.
+        engine: `grouped` and `triton` run as grouped products, `naive` and `loop` as a loop over
+            experts, `auto` as `choose_engine` has it.
+    """
+    routing = sort_by_expert(index_TK, base.num_experts)
+    # Of a piece, the draw reads the matrix and the width alone.
+    masks = draw_dropout(pieces, routing.order_S.numel(), dropout, x_TH)  # type: ignore[arg-type]
+    return experts_traced(x_TH, weight_TK, routing, base, pieces, masks, engine)

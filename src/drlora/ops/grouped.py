@@ -15,14 +15,14 @@ from torch.nn import functional as F
 
 from drlora.ops.parts import DropoutMasks, ExpertWeights, LoraPiece, Matrix, Routing
 
-_ALIGNMENT_BYTES = 16
+ALIGNMENT_BYTES = 16
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def grouped_fits(base: ExpertWeights) -> bool:
     """Whether torch's grouped product can take these weights: dtype, and rows of 16 bytes."""
     widths = (base.gate_up_EGH.shape[2], base.gate_up_EGH.shape[1], base.down_EHI.shape[2])
-    aligned = all(w * base.down_EHI.element_size() % _ALIGNMENT_BYTES == 0 for w in widths)
+    aligned = all(w * base.down_EHI.element_size() % ALIGNMENT_BYTES == 0 for w in widths)
     return base.down_EHI.dtype in _DTYPES and aligned
 
 
@@ -66,8 +66,8 @@ def _add_lora(
             # Adds zero, but keeps the factors in the graph: data-parallel engines wait for them.
             out_SO = out_SO + (piece.a_RI.sum() + piece.b_RO.sum())
             continue
-        rows_EP = _padded_rows(piece.offsets, _ALIGNMENT_BYTES // x_SI.element_size(), x_SI.device)
-        a_EPI, b_EPO = _pad(piece.a_RI, rows_EP), _pad(piece.b_RO, rows_EP)
+        rows_EP = padded_rows(piece.offsets, ALIGNMENT_BYTES // x_SI.element_size(), x_SI.device)
+        a_EPI, b_EPO = pad_rows(piece.a_RI, rows_EP), pad_rows(piece.b_RO, rows_EP)
         z_SP = F.grouped_mm(x_SI, a_EPI.transpose(1, 2), offs=ends_E)
         update_SO = F.grouped_mm(z_SP, b_EPO, offs=ends_E) * piece.scaling
         if update_SO.shape[1] == out_SO.shape[1]:
@@ -78,14 +78,14 @@ def _add_lora(
     return out_SO
 
 
-def _pad(factor_RO: Tensor, rows_EP: Tensor) -> Tensor:
+def pad_rows(factor_RO: Tensor, rows_EP: Tensor) -> Tensor:
     """(E, P, O): each expert's rows, filled up with zero rows."""
     zero_1O = factor_RO.new_zeros(1, factor_RO.shape[1])
     return torch.cat([factor_RO, zero_1O])[rows_EP]
 
 
 @lru_cache(maxsize=512)
-def _padded_rows(offsets: tuple[int, ...], multiple: int, device: torch.device) -> Tensor:
+def padded_rows(offsets: tuple[int, ...], multiple: int, device: torch.device) -> Tensor:
     """(E, P) rows of each expert; the number after the last row stands for the zero row."""
     start_E = torch.tensor(offsets[:-1])
     rank_E = torch.tensor(offsets[1:]) - start_E

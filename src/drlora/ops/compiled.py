@@ -1,0 +1,322 @@
+"""The adapted experts under torch.compile: no graph break, and no recompilation when ranks grow.
+
+dynamo can trace neither a loop over experts, whose bounds are data, nor `grouped_mm` in any dtype
+but bfloat16. So one frozen matrix of all experts, with the LoRA pieces on it, is a single operator
+that the compiler does not look into, with a backward of its own; what lies between (gathering rows,
+the gate, the weighted sum) is traced and can be fused.
+
+A compiled graph is used again as long as shapes and Python values stay the same. So factors come
+with ALL rows of the pool, free ones last, and where an expert's rows begin is a tensor on the host,
+which a growth event writes in place.
+
+Letters as in `parts`; P largest rank, rounded up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from drlora.ops.grouped import ALIGNMENT_BYTES, grouped_fits, pad_rows, padded_rows
+from drlora.ops.parts import DropoutMasks, ExpertWeights, Matrix, Routing
+
+
+class TracedPiece(NamedTuple):
+    """A `LoraPiece` whose shapes do not change when ranks do.
+
+    Attributes:
+        matrix, start, scaling: as in `LoraPiece`.
+        a_RI: (R, in-features), owned rows ordered by expert, then the free rows of the pool.
+        b_RO: (R, O), in the same order.
+        offset_E1: (E + 1,) int64 on the CPU: expert e's rows are `offset_E1[e] : offset_E1[e + 1]`.
+    """
+
+    matrix: Matrix
+    start: int
+    a_RI: Tensor
+    b_RO: Tensor
+    offset_E1: Tensor
+    scaling: float
+
+
+def experts_traced(
+    x_TH: Tensor,
+    weight_TK: Tensor,
+    routing: Routing,
+    base: ExpertWeights,
+    pieces: list[TracedPiece],
+    masks: DropoutMasks,
+    engine: str,
+) -> Tensor:
+    """(T, H) output of the adapted experts; see `drlora.ops.adapted_experts`."""
+    num_tokens, top_k = weight_TK.shape
+    order_S = routing.order_S
+    ends_E = routing.counts_E.cumsum(0).to(torch.int32)
+    grouped = _runs_grouped(engine, base)
+
+    def adapted(matrix: Matrix, x_SI: Tensor, weight_EOI: Tensor, mask_SI: Tensor | None) -> Tensor:
+        own = [piece for piece in pieces if piece.matrix == matrix]
+        factors = [factor for piece in own for factor in (piece.a_RI, piece.b_RO)]
+        return adapted_product(
+            x_SI, weight_EOI, ends_E, mask_SI, factors, [piece.offset_E1 for piece in own],
+            [piece.start for piece in own], [piece.scaling for piece in own], grouped,
+        )  # fmt: skip
+
+    # Repeated and put in order, not gathered by token: the gradient of a token is then a sum over
+    # K neighbours, in fixed order and without rounding after each.
+    x_SH = x_TH[:, None].expand(-1, top_k, -1).reshape(num_tokens * top_k, -1)[order_S]
+    gate_up_SG = adapted("gate_up", x_SH, base.gate_up_EGH, masks.gate_up_SH)
+    y_SH = adapted("down", base.apply_gate(gate_up_SG), base.down_EHI, masks.down_SI)
+    y_SH = y_SH * weight_TK.reshape(-1)[order_S, None]
+    return y_SH[torch.argsort(order_S)].view(num_tokens, top_k, -1).sum(dim=1).to(x_TH.dtype)
+
+
+def _runs_grouped(engine: str, base: ExpertWeights) -> bool:
+    on_cpu = base.down_EHI.device.type == "cpu"
+    wanted = engine in ("grouped", "triton") or (engine == "auto" and not on_cpu)
+    return wanted and grouped_fits(base)
+
+
+class _Piece(NamedTuple):
+    """One piece as the operator sees it: its owned rows alone, and its ranks on the host."""
+
+    a_RI: Tensor
+    b_RO: Tensor
+    offsets: tuple[int, ...]
+    columns: slice
+    scaling: float
+
+    def rows(self, expert: int) -> slice:
+        return slice(self.offsets[expert], self.offsets[expert + 1])
+
+
+def _owned(
+    factors: Sequence[Tensor],
+    offsets: Sequence[Tensor],
+    starts: Sequence[int],
+    scalings: Sequence[float],
+) -> list[_Piece]:
+    """The pieces that have a rank at all."""
+    pieces = []
+    for a_RI, b_RO, offset_E1, start, scaling in zip(
+        factors[::2], factors[1::2], offsets, starts, scalings, strict=True
+    ):
+        bounds = tuple(offset_E1.tolist())
+        columns, owned = slice(start, start + b_RO.shape[1]), bounds[-1]
+        pieces.append(_Piece(a_RI[:owned], b_RO[:owned], bounds, columns, scaling))
+    return pieces
+
+
+_ARGUMENTS = (
+    "Tensor x_SI, Tensor weight_EOI, Tensor ends_E, Tensor? mask_SI, Tensor[] factors, "
+    "Tensor[] offsets, int[] starts, float[] scalings, bool grouped"
+)
+
+
+@torch.library.custom_op(
+    "drlora::adapted_product", mutates_args=(), schema=f"({_ARGUMENTS}) -> Tensor"
+)
+def adapted_product(
+    x_SI: Tensor,
+    weight_EOI: Tensor,
+    ends_E: Tensor,
+    mask_SI: Tensor | None,
+    factors: Sequence[Tensor],
+    offsets: Sequence[Tensor],
+    starts: Sequence[int],
+    scalings: Sequence[float],
+    grouped: bool,
+) -> Tensor:
+    """(S, O): each row through its expert's matrix, plus the LoRA pieces on it.
+
+    Args:
+        x_SI: (S, in-features), rows sorted by expert.
+        weight_EOI: (E, O, in-features) frozen matrices.
+        ends_E: (E,) int32, where the rows of each expert end.
+        mask_SI: factors on the pieces' input, or None.
+        factors: (R, in-features) and (R, columns) of each piece in turn, as in `TracedPiece`.
+        offsets: of each piece, as in `TracedPiece`.
+        starts: first output feature of each piece.
+        scalings: factor on each piece's product.
+        grouped: by grouped products over all experts, or expert by expert.
+    """
+    pieces = _owned(factors, offsets, starts, scalings)
+    adapter_SI = x_SI if mask_SI is None else x_SI * mask_SI
+    with torch.autocast(x_SI.device.type, enabled=False):
+        forward = _forward_grouped if grouped else _forward_loop
+        return forward(x_SI, adapter_SI, weight_EOI, ends_E, pieces)
+
+
+@torch.library.custom_op(
+    "drlora::adapted_product_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad_SO, {_ARGUMENTS}) -> (Tensor, Tensor[])",
+)
+def _adapted_product_backward(
+    grad_SO: Tensor,
+    x_SI: Tensor,
+    weight_EOI: Tensor,
+    ends_E: Tensor,
+    mask_SI: Tensor | None,
+    factors: Sequence[Tensor],
+    offsets: Sequence[Tensor],
+    starts: Sequence[int],
+    scalings: Sequence[float],
+    grouped: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    """Gradients of `x_SI` and of the factors; that of a free row is exactly zero."""
+    pieces = _owned(factors, offsets, starts, scalings)
+    grads = [torch.zeros_like(factor) for factor in factors]
+    adapter_SI = x_SI if mask_SI is None else x_SI * mask_SI
+    # Under dropout the pieces' part of dX is kept apart, until the mask was put on it.
+    part_SI = None if mask_SI is None else torch.zeros_like(x_SI)
+    with torch.autocast(x_SI.device.type, enabled=False):
+        backward = _backward_grouped if grouped else _backward_loop
+        dx_SI = backward(
+            grad_SO.contiguous(), adapter_SI, weight_EOI, ends_E, pieces, grads, part_SI
+        )
+    if part_SI is not None and mask_SI is not None:
+        dx_SI.addcmul_(part_SI, mask_SI)
+    return dx_SI, grads
+
+
+@adapted_product.register_fake
+def _(x_SI: Tensor, weight_EOI: Tensor, *_: Any) -> Tensor:
+    return x_SI.new_empty(x_SI.shape[0], weight_EOI.shape[1])
+
+
+@_adapted_product_backward.register_fake
+def _(
+    grad_SO: Tensor,
+    x_SI: Tensor,
+    weight_EOI: Tensor,
+    ends_E: Tensor,
+    mask_SI: Tensor | None,
+    factors: Sequence[Tensor],
+    *_: Any,
+) -> tuple[Tensor, list[Tensor]]:
+    return torch.empty_like(x_SI), [torch.empty_like(factor) for factor in factors]
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x_SI, weight_EOI, ends_E, mask_SI, factors, offsets, starts, scalings, grouped = inputs
+    ctx.save_for_backward(x_SI, weight_EOI, ends_E, mask_SI, *factors, *offsets)
+    ctx.settings = starts, scalings, grouped
+
+
+def _differentiate(ctx: Any, grad_SO: Tensor) -> tuple[Any, ...]:
+    x_SI, weight_EOI, ends_E, mask_SI, *rest = ctx.saved_tensors
+    pieces = len(ctx.settings[0])
+    dx_SI, grads = _adapted_product_backward(
+        grad_SO, x_SI, weight_EOI, ends_E, mask_SI, rest[: 2 * pieces], rest[2 * pieces :],
+        *ctx.settings,
+    )  # fmt: skip
+    # To torch an empty list of numbers is a list of tensors, and wants a list of gradients.
+    of_numbers: list[None] | None = None if pieces else []
+    return dx_SI, None, None, None, grads, [None] * pieces, of_numbers, of_numbers, None
+
+
+adapted_product.register_autograd(_differentiate, setup_context=_keep)
+
+
+def _forward_loop(
+    x_SI: Tensor, adapter_SI: Tensor, weight_EOI: Tensor, ends_E: Tensor, pieces: list[_Piece]
+) -> Tensor:
+    out_SO = x_SI.new_empty(x_SI.shape[0], weight_EOI.shape[1])
+    for expert, rows in _rows_of_experts(ends_E):
+        torch.mm(x_SI[rows], weight_EOI[expert].T, out=out_SO[rows])
+        for piece in pieces:
+            a_rI, b_rO = piece.a_RI[piece.rows(expert)], piece.b_RO[piece.rows(expert)]
+            z_nr = adapter_SI[rows] @ a_rI.T
+            out_SO[rows, piece.columns].addmm_(z_nr, b_rO, alpha=piece.scaling)
+    return out_SO
+
+
+def _backward_loop(
+    grad_SO: Tensor,
+    adapter_SI: Tensor,
+    weight_EOI: Tensor,
+    ends_E: Tensor,
+    pieces: list[_Piece],
+    grads: list[Tensor],
+    part_SI: Tensor | None,
+) -> Tensor:
+    """dX; writes `grads`, and adds the pieces' part of dX to `part_SI` if that is given."""
+    dx_SI = torch.empty_like(adapter_SI)
+    part_SI = dx_SI if part_SI is None else part_SI
+    for expert, rows in _rows_of_experts(ends_E):
+        torch.mm(grad_SO[rows], weight_EOI[expert], out=dx_SI[rows])
+        for piece, da_RI, db_RO in zip(pieces, grads[::2], grads[1::2], strict=True):
+            ranks, grad_nO = piece.rows(expert), grad_SO[rows, piece.columns]
+            z_nr = adapter_SI[rows] @ piece.a_RI[ranks].T
+            dz_nr = (grad_nO @ piece.b_RO[ranks].T).mul_(piece.scaling)
+            part_SI[rows].addmm_(dz_nr, piece.a_RI[ranks])
+            torch.mm(dz_nr.T, adapter_SI[rows], out=da_RI[ranks])
+            torch.mm(z_nr.mul_(piece.scaling).T, grad_nO, out=db_RO[ranks])
+    return dx_SI
+
+
+def _rows_of_experts(ends_E: Tensor) -> Iterator[tuple[int, slice]]:
+    """(expert, its rows) for the experts that have rows."""
+    start = 0
+    for expert, end in enumerate(ends_E.tolist()):
+        if start < end:
+            yield expert, slice(start, end)
+        start = end
+
+
+def _forward_grouped(
+    x_SI: Tensor, adapter_SI: Tensor, weight_EOI: Tensor, ends_E: Tensor, pieces: list[_Piece]
+) -> Tensor:
+    out_SO = F.grouped_mm(x_SI, weight_EOI.transpose(1, 2), offs=ends_E)
+    for piece in pieces:
+        if piece.offsets[-1]:
+            a_EPI, b_EPO, _ = _padded(piece)
+            z_SP = F.grouped_mm(adapter_SI, a_EPI.transpose(1, 2), offs=ends_E)
+            update_SO = F.grouped_mm(z_SP, b_EPO, offs=ends_E)
+            out_SO[:, piece.columns].add_(update_SO, alpha=piece.scaling)
+    return out_SO
+
+
+def _backward_grouped(
+    grad_SO: Tensor,
+    adapter_SI: Tensor,
+    weight_EOI: Tensor,
+    ends_E: Tensor,
+    pieces: list[_Piece],
+    grads: list[Tensor],
+    part_SI: Tensor | None,
+) -> Tensor:
+    """As `_backward_loop`."""
+    dx_SI = F.grouped_mm(grad_SO, weight_EOI, offs=ends_E)
+    part_SI = dx_SI if part_SI is None else part_SI
+    for piece, da_RI, db_RO in zip(pieces, grads[::2], grads[1::2], strict=True):
+        if piece.offsets[-1]:
+            a_EPI, b_EPO, rows_EP = _padded(piece)
+            grad_SC = grad_SO[:, piece.columns].contiguous()
+            z_SP = F.grouped_mm(adapter_SI, a_EPI.transpose(1, 2), offs=ends_E)
+            dz_SP = F.grouped_mm(grad_SC, b_EPO.transpose(1, 2), offs=ends_E).mul_(piece.scaling)
+            part_SI += F.grouped_mm(dz_SP, a_EPI, offs=ends_E)
+            da_EPI = F.grouped_mm(dz_SP.T, adapter_SI, offs=ends_E)
+            db_EPC = F.grouped_mm(z_SP.mul_(piece.scaling).T, grad_SC, offs=ends_E)
+            _unpad(da_RI, piece.offsets[-1], rows_EP, da_EPI)
+            _unpad(db_RO, piece.offsets[-1], rows_EP, db_EPC)
+    return dx_SI
+
+
+def _padded(piece: _Piece) -> tuple[Tensor, Tensor, Tensor]:
+    """Both factors with P rows for each expert, and which rows these were."""
+    multiple = ALIGNMENT_BYTES // piece.a_RI.element_size()
+    rows_EP = padded_rows(piece.offsets, multiple, piece.a_RI.device)
+    return pad_rows(piece.a_RI, rows_EP), pad_rows(piece.b_RO, rows_EP), rows_EP
+
+
+def _unpad(grad_RO: Tensor, owned: int, rows_EP: Tensor, padded_EPO: Tensor) -> None:
+    """Write the gradient of the owned rows; the padding all goes to one more row, left out."""
+    packed_RO = grad_RO.new_empty(owned + 1, grad_RO.shape[1])
+    packed_RO[rows_EP] = padded_EPO
+    grad_RO[:owned] = packed_RO[:owned]
