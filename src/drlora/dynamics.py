@@ -15,7 +15,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -31,14 +30,12 @@ from drlora.layer import ExpertsAdapter, RankPool
 from drlora.saliency import ema, expert_sums, rank_importance, routed_share, saliency
 from drlora.schedule import GrowthPlan, plan_growth
 from drlora.young_rows import (
-    correct_young_rows,
+    OwnClocks,
     decays_weights,
     forget_rows,
     inherit_second_moment,
     is_adam,
-    parameter_groups,
     unwrap_optimizer,
-    young_rows,
 )
 
 
@@ -113,6 +110,7 @@ class RankDynamics:
         self.warmup_steps = self.config.resolve_warmup(total_steps)
         self._router_parameters = list(_router_parameters(model, self.adapters, self.adapter_name))
         self._hooks = [p.register_hook(self._hold_router) for p in self._router_parameters]
+        self._clocks = OwnClocks()
         self._warned: set[str] = set()
 
     @property
@@ -156,8 +154,9 @@ class RankDynamics:
             for pool in self._pools():
                 pool.birth.zero_()
         self.step += 1
-        if optimizer is not None and self.config.young_rows == "own":
-            self._correct_young_rows(unwrap_optimizer(optimizer))
+        inner = unwrap_optimizer(optimizer)
+        if self.config.young_rows == "own" and is_adam(inner):
+            self._clocks.correct(inner, self._pools(), self.step)
         return [grant for group in self.groups for grant in self._grow(group, optimizer)]
 
     def release(self) -> None:
@@ -307,26 +306,6 @@ class RankDynamics:
         # The extra last entry stands for the free rows, whose owner is -1.
         grown_E1 = torch.tensor([*(granted > 0 for granted in grants), False])
         pool.importance[grown_E1.to(pool.owner.device)[pool.owner.long()]] = 0.0
-
-    def _correct_young_rows(self, optimizer: object) -> None:
-        if not is_adam(optimizer):
-            return
-        groups = parameter_groups(optimizer)  # type: ignore[arg-type]
-        for pool in self._pools():
-            for parameter in (pool.lora_A, pool.lora_B):
-                state = optimizer.state.get(parameter)  # type: ignore[attr-defined]
-                if not state or parameter not in groups:
-                    continue
-                step, group = self._optimizer_step(state), groups[parameter]
-                rows = young_rows(pool.birth, step, group["betas"][1])
-                if len(rows):
-                    correct_young_rows(parameter, state, group, pool.birth, rows, step)
-
-    def _optimizer_step(self, state: dict[str, Any]) -> int:
-        count = state["step"]
-        # Reading it from an accelerator would make the host wait; our own count is the same.
-        on_host = not isinstance(count, Tensor) or count.device.type == "cpu"
-        return int(count) if on_host else self.step
 
     def _rows_inherit(self, optimizer: object) -> bool:
         mode = self.config.young_rows

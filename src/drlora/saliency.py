@@ -35,9 +35,15 @@ def rank_importance(a_RI: Tensor, grad_a_RI: Tensor, b_RO: Tensor, grad_b_RO: Te
 
     The absolute value is taken inside the sum. Row j of `b_RO` is the j-th column of LoRA's B.
     """
-    sensitivity_a_R = torch.linalg.vector_norm(grad_a_RI * a_RI, ord=1, dim=1, dtype=torch.float32)
-    sensitivity_b_R = torch.linalg.vector_norm(grad_b_RO * b_RO, ord=1, dim=1, dtype=torch.float32)
-    return sensitivity_a_R * sensitivity_b_R
+    return _sensitivity(a_RI, grad_a_RI) * _sensitivity(b_RO, grad_b_RO)
+
+
+def _sensitivity(weight_RN: Tensor, grad_RN: Tensor) -> Tensor:
+    """(R,) float32: sum of |gradient * weight| over each row.
+
+    Not `vector_norm(ord=1)`, which takes three times as long on a CPU.
+    """
+    return (grad_RN * weight_RN).abs_().sum(dim=1, dtype=torch.float32)
 
 
 def expert_sums(value_R: Tensor, owner_R: Tensor, num_experts: int) -> Tensor:

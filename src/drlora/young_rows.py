@@ -16,9 +16,11 @@ Parameters may be sharded by rows (FSDP2): each process then handles the rows it
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeGuard
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -29,6 +31,9 @@ from torch.optim import Adam, AdamW, Optimizer
 # Beyond this the two corrections differ by less than 5e-5 and the row is grown up.
 _NEGLIGIBLE_BIAS = 1e-4
 
+# Elements corrected at a time: a CPU keeps the buffers in its cache, others save launches.
+_CPU_BLOCK, _ACCELERATOR_BLOCK = 2**18, 2**23
+
 
 def unwrap_optimizer(optimizer: object) -> object:
     """The innermost optimizer under wrappers such as accelerate's."""
@@ -37,7 +42,7 @@ def unwrap_optimizer(optimizer: object) -> object:
     return optimizer
 
 
-def is_adam(optimizer: object) -> bool:
+def is_adam(optimizer: object) -> TypeGuard[Optimizer]:
     """Whether the optimizer's update is torch's Adam or AdamW, which `own` computes again."""
     return isinstance(optimizer, (Adam, AdamW))
 
@@ -66,14 +71,19 @@ class HeldRows(NamedTuple):
 
 def held_rows(parameter: Tensor, rows: Tensor) -> HeldRows:
     """All of `rows` for an ordinary parameter; those of the local shard for a DTensor."""
-    first, count = 0, parameter.shape[0]
-    if isinstance(parameter, DTensor):
-        shape, offset = compute_local_shape_and_global_offset(
-            parameter.shape, parameter.device_mesh, parameter.placements
-        )
-        first, count = offset[0], shape[0]
-    chosen = ((rows >= first) & (rows < first + count)).nonzero().squeeze(1)
+    first, end = _held_range(parameter)
+    chosen = ((rows >= first) & (rows < end)).nonzero().squeeze(1)
     return HeldRows(chosen, rows[chosen] - first)
+
+
+def _held_range(parameter: Tensor) -> tuple[int, int]:
+    """First row of the parameter that this process holds, and the one after its last."""
+    if not isinstance(parameter, DTensor):
+        return 0, parameter.shape[0]
+    shape, offset = compute_local_shape_and_global_offset(
+        parameter.shape, parameter.device_mesh, parameter.placements
+    )
+    return offset[0], offset[0] + shape[0]
 
 
 def local_part(tensor: Tensor) -> Tensor:
@@ -136,39 +146,177 @@ def inherit_second_moment(
     return bool(moments)
 
 
+class Cohort(NamedTuple):
+    """Neighbouring rows `first` to `end - 1` of a pool that were claimed after the same step."""
+
+    first: int
+    end: int
+    birth: int
+
+
+def read_cohorts(birth_R: Tensor) -> list[Cohort]:
+    """All cohorts in the order of their rows; rows owned or free from the start have birth 0."""
+    births = birth_R.cpu().numpy()
+    bounds = [0, *(np.flatnonzero(np.diff(births)) + 1).tolist(), len(births)]
+    return [Cohort(i, j, int(births[i])) for i, j in zip(bounds, bounds[1:], strict=False) if i < j]
+
+
+class Clock(NamedTuple):
+    """An Adam's constants and step count t of a parameter.
+
+    With c(n) = sqrt(1 - b2 ** n) its update at count n is
+
+        lr * m * (c(n) / (1 - b1 ** n)) / (sqrt(v) + eps * c(n))
+    """
+
+    step: int
+    beta1: float
+    beta2: float
+    eps: float
+
+    @classmethod
+    def of(cls, group: dict[str, Any], state: dict[str, Any], step: int) -> Clock:
+        """From the optimizer's group and state; `step` is our own count of its steps.
+
+        Reading the count from an accelerator would make the host wait, and ours is the same.
+        """
+        count = state["step"]
+        if not isinstance(count, Tensor) or count.device.type == "cpu":
+            step = int(count)
+        beta1, beta2 = group["betas"]
+        return cls(step, float(beta1), float(beta2), float(group["eps"]))
+
+    def fractions(self) -> tuple[float, float]:
+        """c(t) / (1 - b1 ** t) and eps * c(t)."""
+        root = math.sqrt(1 - self.beta2**self.step)
+        return root / (1 - self.beta1**self.step), self.eps * root
+
+    def own_fractions(self, birth_R: Tensor, span: range) -> tuple[Tensor, Tensor]:
+        """The same at each row's own count t - birth: two float64 columns, one row per row."""
+        age_R1 = self.step - birth_R[span.start : span.stop, None].double()
+        root_R1 = (1 - self.beta2**age_R1).sqrt_()
+        return root_R1 / (1 - self.beta1**age_R1), root_R1 * self.eps
+
+
+def young_spans(cohorts: Iterable[Cohort], clock: Clock) -> list[range]:
+    """Rows that were claimed after the start and whose bias is not yet negligible.
+
+    Rows are claimed from the lowest free one up, so young rows are neighbours: one range, if any.
+
+    >>> clock = Clock(step=25, beta1=0.9, beta2=0.999, eps=1e-8)
+    >>> young_spans([Cohort(0, 4, 0), Cohort(4, 6, 10), Cohort(6, 7, 20)], clock)
+    [range(4, 7)]
+    """
+    spans: list[range] = []
+    for first, end, birth in cohorts:
+        age = clock.step - birth
+        if 0 < birth < clock.step and clock.beta2**age > _NEGLIGIBLE_BIAS:
+            if spans and spans[-1].stop == first:
+                first = spans.pop().start
+            spans.append(range(first, end))
+    return spans
+
+
+class Pool(Protocol):
+    """What `OwnClocks` needs of a rank pool: two parameters that share births."""
+
+    lora_A: torch.nn.Parameter
+    lora_B: torch.nn.Parameter
+    birth: Tensor
+
+
+class OwnClocks:
+    """Gives young rows the updates of an Adam that started at their birth.
+
+    Who is young is known on the host, from the births as last read; asking the device each step
+    would make the host wait for it. Scratch space is kept: fresh memory would cost as much as the
+    arithmetic.
+    """
+
+    def __init__(self) -> None:
+        self._read: dict[int, tuple[Tensor, int, list[Cohort]]] = {}
+        self._scratch: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+    def correct(self, optimizer: Optimizer, pools: Iterable[Pool], step: int) -> None:
+        """Correct the update that an Adam has just made of all pools; `step` is its count.
+
+        Parameters that it does not hold, or has not updated yet, are left alone.
+        """
+        groups = parameter_groups(optimizer)
+        for number, pool in enumerate(pools):
+            fractions: dict[tuple[range, Clock], tuple[Tensor, Tensor]] = {}
+            for parameter in (pool.lora_A, pool.lora_B):
+                state = optimizer.state.get(parameter)
+                if not state or parameter not in groups:
+                    continue
+                clock = Clock.of(groups[parameter], state, step)
+                for span in young_spans(self._cohorts(number, pool.birth), clock):
+                    key = span, clock  # those of lora_A and lora_B are nearly always the same
+                    fractions[key] = fractions.get(key) or clock.own_fractions(pool.birth, span)
+                    buffer = self._buffer(local_part(parameter))
+                    args = span, clock, fractions[key], buffer
+                    correct_young_rows(parameter, state, groups[parameter], *args)
+
+    def _cohorts(self, number: int, birth_R: Tensor) -> list[Cohort]:
+        seen, version, cohorts = self._read.get(number, (None, 0, []))
+        if seen is not birth_R or version != birth_R._version:
+            cohorts = read_cohorts(birth_R)
+            self._read[number] = birth_R, birth_R._version, cohorts
+        return cohorts
+
+    def _buffer(self, like: Tensor) -> Tensor:
+        key = like.device, torch.promote_types(like.dtype, torch.float32)
+        if key not in self._scratch:
+            size = _CPU_BLOCK if like.device.type == "cpu" else _ACCELERATOR_BLOCK
+            size = max(size, like[0].numel())
+            self._scratch[key] = torch.empty(2, size, device=key[0], dtype=key[1])
+        return self._scratch[key]
+
+
 @torch.no_grad()
 def correct_young_rows(
-    parameter: Tensor, state: dict, group: dict, birth_R: Tensor, rows: Tensor, step: int
+    parameter: Tensor,
+    state: dict,
+    group: dict,
+    span: range,
+    clock: Clock,
+    own_fractions: tuple[Tensor, Tensor],
+    buffer: Tensor,
 ) -> None:
     """Turn the update that Adam just made of some rows into that of an Adam started at their birth.
 
+    What the shared count made of them is added back, and what their own makes is subtracted.
+
     Args:
-        parameter: (R, anything), just updated; changed in place in `rows`.
+        parameter: (R, anything), just updated; changed in place in `span`.
         state: the optimizer's state of it, with `exp_avg` and `exp_avg_sq`.
-        group: its parameter group, with `lr`, `betas`, `eps` as they were at the update.
-        birth_R: (R,) optimizer step after which each row was claimed.
-        rows: which rows are young, `0 < birth < step`.
-        step: the optimizer's step count t after the update.
+        group: its parameter group, with `lr` as it was at the update.
+        span: which rows.
+        clock: the count that they shared.
+        own_fractions: `clock.own_fractions` of these rows.
+        buffer: (2, n) scratch space of the precision to compute in, at least a row wide.
     """
-    beta1, beta2 = group["betas"]
-    held = held_rows(parameter, rows)
-    second = "max_exp_avg_sq" if group.get("amsgrad") else "exp_avg_sq"
-    moment = local_part(state["exp_avg"]).index_select(0, held.local)
-    root = local_part(state[second]).index_select(0, held.local).sqrt_()
-    age_R1 = (step - birth_R[rows[held.chosen]]).to(torch.float64)[:, None]
-
-    def update(count_R1: Tensor) -> Tensor:
-        bias1, bias2 = 1 - beta1**count_R1, 1 - beta2**count_R1
-        length, scale = (group["lr"] / bias1).to(root.dtype), bias2.rsqrt().to(root.dtype)
-        return length * moment / torch.addcmul(root.new_tensor(group["eps"]), root, scale)
-
-    excess = update(torch.full_like(age_R1, step)) - update(age_R1)
-    sign = -1.0 if group.get("maximize") else 1.0
-    local_part(parameter).index_add_(0, held.local, excess.to(parameter.dtype), alpha=sign)
-
-
-def young_rows(birth_R: Tensor, step: int, beta2: float) -> Tensor:
-    """Rows that were claimed after the start and whose bias is not yet negligible."""
-    age_R = step - birth_R
-    young_R = (birth_R > 0) & (age_R > 0) & (beta2 ** age_R.double() > _NEGLIGIBLE_BIAS)
-    return young_R.nonzero().squeeze(1)
+    first, end = _held_range(parameter)
+    start, stop = max(span.start, first), min(span.stop, end)
+    if start >= stop:
+        return
+    second = state["max_exp_avg_sq" if group.get("amsgrad") else "exp_avg_sq"]
+    local, chosen = slice(start - first, stop - first), slice(start - span.start, stop - span.start)
+    rows = max(1, buffer.shape[1] // parameter[0].numel())
+    scale, eps = clock.fractions()
+    lr = group["lr"]
+    for weight, moment, square, own_scale, own_eps in zip(
+        *(local_part(t)[local].split(rows) for t in (parameter, state["exp_avg"], second)),
+        *(t[chosen].to(buffer.dtype).split(rows) for t in own_fractions),
+        strict=True,
+    ):
+        shared, own = (flat[: weight.numel()].view(weight.shape) for flat in buffer)
+        torch.sqrt(square.to(buffer.dtype), out=shared)
+        torch.add(shared, own_eps, out=own)
+        torch.div(own_scale, own, out=own)
+        shared.add_(eps).reciprocal_()
+        torch.sub(own, shared, alpha=scale, out=shared)
+        if isinstance(lr, Tensor):
+            weight.sub_(shared.mul_(moment).mul_(lr))
+        else:
+            weight.addcmul_(shared, moment, value=-lr)
