@@ -1,6 +1,7 @@
 """The table and the chart of the CPU results: benchmarks/results/table.md and chart.svg.
 
-Made from the newest row of each case in benchmarks/results/*.jsonl, by `python -m benchmarks`.
+Made from the newest row of each case in benchmarks/results/*.jsonl, by `python -m benchmarks`. The
+table also goes into docs/benchmarks.md, and into README.md once that has the marks for it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ HEAD = [
     "| case | drlora / frozen | p20 - p80 | masked / frozen | PEFT / drlora | of PEFT's memory |",
     "|---|---|---|---|---|---|",
 ]
+ROOT = RESULTS.parents[1]
+PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
+BEGIN, END = "<!-- benchmarks -->", "<!-- end of benchmarks -->"
 Newest = dict[tuple[str, str], Row]
 
 
@@ -92,10 +96,21 @@ def chart(timed: Newest, path: Path) -> None:
     figure.savefig(path, metadata={"Date": None})
 
 
+def fill(page: Path, text: str) -> None:
+    """Put the table between the marks of a page, if it has them."""
+    before, mark, rest = page.read_text("utf-8").partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if mark and end:
+        page.write_text(f"{before}{BEGIN}\n{text}{END}{after}", "utf-8")
+
+
 def write() -> str:
-    """Make both files from the rows that are there; returns the table."""
+    """Make the files from the rows that are there, and fill the pages; returns the table."""
     timed = timed_rows()
     text = table(timed, newest("memory"), newest("dynamics"), read("scaling"))
     (RESULTS / "table.md").write_text(text, "utf-8")
-    chart(timed, RESULTS / "chart.svg")
+    for page in PAGES:
+        fill(page, text)
+    for path in (RESULTS / "chart.svg", ROOT / "docs" / "images" / "benchmarks.svg"):
+        chart(timed, path)
     return text

@@ -163,6 +163,22 @@ def test_the_results_kept_make_a_table():
     assert cases and all(f"| {case} |" in text for case in cases)
 
 
+def test_the_page_shows_the_table_that_was_made():
+    made = (ROOT / "benchmarks/results/table.md").read_text("utf-8")
+    page = (ROOT / "docs/benchmarks.md").read_text("utf-8")
+    assert page.split(table.BEGIN)[1].split(table.END)[0].strip() == made.strip()
+
+
+def test_filling_a_page(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(f"a\n{table.BEGIN}\nold\n{table.END}\nb\n", "utf-8")
+    table.fill(page, "| new |\n")
+    assert page.read_text("utf-8") == f"a\n{table.BEGIN}\n| new |\n{table.END}\nb\n"
+    page.write_text("no marks\n", "utf-8")
+    table.fill(page, "| new |\n")
+    assert page.read_text("utf-8") == "no marks\n"
+
+
 def test_a_case_that_fails_says_why(tmp_path):
     setting, out = Setting("cpu", 1, 0, 1), tmp_path / "rows.jsonl"
 
