@@ -57,7 +57,7 @@ def test_autocast_computes_experts_in_their_own_dtype(family, engine):
     assert meters(model)[0].sum_E.dtype == torch.float32
 
 
-@pytest.mark.parametrize("engine", ["naive", "grouped"])
+@pytest.mark.parametrize("engine", ENGINES)
 def test_backward_inside_autocast(engine):
     """Not what torch advises, but people do."""
     inside, outside = start(engine=engine), start(engine=engine)

@@ -109,7 +109,12 @@ class ExpertWeights:
         return torch.mul(act_nI, up_nI, out=h_nI), act_nI
 
     def gate_backward(
-        self, out_nG: Tensor, gate_up_nG: Tensor, act_nI: Tensor | None, grad_nI: Tensor
+        self,
+        out_nG: Tensor,
+        gate_up_nG: Tensor,
+        act_nI: Tensor | None,
+        grad_nI: Tensor,
+        scratch_nI: Tensor,
     ) -> None:
         """Write the gradient of `apply_gate` at `gate_up_nG`, given that of its output."""
         if act_nI is None:
@@ -120,7 +125,8 @@ class ExpertWeights:
         gate_nI, up_nI = gate_up_nG.chunk(2, dim=-1)
         grad_gate_nI, grad_up_nI = out_nG.chunk(2, dim=-1)
         torch.mul(grad_nI, act_nI, out=grad_up_nI)
-        torch.ops.aten.silu_backward.grad_input(grad_nI * up_nI, gate_nI, grad_input=grad_gate_nI)
+        torch.mul(grad_nI, up_nI, out=scratch_nI)
+        torch.ops.aten.silu_backward.grad_input(scratch_nI, gate_nI, grad_input=grad_gate_nI)
 
 
 class Routing(NamedTuple):

@@ -1,0 +1,234 @@
+"""One matrix of all experts with the LoRA pieces on it, as the `loop` engine multiplies by it.
+
+Everything is cut into views once, before the threads begin: cutting one by one would cost more
+than the products of small experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from drlora.ops.loop_tasks import Segment, Task, by_segment
+from drlora.ops.parts import ExpertWeights, LoraPiece, Matrix, Routing
+
+
+class Plan(NamedTuple):
+    """What is not a tensor, or needs no gradient."""
+
+    base: ExpertWeights
+    pieces: list[LoraPiece]
+    routing: Routing
+    tasks: list[Task]
+    dtype: torch.dtype
+
+    @property
+    def segments(self) -> list[Segment]:
+        """Of all tasks, in the order of the sorted rows."""
+        return [segment for task in self.tasks for segment in task.segments]
+
+    def by_task(self, rows_S: Tensor) -> Sequence[Tensor]:
+        """Views of each task's rows."""
+        return rows_S.split([task.rows for task in self.tasks])
+
+    def by_segment(self, rows_S: Tensor) -> Sequence[Tensor]:
+        """Views of each segment's rows."""
+        return rows_S.split([segment.rows for segment in self.segments])
+
+
+class Projection:
+    """One matrix of all experts, with the LoRA pieces on it."""
+
+    def __init__(
+        self,
+        matrix: Matrix,
+        plan: Plan,
+        factors: Sequence[Tensor],
+        shrunk: Sequence[Tensor],
+        mask_SI: Tensor | None,
+    ) -> None:
+        self.into = plan.base.forward_matrices(matrix)
+        self.back = plan.base.backward_matrices(matrix)
+        self.masks = None if mask_SI is None else plan.by_task(mask_SI)
+        self.updates = []
+        for number, piece in enumerate(plan.pieces):
+            if piece.matrix == matrix:
+                a_RI, b_RO = (f.to(plan.dtype) for f in factors[2 * number : 2 * number + 2])
+                piece = piece._replace(a_RI=a_RI, b_RO=b_RO)
+                whole = piece.b_RO.shape[1] == plan.base.out_features(matrix)
+                columns = None if whole else piece.columns
+                self.updates.append(_Update(number, piece, columns, plan, shrunk[number]))
+
+    def forward(self, task: Task, widen: Widen, out_cO: Tensor, x_cI: Tensor) -> None:
+        """out = x W^T + s (x A^T) B, segment by segment; keeps z = x A^T."""
+        adapter_cI = x_cI if self.masks is None else x_cI * self.masks[task.number]
+        for segment, out_nO, x_nI, adapter_nI in by_segment(task, out_cO, x_cI, adapter_cI):
+            torch.mm(x_nI, widen(self.into[segment.expert]), out=out_nO)
+            for update in self.updates:
+                update.forward(segment, out_nO, adapter_nI)
+
+    def start_backward(self, plan: Plan, grads: Sequence[Tensor], weight_S1: Tensor | None) -> None:
+        """Take the buffers for the factors' gradients, and the routing weights if they apply.
+
+        With weights, the `g` and `dx` of `backward` are without them.
+        """
+        for update in self.updates:
+            grad_a_RI, grad_b_RO = grads[2 * update.number : 2 * update.number + 2]
+            update.start_backward(plan, grad_a_RI, grad_b_RO, weight_S1)
+
+    def backward(self, task: Task, widen: Widen, dx_cI: Tensor, g_cO: Tensor, x_cI: Tensor) -> None:
+        """dx = g W + s (g B^T) A, and dA and dB."""
+        mask_cI = None if self.masks is None else self.masks[task.number]
+        adapter_cI = x_cI if mask_cI is None else x_cI * mask_cI
+        # Under dropout the base part is added after the mask was put on the adapter's part.
+        part_cI = dx_cI if mask_cI is None else torch.zeros_like(dx_cI)
+        for segment, dx_nI, part_nI, g_nO in by_segment(task, dx_cI, part_cI, g_cO):
+            torch.mm(g_nO, widen(self.back[segment.expert]), out=dx_nI)
+            for update in self.updates:
+                update.backward(segment, part_nI, g_nO)
+        if mask_cI is not None:
+            dx_cI.addcmul_(part_cI, mask_cI)
+        for update in self.updates:
+            update.put_weights_on(task)
+        for segment, g_nO, x_nI in by_segment(task, g_cO, adapter_cI):
+            for update in self.updates:
+                update.factor_gradients(segment, g_nO, x_nI)
+
+
+class _Update:
+    """One LoRA piece, cut into views of its experts at once: one by one would cost more."""
+
+    def __init__(
+        self, number: int, piece: LoraPiece, columns: slice | None, plan: Plan, flat_z: Tensor
+    ) -> None:
+        self.number, self.ranks, self.columns = number, piece.ranks, columns
+        self.scaling, self.flat_z = piece.scaling, flat_z
+        self.a, self.a_T = piece.a_RI.split(self.ranks), piece.a_RI.T.split(self.ranks, dim=1)
+        self.b, self.b_T = piece.b_RO.split(self.ranks), piece.b_RO.T.split(self.ranks, dim=1)
+        self.shapes = [(s.rows, self.ranks[s.expert]) for s in plan.segments]
+        self.z = self._views(flat_z)
+
+    def forward(self, segment: Segment, out_nO: Tensor, x_nI: Tensor) -> None:
+        if self.ranks[segment.expert]:
+            z_nr = torch.mm(x_nI, self.a_T[segment.expert], out=self.z[segment.number])
+            self._own(out_nO).addmm_(z_nr, self.b[segment.expert], alpha=self.scaling)
+
+    def start_backward(
+        self, plan: Plan, grad_a_RI: Tensor, grad_b_RO: Tensor, weight_S1: Tensor | None
+    ) -> None:
+        """Room for dz, and where each segment's dA and dB go: the gradient, or a part of it."""
+        flat_dz = torch.empty_like(self.flat_z)
+        self.dz, self.dz_T = self._views(flat_dz), [z.T for z in self._views(flat_dz)]
+        self.dz_of_task: Sequence[Tensor] = ()
+        flat_z = self.flat_z
+        if weight_S1 is not None:
+            ranks_S = torch.tensor([r for _, r in self.shapes], device=flat_z.device)
+            rows_S = torch.tensor([n for n, _ in self.shapes], device=flat_z.device)
+            flat_w = weight_S1[:, 0].repeat_interleave(ranks_S.repeat_interleave(rows_S))
+            flat_z = flat_z * flat_w
+            sizes = [
+                sum(s.rows * self.ranks[s.expert] for s in task.segments) for task in plan.tasks
+            ]
+            self.dz_of_task, self.weight_of_task = flat_dz.split(sizes), flat_w.split(sizes)
+        self.z_T = [z.T for z in self._views(flat_z)]
+        self.grad_a, self.grad_b = grad_a_RI.split(self.ranks), grad_b_RO.split(self.ranks)
+        met = {segment.expert for segment in plan.segments}
+        for expert in set(range(len(self.ranks))) - met:
+            self.grad_a[expert].zero_()
+            self.grad_b[expert].zero_()
+        whole = [(self.grad_a[s.expert], self.grad_b[s.expert]) for s in plan.segments]
+        self.parts = [
+            (torch.empty_like(a), torch.empty_like(b)) if segment.part else (a, b)
+            for segment, (a, b) in zip(plan.segments, whole, strict=True)
+        ]
+        later = [segment.number for segment in plan.segments if segment.part]
+        self.joins = [(whole[number], self.parts[number]) for number in later]
+
+    def backward(self, segment: Segment, dx_nI: Tensor, g_nO: Tensor) -> None:
+        if self.ranks[segment.expert]:
+            dz_nr = self.dz[segment.number]
+            torch.mm(self._own(g_nO), self.b_T[segment.expert], out=dz_nr)
+            dx_nI.addmm_(dz_nr, self.a[segment.expert], alpha=self.scaling)
+
+    def put_weights_on(self, task: Task) -> None:
+        """dz of a task, times the routing weights."""
+        if self.dz_of_task:
+            self.dz_of_task[task.number].mul_(self.weight_of_task[task.number])
+
+    def factor_gradients(self, segment: Segment, g_nO: Tensor, x_nI: Tensor) -> None:
+        if self.ranks[segment.expert]:
+            da_rI, db_rO = self.parts[segment.number]
+            dz_rn, z_rn, scale = self.dz_T[segment.number], self.z_T[segment.number], self.scaling
+            torch.addmm(da_rI, dz_rn, x_nI, beta=0, alpha=scale, out=da_rI)
+            torch.addmm(db_rO, z_rn, self._own(g_nO), beta=0, alpha=scale, out=db_rO)
+
+    def join_parts(self) -> None:
+        """Add up the gradients of experts whose rows were cut, in fixed order."""
+        for (grad_a, grad_b), (part_a, part_b) in self.joins:
+            grad_a.add_(part_a)
+            grad_b.add_(part_b)
+
+    def _own(self, out_nO: Tensor) -> Tensor:
+        return out_nO if self.columns is None else out_nO[:, self.columns]
+
+    def _views(self, flat: Tensor) -> list[Tensor]:
+        """The (rows, rank) block of each segment."""
+        parts = flat.split([rows * rank for rows, rank in self.shapes])
+        return [part.view(shape) for part, shape in zip(parts, self.shapes, strict=True)]
+
+
+class Widen:
+    """An expert's matrix in the working type, in a buffer that is used again."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.buffer: Tensor | None = None
+
+    def __call__(self, weight_IO: Tensor) -> Tensor:
+        if weight_IO.dtype == self.dtype:
+            return weight_IO
+        if self.buffer is None:
+            self.buffer = torch.empty_like(weight_IO, dtype=self.dtype)
+        return self.buffer.copy_(weight_IO)
+
+
+class Buffers:
+    """A thread's buffers, as large as the largest task needs: fresh ones would cost page faults."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.rows = max((task.rows for task in plan.tasks), default=0)
+        self.dtype, self.device = plan.dtype, plan.routing.order_S.device
+        self.kept: dict[str, Tensor] = {}
+
+    def get(self, name: str, task: Task, width: int) -> Tensor:
+        """(rows of the task, width); its content is whatever was there."""
+        if name not in self.kept:
+            self.kept[name] = torch.empty(self.rows, width, dtype=self.dtype, device=self.device)
+        return self.kept[name][: task.rows]
+
+    def instead(self, name: str, task: Task, stored_nO: Tensor) -> Tensor:
+        """The stored rows themselves if they are of the working type, else a buffer for them."""
+        if stored_nO.dtype == self.dtype:
+            return stored_nO
+        return self.get(name, task, stored_nO.shape[1])
+
+    def filled(self, name: str, task: Task, stored_nO: Tensor) -> Tensor:
+        """The stored rows in the working type."""
+        if stored_nO.dtype == self.dtype:
+            return stored_nO
+        return self.get(name, task, stored_nO.shape[1]).copy_(stored_nO)
+
+
+def write_back(stored_nO: Tensor, computed_nO: Tensor) -> None:
+    if stored_nO is not computed_nO:
+        stored_nO.copy_(computed_nO)
+
+
+def empty_shrunk(piece: LoraPiece, plan: Plan) -> Tensor:
+    """Room for z = x A^T of all tasks: (rows x rank) blocks of unequal size, end to end."""
+    ranks = piece.ranks
+    size = sum(segment.rows * ranks[segment.expert] for segment in plan.segments)
+    return torch.empty(size, dtype=plan.dtype, device=piece.a_RI.device)
