@@ -53,6 +53,7 @@ def alternate(
     warmup: int = 2,
     seconds: float | None = None,
     calls: int = 1,
+    least: int = LEAST_ROUNDS,
 ) -> dict[str, Timing]:
     """Run all implementations in turn, `warmup + rounds` times; the order rotates every round.
 
@@ -60,7 +61,7 @@ def alternate(
         implementations: name -> what is timed.
         rounds: timed rounds.
         warmup: rounds before them.
-        seconds: stop early once this much has passed, though not before `LEAST_ROUNDS`.
+        seconds: stop early once this much has passed, though not before `least` rounds.
         calls: calls per turn, without waiting for the device between them; their mean counts.
     """
     names = list(implementations)
@@ -73,7 +74,7 @@ def alternate(
             if number >= warmup:
                 taken[name].append(elapsed)
         late = seconds is not None and time.monotonic() - started > seconds
-        if late and number + 1 - warmup >= LEAST_ROUNDS:
+        if late and number + 1 - warmup >= least:
             break
     return {name: Timing(values) for name, values in taken.items()}
 

@@ -78,6 +78,7 @@ def test_cases_run_from_end_to_end():
     rows = experts_layer.run((HALF, "following"), rounds=1, seconds=None, with_masked=True)
     assert [row["implementation"] for row in rows] == ["hf_frozen", "ours", "peft", "masked r_max"]
     assert all(row["median_s"] > 0 and row["mean_rank_met"] > 16 for row in rows)
+    assert experts_layer.run((HALF, "following"), 1, None, False, at_most=0.0) == []
     rows = train_step.run(ModelShape(64, 32, 4, 2, 1, 16, vocab=64), rounds=1, seconds=None)
     assert {row["implementation"] for row in rows} >= {"ours", "peft", "masked r_max"}
 
