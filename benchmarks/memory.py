@@ -1,8 +1,12 @@
 """Peak memory of a training step above the frozen base's: `python -m benchmarks.memory`.
 
-Each implementation runs two steps in a process of its own, because only a process has a peak of its
-own; what is reported is the peak resident memory minus that of the frozen base in the same case,
-and, exactly, the bytes of adapter weights, gradients and Adam moments.
+Each implementation runs a few steps in a process of its own, because only a process has a peak of
+its own; what is reported is the peak resident memory minus that of the frozen base in the same
+case. Ours grows within these steps, observed and corrected.
+
+Adapter weights, their gradients and Adam's moments are counted to the byte after the last step,
+and nothing is reported unless they are exactly the budget's: that of the mean rank for ours and
+PEFT, of r_max for the masked way.
 """
 
 from __future__ import annotations
@@ -13,39 +17,90 @@ import resource
 import subprocess
 import sys
 
-from benchmarks.harness import append, where
-from benchmarks.models import make_base, masked, optimizer_step, ours, peft, training_step
+import torch
+from torch import nn
+
+import drlora
+from benchmarks.harness import Row, append, where
+from benchmarks.models import ModelShape, batch_of, make_base, masked, ours, peft, training_step
 from benchmarks.train_step import R_MAX, RANK, SHAPES
 
+STEPS = 3
+GROWTH = {"r_init": RANK // 2, "r_max": R_MAX, "p_grow": 1.0, "grow_every": 1, "warmup_steps": 1,
+          "settle_steps": 1}  # fmt: skip
 KINDS = {
     "hf_frozen": lambda base: base,
-    "ours": lambda base: ours(base, RANK),
+    "ours": lambda base: ours(base, RANK, **GROWTH),
     "masked r_max": lambda base: masked(base, RANK, R_MAX),
     "peft": lambda base: peft(base, RANK),
 }
+RANK_OF = {"hf_frozen": 0, "ours": RANK, "masked r_max": R_MAX, "peft": RANK}
+
+
+def budget_bytes(shape: ModelShape, rank: int) -> int:
+    """The adapter's weights: `rank` rows an expert in A and B, on gate_up and on down."""
+    columns = (shape.hidden + 2 * shape.width) + (shape.width + shape.hidden)
+    return shape.layers * shape.experts * rank * columns * shape.dtype.itemsize
+
+
+def train(model: nn.Module, shape: ModelShape, grows: bool) -> dict[str, int]:
+    """Some steps of AdamW; the bytes of weights, gradients and moments at the end."""
+    ids = batch_of(shape, "cpu")
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-5, weight_decay=0.0, fused=True)
+    dynamics = drlora.RankDynamics(model, STEPS) if grows else None
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        if dynamics is not None:
+            dynamics.before_optimizer_step()
+        optimizer.step()
+        if dynamics is not None:
+            dynamics.after_optimizer_step(optimizer)
+    if dynamics is not None and len(set(dynamics.budget())) > 1:
+        raise RuntimeError(f"the budget was not spent: {dynamics.budget()}.")
+    kept = {
+        "weights": trained,
+        "gradients": [p.grad for p in trained if p.grad is not None],
+        "moments": [
+            value
+            for p in trained
+            for value in optimizer.state[p].values()
+            if isinstance(value, torch.Tensor) and value.shape == p.shape
+        ],
+    }
+    return {name: sum(t.nbytes for t in tensors) for name, tensors in kept.items()}
 
 
 def measure(number: int, kind: str) -> dict[str, int]:
-    """Run two steps of one case here; peak resident bytes, and bytes of the trained state."""
+    """Run one case here; peak resident bytes, and bytes of the trained state."""
     shape = SHAPES[number]
     model = KINDS[kind](make_base(shape))
-    trained = [p for p in model.parameters() if p.requires_grad]
-    step = optimizer_step(model, shape) if trained else training_step(model, shape)
-    for _ in range(2):
-        step()
+    state = {"weights": 0, "gradients": 0, "moments": 0}
+    if kind == "hf_frozen":
+        step = training_step(model, shape)
+        for _ in range(STEPS):
+            step()
+    else:
+        state = train(model, shape, grows=kind == "ours")
+    budget = budget_bytes(shape, RANK_OF[kind])
+    wanted = {"weights": budget, "gradients": budget, "moments": 2 * budget}
+    if state != wanted:
+        raise RuntimeError(f"{kind} keeps {state} bytes instead of {wanted}.")
     peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    # Weight, gradient and two moments, each of the parameter's own size.
-    return {"peak": peak_bytes, "state": sum(4 * p.numel() * p.element_size() for p in trained)}
+    return {"peak": peak_bytes, "state": sum(state.values())}
 
 
 def in_a_process(number: int, kind: str) -> dict[str, int]:
     """`measure` in a fresh process."""
     command = [sys.executable, "-m", "benchmarks.memory", "--measure", str(number), kind]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{kind} failed: {done.stderr.strip().splitlines()[-1]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def run(number: int) -> list[dict]:
+def run(number: int) -> list[Row]:
     """All implementations of one case."""
     found = {kind: in_a_process(number, kind) for kind in KINDS}
     base = found["hf_frozen"]["peak"]
