@@ -17,7 +17,7 @@ MAX_LINES = 400
 FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"config", "errors", "peft_type", "ranks"}),
     frozenset({"allocator", "ops", "young_rows", "saliency", "schedule"}),
-    frozenset({"blocks", "inject", "layer", "observe"}),
+    frozenset({"blocks", "inject", "layer", "observe", "ordinary"}),
     frozenset({"checkpoint", "dynamics", "export", "peft_method"}),
     frozenset(
         {
@@ -54,7 +54,7 @@ ORDER_WITHIN: dict[int, tuple[frozenset[str], ...]] = {
     1: (frozenset({"allocator"}), frozenset({"schedule"})),
     # Surgery is one operation in steps: find a block, build the layer that adapts it and carries
     # the meters that watch it, put the layer into the model.
-    2: (frozenset({"blocks", "observe"}), frozenset({"layer"}), frozenset({"inject"})),
+    2: (frozenset({"blocks", "observe"}), frozenset({"layer", "ordinary"}), frozenset({"inject"})),
 }
 
 # They depend on the package; the package never depends on them.

@@ -39,6 +39,10 @@ SETTINGS = {
     "router": "frozen",
     "young_rows": "own",
     "engine": "auto",
+    "target_modules": None,
+    "target_rank": None,
+    "target_alpha": None,
+    "use_dora": False,
     "modules_to_save": None,
     "experts": None,
 }

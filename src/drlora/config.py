@@ -9,8 +9,9 @@ once `drlora` has been imported. The names follow PEFT where PEFT has a name (`l
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 from peft import PeftConfig, TaskType
 
@@ -78,6 +79,13 @@ class DrLoraConfig(PeftConfig):
             to 6.6 times larger). See docs/rank-pool.md.
         engine: how the adapted experts are computed; `auto` chooses by device (`loop` or
             `grouped`). `triton` needs a GPU and the triton package, and is not chosen by itself.
+        target_modules: further linear layers that get PEFT's ordinary LoRA in the same adapter,
+            such as attention or shared experts: a list of names or endings of names, a regular
+            expression that a full name must match, or `all-linear`. Their rank does not grow.
+        target_rank: rank of these layers; `None` means `r_target`.
+        target_alpha: their alpha; `None` gives alpha / rank the value that it has for the experts.
+            `use_rslora` and `lora_dropout` hold for them too.
+        use_dora: must be False; DoRA on experts needs all of them as dense matrices in each step.
         modules_to_save: further modules that are trained in full and saved with the adapter.
         experts: full names of the adapted experts modules; filled in at injection.
 
@@ -104,11 +112,12 @@ class DrLoraConfig(PeftConfig):
     router: str = "frozen"
     young_rows: str = "own"
     engine: str = "auto"
+    target_modules: list[str] | str | None = None
+    target_rank: int | None = None
+    target_alpha: float | None = None
+    use_dora: bool = False
     modules_to_save: list[str] | None = None
     experts: list[str] | None = None
-
-    # PEFT's injection asks for it; experts are found by structure, not by name.
-    target_modules: ClassVar[None] = None
 
     def __post_init__(self) -> None:
         self.peft_type = DRLORA
@@ -120,6 +129,7 @@ class DrLoraConfig(PeftConfig):
         self._check_choices()
         if self.lora_alpha is None:
             self.lora_alpha = 2.0 * self.r_target
+        self._check_targets()
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> DrLoraConfig:
@@ -207,6 +217,47 @@ class DrLoraConfig(PeftConfig):
             f"projections={chosen} is not understood; choose one of "
             f"{[list(candidate) for candidate in PROJECTION_SETS]}."
         )
+
+    def _check_targets(self) -> None:
+        assert self.lora_alpha is not None
+        if self.use_dora:
+            raise ConfigError(
+                f"use_dora={self.use_dora} is not supported: DoRA divides by the norm of each row "
+                f"of W + B A, so every expert would have to be made dense in each step; leave it "
+                f"out (docs/peft-behaviour.md says more)."
+            )
+        if not self.target_modules:
+            for name in ("target_rank", "target_alpha"):
+                if getattr(self, name) is not None:
+                    raise ConfigError(
+                        f"{name}={getattr(self, name)} has no effect without target_modules; name "
+                        f"the layers, for example target_modules='all-linear', or leave it out."
+                    )
+            self.target_modules = None
+            return
+        if not isinstance(self.target_modules, str):
+            self.target_modules = _names(self.target_modules)
+        if self.target_rank is None:
+            self.target_rank = self.r_target
+        rank = self.target_rank
+        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+            raise ConfigError(f"target_rank={rank!r} must be a whole number of at least 1.")
+        if self.target_alpha is None:
+            self.target_alpha = self.lora_alpha * rank / self.r_target
+        if not 0 < _number(self, "target_alpha") < math.inf:
+            raise ConfigError(f"target_alpha={self.target_alpha} must be greater than 0.")
+
+
+def _names(names: Iterable[str]) -> list[str]:
+    """A list of names, in a fixed order where they came as a set."""
+    found = sorted(names) if isinstance(names, (set, frozenset)) else list(names)
+    for name in found:
+        if not isinstance(name, str) or not name:
+            raise ConfigError(
+                f"target_modules={found!r} must be a list of names, a regular expression or "
+                f"'all-linear'; {name!r} is no name."
+            )
+    return found
 
 
 def _number(config: DrLoraConfig, name: str) -> float:

@@ -5,38 +5,48 @@ modules to wrap and how keys in the adapter file are named:
 
     ...mlp.experts.drlora_adapters.frequency
     ...mlp.experts.drlora_adapters.pools.{projection}.{lora_A,lora_B,owner,importance,birth,seed}
+    ...self_attn.q_proj.{lora_A,lora_B}.weight          ordinary LoRA on `target_modules`
 """
 
 from __future__ import annotations
 
-from typing import Any
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NoReturn
 
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.lora import LoraModel
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils import ModulesToSaveWrapper, register_peft_method
 from torch import Tensor, nn
 
 from drlora.config import DrLoraConfig
-from drlora.errors import CheckpointError
+from drlora.errors import CheckpointError, ConfigError
 from drlora.inject import (
+    adapted_layers,
     choose_blocks,
     note_router_logits,
     release_router,
     train_in_float32,
     wrap_experts,
 )
-from drlora.layer import DrLoraExperts
+from drlora.ordinary import choose_targets, lora_config
 from drlora.peft_type import DRLORA
 
+# In the keys of pools, "drlora_adapters", as in those of ordinary LoRA, "lora_A". transformers'
+# load_adapter puts the adapter's name behind the first part of a key that begins with it.
+_PREFIX = "lora_"
 _CONTAINER = ".drlora_adapters."
+_ROOT = "base_model.model."
 
 
-class DrLoraModel(BaseTuner):
-    """The tuner behind PeftModel: wraps the experts modules that `choose_blocks` names."""
+class DrLoraModel(LoraModel):
+    """The tuner behind PeftModel: pools on the experts, ordinary LoRA on `target_modules`."""
 
-    prefix = "drlora_"
-    tuner_layer_cls = DrLoraExperts
-    target_module_mapping: dict[str, list[str]] = {}
+    prefix = _PREFIX
+    tuner_layer_cls = BaseTunerLayer  # both kinds of layers
+    target_module_mapping = {}
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
         self._blocks = {b.experts_name: b for b in choose_blocks(self.model, peft_config)}
@@ -46,14 +56,24 @@ class DrLoraModel(BaseTuner):
             routers = [block.router_name for block in self._blocks.values()]
             others = [m for m in peft_config.modules_to_save or [] if m not in routers]
             peft_config.modules_to_save = others + routers
-        return peft_config
+        # The injection works on a copy with full names; what is saved is what the user said.
+        resolved = copy.copy(peft_config)
+        resolved.target_modules = choose_targets(
+            self.model, peft_config, list(self._blocks.values())
+        )
+        return resolved
+
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
+        """Nothing to do: LoRA's layer replication is no setting of ours."""
 
     @staticmethod
     def _check_target_module_exists(peft_config: PeftConfig, key: str) -> bool:
         assert isinstance(peft_config, DrLoraConfig)
-        return key in (peft_config.experts or [])
+        if key in (peft_config.experts or []):
+            return True
+        return bool(peft_config.target_modules and check_target_module_exists(peft_config, key))
 
-    def _create_and_replace(
+    def _create_and_replace(  # type: ignore[override]  # as LoraModel's is
         self,
         peft_config: Any,
         adapter_name: str,
@@ -61,11 +81,20 @@ class DrLoraModel(BaseTuner):
         target_name: str,
         parent: nn.Module,
         current_key: str,
+        *,
         parameter_name: str | None = None,
     ) -> None:
-        block = self._blocks[current_key]
+        block = self._blocks.get(current_key)
+        if block is None:
+            lora = lora_config(peft_config, target)
+            super()._create_and_replace(
+                lora, adapter_name, target, target_name, parent, current_key
+            )
+            return
         layer = wrap_experts(self.model, parent, target_name, block)
-        layer.add_adapter(adapter_name, peft_config)
+        config = self.peft_config[adapter_name]
+        assert isinstance(config, DrLoraConfig)
+        layer.add_adapter(adapter_name, config)
         if peft_config.routing_signal == "probability":
             assert block.router_name is not None
             note_router_logits(self.model.get_submodule(block.router_name), layer)
@@ -90,7 +119,8 @@ class DrLoraModel(BaseTuner):
         assert isinstance(config, DrLoraConfig)
         if config.router != "train":
             return []
-        names = {block.router_name for block in self._blocks.values()}
+        layers = adapted_layers(self.model, adapter_name).values()
+        names = {layer.block.router_name for layer in layers}
         return [
             module
             for name, module in self.model.named_modules()
@@ -104,13 +134,24 @@ class DrLoraModel(BaseTuner):
                 release_router(copies.modules_to_save[adapter_name], dtype)
         return super()._unload_and_optionally_merge(*args, **kwargs)
 
-    def _replace_module(
-        self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
-    ) -> None:
-        if isinstance(child, DrLoraExperts):
-            setattr(parent, child_name, new_module)
-        else:
-            super()._replace_module(parent, child_name, new_module, child)
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        for name in ("adapter_names", "alora_offsets"):
+            if kwargs.get(name) is not None:
+                raise ConfigError(
+                    f"{name}={kwargs[name]!r}: DR-LoRA takes one set of adapters for a whole "
+                    f"batch; call the model once for each adapter, after set_adapter(name)."
+                )
+        yield
+
+    def add_weighted_adapter(self, adapters: Sequence[str], *args: Any, **kwargs: Any) -> NoReturn:
+        """Refused: each adapter gives an expert another rank, so factors cannot be averaged."""
+        names = list(adapters)
+        raise ConfigError(
+            f"add_weighted_adapter({names}) is not supported: experts differ in rank between "
+            f"adapters. model.base_model.set_adapter({names}) adds them up without weights, "
+            f"and merge_and_unload(adapter_names={names}) merges the sum."
+        )
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
@@ -136,13 +177,11 @@ class DrLoraModel(BaseTuner):
 
 def _refuse_other_adapters(model: nn.Module, adapter_name: str, loaded: dict[str, Tensor]) -> None:
     """An adapter file must hold exactly the tensors that its configuration asks for."""
-    here = {
-        key: value
-        for key, value in model.state_dict().items()
-        if f"{_CONTAINER}{adapter_name}." in key
-    }
-    there = {key: value for key, value in loaded.items() if _CONTAINER in key}
-    for key in [*here, *there]:
+    here = model.state_dict()
+    # A model that PEFT was injected into has no such prefix, a file always has.
+    there = {key if key in here else key.removeprefix(_ROOT): loaded[key] for key in loaded}
+    needed = [key for key in here if _belongs_to(key, adapter_name)]
+    for key in [*needed, *there]:
         if key in here and key in there and here[key].shape == there[key].shape:
             continue
         saved = tuple(there[key].shape) if key in there else "missing"
@@ -153,11 +192,18 @@ def _refuse_other_adapters(model: nn.Module, adapter_name: str, loaded: dict[str
         )
 
 
+def _belongs_to(key: str, adapter_name: str) -> bool:
+    """Whether a key of the model's state is one of the adapter's own tensors."""
+    return f"{_CONTAINER}{adapter_name}." in key or key.endswith(
+        (f".lora_A.{adapter_name}.weight", f".lora_B.{adapter_name}.weight")
+    )
+
+
 def register() -> None:
     """Make PEFT know the method; called when drlora is imported."""
     from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 
     if DRLORA not in PEFT_TYPE_TO_TUNER_MAPPING:
         register_peft_method(
-            name="drlora", config_cls=DrLoraConfig, model_cls=DrLoraModel, prefix="drlora_"
+            name="drlora", config_cls=DrLoraConfig, model_cls=DrLoraModel, prefix=_PREFIX
         )

@@ -1,0 +1,159 @@
+"""Ordinary LoRA beside the experts: which linear layers get it, and PEFT's layer for them.
+
+The layers are PEFT's own, so that quantised linears work as they do there. What is added is that
+`unmerge` puts a plain linear back to the bit, as it does the experts.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from drlora.blocks import MoEBlock
+from drlora.config import DrLoraConfig
+from drlora.errors import ConfigError
+
+ALL_LINEAR = "all-linear"
+_SAFE_TO_COPY = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def choose_targets(model: nn.Module, config: DrLoraConfig, blocks: Sequence[MoEBlock]) -> list[str]:
+    """Full names of the layers that `config.target_modules` gives ordinary LoRA, in model order.
+
+    Layers inside an experts module are left out: the pools adapt them. `all-linear` leaves out the
+    output head, as in PEFT, and the routers.
+
+    Raises:
+        ConfigError: if a name matches no linear layer, or matches a router or another module.
+    """
+    wanted = config.target_modules
+    if wanted is None:
+        return []
+    modules = dict(_own_modules(model, blocks))
+    kept = config.modules_to_save or []
+    modules = {name: m for name, m in modules.items() if not _ends_in(name, kept)}
+    linear = {name for name, module in modules.items() if _is_linear(module)}
+    routers = {block.router_name for block in blocks}
+    if wanted == ALL_LINEAR:
+        head = getattr(model, "get_output_embeddings", lambda: None)()
+        found = [n for n in modules if n in linear - routers and modules[n] is not head]
+        if not found:
+            raise ConfigError(
+                f"target_modules={wanted!r} matches nothing in {type(model).__name__}: outside of "
+                f"its experts it has no linear layer; leave target_modules out."
+            )
+        return found
+    patterns = [wanted] if isinstance(wanted, str) else wanted
+    for pattern in patterns:
+        if not any(_matches(pattern, name, wanted) for name in modules):
+            raise ConfigError(
+                f"target_modules={pattern!r} matches nothing in {type(model).__name__}; its linear "
+                f"layers outside of the experts are {sorted(_endings(linear))}. Was the adapter "
+                f"made for another model?"
+            )
+    found = [n for n in modules if any(_matches(pattern, n, wanted) for pattern in patterns)]
+    for name in found:
+        _refuse_unfit(name, modules[name], name in routers)
+    return found
+
+
+def lora_config(config: DrLoraConfig, target: nn.Module) -> LoraConfig:
+    """PEFT's configuration of the ordinary LoRA on `target`."""
+    assert config.target_rank is not None
+    lora = LoraConfig(
+        r=config.target_rank,
+        # PEFT's annotation says int; it only divides by it.
+        lora_alpha=config.target_alpha,  # type: ignore[arg-type]
+        lora_dropout=config.lora_dropout,
+        use_rslora=config.use_rslora,
+        inference_mode=config.inference_mode,
+    )
+    if _is_plain(target):
+        lora._register_custom_module({nn.Linear: ExactLinear})
+    return lora
+
+
+class ExactLinear(LoraLinear):
+    """PEFT's LoRA on a plain linear; `unmerge` restores the base weight to the bit.
+
+    PEFT subtracts what it added, which leaves a rounding error behind.
+    """
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """As in PEFT; keeps a copy of the base weight meanwhile."""
+        if not self.merged:
+            self._unmerged: Tensor = self.get_base_layer().weight.detach().clone()
+        super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
+
+    def unmerge(self) -> None:
+        """Put the base weight back as it was before `merge`."""
+        if self.merged:
+            self.merged_adapters.clear()
+            self.get_base_layer().weight.data.copy_(self._unmerged)
+            del self._unmerged
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether the weight is an ordinary tensor, which a copy restores."""
+    weight = getattr(module, "weight", None)
+    return (
+        type(module) is nn.Linear and type(weight) is nn.Parameter and weight.dtype in _SAFE_TO_COPY
+    )
+
+
+def _own_modules(model: nn.Module, blocks: Sequence[MoEBlock]) -> Iterator[tuple[str, nn.Module]]:
+    """The model's modules without what is inside adapter layers or experts modules."""
+    wrappers = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+    inner = tuple(f"{name}." for name, m in model.named_modules() if isinstance(m, wrappers))
+    inner += tuple(f"{block.experts_name}." for block in blocks)
+    experts = {block.experts_name for block in blocks}
+    for name, module in model.named_modules():
+        if name and name not in experts and not name.startswith(inner):
+            yield name, module
+
+
+def _matches(pattern: str, name: str, wanted: Any) -> bool:
+    """As PEFT matches: a string is a pattern for the full name, a list holds endings of names."""
+    if isinstance(wanted, str):
+        return re.fullmatch(pattern, name) is not None
+    return _ends_in(name, [pattern])
+
+
+def _ends_in(name: str, endings: Sequence[str]) -> bool:
+    return any(name == ending or name.endswith(f".{ending}") for ending in endings)
+
+
+def _endings(names: set[str]) -> set[str]:
+    return {name.rpartition(".")[2] for name in names}
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """A linear layer of torch, transformers or a quantiser, adapted already or not."""
+    if isinstance(module, LoraLayer):
+        return True
+    if isinstance(module, (nn.Linear, Conv1D)):
+        return True
+    # Quantisers bring classes of their own; PEFT tells them apart by name.
+    return any(hasattr(module, key) for key in ("qweight", "W_q", "codebooks"))
+
+
+def _refuse_unfit(name: str, module: nn.Module, is_router: bool) -> None:
+    if is_router:
+        raise ConfigError(
+            f"target_modules names {name}, which is a router; use router='train' to train it."
+        )
+    if not _is_linear(module):
+        raise ConfigError(
+            f"target_modules matches {name}, a {type(module).__name__} and no linear layer; use "
+            f"modules_to_save to train it in full, or a pattern that leaves it out."
+        )
