@@ -4,7 +4,8 @@
 
 The callback owns a RankDynamics over the Trainer's steps, and writes `growth.jsonl`, one line a
 grant, into the output directory. Ranks and statistics are buffers of the adapter, so the Trainer's
-own checkpoints carry them and `resume_from_checkpoint` continues them.
+own checkpoints carry them and `resume_from_checkpoint` continues them; the step count, which a
+GradScaler can leave behind the Trainer's, is kept in the checkpoint's `trainer_state.json`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
 
 from drlora.dynamics import Grant, RankDynamics
 from drlora.jsonl import append_lines, forget_after
@@ -24,7 +26,7 @@ from drlora.jsonl import append_lines, forget_after
 GROWTH_LOG = "growth.jsonl"
 
 
-class DrLoraCallback(TrainerCallback):
+class DrLoraCallback(TrainerCallback, ExportableState):
     """Drives rank growth from the Trainer's events.
 
     Args:
@@ -54,11 +56,11 @@ class DrLoraCallback(TrainerCallback):
         if self.dynamics is not None:
             self.dynamics.release()
         self.dynamics = RankDynamics(kwargs["model"], state.max_steps, self.adapter)
-        self.dynamics.step = state.global_step
+        self.dynamics.step = self._resumed_step(state)
         _warn_of_longer_warmup(self.dynamics, args.get_warmup_steps(state.max_steps))
         self._log = Path(self.log_dir or args.output_dir or ".") / GROWTH_LOG
         if state.is_world_process_zero:
-            forget_after(self._log, state.global_step)
+            forget_after(self._log, self.dynamics.step)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -79,6 +81,37 @@ class DrLoraCallback(TrainerCallback):
             append_lines(self._log, [asdict(grant) for grant in grants])
         if grants and self.on_growth is not None:
             self.on_growth(grants)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Say so if skipped steps kept the last events from being reached."""
+        assert self.dynamics is not None
+        events = self.dynamics.event_steps
+        if state.global_step >= state.max_steps and events and self.dynamics.step < events[-1]:
+            warnings.warn(
+                f"{state.global_step - self.dynamics.step} of {state.global_step} steps were "
+                f"skipped because of overflowing gradients, so growth ended before its last event "
+                f"and part of the budget is not spent; raise settle_steps="
+                f"{self.dynamics.config.settle_steps} to leave room for them, or use bf16.",
+                stacklevel=2,
+            )
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps: steps in which the optimizer stepped."""
+        step = None if self.dynamics is None else self.dynamics.step
+        log_dir = None if self.log_dir is None else os.fspath(self.log_dir)
+        return {"args": {"adapter": self.adapter, "log_dir": log_dir}, "attributes": {"step": step}}
+
+    def _resumed_step(self, state: TrainerState) -> int:
+        if not state.global_step:
+            return 0
+        # A list if there are several callbacks of this class; the latest entries are at its end.
+        saved = (state.stateful_callbacks or {}).get(type(self).__name__, [])
+        for entry in reversed(saved if isinstance(saved, list) else [saved]):
+            if entry["args"].get("adapter") == self.adapter and entry["attributes"]["step"]:
+                return entry["attributes"]["step"]
+        return state.global_step
 
 
 def _warn_of_longer_warmup(dynamics: RankDynamics, trainer_warmup: int) -> None:

@@ -242,6 +242,11 @@ class DrLoraExperts(nn.Module, BaseTunerLayer):
             for pool in adapter.rank_pools.values():
                 pool.lora_A.data = pool.lora_A.data.to(self.base_weight.dtype)
                 pool.lora_B.data = pool.lora_B.data.to(self.base_weight.dtype)
+            if name == "ref" and "default" in self.drlora_adapters:
+                # TRL's frozen reference: it copies the parameters itself, but not who owns them.
+                twin = self.adapter("default")
+                if twin.config == config:
+                    adapter.load_state_dict(twin.state_dict())
         self.drlora_adapters[name] = adapter
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
