@@ -147,9 +147,11 @@ class _CountInBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, out_TH: Tensor, tally_E1: Tensor, sums_E1: Tensor) -> Tensor:
-        ctx.save_for_backward(sums_E1)
+        # Not saved for backward: activation checkpointing would compute them again, with the mask
+        # of whichever forward pass came last.
+        ctx.sums_E1 = sums_E1
         return out_TH.view_as(out_TH)
 
     @staticmethod
     def backward(ctx: Any, grad_TH: Tensor) -> tuple[Tensor, Tensor, None]:
-        return grad_TH, ctx.saved_tensors[0], None
+        return grad_TH, ctx.sums_E1, None
