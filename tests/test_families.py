@@ -162,8 +162,8 @@ def test_recorded_routing_is_what_the_router_chose(family):
 
 def test_refusals_name_the_module_and_the_reason():
     model = make_model("olmoe")
-    model.model.layers[1].mlp.experts.is_transposed = True
-    with pytest.raises(drlora.ConfigError, match=r"model.layers.1.mlp.experts.*is_transposed=True"):
+    model.model.layers[1].mlp.experts.is_transposed = True  # which it is not
+    with pytest.raises(drlora.ConfigError, match=r"model.layers.1.mlp.experts.*\(32, 48\)"):
         get_peft_model(model, drlora.DrLoraConfig())
     quantised = make_model("olmoe")
     experts = quantised.model.layers[0].mlp.experts

@@ -17,7 +17,7 @@ MAX_LINES = 400
 FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"config", "errors", "peft_type", "ranks"}),
     frozenset({"allocator", "ops", "young_rows", "saliency", "schedule"}),
-    frozenset({"blocks", "inject", "layer", "observe", "ordinary"}),
+    frozenset({"blocks", "families", "inject", "layer", "observe", "ordinary", "rank_pool"}),
     frozenset({"checkpoint", "dynamics", "export", "peft_method"}),
     frozenset(
         {
@@ -29,6 +29,7 @@ FLOORS: tuple[frozenset[str], ...] = (
             "embedded",
             "evaluate",
             "evaluate_run",
+            "export_run",
             "inspection",
             "jsonl",
             "measure",
@@ -52,9 +53,14 @@ ORDER_WITHIN: dict[int, tuple[frozenset[str], ...]] = {
     0: (frozenset({"errors", "peft_type"}), frozenset({"config", "ranks"})),
     # The schedule tries the allocator out in advance, to refuse settings that miss the budget.
     1: (frozenset({"allocator"}), frozenset({"schedule"})),
-    # Surgery is one operation in steps: find a block, build the layer that adapts it and carries
-    # the meters that watch it, put the layer into the model.
-    2: (frozenset({"blocks", "observe"}), frozenset({"layer", "ordinary"}), frozenset({"inject"})),
+    # Surgery is one operation in steps: know the families, find a block, build the layer that
+    # adapts it and carries the meters that watch it, put the layer into the model.
+    2: (
+        frozenset({"families", "observe", "rank_pool"}),
+        frozenset({"blocks"}),
+        frozenset({"layer", "ordinary"}),
+        frozenset({"inject"}),
+    ),
 }
 
 # They depend on the package; the package never depends on them.

@@ -1,32 +1,30 @@
-"""Find the Mixture-of-Experts blocks of a model by their structure, never by a list of names.
+"""Find the Mixture-of-Experts blocks of a model by their structure, never by a list of models.
 
-Nearly all models of transformers 5 keep the experts of a block in one module with two 3-D
-parameters, `gate_up_proj (E, 2I, H)` and `down_proj (E, H, I)`; flags on the module say how they
-are laid out. A module that looks like experts but is laid out otherwise is refused by name, so
-that no model is adapted by half.
+What experts look like is said by the families (`drlora.families`): transformers' experts interface,
+which nearly all models follow, and a few exceptions. A module that looks like experts and that no
+family understands is refused by name, so that no model is adapted by half.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from transformers.integrations import moe as hf_moe
 
 from drlora.errors import ConfigError
-from drlora.ops import ExpertWeights
+from drlora.families import FAMILIES, Family, family_of
+from drlora.ops import ExpertWeights, Matrix
+from drlora.ops.parts import MATRICES
 
-# Flags that transformers puts on an experts module, with the values of the standard layout.
-_STANDARD_FLAGS = {
-    "has_gate": True,
-    "has_bias": False,
-    "is_transposed": False,
-    "is_concatenated": True,
-    "has_post_expert_norm": False,
-    "_is_expert_parallel": False,
-}
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_EXPERT_PARAMETERS = ("gate_up_proj", "up_proj", "gate_proj", "down_proj", "w1", "w2", "w3")
+_QUANTISED = (
+    "Experts work in bfloat16, float16 or float32: load the model with its quantiser's "
+    "dequantize=True, or quantise the other layers alone (bitsandbytes leaves fused experts as "
+    "they are)."
+)
 
 
 @dataclass(frozen=True)
@@ -35,11 +33,15 @@ class MoEBlock:
 
     Attributes:
         name: full name of the block, e.g. `model.layers.0.mlp`.
-        experts_name: full name of its experts module.
+        experts_name: full name of the module whose place the adapter takes: its experts module, or
+            the block itself where no module of it holds the experts alone.
         router_name: full name of its router module, or None if none was recognised.
         num_experts: E.
         hidden_size: H, in-features of gate_up and out-features of down.
         expert_width: I, in-features of down.
+        has_gate: whether the first matrix is gate and up, or up alone.
+        is_interleaved: whether gate and up alternate in its output features.
+        shared_names: full names of the shared experts, which every token goes through.
     """
 
     name: str
@@ -48,15 +50,26 @@ class MoEBlock:
     num_experts: int
     hidden_size: int
     expert_width: int
+    has_gate: bool = True
+    is_interleaved: bool = False
+    shared_names: tuple[str, ...] = ()
 
     def shape_of(self, projection: str) -> tuple[int, int]:
         """(in-features, out-features) of one expert's `gate_up`, `gate`, `up` or `down`."""
         return {
-            "gate_up": (self.hidden_size, 2 * self.expert_width),
+            "gate_up": (self.hidden_size, (1 + self.has_gate) * self.expert_width),
             "gate": (self.hidden_size, self.expert_width),
             "up": (self.hidden_size, self.expert_width),
             "down": (self.expert_width, self.hidden_size),
         }[projection]
+
+    def place_of(self, projection: str) -> tuple[Matrix, int, int]:
+        """The matrix that a projection is part of, its first output feature there, and the step."""
+        if projection == "down":
+            return "down", 0, 1
+        step = 2 if self.is_interleaved and projection != "gate_up" else 1
+        follows_gate = projection == "up" and self.has_gate
+        return "gate_up", (1 if step == 2 else self.expert_width) * follows_gate, step
 
 
 def find_blocks(model: nn.Module) -> list[MoEBlock]:
@@ -64,104 +77,127 @@ def find_blocks(model: nn.Module) -> list[MoEBlock]:
 
     Raises:
         ConfigError: if there is none, or if one is laid out in a way that is not understood; the
-            message names the module and what was different.
+            message names the module and what was missing.
     """
     modules = dict(model.named_modules())
-    blocks = [
-        _describe(name, module, modules)
-        for name, module in modules.items()
-        if _looks_like_experts(module)
-    ]
+    blocks: list[MoEBlock] = []
+    for name, module, family in _experts_modules(modules):
+        block = _describe(name, module, family, modules)
+        if any(block.name == other.name for other in blocks):  # two kinds of experts in one block
+            block = replace(block, name=block.experts_name)
+        blocks.append(block)
     if not blocks:
         raise ConfigError(
-            f"{type(model).__name__} has no Mixture-of-Experts block: no module with the 3-D "
-            f"parameters gate_up_proj and down_proj was found. Use PEFT's LoraConfig for a dense "
-            f"model; an MoE model whose experts are separate Linear modules is not supported."
+            f"{type(model).__name__} has no Mixture-of-Experts block: no module follows "
+            f"transformers' experts interface, and none is of a family with a file of its own in "
+            f"drlora.families. Use PEFT's LoraConfig for a dense model."
         )
     return blocks
 
 
-def expert_weights(experts: Any) -> ExpertWeights:
-    """The frozen weights of a standard experts module, as the engines read them."""
-    act = getattr(experts, "act_fn", None)
-    default_gate = type(experts)._apply_gate is hf_moe._default_apply_gate
-    return ExpertWeights(
-        experts.gate_up_proj,
-        experts.down_proj,
-        experts._apply_gate,
-        is_silu=default_gate and is_silu(act),
+def _experts_modules(modules: dict[str, nn.Module]) -> Iterator[tuple[str, nn.Module, Family]]:
+    left_alone = {name for family in FAMILIES for name in family.left_alone}
+    done: list[str] = []
+    for name, module in modules.items():
+        if any(name.startswith(other) for other in done):
+            continue
+        family = family_of(module)
+        if family is not None:
+            yield name, module, family
+        elif _looks_like_experts(name, module):
+            raise ConfigError(_not_understood(name, module))
+        elif type(module).__name__ not in left_alone:
+            continue
+        done.append(f"{name}.")
+
+
+def _not_understood(name: str, module: nn.Module) -> str:
+    kind = f"the experts module {name} ({type(module).__name__}) is not understood"
+    if any(parameter.dtype not in _FLOATS for parameter in module.parameters()):
+        return f"{kind}: it is quantised. {_QUANTISED}"
+    return (
+        f"{kind}: it does not follow transformers' experts interface (it has no flags such as "
+        f"is_transposed), and no family in drlora.families recognises it. The model was left as it "
+        f"is; docs/families.md shows how to add a family."
     )
 
 
-def is_silu(act: object) -> bool:
-    """Whether an activation module is x * sigmoid(x)."""
-    name = type(act).__name__
-    return isinstance(act, nn.SiLU) or name in ("SiLUActivation", "SiLU")
-
-
-def _looks_like_experts(module: nn.Module) -> bool:
+def _looks_like_experts(name: str, module: nn.Module) -> bool:
+    if name.endswith(".drlora_adapters") or ".drlora_adapters." in name:
+        return False
+    class_name = type(module).__name__
+    if class_name == "DrLoraExperts":
+        return False
     own = dict(module.named_parameters(recurse=False))
-    expert_parts = [own[key] for key in ("gate_up_proj", "up_proj") if key in own]
-    return "down_proj" in own and any(part.dim() >= 3 for part in expert_parts)
+    if any(key in own and own[key].dim() >= 3 for key in _EXPERT_PARAMETERS):
+        return True
+    named_so = name.rpartition(".")[2] == "experts" or "Experts" in class_name
+    return named_so and "Shared" not in class_name and any(True for _ in module.parameters())
 
 
-def _describe(name: str, experts: Any, modules: dict[str, nn.Module]) -> MoEBlock:
-    _refuse_other_layouts(name, experts)
+def _describe(
+    name: str, experts: nn.Module, family: Family, modules: dict[str, nn.Module]
+) -> MoEBlock:
+    kind = f"the experts module {name} ({type(experts).__name__})"
+    if (reason := family.missing(experts)) is not None:
+        raise ConfigError(f"{kind} cannot be adapted: {reason}.")
+    base = family.weights(experts)
+    _check_shapes(kind, base)
     # Already adapted experts sit one level deeper; their block is described as before.
     experts_name = name.removesuffix(".base_layer")
-    parent_name = experts_name.rpartition(".")[0]
-    num_experts, _, hidden_size = experts.gate_up_proj.shape
+    parent_name = experts_name if family.wraps_block else experts_name.rpartition(".")[0]
+    inside = name if family.wraps_block else parent_name
     return MoEBlock(
         name=parent_name,
         experts_name=experts_name,
-        router_name=_find_router(parent_name, experts_name, modules, num_experts),
-        num_experts=num_experts,
-        hidden_size=hidden_size,
-        expert_width=experts.down_proj.shape[2],
+        router_name=_find_router(inside, experts_name, modules, family.num_choices(experts)),
+        num_experts=base.num_experts,
+        hidden_size=base.in_features("gate_up"),
+        expert_width=base.width,
+        has_gate=base.out_features("gate_up") == 2 * base.width,
+        is_interleaved=family.is_interleaved(experts),
+        shared_names=tuple(_find_shared(parent_name, modules)),
     )
 
 
-def _refuse_other_layouts(name: str, experts: nn.Module) -> None:
-    kind = f"the experts module {name} ({type(experts).__name__})"
-    for flag, wanted in _STANDARD_FLAGS.items():
-        found = getattr(experts, flag, None)
-        if found is None:
-            raise ConfigError(
-                f"{kind} is not understood: it has no {flag}, so it does not follow transformers' "
-                f"experts interface. Supported is the standard layout with {_STANDARD_FLAGS}."
-            )
-        if found != wanted:
-            raise ConfigError(
-                f"{kind} is not understood: {flag}={found}, supported is {flag}={wanted}."
-            )
-    gate_up, down = experts.get_parameter("gate_up_proj"), experts.get_parameter("down_proj")
-    num_experts, double_width, hidden_size = gate_up.shape
-    if down.shape != (num_experts, hidden_size, double_width // 2):
+def _check_shapes(kind: str, base: ExpertWeights) -> None:
+    for matrix in MATRICES:
+        dtype = base.stacks(matrix)[0][0].dtype
+        if dtype not in _FLOATS:
+            raise ConfigError(f"{kind} keeps {matrix} in {dtype}: it is quantised. {_QUANTISED}")
+    shapes = {m: [tuple(stack[0].shape) for stack in base.stacks(m)] for m in MATRICES}
+    counts = {len(stack) for m in MATRICES for stack in base.stacks(m)}
+    width, hidden = base.width, base.in_features("gate_up")
+    whole = base.out_features("gate_up") in (width, 2 * width)
+    if len(counts) != 1 or not whole or base.out_features("down") != hidden:
         raise ConfigError(
-            f"{kind} is not understood: gate_up_proj {tuple(gate_up.shape)} and down_proj "
-            f"{tuple(down.shape)} are not (E, 2I, H) and (E, H, I)."
+            f"{kind} is not understood: its matrices have the (out, in) shapes {shapes} for "
+            f"{sorted(counts)} experts, expected are (2I, H) or (I, H) and (H, I), for as many."
         )
-    for key, weight in (("gate_up_proj", gate_up), ("down_proj", down)):
-        if weight.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-            raise ConfigError(
-                f"{kind} keeps {key} in {weight.dtype}: quantised experts are not supported; load "
-                f"the model in bfloat16, float16 or float32."
-            )
 
 
 def _find_router(
-    parent_name: str, experts_name: str, modules: dict[str, nn.Module], num_experts: int
+    parent_name: str, experts_name: str, modules: dict[str, nn.Module], num_choices: int
 ) -> str | None:
-    """The block's other child with a weight of one row per expert."""
+    """The block's other child with a weight of one row for each expert it can choose."""
     for child_name, child in modules[parent_name].named_children():
         full_name = f"{parent_name}.{child_name}" if parent_name else child_name
-        if full_name != experts_name and _scores_experts(child, num_experts):
+        if full_name != experts_name and _scores_experts(child, num_choices):
             return full_name
     return None
 
 
-def _scores_experts(module: nn.Module, num_experts: int) -> bool:
+def _scores_experts(module: nn.Module, num_choices: int) -> bool:
     def has_rows(weight: Tensor) -> bool:
-        return weight.dim() == 2 and weight.shape[0] == num_experts
+        return weight.dim() == 2 and weight.shape[0] == num_choices
 
     return any(has_rows(weight) for weight in module.parameters())
+
+
+def _find_shared(parent_name: str, modules: dict[str, nn.Module]) -> Iterator[str]:
+    """Children of the block, or of the layer around it, that are called shared and are no gate."""
+    for around in (parent_name, parent_name.rpartition(".")[0]):
+        for child_name, child in modules[around].named_children():
+            has_matrices = sum(p.dim() == 2 and min(p.shape) > 1 for p in child.parameters()) > 1
+            if "shared" in child_name and has_matrices:
+                yield f"{around}.{child_name}" if around else child_name

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +21,7 @@ def choose_blocks(model: nn.Module, config: DrLoraConfig) -> list[MoEBlock]:
 
     Raises:
         ConfigError: if a name in `config.experts` is no experts module of the model, or the
-            router is to be trained but was not recognised.
+            router is to be trained but was not recognised, or there is no gate to adapt.
     """
     blocks = find_blocks(model)
     found = {block.experts_name for block in blocks}
@@ -31,8 +33,14 @@ def choose_blocks(model: nn.Module, config: DrLoraConfig) -> list[MoEBlock]:
                 f"its experts modules are {sorted(found)}. Was the adapter made for another model?"
             )
         blocks = [block for block in blocks if block.experts_name in config.experts]
+    blocks = [_as_adapted(block) for block in blocks]
     needs_router = config.router == "train" or config.routing_signal == "probability"
     for block in blocks:
+        if "gate" in config.projections and not block.has_gate:
+            raise ConfigError(
+                f"projections={config.projections} cannot work: the experts of {block.name} have "
+                f"no gate; use projections=['up', 'down']."
+            )
         if needs_router and block.router_name is None:
             raise ConfigError(
                 f"the router of {block.name} was not recognised, so router={config.router!r} with "
@@ -40,6 +48,18 @@ def choose_blocks(model: nn.Module, config: DrLoraConfig) -> list[MoEBlock]:
                 f"routing_signal='topk_weight'."
             )
     return blocks
+
+
+def _as_adapted(block: MoEBlock) -> MoEBlock:
+    """The block with its names as they are when the adapter is in.
+
+    A router that is inside what the adapter takes the place of moves down with it.
+    """
+    inside = f"{block.experts_name}."
+    router = block.router_name
+    if router is None or not router.startswith(inside) or ".base_layer." in router:
+        return block
+    return replace(block, router_name=f"{inside}base_layer.{router.removeprefix(inside)}")
 
 
 def wrap_experts(
@@ -50,6 +70,7 @@ def wrap_experts(
     if isinstance(target, DrLoraExperts):
         return target
     wrapped = DrLoraExperts(target, block, watch_tokens(model))
+    wrapped.family.prepare(parent)
     wrapped.train(target.training)
     setattr(parent, child_name, wrapped)
     return wrapped
@@ -57,34 +78,46 @@ def wrap_experts(
 
 def note_router_logits(router: nn.Module, layer: DrLoraExperts) -> None:
     """Have the router's logits at hand when the experts of the same block are called next."""
+    # A partial is copied and pickled along with the model, and points to the copy's layer then.
+    router.register_forward_hook(partial(_note_logits, layer))
 
-    def note(module: nn.Module, args: Any, output: Any) -> None:
-        logits = output[0] if isinstance(output, tuple) else output
-        layer.router_logits = logits.detach() if isinstance(logits, Tensor) else None
 
-    router.register_forward_hook(note)
+def forget_router_logits(model: nn.Module) -> None:
+    """Undo `note_router_logits` everywhere."""
+    for module in model.modules():
+        for key, hook in list(module._forward_hooks.items()):
+            if getattr(hook, "func", None) is _note_logits:
+                del module._forward_hooks[key]
+
+
+def _note_logits(layer: DrLoraExperts, module: nn.Module, args: Any, output: Any) -> None:
+    logits = layer.family.router_logits(output)
+    layer.router_logits = None if logits is None else logits.detach()
 
 
 def train_in_float32(router: nn.Module) -> None:
-    """Keep a trained router in float32, and hand it float32 input.
+    """Keep a trained router in float32, and hand it input of its own dtype.
 
     In bfloat16, steps at usual learning rates are smaller than the spacing of the weights, so most
     entries would never move.
     """
     router.to(torch.float32)
-    router.register_forward_pre_hook(_input_to_float32)
+    router.register_forward_pre_hook(_input_in_own_dtype)
 
 
 def release_router(router: nn.Module, dtype: torch.dtype) -> None:
     """Undo `train_in_float32`, for a router that becomes part of the merged model."""
     for key, hook in list(router._forward_pre_hooks.items()):
-        if hook is _input_to_float32:
+        if hook is _input_in_own_dtype:
             del router._forward_pre_hooks[key]
     router.to(dtype)
 
 
-def _input_to_float32(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(a.float() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
+def _input_in_own_dtype(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    dtype = next(module.parameters()).dtype  # another one if the whole model was moved since
+    return tuple(
+        a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args
+    )
 
 
 def adapted_layers(model: nn.Module, adapter: str) -> dict[str, DrLoraExperts]:

@@ -46,6 +46,14 @@ def watch_tokens(model: nn.Module) -> TokenMask:
     return holder
 
 
+def forget_tokens(model: nn.Module) -> None:
+    """Undo `watch_tokens`."""
+    for key, hook in list(model._forward_pre_hooks.items()):
+        if hook is _note_mask:
+            del model._forward_pre_hooks[key], model._forward_pre_hooks_with_kwargs[key]
+            delattr(model, _HOLDER)
+
+
 def _note_mask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     # The holder is looked up on the module, so that a deep copy of the model has its own.
     mask = kwargs.get("attention_mask")
@@ -106,9 +114,9 @@ def routing_sums(
 
     Args:
         signal: `topk_weight`, `count` or `probability` (the last needs the router's logits).
-        index_TK: (T, K) selected experts.
+        index_TK: (T, K) selected experts; E stands for none.
         weight_TK: (T, K) their routing weights.
-        logits_TE: (T, E) router logits, or None.
+        logits_TE: (T, E or more) router logits, or None.
         real_T: (T,) 1 for real tokens, or None for all.
 
     Returns:
@@ -117,7 +125,7 @@ def routing_sums(
     num_tokens = index_TK.shape[0]
     if signal == "probability":
         assert logits_TE is not None, "the router's logits were not noted"
-        routed_TE = logits_TE.reshape(num_tokens, num_experts).float().softmax(dim=-1)
+        routed_TE = logits_TE.reshape(num_tokens, -1).float().softmax(dim=-1)[:, :num_experts]
     else:
         value_TK = (
             weight_TK.float()
@@ -125,8 +133,8 @@ def routing_sums(
             else torch.ones_like(weight_TK, dtype=torch.float32)
         )
         # A dense scatter and a sum in fixed order: index_add would not be deterministic on CUDA.
-        empty_TE = value_TK.new_zeros(num_tokens, num_experts)
-        routed_TE = empty_TE.scatter_add_(1, index_TK, value_TK)
+        empty_TE1 = value_TK.new_zeros(num_tokens, num_experts + 1)
+        routed_TE = empty_TE1.scatter_add_(1, index_TK, value_TK)[:, :num_experts]
     if real_T is None:
         return routed_TE.sum(dim=0), routed_TE.new_full((), float(num_tokens))
     return real_T.to(routed_TE.device) @ routed_TE, real_T.sum().to(routed_TE.device)

@@ -18,22 +18,26 @@ from drlora.ops.grouped import experts_grouped, grouped_fits
 from drlora.ops.loop import experts_loop
 from drlora.ops.naive import experts_naive
 from drlora.ops.parts import (
+    Apart,
     DropoutMasks,
     ExpertWeights,
     LoraPiece,
     Matrix,
     Routing,
+    Stack,
     draw_dropout,
     sort_by_expert,
 )
 
 __all__ = [
+    "Apart",
     "DropoutMasks",
     "ENGINES",
     "ExpertWeights",
     "LoraPiece",
     "Matrix",
     "Routing",
+    "Stack",
     "TracedPiece",
     "adapted_experts",
     "choose_engine",
@@ -57,18 +61,32 @@ ENGINES: dict[str, Engine] = {
 def choose_engine(name: str, base: ExpertWeights) -> Engine:
     """The engine called `name`; `auto` takes `loop` on the CPU and `grouped` elsewhere.
 
-    Where torch's grouped product cannot take the weights, `loop` stands in for `grouped`.
+    Where an engine cannot take the weights another stands in: `grouped` for `triton`, `loop` for
+    `grouped`, and `grouped` or `naive` for `loop`.
 
     Raises:
         ConfigError: if `triton` is asked for and not installed.
     """
     if name == "triton":
-        return _triton_engine()
+        engine = _triton_engine()
+        if _is_common(base):
+            return engine
+        name = "grouped"
     if name == "auto":
-        name = "loop" if base.down_EHI.device.type == "cpu" else "grouped"
+        name = "loop" if base.sample.device.type == "cpu" else "grouped"
     if name == "grouped" and not grouped_fits(base):
         name = "loop"
+    if name == "loop" and base.post_norm is not None:  # its backward keeps no output of an expert
+        name = "grouped" if grouped_fits(base) else "naive"
     return ENGINES[name]
+
+
+def _is_common(base: ExpertWeights) -> bool:
+    """The layout that the Triton kernels were written for: one stored tensor each, no extras."""
+    extras = (base.gate_up_bias_EG, base.down_bias_EH, base.post_norm)
+    if not base.is_fused or any(extra is not None for extra in extras):
+        return False
+    return base.gate_up_EGH.is_contiguous() and base.down_EHI.is_contiguous()
 
 
 def _triton_engine() -> Engine:

@@ -29,7 +29,7 @@ class TracedPiece(NamedTuple):
     """A `LoraPiece` whose shapes do not change when ranks do.
 
     Attributes:
-        matrix, start, scaling: as in `LoraPiece`.
+        matrix, start, scaling, step: as in `LoraPiece`.
         a_RI: (R, in-features), owned rows ordered by expert, then the free rows of the pool.
         b_RO: (R, O), in the same order.
         offset_E1: (E + 1,) int64 on the CPU: expert e's rows are `offset_E1[e] : offset_E1[e + 1]`.
@@ -41,6 +41,7 @@ class TracedPiece(NamedTuple):
     b_RO: Tensor
     offset_E1: Tensor
     scaling: float
+    step: int = 1
 
 
 def experts_traced(
@@ -59,24 +60,27 @@ def experts_traced(
     grouped = _runs_grouped(engine, base)
 
     def adapted(matrix: Matrix, x_SI: Tensor, weight_EOI: Tensor, mask_SI: Tensor | None) -> Tensor:
+        bias_EO = base.bias(matrix)
         own = [piece for piece in pieces if piece.matrix == matrix]
         factors = [factor for piece in own for factor in (piece.a_RI, piece.b_RO)]
-        return adapted_product(
+        out_SO = adapted_product(
             x_SI, weight_EOI, ends_E, mask_SI, factors, [piece.offset_E1 for piece in own],
-            [piece.start for piece in own], [piece.scaling for piece in own], grouped,
+            [piece.start for piece in own], [piece.step for piece in own],
+            [piece.scaling for piece in own], grouped,
         )  # fmt: skip
+        return out_SO if bias_EO is None else out_SO + bias_EO[routing.expert_S]
 
     # Repeated and put in order, not gathered by token: the gradient of a token is then a sum over
     # K neighbours, in fixed order and without rounding after each.
     x_SH = x_TH[:, None].expand(-1, top_k, -1).reshape(num_tokens * top_k, -1)[order_S]
     gate_up_SG = adapted("gate_up", x_SH, base.gate_up_EGH, masks.gate_up_SH)
     y_SH = adapted("down", base.apply_gate(gate_up_SG), base.down_EHI, masks.down_SI)
-    y_SH = y_SH * weight_TK.reshape(-1)[order_S, None]
+    y_SH = base.finish(y_SH) * weight_TK.reshape(-1)[order_S, None]
     return y_SH[torch.argsort(order_S)].view(num_tokens, top_k, -1).sum(dim=1).to(x_TH.dtype)
 
 
 def _runs_grouped(engine: str, base: ExpertWeights) -> bool:
-    on_cpu = base.down_EHI.device.type == "cpu"
+    on_cpu = base.sample.device.type == "cpu"
     wanted = engine in ("grouped", "triton") or (engine == "auto" and not on_cpu)
     return wanted and grouped_fits(base)
 
@@ -98,22 +102,23 @@ def _owned(
     factors: Sequence[Tensor],
     offsets: Sequence[Tensor],
     starts: Sequence[int],
+    steps: Sequence[int],
     scalings: Sequence[float],
 ) -> list[_Piece]:
     """The pieces that have a rank at all."""
     pieces = []
-    for a_RI, b_RO, offset_E1, start, scaling in zip(
-        factors[::2], factors[1::2], offsets, starts, scalings, strict=True
+    for a_RI, b_RO, offset_E1, start, step, scaling in zip(
+        factors[::2], factors[1::2], offsets, starts, steps, scalings, strict=True
     ):
         bounds = tuple(offset_E1.tolist())
-        columns, owned = slice(start, start + b_RO.shape[1]), bounds[-1]
+        columns, owned = slice(start, start + step * b_RO.shape[1], step), bounds[-1]
         pieces.append(_Piece(a_RI[:owned], b_RO[:owned], bounds, columns, scaling))
     return pieces
 
 
 _ARGUMENTS = (
     "Tensor x_SI, Tensor weight_EOI, Tensor ends_E, Tensor? mask_SI, Tensor[] factors, "
-    "Tensor[] offsets, int[] starts, float[] scalings, bool grouped"
+    "Tensor[] offsets, int[] starts, int[] steps, float[] scalings, bool grouped"
 )
 
 
@@ -128,6 +133,7 @@ def adapted_product(
     factors: Sequence[Tensor],
     offsets: Sequence[Tensor],
     starts: Sequence[int],
+    steps: Sequence[int],
     scalings: Sequence[float],
     grouped: bool,
 ) -> Tensor:
@@ -141,10 +147,11 @@ def adapted_product(
         factors: (R, in-features) and (R, columns) of each piece in turn, as in `TracedPiece`.
         offsets: of each piece, as in `TracedPiece`.
         starts: first output feature of each piece.
+        steps: from one output feature of a piece to the next.
         scalings: factor on each piece's product.
         grouped: by grouped products over all experts, or expert by expert.
     """
-    pieces = _owned(factors, offsets, starts, scalings)
+    pieces = _owned(factors, offsets, starts, steps, scalings)
     adapter_SI = x_SI if mask_SI is None else x_SI * mask_SI
     with torch.autocast(x_SI.device.type, enabled=False):
         forward = _forward_grouped if grouped else _forward_loop
@@ -165,11 +172,12 @@ def _adapted_product_backward(
     factors: Sequence[Tensor],
     offsets: Sequence[Tensor],
     starts: Sequence[int],
+    steps: Sequence[int],
     scalings: Sequence[float],
     grouped: bool,
 ) -> tuple[Tensor, list[Tensor]]:
     """Gradients of `x_SI` and of the factors; that of a free row is exactly zero."""
-    pieces = _owned(factors, offsets, starts, scalings)
+    pieces = _owned(factors, offsets, starts, steps, scalings)
     grads = [torch.zeros_like(factor) for factor in factors]
     adapter_SI = x_SI if mask_SI is None else x_SI * mask_SI
     # Under dropout the pieces' part of dX is kept apart, until the mask was put on it.
@@ -203,9 +211,9 @@ def _(
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x_SI, weight_EOI, ends_E, mask_SI, factors, offsets, starts, scalings, grouped = inputs
+    x_SI, weight_EOI, ends_E, mask_SI, factors, offsets, *settings = inputs
     ctx.save_for_backward(x_SI, weight_EOI, ends_E, mask_SI, *factors, *offsets)
-    ctx.settings = starts, scalings, grouped
+    ctx.settings = settings
 
 
 def _differentiate(ctx: Any, grad_SO: Tensor) -> tuple[Any, ...]:
@@ -217,7 +225,8 @@ def _differentiate(ctx: Any, grad_SO: Tensor) -> tuple[Any, ...]:
     )  # fmt: skip
     # To torch an empty list of numbers is a list of tensors, and wants a list of gradients.
     of_numbers: list[None] | None = None if pieces else []
-    return dx_SI, None, None, None, grads, [None] * pieces, of_numbers, of_numbers, None
+    of_settings = (of_numbers, of_numbers, of_numbers, None)
+    return dx_SI, None, None, None, grads, [None] * pieces, *of_settings
 
 
 adapted_product.register_autograd(_differentiate, setup_context=_keep)

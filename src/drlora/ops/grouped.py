@@ -21,9 +21,9 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def grouped_fits(base: ExpertWeights) -> bool:
     """Whether torch's grouped product can take these weights: dtype, and rows of 16 bytes."""
-    widths = (base.gate_up_EGH.shape[2], base.gate_up_EGH.shape[1], base.down_EHI.shape[2])
-    aligned = all(w * base.down_EHI.element_size() % ALIGNMENT_BYTES == 0 for w in widths)
-    return base.down_EHI.dtype in _DTYPES and aligned
+    widths = (base.in_features("gate_up"), base.stacks("gate_up")[0][0].shape[0], base.width)
+    aligned = all(w * base.sample.element_size() % ALIGNMENT_BYTES == 0 for w in widths)
+    return base.is_stacked and base.sample.dtype in _DTYPES and aligned
 
 
 def experts_grouped(
@@ -37,16 +37,26 @@ def experts_grouped(
     """(T, H) output of the adapted experts; see `drlora.ops.adapted_experts`."""
     ends_E = routing.counts_E.cumsum(0).to(torch.int32)
     x_SH = x_TH[routing.token_S]
-    gate_up_SG = F.grouped_mm(x_SH, base.gate_up_EGH.transpose(1, 2), offs=ends_E)
+    gate_up_SG = _base_product("gate_up", x_SH, ends_E, routing, base)
     gate_up_SG = _add_lora("gate_up", gate_up_SG, x_SH, ends_E, pieces, masks.gate_up_SH)
     h_SI = base.apply_gate(gate_up_SG)
-    y_SH = F.grouped_mm(h_SI, base.down_EHI.transpose(1, 2), offs=ends_E)
+    y_SH = _base_product("down", h_SI, ends_E, routing, base)
     y_SH = _add_lora("down", y_SH, h_SI, ends_E, pieces, masks.down_SI)
-    y_SH = y_SH * weight_TK.reshape(-1)[routing.order_S, None]
+    y_SH = base.finish(y_SH) * weight_TK.reshape(-1)[routing.order_S, None]
     inverse_S = torch.empty_like(routing.order_S)
     inverse_S[routing.order_S] = torch.arange(routing.order_S.numel(), device=x_TH.device)
     # A gather and a sum, not index_add: the order of the sum is then fixed on an accelerator.
     return y_SH[inverse_S].view(*weight_TK.shape, -1).sum(dim=1).to(x_TH.dtype)
+
+
+def _base_product(
+    matrix: Matrix, x_SI: Tensor, ends_E: Tensor, routing: Routing, base: ExpertWeights
+) -> Tensor:
+    stacks = [stack for stack in base.stacks(matrix) if isinstance(stack, Tensor)]
+    outs = [F.grouped_mm(x_SI, stack_EOI.transpose(1, 2), offs=ends_E) for stack_EOI in stacks]
+    out_SO = outs[0] if len(outs) == 1 else torch.cat(outs, dim=-1)
+    bias_EO = base.bias(matrix)
+    return out_SO if bias_EO is None else out_SO + bias_EO[routing.expert_S]
 
 
 def _add_lora(
@@ -70,11 +80,7 @@ def _add_lora(
         a_EPI, b_EPO = pad_rows(piece.a_RI, rows_EP), pad_rows(piece.b_RO, rows_EP)
         z_SP = F.grouped_mm(x_SI, a_EPI.transpose(1, 2), offs=ends_E)
         update_SO = F.grouped_mm(z_SP, b_EPO, offs=ends_E) * piece.scaling
-        if update_SO.shape[1] == out_SO.shape[1]:
-            out_SO = out_SO + update_SO
-        else:
-            before, after = piece.start, out_SO.shape[1] - piece.columns.stop
-            out_SO = out_SO + F.pad(update_SO, (before, after))
+        out_SO = out_SO + piece.spread(update_SO, out_SO.shape[1])
     return out_SO
 
 

@@ -11,7 +11,7 @@ order, so that results do not depend on which thread was faster.
 Backward of one expert, with g the output's gradient and w the routing weight of its rows:
 
     dh   = g W_down + s (g B^T) A            still without w
-    dw   = <dh, h>                           because <g, W h> = <W^T g, h>
+    dw   = <dh, h> + <g, bias>               because <g, W h> = <W^T g, h>; few models have biases
     dB   = s (w z)^T g                       w put on the rank-wide factor, the narrowest place
     dA   = (w s g B^T)^T h
     dgu  = gate_backward(w dh)               and then the same for gate_up, without w
@@ -83,7 +83,7 @@ class _ExpertsLoop(torch.autograd.Function):
     ) -> Tensor:
         base, hidden, width = plan.base, x_TH.shape[1], plan.base.width
         rows = len(plan.routing.order_S)
-        gate_up_SG = x_TH.new_empty(rows, 2 * width)
+        gate_up_SG = x_TH.new_empty(rows, base.out_features("gate_up"))
         y_SH = x_TH.new_empty(rows, hidden, dtype=promote_types(plan.dtype, weight_TK.dtype))
         shrunk = [empty_shrunk(piece, plan) for piece in plan.pieces]
         gate_up = Projection("gate_up", plan, factors, shrunk, mask_SH)
@@ -154,7 +154,8 @@ class _ExpertsLoop(torch.autograd.Function):
                 dh_cI = buffers.get("dh", task, width)
                 down.backward(task, widen_down, dh_cI, g_cH, h_cI)
                 torch.sum(h_cI.mul_(dh_cI), dim=1, out=grad_ws[task.number])
-                dgate_up_cG = buffers.get("dgate_up", task, 2 * width)
+                down.add_bias_products(task, grad_ws[task.number], g_cH)
+                dgate_up_cG = buffers.get("dgate_up", task, gate_up_SG.shape[1])
                 dh_cI.mul_(weights[task.number])
                 base.gate_backward(dgate_up_cG, gate_up_cG, act_cI, dh_cI, h_cI)
                 x_cH = torch.index_select(wide_x_TH, 0, token_c, out=g_cH)  # g is done with

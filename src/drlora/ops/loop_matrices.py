@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from drlora.ops.loop_tasks import Segment, Task, by_segment
-from drlora.ops.parts import ExpertWeights, LoraPiece, Matrix, Routing
+from drlora.ops.parts import ExpertWeights, LoraPiece, Matrix, Routing, Stack
 
 
 class Plan(NamedTuple):
@@ -50,8 +50,9 @@ class Projection:
         shrunk: Sequence[Tensor],
         mask_SI: Tensor | None,
     ) -> None:
-        self.into = plan.base.forward_matrices(matrix)
-        self.back = plan.base.backward_matrices(matrix)
+        self.parts = _parts(plan.base.stacks(matrix))
+        bias_EO = plan.base.bias(matrix)
+        self.biases = None if bias_EO is None else bias_EO.to(plan.dtype).unbind()
         self.masks = None if mask_SI is None else plan.by_task(mask_SI)
         self.updates = []
         for number, piece in enumerate(plan.pieces):
@@ -63,10 +64,13 @@ class Projection:
                 self.updates.append(_Update(number, piece, columns, plan, shrunk[number]))
 
     def forward(self, task: Task, widen: Widen, out_cO: Tensor, x_cI: Tensor) -> None:
-        """out = x W^T + s (x A^T) B, segment by segment; keeps z = x A^T."""
+        """out = x W^T (+ bias) + s (x A^T) B, segment by segment; keeps z = x A^T."""
         adapter_cI = x_cI if self.masks is None else x_cI * self.masks[task.number]
         for segment, out_nO, x_nI, adapter_nI in by_segment(task, out_cO, x_cI, adapter_cI):
-            torch.mm(x_nI, widen(self.into[segment.expert]), out=out_nO)
+            for part in self.parts:
+                torch.mm(x_nI, widen(part.into[segment.expert]), out=part.own(out_nO))
+            if self.biases is not None:
+                out_nO.add_(self.biases[segment.expert])
             for update in self.updates:
                 update.forward(segment, out_nO, adapter_nI)
 
@@ -86,7 +90,10 @@ class Projection:
         # Under dropout the base part is added after the mask was put on the adapter's part.
         part_cI = dx_cI if mask_cI is None else torch.zeros_like(dx_cI)
         for segment, dx_nI, part_nI, g_nO in by_segment(task, dx_cI, part_cI, g_cO):
-            torch.mm(g_nO, widen(self.back[segment.expert]), out=dx_nI)
+            first, *others = self.parts
+            torch.mm(first.own(g_nO), widen(first.back[segment.expert]), out=dx_nI)
+            for part in others:
+                dx_nI.addmm_(part.own(g_nO), widen(part.back[segment.expert]))
             for update in self.updates:
                 update.backward(segment, part_nI, g_nO)
         if mask_cI is not None:
@@ -96,6 +103,42 @@ class Projection:
         for segment, g_nO, x_nI in by_segment(task, g_cO, adapter_cI):
             for update in self.updates:
                 update.factor_gradients(segment, g_nO, x_nI)
+
+    def add_bias_products(self, task: Task, grad_w_c: Tensor, g_cO: Tensor) -> None:
+        """The bias's part of the routing weights' gradient, <g, bias>."""
+        if self.biases is not None:
+            for segment, grad_w_n, g_nO in by_segment(task, grad_w_c, g_cO):
+                grad_w_n.addmv_(g_nO, self.biases[segment.expert])
+
+
+class _Part(NamedTuple):
+    """What of a matrix lies together: all of it, or its gate or up.
+
+    Attributes:
+        columns: output features of the matrix, None for all.
+        into: E matrices (in-features, out-features), for `x @ W^T`; views, not copies.
+        back: E matrices (out-features, in-features), for `g @ W`.
+    """
+
+    columns: slice | None
+    into: Sequence[Tensor]
+    back: Sequence[Tensor]
+
+    def own(self, out_nO: Tensor) -> Tensor:
+        return out_nO if self.columns is None else out_nO[:, self.columns]
+
+
+def _parts(stacks: Sequence[Stack]) -> list[_Part]:
+    parts, start = [], 0
+    for stack in stacks:
+        if isinstance(stack, Tensor):
+            into, back = stack.transpose(1, 2).unbind(), stack.unbind()
+        else:
+            into, back = tuple(w_OI.T for w_OI in stack), tuple(stack)
+        columns = None if len(stacks) == 1 else slice(start, start + back[0].shape[0])
+        parts.append(_Part(columns, into, back))
+        start += back[0].shape[0]
+    return parts
 
 
 class _Update:

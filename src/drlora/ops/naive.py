@@ -4,14 +4,14 @@ For each expert, in plain autograd:
 
     h = apply_gate(W_gu x + s B_gu A_gu x)        y = W_down h + s B_down A_down h
 
-and the token's output is the routing-weighted sum of its experts' y.
+(with a bias where the model has one, and y through its norm where the model has that), and the
+token's output is the routing-weighted sum of its experts' y.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from drlora.ops.parts import DropoutMasks, ExpertWeights, LoraPiece, Matrix, Routing
 
@@ -34,13 +34,14 @@ def experts_naive(
             continue
         token_n = routing.token_S[rows]
         x_nH = x_TH[token_n]
-        gate_up_nG = F.linear(x_nH, base.gate_up_EGH[expert]) + _lora(
-            "gate_up", x_nH, expert, rows, base.gate_up_EGH.shape[1], pieces, masks.gate_up_SH
+        gate_up_nG = base.linear("gate_up", expert, x_nH) + _lora(
+            "gate_up", x_nH, expert, rows, base.out_features("gate_up"), pieces, masks.gate_up_SH
         )
         h_nI = base.apply_gate(gate_up_nG)
-        y_nH = F.linear(h_nI, base.down_EHI[expert]) + _lora(
-            "down", h_nI, expert, rows, base.down_EHI.shape[1], pieces, masks.down_SI
+        y_nH = base.linear("down", expert, h_nI) + _lora(
+            "down", h_nI, expert, rows, base.out_features("down"), pieces, masks.down_SI
         )
+        y_nH = base.finish(y_nH)
         out_TH = out_TH.index_add(0, token_n, (y_nH * weight_S[rows, None]).to(out_TH.dtype))
     return out_TH
 

@@ -15,13 +15,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 Matrix = Literal["gate_up", "down"]
+MATRICES: tuple[Matrix, ...] = ("gate_up", "down")
 
 
 class LoraPiece(NamedTuple):
-    """One low-rank update, of the columns `start : start + O` of one matrix of every expert.
+    """One low-rank update, of O output features of one matrix of every expert.
 
     Expert e's rank-many rows are `offsets[e] : offsets[e + 1]` of both factors; its update of the
-    weight is `scaling * b[rows].T @ a[rows]`, added to output features `start : start + O`.
+    weight is `scaling * b[rows].T @ a[rows]`, added to output features `start`, `start + step`, ...
 
     Attributes:
         matrix: the base matrix that is updated.
@@ -30,6 +31,7 @@ class LoraPiece(NamedTuple):
         b_RO: (R, O), rows ordered by expert.
         offsets: E + 1 whole numbers, rising, from 0 to R.
         scaling: factor on the product.
+        step: from one output feature to the next; 2 for half of an interleaved gate and up.
     """
 
     matrix: Matrix
@@ -38,11 +40,21 @@ class LoraPiece(NamedTuple):
     b_RO: Tensor
     offsets: tuple[int, ...]
     scaling: float
+    step: int = 1
 
     @property
     def columns(self) -> slice:
         """Output features that the piece adds to."""
-        return slice(self.start, self.start + self.b_RO.shape[1])
+        return slice(self.start, self.start + self.step * self.b_RO.shape[1], self.step)
+
+    def spread(self, update_SO: Tensor, width: int) -> Tensor:
+        """(S, width): the update in the piece's columns, zero elsewhere."""
+        if update_SO.shape[1] == width:
+            return update_SO
+        if self.step == 1:
+            return F.pad(update_SO, (self.start, width - self.columns.stop))
+        # Interleaving is padding in an axis of its own.
+        return F.pad(update_SO[..., None], (self.start, self.step - 1 - self.start)).flatten(1)
 
     @property
     def ranks(self) -> list[int]:
@@ -50,46 +62,109 @@ class LoraPiece(NamedTuple):
         return [end - start for start, end in zip(self.offsets, self.offsets[1:], strict=False)]
 
 
+# The same matrix of all experts: (E, O, I), or E matrices (O, I) that lie wherever they lie.
+Stack = Tensor | Sequence[Tensor]
+
+
+class Apart(NamedTuple):
+    """Gate and up as matrices of their own; side by side they are what is called gate_up."""
+
+    gate: Stack
+    up: Stack
+
+
 @dataclass(frozen=True)
 class ExpertWeights:
-    """The frozen experts of one block, in the standard fused layout.
+    """The frozen experts of one block: views of the model's own parameters, never copies.
+
+    A transposed view describes storage that is (E, in-features, out-features). Experts without a
+    gate have their only first matrix, (E, I, H), in the place of gate_up.
 
     Attributes:
-        gate_up_EGH: (E, 2 * I, H), gate rows before up rows.
-        down_EHI: (E, H, I).
-        apply_gate: maps (n, 2 * I) to (n, I); for most models `act(gate) * up`.
-        is_silu: whether `apply_gate` is exactly `silu(gate) * up`, whose derivative is known.
+        gate_up: (E, G, H), G = 2 * I output features in the order that `apply_gate` expects, in
+            most models gate before up.
+        down: (E, H, I).
+        apply_gate: maps (n, G) to (n, I); for most models `act(gate) * up`.
+        is_silu: whether `apply_gate` is exactly `silu(gate) * up` of two halves, whose derivative
+            is known.
+        gate_up_bias_EG: added to the first matrix's output, or None.
+        down_bias_EH: added to the second's, before the routing weight, or None.
+        post_norm: what each expert's output goes through before the routing weight, or None.
     """
 
-    gate_up_EGH: Tensor
-    down_EHI: Tensor
+    gate_up: Stack | Apart
+    down: Stack
     apply_gate: Callable[[Tensor], Tensor]
     is_silu: bool
+    gate_up_bias_EG: Tensor | None = None
+    down_bias_EH: Tensor | None = None
+    post_norm: Callable[[Tensor], Tensor] | None = None
+
+    @property
+    def gate_up_EGH(self) -> Tensor:  # noqa: N802
+        """The first matrices in one tensor, where they are (see `is_fused`)."""
+        assert isinstance(self.gate_up, Tensor)
+        return self.gate_up
+
+    @property
+    def down_EHI(self) -> Tensor:  # noqa: N802
+        """The second matrices in one tensor, where they are."""
+        assert isinstance(self.down, Tensor)
+        return self.down
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether each matrix of all experts is one tensor."""
+        return isinstance(self.gate_up, Tensor) and isinstance(self.down, Tensor)
+
+    @property
+    def is_stacked(self) -> bool:
+        """The same, but gate and up may be two tensors."""
+        return all(isinstance(s, Tensor) for m in MATRICES for s in self.stacks(m))
+
+    @property
+    def sample(self) -> Tensor:
+        """One expert's down matrix (H, I), for dtype and device."""
+        return self.down[0]
 
     @property
     def num_experts(self) -> int:
         """E."""
-        return self.gate_up_EGH.shape[0]
+        return len(self.down)
 
     @property
     def width(self) -> int:
         """I, the in-features of down."""
-        return self.down_EHI.shape[2]
+        return self.sample.shape[1]
+
+    def stacks(self, matrix: Matrix) -> tuple[Stack, ...]:
+        """The tensors or lists that side by side make up a matrix: one, or gate and up."""
+        if matrix == "down":
+            return (self.down,)
+        return tuple(self.gate_up) if isinstance(self.gate_up, Apart) else (self.gate_up,)
+
+    def bias(self, matrix: Matrix) -> Tensor | None:
+        """(E, out-features), or None."""
+        return self.down_bias_EH if matrix == "down" else self.gate_up_bias_EG
 
     def out_features(self, matrix: Matrix) -> int:
         """Output features of one expert's matrix."""
-        return self._stack(matrix).shape[1]
+        return sum(stack[0].shape[0] for stack in self.stacks(matrix))
 
-    def forward_matrices(self, matrix: Matrix) -> Sequence[Tensor]:
-        """E matrices (in-features, out-features), for `x @ W^T`; views, not copies."""
-        return self._stack(matrix).transpose(1, 2).unbind()
+    def in_features(self, matrix: Matrix) -> int:
+        """Input features of one expert's matrix."""
+        return self.stacks(matrix)[0][0].shape[1]
 
-    def backward_matrices(self, matrix: Matrix) -> Sequence[Tensor]:
-        """E matrices (out-features, in-features), for `g @ W`; views, not copies."""
-        return self._stack(matrix).unbind()
+    def linear(self, matrix: Matrix, expert: int, x_nI: Tensor) -> Tensor:
+        """One expert's matrix, with its bias if it has one."""
+        outs = [F.linear(x_nI, stack[expert]) for stack in self.stacks(matrix)]
+        out_nO = outs[0] if len(outs) == 1 else torch.cat(outs, dim=-1)
+        bias_EO = self.bias(matrix)
+        return out_nO if bias_EO is None else out_nO + bias_EO[expert]
 
-    def _stack(self, matrix: Matrix) -> Tensor:
-        return self.gate_up_EGH if matrix == "gate_up" else self.down_EHI
+    def finish(self, y_nH: Tensor) -> Tensor:
+        """What is done to an expert's output before the routing weight."""
+        return y_nH if self.post_norm is None else self.post_norm(y_nH)
 
     def gate_into(self, h_nI: Tensor, gate_up_nG: Tensor) -> Tensor:
         """`apply_gate(gate_up_nG)`, in the given buffer where its form is known."""
@@ -142,6 +217,12 @@ class Routing(NamedTuple):
     token_S: Tensor
     counts_E: Tensor
 
+    @property
+    def expert_S(self) -> Tensor:  # noqa: N802
+        """The expert of each sorted row."""
+        row_S = torch.arange(self.order_S.numel(), device=self.order_S.device)
+        return torch.searchsorted(self.counts_E.cumsum(0), row_S, right=True)
+
     def counts(self) -> list[int]:
         """Rows of each expert, on the host (a synchronisation on an accelerator)."""
         return self.counts_E.tolist()
@@ -170,7 +251,7 @@ def draw_dropout(
     """Dropout masks for the adapter inputs; all engines draw the same ones from the same seed."""
     widths = {piece.matrix: piece.a_RI.shape[1] for piece in pieces}
     masks: list[Tensor | None] = []
-    for matrix in ("gate_up", "down"):
+    for matrix in MATRICES:
         if probability > 0 and matrix in widths:
             ones = torch.ones(num_rows, widths[matrix], dtype=like.dtype, device=like.device)
             masks.append(F.dropout(ones, probability))

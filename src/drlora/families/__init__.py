@@ -1,0 +1,29 @@
+"""The kinds of experts that can be adapted: the interface of transformers, and the exceptions."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from drlora.families.base import Family, Run
+from drlora.families.dbrx import Dbrx
+from drlora.families.interface import InterfaceExperts
+from drlora.families.jetmoe import JetMoe
+from drlora.families.llama4 import Llama4
+from drlora.families.longcat_flash import LongcatFlash
+from drlora.families.step3p7 import Step3p7
+
+__all__ = ["FAMILIES", "Family", "Run", "family_of"]
+
+FAMILIES: tuple[Family, ...] = (
+    InterfaceExperts(),
+    Dbrx(),
+    JetMoe(),
+    Llama4(),
+    LongcatFlash(),
+    Step3p7(),
+)
+
+
+def family_of(module: nn.Module) -> Family | None:
+    """The family that recognises `module` as its experts, or None."""
+    return next((family for family in FAMILIES if family.recognises(module)), None)

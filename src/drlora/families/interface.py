@@ -1,0 +1,68 @@
+"""All experts that follow transformers' experts interface: nearly every MoE model, none by name.
+
+The interface (`transformers.integrations.moe`) fixes the call, `(hidden, index, weights)`, and
+says by flags on the module how its parameters lie: `gate_up_proj (E, 2I, H)` and `down_proj
+(E, H, I)`, transposed or not, gate and up one after the other or interleaved, with biases or not;
+`up_proj (E, I, H)` in the place of gate_up where there is no gate.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.integrations import moe as hf_moe
+
+from drlora.families.base import Family, is_silu
+from drlora.ops import ExpertWeights
+
+FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "has_post_expert_norm")
+
+
+class InterfaceExperts(Family):
+    """Described by the module's own flags."""
+
+    def recognises(self, module: nn.Module) -> bool:
+        return all(hasattr(module, flag) for flag in FLAGS)
+
+    def missing(self, module: Any) -> str | None:
+        if getattr(module, "_is_expert_parallel", False):
+            return (
+                "it is expert-parallel, so each process holds other experts and would train "
+                "another adapter; load the model without expert parallelism (data parallelism, "
+                "FSDP and ZeRO work)"
+            )
+        names = _parameter_names(module)
+        absent = [name for name in names if not isinstance(getattr(module, name, None), Tensor)]
+        return f"its flags promise {' and '.join(absent)}, which it has not" if absent else None
+
+    def is_interleaved(self, module: Any) -> bool:
+        return module.has_gate and not module.is_concatenated
+
+    def weights(self, module: Any) -> ExpertWeights:
+        first, down = module.gate_up_proj if module.has_gate else module.up_proj, module.down_proj
+        if module.is_transposed:
+            first, down = first.transpose(1, 2), down.transpose(1, 2)
+        own_gate = type(module)._apply_gate is not hf_moe._default_apply_gate
+        first_bias = down_bias = None
+        if module.has_bias:
+            first_bias = module.gate_up_proj_bias if module.has_gate else module.up_proj_bias
+            down_bias = module.down_proj_bias
+        return ExpertWeights(
+            first,
+            down,
+            module._apply_gate if module.has_gate else module.act_fn,
+            is_silu=module.has_gate and not own_gate and is_silu(module.act_fn),
+            gate_up_bias_EG=first_bias,
+            down_bias_EH=down_bias,
+            post_norm=module.post_expert_norm if module.has_post_expert_norm else None,
+        )
+
+    def call(self, module: Any, run: Any, *args: Any, **kwargs: Any) -> Tensor:
+        # GPT-OSS names the arguments in another way, in the same order.
+        return run(*args, *kwargs.values())
+
+
+def _parameter_names(module: Any) -> list[str]:
+    names = ["gate_up_proj" if module.has_gate else "up_proj", "down_proj"]
+    return names + [f"{name}_bias" for name in names] if module.has_bias else names

@@ -1,0 +1,25 @@
+"""Step-3.7: the common layout and call, and a gate of its own, but without the interface's flags.
+
+Its routed output is scaled after the experts (`routed_scaling_factor`), by the block itself.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from drlora.families.base import Family
+from drlora.ops import ExpertWeights
+
+
+class Step3p7(Family):
+    """`gate_up_proj (E, 2I, H)`, `down_proj (E, H, I)`, `_apply_gate` with a clamp."""
+
+    def recognises(self, module: nn.Module) -> bool:
+        return type(module).__name__ == "Step3p7Experts"
+
+    def weights(self, module: Any) -> ExpertWeights:
+        return ExpertWeights(
+            module.gate_up_proj, module.down_proj, module._apply_gate, is_silu=False
+        )
