@@ -83,4 +83,4 @@ def test_dynamics_and_callback_signatures():
 
 def test_command_line_verbs():
     (verbs,) = [a for a in _parser()._actions if isinstance(a, argparse._SubParsersAction)]
-    assert set(verbs.choices) == {"train", "eval", "inspect"}
+    assert set(verbs.choices) == {"train", "eval", "inspect", "export"}

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from datasets import Dataset
@@ -37,6 +37,22 @@ from drlora.rundir import RunDir
 from drlora.schedule import plan_growth
 
 DEFAULT_MAX_LENGTH = 1024
+
+
+class NamesModel(Protocol):
+    """What says where a model comes from: a Recipe, or the base of an adapter."""
+
+    @property
+    def model(self) -> str: ...
+
+    @property
+    def tokenizer(self) -> str | None: ...
+
+    @property
+    def dtype(self) -> str: ...
+
+    @property
+    def trust_remote_code(self) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -77,7 +93,7 @@ def check_growth(model: PreTrainedModel, config: DrLoraConfig, total_steps: int)
         plan_growth(config, num_experts, total_steps)
 
 
-def load_tokenizer(recipe: Recipe, vocab_size: int) -> PreTrainedTokenizerBase:
+def load_tokenizer(recipe: NamesModel, vocab_size: int) -> PreTrainedTokenizerBase:
     """The recipe's tokenizer.
 
     Raises:
@@ -181,7 +197,7 @@ def count_steps(arguments: TrainingArguments, num_examples: int) -> int:
     return math.ceil(arguments.num_train_epochs * updates)
 
 
-def load_base_model(recipe: Recipe) -> PreTrainedModel:
+def load_base_model(recipe: NamesModel) -> PreTrainedModel:
     """The model with its weights.
 
     Raises:
@@ -224,7 +240,7 @@ def load_adapter(model: PreTrainedModel, folder: str) -> PeftModel:
             return PeftModel.from_pretrained(model, folder)
     except DrLoraError as error:
         raise CheckpointError(f"the adapter in {folder} cannot be used: {error}") from error
-    except (SafetensorError, OSError, ValueError, RuntimeError, UserWarning) as error:
+    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError, UserWarning) as error:
         raise CheckpointError(
             f"the adapter in {folder} cannot be loaded: {_first_line(error)}. It is incomplete or "
             f"damaged; train it again, or copy it again from where it came."

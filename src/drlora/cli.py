@@ -3,6 +3,7 @@
     drlora train RECIPE.yaml [key=value ...] [--resume]
     drlora eval RUN [--split SPLIT] [--data FILE]
     drlora inspect MODEL [key=value ...] [--steps N]
+    drlora export RUN --format peft|per-expert|merged -o DIR [--rank auto] [--dry-run]
 
 Exit codes: 0 done, 2 something to put right (one message on standard error), 130 interrupted.
 """
@@ -22,6 +23,8 @@ from rich.console import Console
 
 from drlora.errors import DrLoraError
 from drlora.evaluate_run import evaluate_run
+from drlora.export import FORMATS, RANKS
+from drlora.export_run import export_run, print_plan
 from drlora.inspection import inspect_model, print_inspection
 from drlora.recipe import load_recipe, make_adapter_config
 from drlora.rundir import RunDir
@@ -57,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_train(verbs, common)
     _add_eval(verbs, common)
     _add_inspect(verbs, common)
+    _add_export(verbs, common)
     return parser
 
 
@@ -87,6 +91,21 @@ def _add_inspect(verbs: argparse._SubParsersAction, common: argparse.ArgumentPar
     verb.add_argument("--dtype", help="of the weights; by default what they are stored in")
     verb.add_argument("--json", action="store_true", help="print JSON")
     verb.set_defaults(verb=_inspect)
+
+
+def _add_export(verbs: argparse._SubParsersAction, common: argparse.ArgumentParser) -> None:
+    verb = verbs.add_parser(
+        "export", parents=[common], help="write an adapter for PEFT, serving engines or as a model"
+    )
+    verb.add_argument("run", metavar="RUN", help="a run directory, or a folder with an adapter")
+    verb.add_argument("--format", required=True, choices=FORMATS)
+    verb.add_argument("-o", "--output", required=True, metavar="DIR", help="a new or empty folder")
+    verb.add_argument("--rank", default="padded", choices=RANKS, help="auto: as small as it gets")
+    verb.add_argument("--dry-run", action="store_true", help="print the plan, write nothing")
+    verb.add_argument("--model", help="the base model, where it is not where the adapter says")
+    verb.add_argument("--data", metavar="FILE", help="examples to compare logits on")
+    verb.add_argument("--trust-remote-code", action="store_true")
+    verb.set_defaults(verb=_export)
 
 
 def _train(arguments: argparse.Namespace) -> int:
@@ -129,6 +148,21 @@ def _inspect(arguments: argparse.Namespace) -> int:
         print(json.dumps(found, indent=2))
     else:
         print_inspection(found)
+    return 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    result = export_run(
+        arguments.run,
+        arguments.format,
+        arguments.output,
+        arguments.rank,
+        dry_run=arguments.dry_run,
+        model=arguments.model,
+        data=arguments.data,
+        trust_remote_code=arguments.trust_remote_code,
+    )
+    print_plan(result, arguments.output, Console(highlight=False, soft_wrap=True, markup=False))
     return 0
 
 

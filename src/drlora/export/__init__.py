@@ -1,0 +1,26 @@
+"""Exports of an adapter for programs that do not know drlora; see `plan` for the three steps.
+
+peft         plain PEFT LoRA on target_parameters: PEFT, SGLang, vLLM
+per-expert   2-D keys of each expert: vLLM, SGLang, llama.cpp's converter
+merged       full weights in the model's own checkpoint format
+"""
+
+from drlora.export.compare import Difference
+from drlora.export.plan import (
+    FORMATS,
+    RANKS,
+    ExportPlan,
+    apply_plan,
+    make_plan,
+    refuse_full_folder,
+)
+
+__all__ = [
+    "Difference",
+    "ExportPlan",
+    "FORMATS",
+    "RANKS",
+    "apply_plan",
+    "make_plan",
+    "refuse_full_folder",
+]

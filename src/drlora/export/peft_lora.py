@@ -1,0 +1,82 @@
+"""The format `peft`: plain LoRA on `target_parameters`, for PEFT without drlora.
+
+All ranks are padded with zeros to one, and scalings are part of B, so that alpha / r = 1. In PEFT,
+row e * r + k of A and column k * E + e of B belong to expert e: in B the expert runs fastest.
+Names and files are left to PEFT, which also makes the model that is compared.
+"""
+
+from __future__ import annotations
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
+from peft.utils import ModulesToSaveWrapper
+from torch import nn
+from transformers import PreTrainedModel
+
+from drlora.export.factors import Factors
+from drlora.export.updates import Updates
+
+# Ordinary LoRA on such a linear layer is targeted as a parameter: of these names PEFT makes the
+# fused experts when it translates configurations that were written for transformers 4.
+_NAMES_OF_EXPERTS = {"gate_proj", "up_proj", "down_proj", "w1", "w2", "w3", "gate"}
+
+
+def make_config(updates: Updates, base: PreTrainedModel) -> LoraConfig:
+    """PEFT's configuration of the export."""
+    rank = updates.rank
+    clashing = {n for n in updates.linears if n.rpartition(".")[2] in _NAMES_OF_EXPERTS}
+    parameters = _short(list(updates.experts), base) + [f"{n}.weight" for n in sorted(clashing)]
+    return LoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        target_parameters=parameters,
+        target_modules=sorted(set(updates.linears) - clashing),
+        modules_to_save=list(updates.modules) or None,
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base.name_or_path or None,
+    )
+
+
+def attach(base: PreTrainedModel, updates: Updates) -> PeftModel:
+    """`base` with a plain PEFT LoRA that does what the adapter did."""
+    config = make_config(updates, base)
+    model = get_peft_model(base, config)
+    assert isinstance(model, PeftModel)
+    filled = set()
+    for name, module in base.named_modules():
+        if isinstance(module, LoraLayer):
+            target = name.replace(".base_layer", "")
+            if isinstance(module, ParamWrapper):
+                target = f"{target}.{module.parameter_name}"
+            target = target if target in updates.experts else target.removesuffix(".weight")
+            _fill(module, {**updates.experts, **updates.linears}[target], config.r)
+            filled.add(target)
+        elif isinstance(module, ModulesToSaveWrapper):
+            module.modules_to_save["default"].load_state_dict(updates.modules[name])
+            filled.add(name)
+    assert filled == {*updates.experts, *updates.linears, *updates.modules}
+    return model
+
+
+def size_bytes(updates: Updates) -> int:
+    """Size of the written tensors; LoRA is kept in float32."""
+    rows = [*updates.experts.values(), *updates.linears.values()]
+    lora = sum(len(f.a) * updates.rank * (f.in_features + f.out_features) for f in rows)
+    whole = [x for state in updates.modules.values() for x in state.values()]
+    return 4 * lora + sum(x.numel() * x.element_size() for x in whole)
+
+
+@torch.no_grad()
+def _fill(module: LoraLayer, factors: Factors, rank: int) -> None:
+    a_ErI, b_EOr = factors.padded(rank)
+    module.lora_A["default"].get_parameter("weight").copy_(a_ErI.flatten(0, 1))
+    module.lora_B["default"].get_parameter("weight").copy_(b_EOr.permute(1, 2, 0).flatten(1))
+
+
+def _short(names: list[str], base: nn.Module) -> list[str]:
+    """Endings such as `experts.down_proj`, where they stand for exactly these parameters."""
+    endings = {".".join(name.split(".")[-2:]) for name in names}
+    meant = {n for n, _ in base.named_parameters() if n.endswith(tuple(f".{e}" for e in endings))}
+    return sorted(endings) if meant == set(names) else sorted(names)

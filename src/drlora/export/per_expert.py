@@ -1,0 +1,135 @@
+"""The format `per-expert`: 2-D LoRA keys of each expert, as vLLM, SGLang and llama.cpp read them.
+
+    base_model.model.model.layers.0.mlp.experts.7.gate_proj.lora_A.weight       (r, in-features)
+
+Keys carry the names of the model's own checkpoint, and it is transformers' own way of splitting
+fused experts for the checkpoint that splits the factors here: a matrix A in the place of W gives
+each expert's A. Gate, up and down are written for every expert, at one rank and with scaling 1.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft.utils.transformers_weight_conversion import (
+    _MODEL_TO_CONVERSION_PATTERN,
+    _MOE_FUSED_TARGETS,
+)
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+
+from drlora.errors import CheckpointError, ConfigError
+from drlora.export.peft_lora import make_config as make_peft_config
+from drlora.export.updates import Updates
+
+_ROOT = "base_model.model."
+_EXPERT_KEY = re.compile(r"\.experts\.\d+\.\w+\.weight$")
+_LORA_KEY = re.compile(r"\.experts\.\d+\.(\w+)\.lora_[AB]\.weight$")
+
+
+def make_config(updates: Updates, base: PreTrainedModel, tensors: dict[str, Tensor]) -> LoraConfig:
+    """PEFT's configuration of the export, which names layers as the checkpoint does."""
+    config = make_peft_config(updates, base)
+    config.target_parameters = _linear_parameters(config) or None
+    leaves = {match[1] for match in map(_LORA_KEY.search, tensors) if match}
+    config.target_modules = sorted({*(config.target_modules or ()), *leaves})
+    return config
+
+
+def make_tensors(updates: Updates, base: PreTrainedModel) -> dict[str, Tensor]:
+    """Key -> tensor of the whole adapter file.
+
+    Raises:
+        ConfigError: if the model's checkpoint does not keep experts apart, or they have no gate.
+    """
+    rank = updates.rank
+    tensors: dict[str, Tensor] = {}
+    for name, factors in updates.experts.items():
+        if name.endswith(".up_proj"):
+            raise ConfigError(
+                f"{name}: an expert without a gate has no gate_proj, which readers of per-expert "
+                f"adapters ask for; use the format peft or merged."
+            )
+        a_ErI, b_EOr = factors.padded(rank)
+        if name.endswith("gate_up_proj"):
+            a_ErI = torch.cat(
+                [a_ErI, a_ErI], dim=1
+            )  # split in halves below: one for gate, one for up
+        for kind, stacked in (("A", a_ErI), ("B", b_EOr)):
+            apart = revert_weight_conversion(base, {name: stacked})
+            if not apart or not all(_EXPERT_KEY.search(key) for key in apart):
+                raise ConfigError(
+                    f"{type(base).__name__} has no per-expert layout: its checkpoint keeps {name} "
+                    f"as {sorted(apart)[:2]}; use the format peft or merged."
+                )
+            for key, tensor in apart.items():
+                lora_key = key.removesuffix("weight") + f"lora_{kind}.weight"
+                tensors[_ROOT + lora_key] = tensor.contiguous()
+    for name, factors in updates.linears.items():
+        a_ErI, b_EOr = factors.padded(rank)
+        tensors[f"{_ROOT}{name}.lora_A.weight"] = a_ErI[0]
+        tensors[f"{_ROOT}{name}.lora_B.weight"] = b_EOr[0]
+    for name, state in updates.modules.items():
+        tensors |= {f"{_ROOT}{name}.{key}": value for key, value in state.items()}
+    return tensors
+
+
+def read_back(base: PreTrainedModel, updates: Updates) -> PeftModel:
+    """`base` with what PEFT's own converter of per-expert keys makes of the tensors."""
+    tensors = make_tensors(updates, base)
+    config = make_config(updates, base, tensors)
+    if not _peft_converts_configs(base):
+        config = _converted_config(updates, base)
+    with warnings.catch_warnings():
+        # PEFT converts rank_pattern itself, applies it, and then says that it matched nothing.
+        warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys", RuntimeWarning)
+        model = get_peft_model(base, config)
+    assert isinstance(model, PeftModel)
+    report: Any = set_peft_model_state_dict(model, tensors)
+    missing = [key for key in report.missing_keys if ".lora_" in key or "modules_to_save" in key]
+    if missing or report.unexpected_keys:
+        raise CheckpointError(
+            f"PEFT does not read back the per-expert layout of {type(base).__name__}: missing "
+            f"{missing[:2]}, unexpected {report.unexpected_keys[:2]}. Nothing was written; use the "
+            f"format peft or merged."
+        )
+    return model
+
+
+def notes(updates: Updates, base: PreTrainedModel) -> list[str]:
+    """What the user of such an export should know."""
+    found = []
+    if updates.modules:
+        found.append(
+            f"{len(updates.modules)} modules were trained in full (such as "
+            f"{next(iter(updates.modules))}); engines that take LoRA alone refuse them: use merged"
+        )
+    if not _peft_converts_configs(base):
+        found.append(
+            f"for serving engines: PEFT does not load per-expert adapters of model type "
+            f"{base.config.model_type!r} from a folder; use the format peft there"
+        )
+    return found
+
+
+def _peft_converts_configs(base: PreTrainedModel) -> bool:
+    """Whether PEFT maps the names of an expert's layers to the fused parameters of this model."""
+    return _MODEL_TO_CONVERSION_PATTERN.get(base.config.model_type) in _MOE_FUSED_TARGETS
+
+
+def _converted_config(updates: Updates, base: PreTrainedModel) -> LoraConfig:
+    """What PEFT would make of the configuration: fused, gate and up with a rank each."""
+    config = make_peft_config(updates, base)
+    config.rank_pattern = {r".*\.gate_up_proj": 2 * updates.rank}
+    config.alpha_pattern = dict(config.rank_pattern)
+    return config
+
+
+def _linear_parameters(config: LoraConfig) -> list[str]:
+    """Ordinary linear layers that are targeted as parameters."""
+    return sorted(name for name in config.target_parameters or () if name.endswith(".weight"))

@@ -1,0 +1,137 @@
+"""All that an adapter changes in its model, taken out of drlora's own layout."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import cast
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from drlora.errors import ConfigError
+from drlora.export.factors import Factors, expert_factors
+from drlora.inject import adapted_layers
+from drlora.layer import DrLoraExperts
+from drlora.ops import Matrix
+
+# The parameter of an experts module that holds a matrix of all experts.
+PARAMETERS: dict[Matrix, tuple[str, ...]] = {
+    "gate_up": ("gate_up_proj", "up_proj"),
+    "down": ("down_proj",),
+}
+
+
+@dataclass(frozen=True)
+class Updates:
+    """The contents of one adapter.
+
+    Attributes:
+        experts: full name of a stacked expert parameter -> its update.
+        linears: full name of a linear layer with ordinary LoRA -> its update (E = 1).
+        modules: full name of a module that was trained in full -> its tensors.
+    """
+
+    experts: dict[str, Factors]
+    linears: dict[str, Factors]
+    modules: dict[str, dict[str, Tensor]]
+
+    @property
+    def rank(self) -> int:
+        """The largest rank, to which all others are padded; at least 1."""
+        factors = [*self.experts.values(), *self.linears.values()]
+        return max([1, *(rank for f in factors for rank in f.ranks)])
+
+    def shrunk(self) -> Updates:
+        """The same updates at their numerical ranks."""
+        return replace(
+            self,
+            experts={name: factors.shrunk() for name, factors in self.experts.items()},
+            linears={name: factors.shrunk() for name, factors in self.linears.items()},
+        )
+
+
+def collect_updates(model: PeftModel, adapter: str, all_matrices: bool = False) -> Updates:
+    """What `adapter` changes in its base model; copies, on the CPU, in float32.
+
+    Args:
+        model: carries the adapter; its base weights are not read.
+        adapter: its name.
+        all_matrices: whether a matrix that is not adapted gets an update of rank 0.
+
+    Raises:
+        ConfigError: if a block's experts are not in one parameter a matrix; the block is named.
+    """
+    inner = model.get_base_model()
+    experts = {}
+    for layer in adapted_layers(inner, adapter).values():
+        for matrix in PARAMETERS:
+            factors = expert_factors(layer.adapter(adapter), matrix)
+            if factors is None and all_matrices:
+                factors = _no_update(layer.block.num_experts, *layer.block.shape_of(matrix))
+            if factors is not None:
+                experts[_parameter_name(layer, matrix)] = factors
+    return Updates(experts, _linear_updates(inner, adapter), _trained_modules(inner, adapter))
+
+
+def base_of(model: PeftModel, adapter: str) -> PreTrainedModel:
+    """The base model without any adapter, as it was before; `model` is used up.
+
+    PEFT's own `unload` would leave modules that were trained in full in their trained state.
+    """
+    inner = model.get_base_model()
+    originals = {name: module.original_module for name, module in _saved(inner)}
+    base = cast(PreTrainedModel, model.unload())
+    for name, original in originals.items():
+        base.set_submodule(name, original)
+    return base
+
+
+def _parameter_name(layer: DrLoraExperts, matrix: Matrix) -> str:
+    experts = layer.get_base_layer()
+    own = dict(experts.named_parameters(recurse=False))
+    for key in PARAMETERS[matrix]:
+        if key in own and own[key].dim() == 3 and len(own[key]) == layer.block.num_experts:
+            return f"{layer.block.experts_name}.{key}"
+    raise ConfigError(
+        f"{layer.block.experts_name} ({type(experts).__name__}) does not hold its {matrix} "
+        f"matrices in one parameter (E, ., .), which PEFT's LoRA needs; use the format merged."
+    )
+
+
+def _no_update(num_experts: int, in_features: int, out_features: int) -> Factors:
+    a_rI, b_Or = torch.zeros(0, in_features), torch.zeros(out_features, 0)
+    return Factors((a_rI,) * num_experts, (b_Or,) * num_experts)
+
+
+def _linear_updates(inner: nn.Module, adapter: str) -> dict[str, Factors]:
+    found = {}
+    for name, module in inner.named_modules():
+        if not isinstance(module, LoraLayer):
+            continue
+        if adapter in module.lora_embedding_A or adapter in getattr(module, "lora_variant", {}):
+            raise ConfigError(f"the LoRA on {name} is of a kind that is not exported; use merged.")
+        if adapter not in module.lora_A:
+            continue
+        a_rI = module.lora_A[adapter].get_parameter("weight").detach().float().cpu()
+        b_Or = module.lora_B[adapter].get_parameter("weight").detach().float().cpu()
+        found[name] = Factors((a_rI,), (b_Or * module.scaling[adapter],))
+    return found
+
+
+def _trained_modules(inner: nn.Module, adapter: str) -> dict[str, dict[str, Tensor]]:
+    return {
+        name: {
+            key: value.detach().cpu().clone()
+            for key, value in module.modules_to_save[adapter].state_dict().items()
+        }
+        for name, module in _saved(inner)
+        if adapter in module.modules_to_save
+    }
+
+
+def _saved(inner: nn.Module) -> list[tuple[str, ModulesToSaveWrapper]]:
+    return [(n, m) for n, m in inner.named_modules() if isinstance(m, ModulesToSaveWrapper)]

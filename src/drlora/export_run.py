@@ -1,0 +1,240 @@
+"""Export a finished run, or a folder with an adapter: `drlora export`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
+from rich.console import Console
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from drlora.assemble import (
+    load_adapter,
+    load_architecture,
+    load_base_model,
+    load_source,
+    load_tokenizer,
+    model_on_meta,
+    vocabulary_size,
+)
+from drlora.config import DrLoraConfig
+from drlora.data import Collator, encode_examples
+from drlora.errors import CheckpointError, ConfigError, DrLoraError
+from drlora.export import Difference, ExportPlan, apply_plan, make_plan, refuse_full_folder
+from drlora.layer import DrLoraExperts
+from drlora.recipe import DataSection, default_split
+from drlora.rundir import RunDir
+
+EXAMPLES, BATCH_SIZE, MAX_TOKENS = 8, 2, 128
+WEIGHTS = "adapter_model.safetensors"
+
+
+@dataclass(frozen=True)
+class Source:
+    """An adapter and where its model and data are; reads as drlora.assemble's `NamesModel`.
+
+    Attributes:
+        folder: holds adapter_config.json and adapter_model.safetensors.
+        data: of the run's recipe, or None.
+    """
+
+    folder: Path
+    model: str
+    tokenizer: str | None
+    dtype: str
+    trust_remote_code: bool
+    data: DataSection | None
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """The plan and, unless it was a dry run, how far the logits were apart."""
+
+    plan: ExportPlan
+    difference: Difference | None
+
+
+def export_run(
+    folder: str | Path,
+    format: str,
+    output: str | Path,
+    rank: str = "padded",
+    *,
+    dry_run: bool = False,
+    model: str | None = None,
+    data: str | None = None,
+    trust_remote_code: bool = False,
+) -> ExportResult:
+    """Export the adapter in `folder` to `output`; a dry run reads no weights but the adapter's.
+
+    Args:
+        folder: a run directory, or a folder with a saved DR-LoRA adapter.
+        format: `peft`, `per-expert` or `merged`.
+        output: must not exist or be empty.
+        rank: `padded` or `auto`.
+        dry_run: make the plan and stop.
+        model: the base model, where the adapter does not say or it has moved.
+        data: examples to compare logits on; by default the run's held-out ones, and random tokens
+            for an adapter without a run.
+        trust_remote_code: whether code that comes with the model may run.
+
+    Raises:
+        ConfigError: if the format does not fit the model, or `output` is not empty.
+        CheckpointError: if the adapter is missing, damaged, made for another model, or the export
+            would not give its logits.
+        DataError: if `data` is missing or malformed.
+    """
+    source = find_source(Path(folder), model, trust_remote_code)
+    refuse_full_folder(output)
+    if dry_run:
+        return ExportResult(make_plan(_adapter_without_base(source), format, rank), None)
+    base = load_base_model(source)
+    vocab_size = vocabulary_size(base)
+    adapted = load_adapter(base, str(source.folder))
+    plan = make_plan(adapted, format, rank)
+    tokenizer = _tokenizer(source, vocab_size, needed=data is not None)
+    what, batches = _batches(source, data, tokenizer, vocab_size)
+    record = {"adapter": str(folder), "base_model": source.model, "compared_on": what}
+    adapted.to(torch.accelerator.current_accelerator() or torch.device("cpu"))
+    return ExportResult(plan, apply_plan(plan, adapted, batches, output, tokenizer, record))
+
+
+def find_source(folder: Path, model: str | None, trust_remote_code: bool) -> Source:
+    """The adapter in a run directory or any other folder.
+
+    Raises:
+        CheckpointError: if there is none, the run is unfinished, or the model is not known.
+    """
+    run = RunDir(folder)
+    if run.config.is_file():
+        recipe = run.read_config()
+        if not run.adapter.is_file():
+            raise CheckpointError(
+                f"{folder} has no {WEIGHTS}: the run is not finished. Continue it with: "
+                f"{run.resume_command}"
+            )
+        trust = trust_remote_code or recipe.trust_remote_code
+        return Source(
+            folder, model or recipe.model, recipe.tokenizer, recipe.dtype, trust, recipe.data
+        )
+    for name in ("adapter_config.json", WEIGHTS):
+        if not (folder / name).is_file():
+            raise CheckpointError(
+                f"{folder} is neither a run directory nor a saved adapter: it has no {name}."
+            )
+    said = _read_json(folder / "adapter_config.json")
+    if said.get("peft_type") != "DRLORA":
+        raise CheckpointError(
+            f"the adapter in {folder} is of type {said.get('peft_type')!r}; only DR-LoRA adapters "
+            f"are exported."
+        )
+    base = model or said.get("base_model_name_or_path")
+    if not base:
+        raise CheckpointError(
+            f"the adapter in {folder} does not say what its base model is; name it with --model."
+        )
+    return Source(folder, base, None, "auto", trust_remote_code, None)
+
+
+def print_plan(result: ExportResult, output: str | Path, console: Console) -> None:
+    """The plan and the outcome, for people."""
+    plan = result.plan
+    low, mean, high = plan.owned
+    console.print(f"format   {plan.format}")
+    padded = "" if plan.rank is None else f", written at rank {plan.rank}"
+    console.print(f"ranks    {low} to {high} (mean {mean:.4g}) in the adapter{padded}")
+    console.print(f"weights  {plan.weight_bytes / 2**20:.2f} MiB")
+    console.print(f"files    {', '.join(plan.files)}")
+    for note in plan.notes:
+        console.print(f"note     {note}")
+    if result.difference is None:
+        console.print(f"dry run: nothing was written to {output}")
+    else:
+        console.print(f"logits   {result.difference}")
+        console.print(f"written  {output}")
+
+
+def _adapter_without_base(source: Source) -> PeftModel:
+    """The adapter with its weights, on a base that has none."""
+    base = model_on_meta(
+        load_architecture(source.model, source.trust_remote_code), source.trust_remote_code
+    )
+    try:
+        config = DrLoraConfig.from_pretrained(str(source.folder))
+        tensors = load_file(source.folder / WEIGHTS)
+    except (SafetensorError, OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"the adapter in {source.folder} cannot be read: {error}") from error
+    config.base_model_name_or_path = None  # the base may be named otherwise by now
+    model = get_peft_model(base, config)
+    assert isinstance(model, PeftModel)
+    for part in _adapter_parts(model):
+        part.to_empty(device="cpu")
+    try:
+        set_peft_model_state_dict(model, tensors)
+    except DrLoraError:
+        raise
+    except (KeyError, RuntimeError) as error:
+        raise CheckpointError(
+            f"the adapter in {source.folder} does not fit {source.model!r}: {error}"
+        ) from error
+    return model
+
+
+def _adapter_parts(model: PeftModel) -> Iterator[nn.Module]:
+    for module in model.modules():
+        if isinstance(module, DrLoraExperts):
+            yield module.drlora_adapters
+        elif isinstance(module, ModulesToSaveWrapper):
+            yield module.modules_to_save
+        elif isinstance(module, LoraLayer):
+            yield from (module.lora_A, module.lora_B)
+
+
+def _tokenizer(source: Source, vocab_size: int, needed: bool) -> PreTrainedTokenizerBase | None:
+    """The model's tokenizer; an adapter without a run may go without."""
+    try:
+        return load_tokenizer(source, vocab_size)
+    except ConfigError:
+        if needed or source.data is not None:
+            raise
+        return None
+
+
+def _batches(
+    source: Source,
+    data: str | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    vocab_size: int,
+) -> tuple[str, list[dict[str, Tensor]]]:
+    """What logits are compared on, in words and as batches."""
+    if tokenizer is None or (data is None and source.data is None):
+        ids_NL = torch.randint(vocab_size, (EXAMPLES, 64), generator=torch.Generator())
+        batch = {"input_ids": ids_NL, "attention_mask": torch.ones_like(ids_NL)}
+        return "random tokens", [{k: x[i : i + 2] for k, x in batch.items()} for i in (0, 2, 4, 6)]
+    section = source.data or DataSection(train=str(data))
+    name, split = (data, default_split(data, "eval")) if data else section.source("eval")
+    rows = encode_examples(load_source(section, name, split, EXAMPLES), tokenizer, MAX_TOKENS)
+    features = [rows.dataset[i] for i in range(len(rows.dataset))]
+    collate = Collator(tokenizer)
+    spans = range(0, len(features), BATCH_SIZE)
+    return f"{name}, split {split}", [collate(features[i : i + BATCH_SIZE]) for i in spans]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} must hold one JSON object.")
+    return value
