@@ -10,25 +10,10 @@ import torch
 from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, PeftType, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny import make_batch, make_model, plain_loop, trainable
+from tiny_adapter import SETTINGS, logits, trained
 
 import drlora
 from drlora.inject import adapted_layers
-
-SETTINGS = dict(r_init=2, r_target=4, r_max=8, p_grow=0.5, grow_every=2, warmup_steps=1,
-                settle_steps=1, lora_alpha=8.0)  # fmt: skip
-
-
-def trained(family="olmoe", base=None, **changes):
-    config = drlora.DrLoraConfig(**{**SETTINGS, **changes})
-    model = get_peft_model(base or make_model(family), config)
-    dynamics = drlora.RankDynamics(model, total_steps=8)
-    plain_loop(model, dynamics, torch.optim.AdamW(trainable(model), lr=2e-2), range(8))
-    return model.eval()
-
-
-def logits(model, seed=7):
-    with torch.no_grad():
-        return model.eval()(**make_batch(seed)).logits
 
 
 def test_the_method_is_registered():

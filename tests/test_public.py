@@ -45,6 +45,7 @@ SETTINGS = {
     "use_dora": False,
     "modules_to_save": None,
     "experts": None,
+    "base_model_type": None,
 }
 GRANT_FIELDS = [
     "step", "block", "projection", "expert", "granted", "rank", "routing", "importance", "saliency",

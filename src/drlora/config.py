@@ -88,6 +88,8 @@ class DrLoraConfig(PeftConfig):
         use_dora: must be False; DoRA on experts needs all of them as dense matrices in each step.
         modules_to_save: further modules that are trained in full and saved with the adapter.
         experts: full names of the adapted experts modules; filled in at injection.
+        base_model_type: the model's `model_type`; filled in at injection, and compared when the
+            adapter is loaded.
 
     Raises:
         ConfigError: naming the setting, its value and the way out.
@@ -118,6 +120,7 @@ class DrLoraConfig(PeftConfig):
     use_dora: bool = False
     modules_to_save: list[str] | None = None
     experts: list[str] | None = None
+    base_model_type: str | None = None
 
     def __post_init__(self) -> None:
         self.peft_type = DRLORA

@@ -332,6 +332,8 @@ class RankDynamics:
 
 def _active_adapter(model: nn.Module) -> str:
     active = getattr(model, "active_adapter", None)
+    if active is None and getattr(model, "peft_config", None):
+        active = getattr(model, "active_adapters", None)  # transformers' own add_adapter
     if callable(active):
         active = active()
     if isinstance(active, (list, tuple)):

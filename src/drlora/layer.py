@@ -249,12 +249,14 @@ class DrLoraExperts(nn.Module, BaseTunerLayer):
         for name in names:
             if name not in self.drlora_adapters:
                 continue
-            for piece in self.adapter(name).pieces(torch.float32):
-                if safe_merge and not is_finite(piece):
-                    raise ValueError(
-                        f"adapter {name!r} has NaN or infinite weights in {self.block.name} "
-                        f"({piece.matrix}); it was not merged."
-                    )
+            pieces = self.adapter(name).pieces(torch.float32)
+            broken = [piece.matrix for piece in pieces if safe_merge and not is_finite(piece)]
+            if broken:
+                raise ValueError(
+                    f"adapter {name!r} has NaN or infinite weights in {self.block.name} "
+                    f"({broken[0]}); it was not merged."
+                )
+            for piece in pieces:
                 add_update(self.base_weights, piece)
             self.merged_adapters.append(name)
 

@@ -26,11 +26,14 @@ from drlora.errors import CheckpointError, ConfigError
 from drlora.inject import (
     adapted_layers,
     choose_blocks,
+    forget_router_logits,
     note_router_logits,
     release_router,
     train_in_float32,
     wrap_experts,
 )
+from drlora.layer import DrLoraExperts
+from drlora.observe import forget_tokens
 from drlora.ordinary import choose_targets, lora_config
 from drlora.peft_type import DRLORA
 
@@ -45,11 +48,14 @@ class DrLoraModel(LoraModel):
     """The tuner behind PeftModel: pools on the experts, ordinary LoRA on `target_modules`."""
 
     prefix = _PREFIX
-    tuner_layer_cls = BaseTunerLayer  # both kinds of layers
-    target_module_mapping = {}
+    tuner_layer_cls: Any = BaseTunerLayer  # both kinds of layers
+    target_module_mapping: dict[str, Sequence[str]] = {}
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
+        _refuse_other_architecture(peft_config, model_config.get("model_type"))
         self._blocks = {b.experts_name: b for b in choose_blocks(self.model, peft_config)}
+        for name in self._blocks:
+            _refuse_mixed_dtypes(name, self.model.get_submodule(name))
         peft_config.experts = list(self._blocks)
         if peft_config.router == "train":
             # By full name: PEFT matches endings, and "gate" is also one of "shared_expert_gate".
@@ -95,9 +101,6 @@ class DrLoraModel(LoraModel):
         config = self.peft_config[adapter_name]
         assert isinstance(config, DrLoraConfig)
         layer.add_adapter(adapter_name, config)
-        if peft_config.routing_signal == "probability":
-            assert block.router_name is not None
-            note_router_logits(self.model.get_submodule(block.router_name), layer)
 
     def inject_adapter(
         self,
@@ -108,10 +111,35 @@ class DrLoraModel(LoraModel):
         **kwargs: Any,
     ) -> None:
         """PEFT's injection; then trained routers go to float32, as PEFT does with adapters."""
+        # The copy that PEFT makes of a trained router must not copy its hook, and what that holds.
+        forget_router_logits(model)
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, *args, **kwargs)
+        self._note_routers()
         if autocast_adapter_dtype:
             for copies in self._router_copies(adapter_name):
                 train_in_float32(copies.modules_to_save[adapter_name])
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        if not autocast_adapter_dtype:
+            self._release_routers(adapter_name)
+
+    def _release_routers(self, adapter_name: str) -> list[ModulesToSaveWrapper]:
+        """Trained routers go back to the dtype that the model has them in."""
+        found = self._router_copies(adapter_name)
+        for copies in found:
+            dtype = next(copies.original_module.parameters()).dtype
+            release_router(copies.modules_to_save[adapter_name], dtype)
+        return found
+
+    def _note_routers(self) -> None:
+        for layer in self.model.modules():
+            if isinstance(layer, DrLoraExperts) and any(
+                layer.adapter(name).config.routing_signal == "probability"
+                for name in layer.drlora_adapters
+            ):
+                assert layer.block.router_name is not None
+                note_router_logits(self.model.get_submodule(layer.block.router_name), layer)
 
     def _router_copies(self, adapter_name: str) -> list[ModulesToSaveWrapper]:
         """Where the adapter's trained routers are kept."""
@@ -127,12 +155,29 @@ class DrLoraModel(LoraModel):
             if name in names and isinstance(module, ModulesToSaveWrapper)
         ]
 
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+    def merge_adapter(
+        self, adapter_names: list[str] | None = None, safe_merge: bool = False
+    ) -> None:
+        """As in PEFT; where `safe_merge` refuses one layer, no layer stays merged."""
+        layers = [m for m in self.model.modules() if isinstance(m, BaseTunerLayer)]
+        was_merged = any(layer.merged for layer in layers)
+        try:
+            super().merge_adapter(adapter_names, safe_merge)
+        except ValueError:
+            if not was_merged:
+                for layer in layers:
+                    if layer.merged:
+                        layer.unmerge()
+            raise
+
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
         for adapter_name in self.peft_config:
-            for copies in self._router_copies(adapter_name):
-                dtype = next(copies.original_module.parameters()).dtype
-                release_router(copies.modules_to_save[adapter_name], dtype)
-        return super()._unload_and_optionally_merge(*args, **kwargs)
+            for copies in self._release_routers(adapter_name):
+                if not merge:  # PEFT would leave the trained router in
+                    copies.set_adapter([])
+        base: Any = super()._unload_and_optionally_merge(merge, *args, **kwargs)
+        _take_hooks_off(base)
+        return base
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -175,21 +220,62 @@ class DrLoraModel(LoraModel):
         return remapped
 
 
+def _refuse_other_architecture(config: DrLoraConfig, model_type: str | None) -> None:
+    if config.base_model_type not in (None, model_type):
+        raise ConfigError(
+            f"the adapter is one for {config.base_model_type!r}, the model is a {model_type!r}; "
+            f"load the model that it was trained on (base_model_name_or_path="
+            f"{config.base_model_name_or_path!r}), or make a new DrLoraConfig."
+        )
+    config.base_model_type = model_type
+
+
+def _refuse_mixed_dtypes(name: str, experts: nn.Module) -> None:
+    base = experts.get_base_layer() if isinstance(experts, BaseTunerLayer) else experts
+    kept = {key: p.dtype for key, p in base.named_parameters() if p.is_floating_point()}
+    if len(set(kept.values())) > 1:
+        raise ConfigError(
+            f"the experts module {name} mixes dtypes: {kept}; bring it to one dtype first, for "
+            f"example with model.to(torch.bfloat16)."
+        )
+
+
+def _take_hooks_off(model: nn.Module) -> None:
+    """Remove the hooks with which adapters watched the model, and what they wrote on it."""
+    forget_tokens(model)
+    for module in model.modules():
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for key, hook in list(hooks.items()):
+                if getattr(hook, "func", hook).__module__.startswith("drlora."):
+                    del hooks[key]
+
+
 def _refuse_other_adapters(model: nn.Module, adapter_name: str, loaded: dict[str, Tensor]) -> None:
     """An adapter file must hold exactly the tensors that its configuration asks for."""
     here = model.state_dict()
     # A model that PEFT was injected into has no such prefix, a file always has.
     there = {key if key in here else key.removeprefix(_ROOT): loaded[key] for key in loaded}
     needed = [key for key in here if _belongs_to(key, adapter_name)]
+    # Anything else would overwrite the base model. PEFT saves embeddings that were resized.
+    saved_in_full = (f".modules_to_save.{adapter_name}.", *_embedding_names(model))
     for key in [*needed, *there]:
-        if key in here and key in there and here[key].shape == there[key].shape:
+        fits = key in here and key in there and here[key].shape == there[key].shape
+        if fits and (key in needed or any(part in f".{key}" for part in saved_in_full)):
             continue
         saved = tuple(there[key].shape) if key in there else "missing"
-        wanted = tuple(here[key].shape) if key in here else "none"
+        wanted = tuple(here[key].shape) if key in here and not fits else "no place for it"
         raise CheckpointError(
             f"the adapter does not fit this model: {key} is {saved} in the file, the model has "
             f"{wanted}. It was made for another model or with other settings, or is incomplete."
         )
+
+
+def _embedding_names(model: Any) -> list[str]:
+    """As parts of keys: `.lm_head.` and the like."""
+    if not hasattr(model, "get_input_embeddings"):
+        return []
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    return [f".{n}." for n, m in model.named_modules() if any(m is end for end in ends)]
 
 
 def _belongs_to(key: str, adapter_name: str) -> bool:
