@@ -36,6 +36,7 @@ from torch.nn import functional as F
 from drlora.ops.loop_matrices import Buffers, Plan, Projection, Widen, empty_shrunk, write_back
 from drlora.ops.loop_tasks import Task, Work, cut, share_out
 from drlora.ops.parts import DropoutMasks, ExpertWeights, LoraPiece, Routing
+from drlora.ops.scratch import scratch
 
 
 def experts_loop(
@@ -84,7 +85,8 @@ class _ExpertsLoop(torch.autograd.Function):
         base, hidden, width = plan.base, x_TH.shape[1], plan.base.width
         rows = len(plan.routing.order_S)
         gate_up_SG = x_TH.new_empty(rows, base.out_features("gate_up"))
-        y_SH = x_TH.new_empty(rows, hidden, dtype=promote_types(plan.dtype, weight_TK.dtype))
+        sum_dtype = promote_types(plan.dtype, weight_TK.dtype)
+        y_SH = scratch("routed rows", rows, hidden, sum_dtype, x_TH.device)
         shrunk = [empty_shrunk(piece, plan) for piece in plan.pieces]
         gate_up = Projection("gate_up", plan, factors, shrunk, mask_SH)
         down = Projection("down", plan, factors, shrunk, mask_SI)
@@ -130,7 +132,7 @@ class _ExpertsLoop(torch.autograd.Function):
         hidden, width = x_TH.shape[1], base.width
         wide_x_TH, wide_grad_TH = x_TH.to(plan.dtype), grad_TH.to(plan.dtype)
         weight_S1 = weight_TK.reshape(-1)[order_S, None].to(plan.dtype)
-        grad_x_SH = x_TH.new_empty(len(order_S), hidden)
+        grad_x_SH = scratch("routed rows", len(order_S), hidden, x_TH.dtype, x_TH.device)
         grad_w_S = weight_S1.new_empty(len(order_S))
         grads = [torch.empty_like(factor, dtype=plan.dtype) for factor in factors]
         gate_up.start_backward(plan, grads, None)
