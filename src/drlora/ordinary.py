@@ -92,14 +92,14 @@ class ExactLinear(LoraLinear):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """As in PEFT; keeps a copy of the base weight meanwhile."""
         if not self.merged:
-            self._unmerged: Tensor = self.get_base_layer().weight.detach().clone()
+            self._unmerged: Tensor = self.get_base_layer().get_parameter("weight").detach().clone()
         super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
 
     def unmerge(self) -> None:
         """Put the base weight back as it was before `merge`."""
         if self.merged:
             self.merged_adapters.clear()
-            self.get_base_layer().weight.data.copy_(self._unmerged)
+            self.get_base_layer().get_parameter("weight").data.copy_(self._unmerged)
             del self._unmerged
 
 
