@@ -1,4 +1,4 @@
-"""What the three examples share: arguments, a model, the embedded task.
+"""What the examples share: arguments, a model, the embedded task.
 
 Without `--tiny` the model is the pretrained one inside the package; with it, a random OLMoE that
 learns nothing useful but takes milliseconds a step. Both work without a network.
@@ -79,9 +79,9 @@ def character_tokenizer() -> PreTrainedTokenizerBase:
     )
 
 
-def add_adapter(base: PreTrainedModel, steps: int) -> PeftModel:
+def adapter_settings(steps: int) -> drlora.DrLoraConfig:
     """Ranks from 2 to 4 on average, grown in about five events within `steps` optimizer steps."""
-    settings = drlora.DrLoraConfig(
+    return drlora.DrLoraConfig(
         r_init=2,
         r_target=4,
         r_max=8,
@@ -90,7 +90,11 @@ def add_adapter(base: PreTrainedModel, steps: int) -> PeftModel:
         grow_every=steps // 6,
         settle_steps=steps // 10,
     )
-    return get_peft_model(base, settings)
+
+
+def add_adapter(base: PreTrainedModel, steps: int) -> PeftModel:
+    """The model with an adapter; TRL's trainers do this themselves, given the settings."""
+    return get_peft_model(base, adapter_settings(steps))
 
 
 def load_data(tokenizer: PreTrainedTokenizerBase, steps: int) -> Dataset:
@@ -99,8 +103,15 @@ def load_data(tokenizer: PreTrainedTokenizerBase, steps: int) -> Dataset:
     return encode_examples(examples, tokenizer, MAX_LENGTH).dataset
 
 
-def print_ranks(dynamics: drlora.RankDynamics) -> None:
+def load_pairs(steps: int) -> Dataset:
+    """The same as text, in the columns `prompt` and `completion`."""
+    examples = load_examples(TASK, split=f"train[:{BATCH * steps}]")
+    return examples.select_columns(["prompt", "completion"])
+
+
+def print_ranks(dynamics: drlora.RankDynamics | None) -> None:
     """Rank of each expert, layer by layer, and the budget."""
+    assert dynamics is not None, "nothing was trained"
     for block, ranks in dynamics.ranks().items():
         print(block, *next(iter(ranks.values())))
     print("budget: {} of {} ranks".format(*dynamics.budget()))

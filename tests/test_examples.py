@@ -8,40 +8,43 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
+from datasets import Dataset
 from safetensors.torch import load_file
+from tiny import make_batch, make_model
+
+from drlora.jsonl import read_lines
 
 ROOT = Path(__file__).parents[1]
-EXAMPLES = ["trainer", "plain_loop", "accelerate_loop"]
+EXAMPLES = ["trainer", "plain_loop", "accelerate_loop", "sft", "dpo", "grpo"]
 STEPS = 12
 R_INIT, R_TARGET, R_MAX, EXPERTS = 2, 4, 8, 8
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, str]]:
-    """Name -> (folder, what was printed). They run side by side: most of it is importing."""
+    """Name -> (folder, what was printed). Two run at a time: most of it is importing."""
     folder = tmp_path_factory.mktemp("examples")
     env = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "ACCELERATE_USE_CPU": "true"}
-    jobs = {
-        name: subprocess.Popen(
-            [sys.executable, str(ROOT / "examples" / f"{name}.py"), "--tiny"]
-            + ["--steps", str(STEPS), "--out", str(folder / name)],
-            env=env,
-            cwd=folder,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        for name in EXAMPLES
-    }
-    printed = {name: job.communicate(timeout=600)[0] for name, job in jobs.items()}
-    assert all(job.returncode == 0 for job in jobs.values()), "\n".join(printed.values())
-    return {name: (folder / name, printed[name]) for name in EXAMPLES}
+
+    def run(name: str) -> tuple[Path, str]:
+        command = [sys.executable, str(ROOT / "examples" / f"{name}.py"), "--tiny"]
+        command += ["--steps", str(STEPS), "--out", str(folder / name)]
+        done = subprocess.run(command, env=env, cwd=folder, text=True, timeout=600,
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+        assert done.returncode == 0, done.stdout
+        return folder / name, done.stdout
+
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(EXAMPLES, pool.map(run, EXAMPLES), strict=True))
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
@@ -64,6 +67,28 @@ def test_an_example_grows_ranks_and_spends_the_budget(runs, name):
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_an_example_is_short(name):
     assert len((ROOT / "examples" / f"{name}.py").read_text().splitlines()) < 60
+
+
+def test_a_script_for_lora_needs_two_changed_lines_and_an_import(tmp_path, monkeypatch):
+    """The diff in docs/training.md, run on both of its sides."""
+    page = (ROOT / "docs" / "training.md").read_text()
+    (diff,) = re.findall(r"```diff\n(.*?)```", page, flags=re.DOTALL)
+    lines = diff.splitlines()
+    assert sorted(line[0] for line in lines if line[0] != " ") == ["+", "+", "+", "-", "-"]
+    sides = {kind: "\n".join(line[1:] for line in lines if line[0] in f" {kind}") for kind in "-+"}
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained",
+                        lambda name, **_: make_model())  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    rows = [{key: value[0] for key, value in make_batch(i, rows=1).items()} for i in range(24)]
+    for kind, source in sides.items():
+        short = source.replace("max_steps=1000", "max_steps=24")
+        short = short.replace("grow_every=50", "grow_every=2, settle_steps=2")
+        exec(short, {"data": Dataset.from_list(rows), "name": "tiny"})
+        saved = load_file(tmp_path / "out" / "adapter_model.safetensors")
+        assert any(key.endswith(".owner") for key in saved) == (kind == "+")
+        if kind == "+":
+            grants = list(read_lines(tmp_path / "out" / "growth.jsonl"))
+            assert grants and all(grant["rank"] > 8 for grant in grants)
 
 
 def test_the_picture_is_drawn_from_a_run(runs, tmp_path):

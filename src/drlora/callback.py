@@ -15,12 +15,13 @@ import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from drlora.dynamics import Grant, RankDynamics
+from drlora.errors import ConfigError
 from drlora.jsonl import append_lines, forget_after
 
 GROWTH_LOG = "growth.jsonl"
@@ -52,10 +53,15 @@ class DrLoraCallback(TrainerCallback, ExportableState):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Start, or continue at the step that the Trainer resumed from."""
+        """Start, or continue at the step that the Trainer resumed from.
+
+        Raises:
+            ConfigError: if the adapter is frozen, or cannot spend its budget in this run.
+        """
         if self.dynamics is not None:
             self.dynamics.release()
         self.dynamics = RankDynamics(kwargs["model"], state.max_steps, self.adapter)
+        _refuse_frozen(self.dynamics)
         self.dynamics.step = self._resumed_step(state)
         _warn_of_longer_warmup(self.dynamics, args.get_warmup_steps(state.max_steps))
         self._log = Path(self.log_dir or args.output_dir or ".") / GROWTH_LOG
@@ -107,11 +113,23 @@ class DrLoraCallback(TrainerCallback, ExportableState):
         if not state.global_step:
             return 0
         # A list if there are several callbacks of this class; the latest entries are at its end.
-        saved = (state.stateful_callbacks or {}).get(type(self).__name__, [])
+        states = cast("dict[str, Any]", state.stateful_callbacks or {})
+        saved = states.get(type(self).__name__, [])
         for entry in reversed(saved if isinstance(saved, list) else [saved]):
             if entry["args"].get("adapter") == self.adapter and entry["attributes"]["step"]:
                 return entry["attributes"]["step"]
         return state.global_step
+
+
+def _refuse_frozen(dynamics: RankDynamics) -> None:
+    pools = [pool for a in dynamics.adapters.values() for pool in a.rank_pools.values()]
+    if not any(p.requires_grad for pool in pools for p in pool.parameters()):
+        name = dynamics.adapter_name
+        raise ConfigError(
+            f"adapter {name!r} is frozen, so nothing would be trained; load it with "
+            f"PeftModel.from_pretrained(model, folder, is_trainable=True), or choose which adapter "
+            f"to train with model.set_adapter."
+        )
 
 
 def _warn_of_longer_warmup(dynamics: RankDynamics, trainer_warmup: int) -> None:
