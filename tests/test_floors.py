@@ -18,7 +18,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"config", "errors", "peft_type", "ranks"}),
     frozenset({"allocator", "ops", "young_rows", "saliency", "schedule"}),
     frozenset({"blocks", "families", "inject", "layer", "observe", "ordinary", "rank_pool"}),
-    frozenset({"checkpoint", "dynamics", "export", "peft_method"}),
+    frozenset({"checkpoint", "dynamics", "export", "import_lora", "peft_method", "starts"}),
     frozenset(
         {
             "__main__",
@@ -61,6 +61,8 @@ ORDER_WITHIN: dict[int, tuple[frozenset[str], ...]] = {
         frozenset({"layer", "ordinary"}),
         frozenset({"inject"}),
     ),
+    # An import is an export read backwards: one knows PEFT's layout, the other uses it.
+    3: (frozenset({"export"}), frozenset({"import_lora"})),
 }
 
 # They depend on the package; the package never depends on them.

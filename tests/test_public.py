@@ -19,6 +19,10 @@ NAMES = {
     "Grant",
     "RankDynamics",
     "__version__",
+    "load_peft_lora",
+    "rank_map",
+    "ranks_from_routing",
+    "start_ranks",
 }
 SETTINGS = {
     "r_init": 8,
@@ -80,6 +84,16 @@ def test_dynamics_and_callback_signatures():
     assert list(inspect.signature(drlora.DrLoraCallback).parameters) == [
         "adapter", "log_dir", "on_growth",
     ]  # fmt: skip
+
+
+def test_signatures_of_imports():
+    for function, parameters in (
+        (drlora.load_peft_lora, ["model", "folder", "config"]),
+        (drlora.rank_map, ["model"]),
+        (drlora.start_ranks, ["model", "ranks"]),
+        (drlora.ranks_from_routing, ["model", "batches", "mean_rank"]),
+    ):
+        assert list(inspect.signature(function).parameters) == parameters
 
 
 def test_command_line_verbs():

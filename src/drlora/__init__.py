@@ -16,6 +16,8 @@ from drlora.callback import DrLoraCallback
 from drlora.config import DrLoraConfig
 from drlora.dynamics import Grant, RankDynamics
 from drlora.errors import CheckpointError, ConfigError, DataError, DrLoraError
+from drlora.import_lora import load_peft_lora
+from drlora.starts import rank_map, ranks_from_routing, start_ranks
 
 _peft_method.register()
 
@@ -31,4 +33,8 @@ __all__ = [
     "Grant",
     "RankDynamics",
     "__version__",
+    "load_peft_lora",
+    "rank_map",
+    "ranks_from_routing",
+    "start_ranks",
 ]

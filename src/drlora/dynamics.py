@@ -208,13 +208,13 @@ class RankDynamics:
 
     def _make_groups(self) -> Iterator[_Group]:
         for name, adapter in self.adapters.items():
-            plan = plan_growth(self.config, adapter.block.num_experts, self.total_steps)
             projections = tuple(adapter.pools)
-            if self.config.rank_per == "expert":
-                yield _Group(name, adapter, projections, plan)
-            else:
-                for projection in projections:
-                    yield _Group(name, adapter, (projection,), plan)
+            together = self.config.rank_per == "expert"
+            for group in [projections] if together else [(one,) for one in projections]:
+                start = _start_of(adapter.rank_pools[group[0]])
+                experts = adapter.block.num_experts
+                plan = plan_growth(self.config, experts, self.total_steps, start)
+                yield _Group(name, adapter, group, plan)
 
     def _pools(self) -> list[RankPool]:
         return [pool for a in self.adapters.values() for pool in a.rank_pools.values()]
@@ -328,6 +328,11 @@ class RankDynamics:
     def _hold_router(self, grad: Tensor) -> Tensor:
         """During the warm-up the router's gradient must not weigh in gradient clipping either."""
         return torch.zeros_like(grad) if self.step < self.warmup_steps else grad
+
+
+def _start_of(pool: RankPool) -> list[int] | None:
+    """The ranks of a run that begins; None where one is under way, which was checked then."""
+    return None if pool.importance.any() else pool.book.ranks().tolist()
 
 
 def _active_adapter(model: nn.Module) -> str:

@@ -12,6 +12,7 @@ the budget exactly. Settings for which that cannot be promised are refused here,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from drlora.allocator import allocate
@@ -52,8 +53,16 @@ class GrowthPlan:
         return min(self.budget, event * self.quota // self.cost)
 
 
-def plan_growth(config: DrLoraConfig, num_experts: int, total_steps: int) -> GrowthPlan:
+def plan_growth(
+    config: DrLoraConfig, num_experts: int, total_steps: int, start: Sequence[int] | None = None
+) -> GrowthPlan:
     """The plan of one pool group of `num_experts` experts over `total_steps` optimizer steps.
+
+    Args:
+        config: the settings.
+        num_experts: E.
+        total_steps: length of the run.
+        start: (E,) ranks to start from, where they are not all r_init.
 
     Raises:
         ConfigError: if the budget cannot be reached with these settings, with the arithmetic.
@@ -75,17 +84,22 @@ def plan_growth(config: DrLoraConfig, num_experts: int, total_steps: int) -> Gro
         )
     quota = -(-cost * budget // len(steps))
     plan = GrowthPlan(steps, quota, cost, budget)
-    _refuse_if_short(config, num_experts, plan, total_steps)
+    _refuse_if_short(config, num_experts, plan, total_steps, start)
     return plan
 
 
-def simulate(config: DrLoraConfig, num_experts: int, plan: GrowthPlan) -> list[list[int]]:
+def simulate(
+    config: DrLoraConfig,
+    num_experts: int,
+    plan: GrowthPlan,
+    start: Sequence[int] | None = None,
+) -> list[list[int]]:
     """Ranks after each event if saliency always prefers the same experts.
 
     This is the hardest case for the budget: the favourites fill up to r_max one after the other,
     so the fewest experts are left to take what becomes due.
     """
-    ranks = [config.r_init] * num_experts
+    ranks = list(start or [config.r_init] * num_experts)
     preference = [float(num_experts - e) for e in range(num_experts)]
     history = []
     for event in range(1, len(plan.event_steps) + 1):
@@ -103,9 +117,13 @@ def simulate(config: DrLoraConfig, num_experts: int, plan: GrowthPlan) -> list[l
 
 
 def _refuse_if_short(
-    config: DrLoraConfig, num_experts: int, plan: GrowthPlan, total_steps: int
+    config: DrLoraConfig,
+    num_experts: int,
+    plan: GrowthPlan,
+    total_steps: int,
+    start: Sequence[int] | None,
 ) -> None:
-    spent = sum(simulate(config, num_experts, plan)[-1]) - num_experts * config.r_init
+    spent = sum(simulate(config, num_experts, plan, start)[-1]) - num_experts * config.r_init
     if spent == plan.budget:
         return
     events = len(plan.event_steps)

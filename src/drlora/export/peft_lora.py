@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from drlora.export.factors import Factors
-from drlora.export.updates import Updates
+from drlora.export.updates import Updates, linear_updates, trained_modules
 
 # Ordinary LoRA on such a linear layer is targeted as a parameter: of these names PEFT makes the
 # fused experts when it translates configurations that were written for transformers 4.
@@ -47,10 +47,7 @@ def attach(base: PreTrainedModel, updates: Updates) -> PeftModel:
     filled = set()
     for name, module in base.named_modules():
         if isinstance(module, LoraLayer):
-            target = name.replace(".base_layer", "")
-            if isinstance(module, ParamWrapper):
-                target = f"{target}.{module.parameter_name}"
-            target = target if target in updates.experts else target.removesuffix(".weight")
+            target = _target_of(name, module)
             _fill(module, {**updates.experts, **updates.linears}[target], config.r)
             filled.add(target)
         elif isinstance(module, ModulesToSaveWrapper):
@@ -58,6 +55,35 @@ def attach(base: PreTrainedModel, updates: Updates) -> PeftModel:
             filled.add(name)
     assert filled == {*updates.experts, *updates.linears, *updates.modules}
     return model
+
+
+def read(model: PeftModel, adapter: str = "default") -> Updates:
+    """What a plain PEFT LoRA changes in its base model: the way back from `attach`."""
+    inner = model.get_base_model()
+    experts: dict[str, Factors] = {}
+    linears = linear_updates(inner, adapter)
+    for name, module in inner.named_modules():
+        if isinstance(module, ParamWrapper) and adapter in module.lora_A:
+            target, factors = _target_of(name, module), _factors_of(module, adapter)
+            (experts if module.get_param().dim() == 3 else linears)[target] = factors
+    return Updates(experts, linears, trained_modules(inner, adapter))
+
+
+def _target_of(name: str, module: LoraLayer) -> str:
+    """Full name of the stacked parameter, or of the linear layer, that a LoRA layer is on."""
+    target = name.replace(".base_layer", "")
+    if isinstance(module, ParamWrapper):
+        target = f"{target}.{module.parameter_name}".removesuffix(".weight")
+    return target
+
+
+def _factors_of(module: ParamWrapper, adapter: str) -> Factors:
+    rank, num_experts = module.r[adapter], module.num_experts
+    a = module.lora_A[adapter].get_parameter("weight").detach().float().cpu()
+    b = module.lora_B[adapter].get_parameter("weight").detach().float().cpu()
+    a_ErI = a.unflatten(0, (num_experts, rank))
+    b_EOr = b.unflatten(1, (rank, num_experts)).permute(2, 0, 1) * module.scaling[adapter]
+    return Factors(tuple(a_ErI.unbind()), tuple(b_EOr.unbind()))
 
 
 def size_bytes(updates: Updates) -> int:

@@ -8,6 +8,7 @@ from typing import cast
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -74,7 +75,7 @@ def collect_updates(model: PeftModel, adapter: str, all_matrices: bool = False) 
                 factors = _no_update(layer.block.num_experts, *layer.block.shape_of(matrix))
             if factors is not None:
                 experts[_parameter_name(layer, matrix)] = factors
-    return Updates(experts, _linear_updates(inner, adapter), _trained_modules(inner, adapter))
+    return Updates(experts, linear_updates(inner, adapter), trained_modules(inner, adapter))
 
 
 def base_of(model: PeftModel, adapter: str) -> PreTrainedModel:
@@ -107,13 +108,25 @@ def _no_update(num_experts: int, in_features: int, out_features: int) -> Factors
     return Factors((a_rI,) * num_experts, (b_Or,) * num_experts)
 
 
-def _linear_updates(inner: nn.Module, adapter: str) -> dict[str, Factors]:
+def linear_updates(inner: nn.Module, adapter: str) -> dict[str, Factors]:
+    """Ordinary LoRA on linear layers, by full name.
+
+    Raises:
+        ConfigError: if a layer's is no plain LoRA.
+    """
     found = {}
     for name, module in inner.named_modules():
-        if not isinstance(module, LoraLayer):
+        if not isinstance(module, LoraLayer) or isinstance(module, ParamWrapper):
             continue
-        if adapter in module.lora_embedding_A or adapter in getattr(module, "lora_variant", {}):
-            raise ConfigError(f"the LoRA on {name} is of a kind that is not exported; use merged.")
+        if (
+            adapter in module.lora_embedding_A
+            or adapter in module.lora_variant
+            or module.lora_bias.get(adapter)
+        ):
+            raise ConfigError(
+                f"the LoRA on {name} is no plain LoRA on a linear layer, which is all that can be "
+                f"converted; merge it into the base model instead."
+            )
         if adapter not in module.lora_A:
             continue
         a_rI = module.lora_A[adapter].get_parameter("weight").detach().float().cpu()
@@ -122,7 +135,8 @@ def _linear_updates(inner: nn.Module, adapter: str) -> dict[str, Factors]:
     return found
 
 
-def _trained_modules(inner: nn.Module, adapter: str) -> dict[str, dict[str, Tensor]]:
+def trained_modules(inner: nn.Module, adapter: str) -> dict[str, dict[str, Tensor]]:
+    """The tensors of modules that were trained in full, by full name."""
     return {
         name: {
             key: value.detach().cpu().clone()

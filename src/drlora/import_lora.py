@@ -1,0 +1,184 @@
+"""Start from a LoRA on experts that was trained with PEFT, and grow from there.
+
+    model = drlora.load_peft_lora(base_model, "folder of the LoRA")
+
+Every expert owns as many rows as the LoRA has rank, with its weights; the other rows of the budget
+are free. What the model computes is unchanged.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import warnings
+from pathlib import Path
+
+import torch
+from peft import PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from drlora.config import DrLoraConfig
+from drlora.errors import CheckpointError, ConfigError
+from drlora.export.factors import Factors
+from drlora.export.peft_lora import read
+from drlora.export.updates import PARAMETERS, Updates, base_of
+from drlora.inject import adapted_layers
+from drlora.layer import DrLoraExperts
+from drlora.rank_pool import RankPool
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+def load_peft_lora(
+    model: PreTrainedModel, folder: str | Path, config: DrLoraConfig | None = None
+) -> PeftModel:
+    """`model` with a new DR-LoRA adapter that continues the PEFT LoRA in `folder`.
+
+    LoRA on other layers than experts becomes ordinary LoRA of the same adapter, and modules that
+    were trained in full come along. Per-expert keys are read through PEFT's converter.
+
+    Args:
+        model: the base model that the LoRA was trained on; it is wrapped.
+        folder: holds adapter_config.json and adapter_model.safetensors.
+        config: settings of the new adapter; `r_init` must be at least the LoRA's rank (rows beyond
+            it start like new ones). By default r_init is that rank r, r_target 2 r and r_max 4 r.
+
+    Raises:
+        CheckpointError: if the LoRA is missing, damaged, or was made for another model.
+        ConfigError: if it cannot be continued with these settings.
+    """
+    updates = _read_lora(model, Path(folder))
+    rank = max(rank for factors in updates.experts.values() for rank in factors.ranks)
+    config = _default_config(rank) if config is None else copy.copy(config)
+    if config.r_init < rank:
+        raise ConfigError(
+            f"r_init={config.r_init} is less than the rank of the LoRA in {folder}; set "
+            f"r_init={rank} and r_target to at least that."
+        )
+    _take_over_settings(config, updates)
+    adapted = get_peft_model(model, config)
+    assert isinstance(adapted, PeftModel)
+    for layer in adapted_layers(adapted, "default").values():
+        _fill_layer(layer, updates, config)
+    for name, module in adapted.get_base_model().named_modules():
+        if isinstance(module, LoraLayer):
+            _fill_linear(module, updates.linears[name])
+        elif isinstance(module, ModulesToSaveWrapper) and name in updates.modules:
+            module.modules_to_save["default"].load_state_dict(updates.modules[name])
+    return adapted
+
+
+def _default_config(rank: int) -> DrLoraConfig:
+    one_a_time = 1 / (3 * rank)  # of small ranks the default's 10 % would be less than one
+    return DrLoraConfig(r_init=rank, r_target=2 * rank, r_max=4 * rank, p_grow=max(0.1, one_a_time))
+
+
+def _read_lora(model: PreTrainedModel, folder: Path) -> Updates:
+    """The contents of the LoRA in `folder`; `model` is as before."""
+    _refuse_other_files(folder)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            # PEFT converts rank_pattern itself, applies it, and then says that it matched nothing.
+            warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys")
+            loaded = PeftModel.from_pretrained(model, folder)
+    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError, UserWarning) as error:
+        raise CheckpointError(
+            f"the LoRA in {folder} cannot be loaded into {type(model).__name__}: "
+            f"{str(error).splitlines()[0]} Was it made for another model?"
+        ) from error
+    updates = read(loaded)
+    base_of(loaded, "default")
+    if not updates.experts:
+        raise ConfigError(
+            f"the LoRA in {folder} is on no expert (its layers are {sorted(updates.linears)[:3]}); "
+            f"there is nothing to grow."
+        )
+    return updates
+
+
+def _refuse_other_files(folder: Path) -> None:
+    for name in ("adapter_config.json", WEIGHTS):
+        if not (folder / name).is_file():
+            raise CheckpointError(
+                f"{folder} holds no PEFT LoRA: it has no {name} (weights in other formats than "
+                f"safetensors are not read)."
+            )
+    try:
+        kind = json.loads((folder / "adapter_config.json").read_text("utf-8")).get("peft_type")
+    except (ValueError, AttributeError) as error:
+        raise CheckpointError(f"{folder}/adapter_config.json is not valid: {error}") from error
+    if kind != "LORA":
+        raise CheckpointError(
+            f"the adapter in {folder} is of type {kind!r}; LORA can be continued."
+        )
+
+
+def _take_over_settings(config: DrLoraConfig, updates: Updates) -> None:
+    """What the LoRA decides: which experts, and the layers and modules beside them."""
+    if config.experts is None:
+        config.experts = sorted({name.rpartition(".")[0] for name in updates.experts})
+    if updates.modules:
+        config.modules_to_save = sorted({*(config.modules_to_save or ()), *updates.modules})
+    if not updates.linears:
+        if config.target_modules:
+            raise ConfigError(
+                f"target_modules={config.target_modules}: the LoRA has no other layers than "
+                f"experts to continue; leave it out."
+            )
+        return
+    if config.target_modules:
+        raise ConfigError(
+            f"target_modules={config.target_modules} is decided by the LoRA; leave it out."
+        )
+    rank = max(rank for factors in updates.linears.values() for rank in factors.ranks)
+    config.target_modules, config.target_rank = sorted(updates.linears), rank
+    # The scaling is part of B already.
+    config.target_alpha = math.sqrt(rank) if config.use_rslora else float(rank)
+
+
+@torch.no_grad()
+def _fill_layer(layer: DrLoraExperts, updates: Updates, config: DrLoraConfig) -> None:
+    adapter, block = layer.adapter("default"), layer.block
+    left = {}
+    for matrix, keys in PARAMETERS.items():
+        names = [f"{block.experts_name}.{key}" for key in keys]
+        found = next((updates.experts[n] for n in names if n in updates.experts), None)
+        if found is not None:
+            left[matrix] = torch.stack([b.abs().amax(dim=1) for b in found.b]).amax(dim=0)
+            for projection, pool in adapter.rank_pools.items():
+                place, start, step = block.place_of(projection)
+                if place == matrix:
+                    columns = slice(start, start + step * pool.lora_B.shape[1], step)
+                    _fill_pool(pool, found, columns, config.scaling)
+                    left[matrix][columns] = 0
+    unheld = [matrix for matrix, remaining_O in left.items() if remaining_O.any()]
+    if unheld:
+        raise ConfigError(
+            f"projections={config.projections} leave out a part of {unheld[0]} of {block.name} "
+            f"that the LoRA has trained; use projections=['gate_up', 'down']."
+        )
+
+
+def _fill_pool(pool: RankPool, factors: Factors, columns: slice, scaling: float) -> None:
+    for expert, (a_rI, b_Or) in enumerate(zip(factors.a, factors.b, strict=True)):
+        rows = torch.nonzero(pool.owner == expert)[: len(a_rI), 0]
+        _copy_rows(pool.lora_A, rows, a_rI)
+        _copy_rows(pool.lora_B, rows, b_Or[columns].T / scaling)
+
+
+def _copy_rows(target_RF: Tensor, rows: Tensor, value_nF: Tensor) -> None:
+    target_RF.data[rows] = value_nF.to(target_RF)
+
+
+@torch.no_grad()
+def _fill_linear(module: LoraLayer, factors: Factors) -> None:
+    rank = module.r["default"]
+    a_1rI, b_1Or = factors.padded(rank)
+    module.lora_A["default"].get_parameter("weight").copy_(a_1rI[0])
+    module.lora_B["default"].get_parameter("weight").copy_(b_1Or[0])

@@ -1,0 +1,253 @@
+"""Start from other ranks than the same for all: from a rank map, or from how tokens are routed.
+
+    model = get_peft_model(base, DrLoraConfig(r_init=8, r_target=16, r_max=32))
+    ranks = drlora.ranks_from_routing(model, batches)      # or a JSON file with such a map
+    drlora.start_ranks(model, ranks)
+
+A rank map is `{block: {projection: [rank of each expert]}}`, as `RankDynamics.ranks()` gives it.
+The laws of the budget hold: every rank lies between 1 and r_max, and no pool owns more rows than
+it has, E * r_target.
+"""
+
+from __future__ import annotations
+
+import heapq
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+from drlora.config import DrLoraConfig
+from drlora.errors import CheckpointError, ConfigError
+from drlora.inject import adapted_layers
+from drlora.layer import ExpertsAdapter
+from drlora.rank_pool import RankPool
+from drlora.ranks import FREE
+from drlora.saliency import routed_share
+
+RankMap = Mapping[str, Mapping[str, Sequence[int]]]
+_LARGEST_FILE_BYTES = 64 * 2**20
+
+
+def rank_map(model: PeftModel) -> dict[str, dict[str, list[int]]]:
+    """Block -> projection -> rank of each expert, of the active adapter; JSON takes it as it is."""
+    return {name: adapter.ranks() for name, adapter in _adapters(model).items()}
+
+
+def start_ranks(model: PeftModel, ranks: RankMap | str | Path) -> None:
+    """Give the experts of the active adapter the ranks of a map, before training.
+
+    An adapter that was trained can only grow this way, since taking a row away would change what
+    the model computes.
+
+    Args:
+        model: carries a DR-LoRA adapter.
+        ranks: a rank map, or a JSON file with one.
+
+    Raises:
+        CheckpointError: if the file is no rank map, or the map is for another model.
+        ConfigError: if a rank lies outside 1 to r_max, the budget is overspent, projections that
+            share a rank differ, or a trained expert would shrink. Nothing is changed then.
+    """
+    wanted = read_rank_map(ranks) if isinstance(ranks, (str, Path)) else _checked(ranks, "the map")
+    adapters = _adapters(model)
+    _refuse_other_keys(wanted, {name: list(a.pools) for name, a in adapters.items()})
+    changes = [
+        (pool, _fitting(wanted[name][key], pool, adapter.config, f"{name}, {key}"))
+        for name, adapter in adapters.items()
+        for key, pool in adapter.rank_pools.items()
+    ]
+    for name, adapter in adapters.items():
+        _refuse_unequal(wanted[name], name, adapter.config)
+    for pool, ranks_E in changes:
+        _assign(pool, ranks_E)
+
+
+def ranks_from_routing(
+    model: PeftModel, batches: Iterable[Mapping[str, Tensor]], mean_rank: int | None = None
+) -> dict[str, dict[str, list[int]]]:
+    """A rank map in proportion to how much the tokens of a few batches use each expert.
+
+    Counted as the configuration says (`routing_signal`), without padding. Nothing of the model
+    changes, and no gradient is left behind.
+
+    Args:
+        model: carries a trainable DR-LoRA adapter.
+        batches: what the model is called with, labels or not.
+        mean_rank: of the map, between 1 and r_target; by default r_init, so that growth goes on
+            from there as planned.
+
+    Raises:
+        ConfigError: if `mean_rank` is out of range, or there is no batch.
+    """
+    adapters = _adapters(model)
+    config = next(iter(adapters.values())).config
+    mean = config.r_init if mean_rank is None else mean_rank
+    if isinstance(mean, bool) or not isinstance(mean, int) or not 1 <= mean <= config.r_target:
+        raise ConfigError(
+            f"mean_rank={mean_rank!r} must be a whole number from 1 to r_target={config.r_target}."
+        )
+    shares = _routed_shares(model, list(adapters.values()), batches)
+    found = {}
+    for (name, adapter), share_E in zip(adapters.items(), shares, strict=True):
+        ranks_E = proportional_ranks(share_E, mean * len(share_E), config.r_max)
+        found[name] = {projection: list(ranks_E) for projection in adapter.pools}
+    return found
+
+
+def proportional_ranks(share_E: Sequence[float], total: int, r_max: int) -> list[int]:
+    """`total` ranks in proportion to `share_E`, each between 1 and `r_max`.
+
+    One rank after the other goes to the expert with the most share for each rank it has (D'Hondt);
+    ties go to the smaller rank, then to the lower expert number.
+
+        >>> proportional_ranks([0.1, 0.6, 0.3], total=9, r_max=5)
+        [1, 5, 3]
+    """
+    assert len(share_E) <= total <= len(share_E) * r_max
+    ranks = [1] * len(share_E)
+    queue = [(-share, 1, expert) for expert, share in enumerate(share_E)] if r_max > 1 else []
+    heapq.heapify(queue)
+    for _ in range(total - len(ranks)):
+        _, _, expert = heapq.heappop(queue)
+        ranks[expert] += 1
+        if ranks[expert] < r_max:
+            heapq.heappush(queue, (-share_E[expert] / ranks[expert], ranks[expert], expert))
+    return ranks
+
+
+def read_rank_map(path: str | Path) -> dict[str, dict[str, list[int]]]:
+    """The rank map in a JSON file.
+
+    Raises:
+        CheckpointError: if it is missing, too large, or anything but a rank map.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"there is no rank map {path}.")
+    size = path.stat().st_size
+    if size > _LARGEST_FILE_BYTES:
+        raise CheckpointError(f"{path} is no rank map: it has {size} bytes.")
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"the rank map {path} is not valid JSON: {error}") from error
+    return _checked(found, str(path))
+
+
+def _checked(found: Any, where: str) -> dict[str, dict[str, list[int]]]:
+    """`found` if it is of the form of a rank map."""
+    form = f"{where} is no rank map {{block: {{projection: [rank, ...]}}}}"
+    if not isinstance(found, Mapping) or not found:
+        raise CheckpointError(f"{form}: it is a {type(found).__name__} of {str(found)[:40]!r}.")
+    for block, projections in found.items():
+        if not isinstance(projections, Mapping) or not projections:
+            raise CheckpointError(f"{form}: {block!r} holds {str(projections)[:40]!r}.")
+        for projection, ranks in projections.items():
+            if not isinstance(ranks, (list, tuple)):
+                raise CheckpointError(f"{form}: {block}, {projection} holds {str(ranks)[:40]!r}.")
+            for rank in ranks:
+                if isinstance(rank, bool) or not isinstance(rank, int):
+                    raise CheckpointError(
+                        f"{form}: a rank of {block}, {projection} is {str(rank)[:40]!r}."
+                    )
+    return {block: {p: list(r) for p, r in inner.items()} for block, inner in found.items()}
+
+
+def _refuse_other_keys(wanted: RankMap, here: Mapping[str, list[str]]) -> None:
+    pairs = {(block, key) for block, inner in wanted.items() for key in inner}
+    own = {(block, key) for block, keys in here.items() for key in keys}
+    if pairs != own:
+        missing, unknown = sorted(own - pairs)[:2], sorted(pairs - own)[:2]
+        raise CheckpointError(
+            f"the rank map is for another model or other projections: missing are {missing}, not "
+            f"in the model are {unknown}."
+        )
+
+
+def _fitting(ranks: Sequence[int], pool: RankPool, config: DrLoraConfig, where: str) -> list[int]:
+    """`ranks` if the pool can hold them."""
+    if len(ranks) != pool.book.num_experts:
+        raise CheckpointError(
+            f"{where}: the rank map has {len(ranks)} ranks for {pool.book.num_experts} experts."
+        )
+    for expert, rank in enumerate(ranks):
+        if not 1 <= rank <= config.r_max:
+            raise ConfigError(
+                f"{where}: expert {expert} is to have rank {rank}; ranks lie between 1 and "
+                f"r_max={config.r_max}."
+            )
+    rows = len(pool.book.owner_R)
+    if sum(ranks) > rows:
+        raise ConfigError(
+            f"{where}: the ranks add up to {sum(ranks)}, but the budget is E * r_target = {rows}; "
+            f"raise r_target or lower the ranks."
+        )
+    shrinking = [e for e, now in enumerate(pool.book.ranks()) if ranks[e] < now]
+    if shrinking and bool(pool.lora_B.any()):
+        raise ConfigError(
+            f"{where}: expert {shrinking[0]} would lose rank, but the adapter is trained already; "
+            f"set ranks before training, or ranks that are nowhere smaller."
+        )
+    return list(ranks)
+
+
+def _refuse_unequal(ranks: Mapping[str, Sequence[int]], block: str, config: DrLoraConfig) -> None:
+    if config.rank_per == "expert" and len({tuple(r) for r in ranks.values()}) > 1:
+        raise ConfigError(
+            f"{block}: the projections have different ranks in the rank map, but share one with "
+            f"rank_per='expert'; set rank_per='projection'."
+        )
+
+
+def _assign(pool: RankPool, ranks_E: list[int]) -> None:
+    grants = np.asarray(ranks_E) - pool.book.ranks()
+    if (grants >= 0).all():
+        pool.grant(grants.tolist(), step=0)
+        return
+    owner_R = np.full(len(pool.book.owner_R), FREE)
+    owner_R[: sum(ranks_E)] = np.repeat(np.arange(len(ranks_E)), ranks_E)
+    pool.owner.copy_(torch.from_numpy(owner_R))
+    pool.read_owners()
+
+
+def _routed_shares(
+    model: PeftModel, adapters: list[ExpertsAdapter], batches: Iterable[Mapping[str, Tensor]]
+) -> list[list[float]]:
+    """For each block the share of routing that each expert gets.
+
+    The meters count in the backward pass and hand their sums out as gradients, so asking for these
+    alone gives the sums and touches nothing else.
+    """
+    tallies = [adapter.meter.tally_E1 for adapter in adapters]
+    sums = [torch.zeros_like(tally_E1) for tally_E1 in tallies]
+    modes = {module: module.training for module in model.modules()}
+    model.train()
+    count = 0
+    try:
+        for batch in batches:
+            logits = model(**batch).logits
+            for total_E1, sum_E1 in zip(
+                sums, torch.autograd.grad(logits.float().sum(), tallies), strict=True
+            ):
+                total_E1 += sum_E1
+            count += 1
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    if not count:
+        raise ConfigError("ranks_from_routing was given no batch; hand it a few of the training's.")
+    return [routed_share(total_E1[:-1], total_E1[-1]).tolist() for total_E1 in sums]
+
+
+def _adapters(model: PeftModel) -> dict[str, ExpertsAdapter]:
+    name = model.active_adapter
+    found = {block: layer.adapter(name) for block, layer in adapted_layers(model, name).items()}
+    if not found:
+        raise ConfigError(f"the model's active adapter {name!r} is no DR-LoRA adapter.")
+    return found
