@@ -1,6 +1,11 @@
-"""Every family with the standard fused layout, on tiny models of the real classes."""
+"""Common families in depth, experts in a ModuleList, and what is refused.
+
+`test_architectures.py` goes through every model class.
+"""
 
 from __future__ import annotations
+
+import copy
 
 import pytest
 import torch
@@ -158,6 +163,161 @@ def test_recorded_routing_is_what_the_router_chose(family):
         meter = layer.drlora_adapters["default"].meter
         torch.testing.assert_close(meter.sum_E, wanted, rtol=1e-5, atol=1e-5)
         assert meter.num_tokens.item() == 24
+
+
+class Mlp(torch.nn.Module):
+    """An expert as it was before fusing."""
+
+    def __init__(self, names):
+        super().__init__()
+        self.names, self.act_fn = names, torch.nn.SiLU()
+        for name, shape in zip(names, [(32, 24), (32, 24), (24, 32)], strict=True):
+            setattr(self, name, torch.nn.Linear(*shape, bias=False))
+
+    def forward(self, x):
+        gate, up, down = (getattr(self, name) for name in self.names)
+        return down(self.act_fn(gate(x)) * up(x))
+
+
+class SoftmaxBlock(torch.nn.Module):
+    """Mixtral's block as it was in transformers 4."""
+
+    def __init__(self):
+        super().__init__()
+        self.top_k, self.temperature = 2, 1.0
+        self.gate = torch.nn.Linear(32, 6, bias=False)
+        self.experts = torch.nn.ModuleList([Mlp(("w1", "w3", "w2")) for _ in range(6)])
+
+    def forward(self, hidden):
+        x = hidden.view(-1, 32)
+        logits = self.gate(x)
+        weight, index = torch.topk((logits / self.temperature).softmax(dim=1), self.top_k)
+        weight = weight / weight.sum(dim=-1, keepdim=True)
+        out = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            token, place = torch.where(index == number)
+            out.index_add_(0, token, expert(x[token]) * weight[token, place, None])
+        return out.view(hidden.shape), logits
+
+
+class Gate(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(6, 32) * 0.2)
+
+    def forward(self, hidden):
+        scores = (hidden.view(-1, 32) @ self.weight.T).sigmoid()
+        weight, index = torch.topk(scores, 2)
+        return index, weight * 2.5, None
+
+
+class DeepseekBlock(torch.nn.Module):
+    """DeepSeek's, as its remote code has it."""
+
+    def __init__(self):
+        super().__init__()
+        names = ("gate_proj", "up_proj", "down_proj")
+        self.gate, self.shared_experts = Gate(), Mlp(names)
+        self.experts = torch.nn.ModuleList([Mlp(names) for _ in range(6)])
+
+    def forward(self, hidden):
+        index, weight, _ = self.gate(hidden)
+        x = hidden.view(-1, 32).repeat_interleave(2, dim=0)
+        y = torch.empty_like(x)
+        for number, expert in enumerate(self.experts):
+            y[index.view(-1) == number] = expert(x[index.view(-1) == number])
+        y = (y.view(*weight.shape, -1) * weight[..., None]).sum(dim=1)
+        return y.view(hidden.shape) + self.shared_experts(hidden)
+
+
+class OldModel(torch.nn.Module):
+    def __init__(self, block):
+        super().__init__()
+        self.mlp = block
+
+    def forward(self, x):
+        out = self.mlp(x)
+        return out[0] if isinstance(out, tuple) else out
+
+
+@pytest.mark.parametrize("engine", ["naive", "loop", "grouped"])
+@pytest.mark.parametrize("kind", [SoftmaxBlock, DeepseekBlock])
+def test_experts_in_a_module_list(kind, engine):
+    """Against the block's own forward over experts whose weights are W + s B A."""
+    base = OldModel(kind()).requires_grad_(False)
+    twin, x = copy.deepcopy(base), torch.randn(2, 6, 32)
+    config = drlora.DrLoraConfig(r_init=2, r_target=4, r_max=8, p_grow=0.5, lora_alpha=8.0,
+                                 projections=["gate", "up", "down"], engine=engine,
+                                 task_type="FEATURE_EXTRACTION")  # fmt: skip
+    model = drlora.peft_method.DrLoraModel(base, config, "default")
+    randomise(model)
+    layer = next(iter(adapted_layers(model, "default").values()))
+    pools = layer.adapter("default").rank_pools
+    names = twin.mlp.experts[0].names
+    factors, copies, merged = [], [], {}
+    for projection, name in zip(("gate", "up", "down"), names, strict=True):
+        pool = pools[projection]
+        own = [f.detach().clone().requires_grad_() for f in (pool.lora_A, pool.lora_B)]
+        factors, copies = [*factors, pool.lora_A, pool.lora_B], copies + own
+        for expert, update in enumerate(merged_update(pool, *own, 6)):
+            key = f"mlp.experts.{expert}.{name}.weight"
+            merged[key] = twin.get_parameter(key) + update
+    out, wanted = model(x), torch.func.functional_call(twin, merged, x)
+    torch.testing.assert_close(out, wanted, rtol=1e-5, atol=1e-5)
+    grads = torch.autograd.grad(wanted.square().sum(), copies)
+    for got, grad in zip(torch.autograd.grad(out.square().sum(), factors), grads, strict=True):
+        assert (got - grad).norm() < 1e-4 * grad.norm()
+    layer.merge()
+    torch.testing.assert_close(model(x), wanted, rtol=1e-5, atol=1e-5)
+    layer.unmerge()
+    assert all(torch.equal(p, q) for p, q in
+               zip(layer.base_layer.parameters(), twin.parameters(), strict=True))  # fmt: skip
+
+
+def test_a_module_list_that_is_routed_otherwise_is_refused():
+    model = OldModel(SoftmaxBlock())
+    model.mlp.temperature = 1.3
+    with pytest.raises(drlora.ConfigError, match=r"mlp \(SoftmaxBlock\).*its routing is not known"):
+        find_blocks(model)
+
+
+def test_a_model_is_not_adapted_by_half():
+    model = make_model("olmoe")
+    model.model.layers[1].mlp.experts = VitLike()
+    with pytest.raises(drlora.ConfigError, match=r"layers.1.mlp \(Olmoe.*its experts have no"):
+        get_peft_model(model, drlora.DrLoraConfig())
+    assert not any("lora" in name for name, _ in model.named_modules())
+
+
+class VitLike(torch.nn.ModuleList):
+    def __init__(self):
+        super().__init__([torch.nn.Linear(32, 32)])
+
+
+def test_expert_parallel_models_are_refused():
+    model = make_model("olmoe")
+    model.model.layers[0].mlp.experts._is_expert_parallel = True
+    with pytest.raises(drlora.ConfigError, match=r"layers.0.mlp.experts.*expert-parallel"):
+        get_peft_model(model, drlora.DrLoraConfig())
+
+
+def test_experts_in_packed_blocks_are_refused_as_quantised():
+    class Mxfp4Experts(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            blocks = torch.zeros(6, 4, dtype=torch.uint8)
+            self.gate_up_proj_blocks = torch.nn.Parameter(blocks, requires_grad=False)
+
+    model = make_model("olmoe")
+    model.model.layers[0].mlp.experts = Mxfp4Experts()
+    with pytest.raises(drlora.ConfigError, match=r"layers.0.*quantised.*dequantize=True"):
+        get_peft_model(model, drlora.DrLoraConfig())
+
+
+def test_shared_experts_are_named():
+    (first, *_) = find_blocks(make_model("qwen2_moe"))
+    assert first.shared_names == ("model.layers.0.mlp.shared_expert",)
+    assert find_blocks(make_model("olmoe"))[0].shared_names == ()
 
 
 def test_refusals_name_the_module_and_the_reason():

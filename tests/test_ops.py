@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 import drlora.ops
-from drlora.ops import ENGINES, ExpertWeights, LoraPiece, adapted_experts
+from drlora.ops import ENGINES, Apart, ExpertWeights, LoraPiece, adapted_experts
 
 FAST = [name for name in ENGINES if name != "naive"]
 
@@ -159,6 +161,61 @@ def test_dropout_draws_the_same_mask(engine):
     assert_engines_agree(case, engine, dropout=0.4)
     plain, dropped = run(engine, case), run(engine, case, dropout=0.4)
     assert not torch.allclose(plain[0], dropped[0])
+
+
+def clamped_gate(gate_up):
+    """GPT-OSS's: gate and up alternate."""
+    gate, up = gate_up[..., ::2].clamp(max=0.5), gate_up[..., 1::2].clamp(-0.5, 0.5)
+    return (up + 1) * gate * torch.sigmoid(gate * 1.7)
+
+
+def change_layout(case, layout):
+    """The same numbers, kept in another way; or a case with what few models have."""
+    base, pieces, leaves, index = case
+    experts, _, hidden = base.gate_up_EGH.shape
+    if layout == "transposed":
+        first, down = (w.transpose(1, 2).contiguous().transpose(1, 2)
+                       for w in (base.gate_up_EGH, base.down_EHI))  # fmt: skip
+        base = replace(base, gate_up=first, down=down)
+    elif layout in ("apart", "lists"):
+        gate, up = (half.clone() for half in base.gate_up_EGH.chunk(2, dim=1))
+        base = replace(base, gate_up=Apart(gate, up))
+        if layout == "lists":
+            base = replace(base, gate_up=Apart(list(gate), list(up)), down=list(base.down_EHI))
+    elif layout == "biases":
+        base = replace(base, gate_up_bias_EG=torch.randn(experts, 2 * base.width),
+                       down_bias_EH=torch.randn(experts, hidden))  # fmt: skip
+    elif layout == "interleaved":
+        pieces = [p._replace(start=min(p.start, 1), step=2) if p.matrix == "gate_up" else p
+                  for p in pieces]  # fmt: skip
+        base = replace(base, apply_gate=clamped_gate, is_silu=False)
+    elif layout == "no gate":
+        first = base.gate_up_EGH[:, : base.width]
+        base = replace(base, gate_up=first, apply_gate=F.gelu, is_silu=False)
+        pieces = [p._replace(start=0) for p in pieces]
+    elif layout == "norm":
+        base = replace(base, post_norm=lambda y: F.rms_norm(y, y.shape[-1:]))
+    return base, pieces, leaves, index
+
+
+LAYOUTS = ["transposed", "apart", "lists", "biases", "interleaved", "no gate", "norm"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("engine", FAST)
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_layouts(engine, layout, dropout):
+    projections = ("up", "down") if layout == "no gate" else ("gate", "up", "down")
+    case = make_case([3, 0, 5, 1], projections, tokens=300)  # experts in more than one task
+    assert_engines_agree(change_layout(case, layout), engine, dropout=dropout)
+
+
+@pytest.mark.parametrize("layout", ["transposed", "apart", "lists"])
+def test_the_layout_does_not_matter(layout):
+    case = make_case([3, 0, 5, 1], dtype=torch.float64)
+    same = change_layout(case, layout)
+    for one, other in zip(run("naive", case), run("naive", same), strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_naive_is_the_merged_weights():

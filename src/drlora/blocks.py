@@ -104,9 +104,11 @@ def _experts_modules(modules: dict[str, nn.Module]) -> Iterator[tuple[str, nn.Mo
         family = family_of(module)
         if family is not None:
             yield name, module, family
+        elif type(module).__name__ in left_alone or name.endswith(".drlora_adapters"):
+            pass
         elif _looks_like_experts(name, module):
             raise ConfigError(_not_understood(name, module))
-        elif type(module).__name__ not in left_alone:
+        else:
             continue
         done.append(f"{name}.")
 
@@ -123,16 +125,14 @@ def _not_understood(name: str, module: nn.Module) -> str:
 
 
 def _looks_like_experts(name: str, module: nn.Module) -> bool:
-    if name.endswith(".drlora_adapters") or ".drlora_adapters." in name:
-        return False
     class_name = type(module).__name__
-    if class_name == "DrLoraExperts":
+    if "Shared" in class_name or class_name == "DrLoraExperts":
         return False
     own = dict(module.named_parameters(recurse=False))
     if any(key in own and own[key].dim() >= 3 for key in _EXPERT_PARAMETERS):
         return True
     named_so = name.rpartition(".")[2] == "experts" or "Experts" in class_name
-    return named_so and "Shared" not in class_name and any(True for _ in module.parameters())
+    return named_so and any(True for _ in module.parameters())
 
 
 def _describe(

@@ -41,6 +41,14 @@ def choose_blocks(model: nn.Module, config: DrLoraConfig) -> list[MoEBlock]:
                 f"projections={config.projections} cannot work: the experts of {block.name} have "
                 f"no gate; use projections=['up', 'down']."
             )
+        if config.router == "train" and f"{block.experts_name}.base_layer." in (
+            block.router_name or ""
+        ):
+            raise ConfigError(
+                f"router='train' cannot work for {block.name}: its router is inside the module "
+                f"that the adapter takes the place of, where PEFT keeps no trained copies; use "
+                f"router='frozen'."
+            )
         if needs_router and block.router_name is None:
             raise ConfigError(
                 f"the router of {block.name} was not recognised, so router={config.router!r} with "

@@ -10,6 +10,7 @@ from drlora.families.interface import InterfaceExperts
 from drlora.families.jetmoe import JetMoe
 from drlora.families.llama4 import Llama4
 from drlora.families.longcat_flash import LongcatFlash
+from drlora.families.module_list import ModuleListExperts
 from drlora.families.step3p7 import Step3p7
 
 __all__ = ["FAMILIES", "Family", "Run", "family_of"]
@@ -20,6 +21,7 @@ FAMILIES: tuple[Family, ...] = (
     JetMoe(),
     Llama4(),
     LongcatFlash(),
+    ModuleListExperts(),
     Step3p7(),
 )
 

@@ -1,0 +1,114 @@
+"""Experts that are a ModuleList of small MLPs: remote code, and models as they were before fusing.
+
+Such a block calls its experts one by one, and nothing says which routing it used. Two ways are
+known: a linear `gate` whose logits go through softmax and top-k (Mixtral, OLMoE, Qwen2-MoE), and a
+`gate` that returns indices and weights (DeepSeek). Whether a block really works in one of these is
+tried out: its own forward and this file's must give the same, or the model is refused.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from drlora.families.base import Family, Run, gated
+from drlora.ops import Apart, ExpertWeights, adapted_experts
+
+# Names of an expert's gate, up and down.
+_NAMES = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
+_PROBE_TOKENS = 4
+
+
+class ModuleListExperts(Family):
+    """`experts` is a ModuleList; each has three Linear layers and an activation `act_fn`."""
+
+    wraps_block = True
+
+    def recognises(self, module: nn.Module) -> bool:
+        experts = getattr(module, "experts", None)
+        if not isinstance(experts, nn.ModuleList) or not len(experts):
+            return False
+        return isinstance(getattr(module, "gate", None), nn.Module)
+
+    def missing(self, module: Any) -> str | None:
+        for expert in module.experts:
+            names = _names_of(expert)
+            if names is None or not hasattr(expert, "act_fn"):
+                return f"its experts have no {_NAMES[0]} or {_NAMES[1]} with an act_fn"
+            layers = [getattr(expert, name) for name in names]
+            if not all(type(layer) is nn.Linear and layer.bias is None for layer in layers):
+                return "its experts are not plain Linear layers without bias (quantised, perhaps)"
+        return None if self._computes_the_same(module) else (
+            "its block does not compute what a softmax or DeepSeek router with experts in a "
+            "ModuleList would, so its routing is not known; add a family for it"
+        )  # fmt: skip
+
+    def weights(self, module: Any) -> ExpertWeights:
+        gate, up, down = _names_of(module.experts[0]) or _NAMES[0]
+        lists = {n: tuple(getattr(e, n).weight for e in module.experts) for n in (gate, up, down)}
+        return ExpertWeights(
+            Apart(lists[gate], lists[up]), lists[down], *gated(module.experts[0].act_fn)
+        )
+
+    def call(self, module: Any, run: Run, hidden: Tensor) -> Any:
+        x_TH = hidden.reshape(-1, hidden.shape[-1])
+        scores = module.gate(hidden if _returns_routing(module) else x_TH)
+        if isinstance(scores, tuple):
+            index_TK, weight_TK, *_ = scores
+        else:
+            weight_TK, index_TK = _softmax_top_k(module, scores)
+        out = run(x_TH, index_TK, weight_TK).view(hidden.shape)
+        if getattr(module, "shared_experts", None) is not None:
+            out = out + module.shared_experts(hidden)
+        if getattr(module, "shared_expert", None) is not None:
+            opened = torch.sigmoid(module.shared_expert_gate(hidden))
+            out = out + opened * module.shared_expert(hidden)
+        return out if isinstance(scores, tuple) else (out, scores)
+
+    def router_logits(self, output: Any) -> Tensor | None:
+        return output if isinstance(output, Tensor) else None
+
+    @torch.no_grad()
+    def _computes_the_same(self, module: Any) -> bool:
+        weights = self.weights(module)
+        sample = weights.sample
+        if sample.device.type == "meta":  # nothing to compute with; tried when it has weights
+            return True
+        generator = torch.Generator().manual_seed(0)
+        hidden = torch.randn(1, _PROBE_TOKENS, len(sample), generator=generator).to(sample)
+
+        def run(x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor, /, **_: Any) -> Tensor:
+            return adapted_experts(x_TH, index_TK, weight_TK, weights, [], engine="naive")
+
+        training = module.training
+        module.eval()
+        try:
+            own, ours = module(hidden.clone()), self.call(module, run, hidden)
+        except (AttributeError, TypeError, ValueError, RuntimeError):
+            return False
+        finally:
+            module.train(training)
+        if isinstance(own, tuple) != isinstance(ours, tuple):
+            return False
+        own, ours = (out[0] if isinstance(out, tuple) else out for out in (own, ours))
+        tolerance = 16 * torch.finfo(sample.dtype).eps ** 0.75
+        return bool((own - ours).norm() <= tolerance * own.norm())
+
+
+def _names_of(expert: nn.Module) -> tuple[str, str, str] | None:
+    return next((names for names in _NAMES if all(hasattr(expert, n) for n in names)), None)
+
+
+def _returns_routing(module: Any) -> bool:
+    """DeepSeek's gates are modules of their own and want (batch, length, H)."""
+    return not isinstance(module.gate, nn.Linear)
+
+
+def _softmax_top_k(module: Any, logits_TE: Tensor) -> tuple[Tensor, Tensor]:
+    top_k = getattr(module, "top_k", None) or module.num_experts_per_tok
+    weight_TK, index_TK = logits_TE.softmax(dim=1, dtype=torch.float32).topk(top_k, dim=-1)
+    if getattr(module, "norm_topk_prob", True):
+        weight_TK = weight_TK / weight_TK.sum(dim=-1, keepdim=True)
+    return weight_TK.to(logits_TE.dtype), index_TK

@@ -1,0 +1,257 @@
+"""Every MoE model class on a tiny random model of the real class.
+
+The reference is the class's own eager forward over W + s B A, put in by `functional_call` and
+differentiated by torch. It knows by itself where each class keeps its weights (`merged_parameters`)
+and shares no code with the families.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import transformers
+from peft import PeftModel, get_peft_model
+from tiny_config import VOCAB, tiny_config
+from torch.func import functional_call
+
+import drlora
+from drlora.inject import adapted_layers
+
+# Model classes that follow transformers' experts interface, flags and all.
+INTERFACE = """
+    AfmoeForCausalLM AriaTextForCausalLM AXK1ForCausalLM AXK2ForCausalLM BailingHybridForCausalLM
+    BeamForCausalLM Cohere2MoeForCausalLM DeepseekV2ForCausalLM DeepseekV3ForCausalLM
+    DeepseekV32ForCausalLM DeepseekV4ForCausalLM Dots1ForCausalLM Dots3NoteForCausalLM
+    Ernie4_5_MoeForCausalLM Gemma4ForConditionalGeneration GraniteMoeHybridForCausalLM
+    KimiLinearForCausalLM Lfm2MoeForCausalLM MuseSparkForConditionalGeneration
+    ExaoneMoeForCausalLM FlexOlmoForCausalLM FlintForCausalLM Glm4MoeForCausalLM
+    Glm4MoeLiteForCausalLM GptOssForCausalLM GraniteMoeForCausalLM GraniteMoeSWAForCausalLM
+    GraniteMoeSharedForCausalLM HunYuanMoEV1ForCausalLM HYV3ForCausalLM HYV4ForCausalLM
+    InklingForCausalLM Inkling2ForCausalLM JambaForCausalLM Kolibri1ForCausalLM LagunaForCausalLM
+    MellumForCausalLM MiMoV2FlashForCausalLM MiniMaxForCausalLM MiniMaxM2ForCausalLM
+    MiniMaxM3VLForCausalLM MistralLarge4ForConditionalGeneration MixtralForCausalLM
+    NemotronHForCausalLM OlmoeForCausalLM OpenAIPrivacyFilterForTokenClassification
+    PhimoeForCausalLM Qwen2MoeForCausalLM Qwen3MoeForCausalLM Qwen3NextForCausalLM
+    Qwen3VLMoeForConditionalGeneration Qwen3_5MoeForCausalLM Qwen4ExpForCausalLM
+    SolarOpenForCausalLM ZayaForCausalLM
+""".split()  # noqa: SIM905
+# Those that do not, and so have a file in drlora.families.
+EXCEPTIONS = """
+    DbrxForCausalLM JetMoeForCausalLM Llama4ForCausalLM LongcatFlashForCausalLM
+    Step3p7ForConditionalGeneration
+""".split()  # noqa: SIM905
+SCALING = 8.0 / 4
+SETTINGS = dict(r_init=2, r_target=4, r_max=8, lora_alpha=8.0, p_grow=0.5)
+
+
+def make_base(class_name):
+    model_class = getattr(transformers, class_name)
+    torch.manual_seed(0)
+    model = model_class(tiny_config(model_class.config_class)).requires_grad_(False)
+    # Larger weights than the default 0.02, so that experts and routers matter to the output.
+    for parameter in model.parameters():
+        if parameter.dim() >= 2:
+            parameter.normal_(std=0.15)
+    for module in model.modules():
+        if getattr(module, "config", None) is not None:
+            module.config._experts_implementation = "eager"
+    return model.eval()
+
+
+def logits_of(model):
+    ids = torch.randint(3, VOCAB, (2, 12), generator=torch.Generator().manual_seed(7))
+    return model(input_ids=ids, use_cache=False).logits
+
+
+def randomise(model):
+    """LoRA's B starts at zero; give the owned rows values, as training would."""
+    generator = torch.Generator().manual_seed(3)
+    for layer in adapted_layers(model, "default").values():
+        for pool in layer.adapter("default").rank_pools.values():
+            noise = torch.randn(pool.lora_B.shape, generator=generator) * 0.2
+            pool.lora_B.data = torch.where((pool.owner >= 0)[:, None], noise, 0.0)
+
+
+def updates(pool, a, b, num_experts):
+    """(E, O, I)"""
+    owned = [pool.owner == expert for expert in range(num_experts)]
+    return torch.stack([SCALING * b[rows].T @ a[rows] for rows in owned])
+
+
+def whole_gate_up(experts, update):
+    """(E, G, H) of what was adapted of it."""
+    if "gate_up" in update or hasattr(experts, "up_proj"):
+        return update.get("gate_up", update.get("up"))
+    up = update["up"]
+    gate = update.get("gate", torch.zeros_like(up))
+    if type(experts).__name__ == "GptOssExperts":
+        return torch.stack([gate, up], dim=2).flatten(1, 2)
+    return torch.cat([gate, up], dim=1)
+
+
+def merged_parameters(name, experts, update):
+    """Full parameter name -> W + s B A, where each class keeps it."""
+    gate_up, down = whole_gate_up(experts, update), update["down"]
+    kind = type(experts).__name__
+    if kind == "DbrxExperts":
+        gate, up = gate_up.chunk(2, dim=1)
+        parts = {"mlp.w1": gate, "mlp.v1": up, "mlp.w2": down.transpose(1, 2)}
+        parts = {key: part.flatten(0, 1) for key, part in parts.items()}
+    elif kind == "JetMoeMoE":
+        parts = {"input_linear.weight": gate_up, "output_linear.weight": down}
+    else:
+        if getattr(experts, "is_transposed", kind == "Llama4TextExperts"):
+            gate_up, down = gate_up.transpose(1, 2), down.transpose(1, 2)
+        parts = {"up_proj" if hasattr(experts, "up_proj") else "gate_up_proj": gate_up}
+        if kind == "LongcatFlashExperts":  # rows of the zero experts, read by nothing
+            missing = len(experts.gate_up_proj) - len(gate_up)
+            parts["gate_up_proj"] = torch.cat([gate_up, torch.zeros_like(gate_up[:1]).expand(
+                missing, -1, -1)])  # fmt: skip
+        parts["down_proj"] = down
+    return {f"{name}.{key}": experts.get_parameter(key) + part for key, part in parts.items()}
+
+
+def check_outputs_and_gradients(model, base):
+    logits = logits_of(model)
+    probe = torch.randn(logits.shape, generator=torch.Generator().manual_seed(1))
+    factors, copies, merged = [], [], {}
+    for layer in adapted_layers(model, "default").values():
+        update = {}
+        for projection, pool in layer.adapter("default").rank_pools.items():
+            pair = [pool.lora_A, pool.lora_B]
+            own = [factor.detach().clone().requires_grad_() for factor in pair]
+            factors, copies = factors + pair, copies + own
+            update[projection] = updates(pool, *own, layer.block.num_experts)
+        name = layer.block.experts_name
+        merged |= merged_parameters(name, base.get_submodule(name), update)
+
+    def forward(input_ids, use_cache):
+        arguments = dict(input_ids=input_ids, use_cache=use_cache)
+        return functional_call(base, merged, kwargs=arguments)
+
+    wanted = logits_of(forward)
+    assert (wanted - logits_of(base)).abs().max() > 1e-2, "the adapter does nothing"
+    torch.testing.assert_close(logits, wanted, rtol=1e-4, atol=1e-4)
+    got = torch.autograd.grad((logits * probe).sum(), factors)
+    for g, w in zip(got, torch.autograd.grad((wanted * probe).sum(), copies), strict=True):
+        assert (g - w).norm() < 1e-4 * w.norm().clamp(min=1e-6)
+
+
+def chosen_routing(base, block):
+    """(E,) routing weights summed over tokens, from the router's own answer to the class itself."""
+    experts, sums = base.get_submodule(block.experts_name), torch.zeros(block.num_experts)
+    kind = type(experts).__name__
+
+    def note_call(module, args, kwargs):
+        index, weight = [*args, *kwargs.values()][1:3]
+        for expert in range(block.num_experts):
+            sums[expert] += weight[index == expert].sum()
+
+    def note_scores(module, args, output):
+        sums.add_(output[0].sum(dim=0))
+
+    def note_sorted(module, args, output):
+        _, _, weight, counts, _ = output
+        for expert, part in enumerate(weight.split(counts)):
+            sums[expert] += part.sum()
+
+    if kind == "Llama4TextExperts":
+        return sums, base.get_submodule(block.router_name).register_forward_hook(note_scores)
+    if kind == "JetMoeMoE":
+        return sums, experts.router.register_forward_hook(note_sorted)
+    return sums, experts.register_forward_pre_hook(note_call, with_kwargs=True)
+
+
+def check_routing(model, base):
+    """In a model whose adapter is new, so that both route alike."""
+    layers = adapted_layers(model, "default").values()
+    noted = [(layer, *chosen_routing(base, layer.block)) for layer in layers]
+    logits_of(base)
+    model.train()
+    for module in model.modules():  # training counts; dropout would change what is routed
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    logits_of(model).sum().backward()
+    model.eval()
+    for layer, wanted, hook in noted:
+        hook.remove()
+        assert wanted.sum() > 0
+        meter = layer.adapter("default").meter
+        torch.testing.assert_close(meter.sum_E, wanted, rtol=1e-4, atol=1e-4)
+        assert meter.num_tokens.item() == 24
+    model.zero_grad()
+
+
+def check_growth(model):
+    before = logits_of(model)
+    for layer in adapted_layers(model, "default").values():
+        for pool in layer.adapter("default").rank_pools.values():
+            ones = [1] * layer.block.num_experts
+            assert len(pool.grant(ones, step=1)) == layer.block.num_experts
+    torch.testing.assert_close(logits_of(model), before, rtol=1e-5, atol=1e-5)
+
+
+def check_save_load_merge(model, base, folder):
+    wanted = logits_of(model)
+    model.save_pretrained(folder)
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base), folder)
+    torch.testing.assert_close(logits_of(loaded), wanted, rtol=1e-5, atol=1e-5)
+    merged = model.merge_and_unload()
+    assert not any("drlora" in name for name, _ in merged.named_modules())
+    torch.testing.assert_close(logits_of(merged), wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("class_name", INTERFACE + EXCEPTIONS)
+@torch.enable_grad()
+def test_model_class(class_name, tmp_path):
+    with torch.no_grad():
+        base = make_base(class_name)
+    generates = hasattr(base, "prepare_inputs_for_generation")
+    task = "CAUSAL_LM" if generates else "FEATURE_EXTRACTION"
+    config = drlora.DrLoraConfig(**SETTINGS, task_type=task)
+    model = get_peft_model(copy.deepcopy(base), config).eval()
+    check_routing(model, base)
+    randomise(model)
+    check_outputs_and_gradients(model, base)
+    with torch.no_grad():
+        check_growth(model)
+        check_save_load_merge(model, base, tmp_path)
+
+
+@pytest.mark.parametrize("projections", [["up", "down"], ["gate", "up", "down"]], ids="+".join)
+@pytest.mark.parametrize("class_name", ["GptOssForCausalLM", "NemotronHForCausalLM", *EXCEPTIONS])
+def test_other_projections(class_name, projections):
+    with torch.no_grad():
+        base = make_base(class_name)
+    config = drlora.DrLoraConfig(**SETTINGS, projections=projections)
+    if class_name == "NemotronHForCausalLM" and "gate" in projections:
+        with pytest.raises(drlora.ConfigError, match="mixer have no gate"):
+            get_peft_model(base, config)
+        return
+    model = get_peft_model(copy.deepcopy(base), config).eval()
+    randomise(model)
+    check_outputs_and_gradients(model, base)
+
+
+@pytest.mark.parametrize("class_name", EXCEPTIONS)
+def test_a_trained_router_is_found_and_saved(class_name, tmp_path):
+    with torch.no_grad():
+        base = make_base(class_name)
+    config = drlora.DrLoraConfig(**SETTINGS, router="train")
+    if class_name == "JetMoeForCausalLM":
+        with pytest.raises(drlora.ConfigError, match="layers.0.mlp: its router is inside"):
+            get_peft_model(base, config)
+        return
+    model = get_peft_model(copy.deepcopy(base), config).eval()
+    routers = [p for n, p in model.named_parameters() if p.requires_grad and "lora" not in n]
+    assert len(routers) == len(adapted_layers(model, "default"))
+    with torch.no_grad():
+        for router in routers:
+            router.add_(torch.randn_like(router) * 0.1)
+        check_save_load_merge(model, base, tmp_path)
+
+
+def test_there_are_enough():
+    assert len(set(INTERFACE + EXCEPTIONS)) == len(INTERFACE + EXCEPTIONS) >= 30
