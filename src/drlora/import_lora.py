@@ -26,7 +26,7 @@ from drlora.config import DrLoraConfig
 from drlora.errors import CheckpointError, ConfigError
 from drlora.export.factors import Factors
 from drlora.export.peft_lora import read
-from drlora.export.updates import PARAMETERS, Updates, base_of
+from drlora.export.updates import PARAMETERS, Updates, base_of, seen_transposed
 from drlora.inject import adapted_layers
 from drlora.layer import DrLoraExperts
 from drlora.rank_pool import RankPool
@@ -150,6 +150,8 @@ def _fill_layer(layer: DrLoraExperts, updates: Updates, config: DrLoraConfig) ->
         names = [f"{block.experts_name}.{key}" for key in keys]
         found = next((updates.experts[n] for n in names if n in updates.experts), None)
         if found is not None:
+            if seen_transposed(layer, matrix):
+                found = found.transposed()
             left[matrix] = torch.stack([b.abs().amax(dim=1) for b in found.b]).amax(dim=0)
             for projection, pool in adapter.rank_pools.items():
                 place, start, step = block.place_of(projection)

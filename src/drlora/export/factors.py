@@ -60,9 +60,9 @@ class Factors:
         pairs = [refactor(a_rI, b_Or) for a_rI, b_Or in zip(self.a, self.b, strict=True)]
         return Factors(tuple(a for a, _ in pairs), tuple(b for _, b in pairs))
 
-    def rows(self, start: int, end: int) -> Factors:
-        """The update of output features `start` to `end` alone; A is shared."""
-        return Factors(self.a, tuple(b_Or[start:end] for b_Or in self.b))
+    def transposed(self) -> Factors:
+        """The update of the transposed weight: W^T <- W^T + A^T B^T."""
+        return Factors(tuple(b_Or.T for b_Or in self.b), tuple(a_rI.T for a_rI in self.a))
 
 
 def expert_factors(adapter: ExpertsAdapter, matrix: Matrix) -> Factors | None:

@@ -61,13 +61,7 @@ def make_tensors(updates: Updates, base: PreTrainedModel) -> dict[str, Tensor]:
                 [a_ErI, a_ErI], dim=1
             )  # split in halves below: one for gate, one for up
         for kind, stacked in (("A", a_ErI), ("B", b_EOr)):
-            apart = revert_weight_conversion(base, {name: stacked})
-            if not apart or not all(_EXPERT_KEY.search(key) for key in apart):
-                raise ConfigError(
-                    f"{type(base).__name__} has no per-expert layout: its checkpoint keeps {name} "
-                    f"as {sorted(apart)[:2]}; use the format peft or merged."
-                )
-            for key, tensor in apart.items():
+            for key, tensor in _split(base, name, stacked).items():
                 lora_key = key.removesuffix("weight") + f"lora_{kind}.weight"
                 tensors[_ROOT + lora_key] = tensor.contiguous()
     for name, factors in updates.linears.items():
@@ -77,6 +71,21 @@ def make_tensors(updates: Updates, base: PreTrainedModel) -> dict[str, Tensor]:
     for name, state in updates.modules.items():
         tensors |= {f"{_ROOT}{name}.{key}": value for key, value in state.items()}
     return tensors
+
+
+def _split(base: PreTrainedModel, name: str, stacked: Tensor) -> dict[str, Tensor]:
+    """What transformers makes of a stacked parameter for the checkpoint: a tensor each expert."""
+    try:
+        apart = revert_weight_conversion(base, {name: stacked})
+    except (AttributeError, KeyError, RuntimeError, ValueError):
+        apart = {}  # it asks for the parameter's own shape, which a factor does not have
+    if not apart or not all(_EXPERT_KEY.search(key) for key in apart):
+        found = f" as {sorted(apart)[:2]}" if apart else " in another shape"
+        raise ConfigError(
+            f"{type(base).__name__} has no per-expert layout: its checkpoint keeps {name}{found}; "
+            f"use the format peft or merged."
+        )
+    return apart
 
 
 def read_back(base: PreTrainedModel, updates: Updates) -> PeftModel:

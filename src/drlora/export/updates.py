@@ -74,7 +74,8 @@ def collect_updates(model: PeftModel, adapter: str, all_matrices: bool = False) 
             if factors is None and all_matrices:
                 factors = _no_update(layer.block.num_experts, *layer.block.shape_of(matrix))
             if factors is not None:
-                experts[_parameter_name(layer, matrix)] = factors
+                name = _parameter_name(layer, matrix)
+                experts[name] = factors.transposed() if seen_transposed(layer, matrix) else factors
     return Updates(experts, linear_updates(inner, adapter), trained_modules(inner, adapter))
 
 
@@ -89,6 +90,19 @@ def base_of(model: PeftModel, adapter: str) -> PreTrainedModel:
     for name, original in originals.items():
         base.set_submodule(name, original)
     return base
+
+
+def seen_transposed(layer: DrLoraExperts, matrix: Matrix) -> bool:
+    """Whether PEFT takes a block's in-features for its out-features, and the other way round.
+
+    It believes a flag `is_transposed`, which some modules that store (E, in, out) do not have.
+    """
+    experts = layer.get_base_layer()
+    (view_EOI,) = layer.base_weights.stacks(matrix)
+    assert isinstance(view_EOI, Tensor)
+    stored = experts.get_parameter(_parameter_name(layer, matrix).rpartition(".")[2])
+    is_transposed = view_EOI.stride() != stored.stride()
+    return is_transposed != getattr(experts, "is_transposed", False)
 
 
 def _parameter_name(layer: DrLoraExperts, matrix: Matrix) -> str:
