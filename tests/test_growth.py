@@ -218,3 +218,22 @@ def test_growth_without_any_signal_is_told_about():
             dynamics.after_optimizer_step(optimizer)
             optimizer.zero_grad()
     assert dynamics.budget()[0] == dynamics.budget()[1]
+
+
+def test_the_trained_state_is_the_budgets_to_the_byte_before_and_after_growth():
+    """Weights, gradients and two moments of E * r_target rows, whatever r_init and r_max are."""
+    wanted = None
+    for r_init, r_max in ((2, 8), (3, 40), (4, 4)):
+        model, dynamics, optimizer = start(r_init=r_init, r_max=r_max)
+        parameters = [p for pool in pools(model) for p in (pool.lora_A, pool.lora_B)]
+        row_bytes = sum(p[0].nbytes for p in parameters)
+        wanted = wanted or 4 * 6 * 4 * row_bytes
+        for step in range(TOTAL):
+            optimizer.zero_grad()
+            model.train()(**make_batch(step)).loss.backward()
+            dynamics.before_optimizer_step()
+            optimizer.step()
+            dynamics.after_optimizer_step(optimizer)
+            kept = [t for p in parameters for t in (p, p.grad, *optimizer.state[p].values())]
+            assert sum(t.untyped_storage().nbytes() for t in kept if t.dim()) == wanted
+        assert trainable(model) and len(parameters) == len(trainable(model))
