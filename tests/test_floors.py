@@ -15,7 +15,7 @@ MAX_LINES = 400
 
 # Modules and subpackages of drlora by floor, lowest first. `report` stands for report/* as well.
 FLOORS: tuple[frozenset[str], ...] = (
-    frozenset({"config", "errors", "peft_type", "ranks"}),
+    frozenset({"config", "errors", "methods", "peft_type", "ranks"}),
     frozenset({"allocator", "ops", "young_rows", "saliency", "schedule"}),
     frozenset({"blocks", "families", "inject", "layer", "observe", "ordinary", "rank_pool"}),
     frozenset({"checkpoint", "dynamics", "export", "import_lora", "peft_method", "starts"}),
@@ -49,8 +49,12 @@ DOORS = len(FLOORS) - 1
 # Neighbours on one floor do not know each other, save for these; a row may import earlier rows.
 ORDER_WITHIN: dict[int, tuple[frozenset[str], ...]] = {
     # Every noun is checked on construction, so every noun needs the exceptions; the config is a
-    # PEFT config, so it needs the method's name.
-    0: (frozenset({"errors", "peft_type"}), frozenset({"config", "ranks"})),
+    # PEFT config, so it needs PEFT's name of it, and can be made by a method's name.
+    0: (
+        frozenset({"errors", "peft_type"}),
+        frozenset({"methods"}),
+        frozenset({"config", "ranks"}),
+    ),
     # The schedule tries the allocator out in advance, to refuse settings that miss the budget.
     1: (frozenset({"allocator"}), frozenset({"schedule"})),
     # Surgery is one operation in steps: know the families, find a block, build the layer that

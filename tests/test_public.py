@@ -20,6 +20,7 @@ NAMES = {
     "RankDynamics",
     "__version__",
     "load_peft_lora",
+    "place_ranks",
     "rank_map",
     "ranks_from_routing",
     "start_ranks",
@@ -39,6 +40,9 @@ SETTINGS = {
     "warmup_steps": 0.03,
     "settle_steps": 200,
     "routing_signal": "topk_weight",
+    "saliency": "product",
+    "start": "uniform",
+    "start_batches": 8,
     "importance_reset": "grown",
     "router": "frozen",
     "young_rows": "own",
@@ -89,6 +93,7 @@ def test_dynamics_and_callback_signatures():
 def test_signatures_of_imports():
     for function, parameters in (
         (drlora.load_peft_lora, ["model", "folder", "config"]),
+        (drlora.place_ranks, ["model", "batches", "adapter"]),
         (drlora.rank_map, ["model"]),
         (drlora.start_ranks, ["model", "ranks"]),
         (drlora.ranks_from_routing, ["model", "batches", "mean_rank"]),

@@ -17,7 +17,7 @@ from drlora.config import DrLoraConfig
 from drlora.dynamics import Grant, RankDynamics
 from drlora.errors import CheckpointError, ConfigError, DataError, DrLoraError
 from drlora.import_lora import load_peft_lora
-from drlora.starts import rank_map, ranks_from_routing, start_ranks
+from drlora.starts import place_ranks, rank_map, ranks_from_routing, start_ranks
 
 _peft_method.register()
 
@@ -34,6 +34,7 @@ __all__ = [
     "RankDynamics",
     "__version__",
     "load_peft_lora",
+    "place_ranks",
     "rank_map",
     "ranks_from_routing",
     "start_ranks",

@@ -12,17 +12,20 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
+from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from drlora.dynamics import Grant, RankDynamics
 from drlora.errors import ConfigError
+from drlora.inject import active_adapter
 from drlora.jsonl import append_lines, forget_after
+from drlora.starts import needs_ranks, place_ranks
 
 GROWTH_LOG = "growth.jsonl"
 
@@ -56,11 +59,15 @@ class DrLoraCallback(TrainerCallback, ExportableState):
         """Start, or continue at the step that the Trainer resumed from.
 
         Raises:
-            ConfigError: if the adapter is frozen, or cannot spend its budget in this run.
+            ConfigError: if the adapter is frozen, or cannot spend its budget in this run, or its
+                ranks are to be placed and the data cannot be looked into.
         """
         if self.dynamics is not None:
             self.dynamics.release()
-        self.dynamics = RankDynamics(kwargs["model"], state.max_steps, self.adapter)
+        model = kwargs["model"]
+        if needs_ranks(model, self.adapter):
+            place_ranks(model, self._first_batches(args, **kwargs), self.adapter)
+        self.dynamics = RankDynamics(model, state.max_steps, self.adapter)
         _refuse_frozen(self.dynamics)
         self.dynamics.step = self._resumed_step(state)
         _warn_of_longer_warmup(self.dynamics, args.get_warmup_steps(state.max_steps))
@@ -108,6 +115,27 @@ class DrLoraCallback(TrainerCallback, ExportableState):
         step = None if self.dynamics is None else self.dynamics.step
         log_dir = None if self.log_dir is None else os.fspath(self.log_dir)
         return {"args": {"adapter": self.adapter, "log_dir": log_dir}, "attributes": {"step": step}}
+
+    def _first_batches(
+        self, args: TrainingArguments, model: Any, train_dataloader: Any, **kwargs: Any
+    ) -> Iterator[dict[str, Tensor]]:
+        """Batches to place ranks by: examples spread evenly over the data, the same everywhere.
+
+        They are not drawn from the data loader, whose order is that of the training to come.
+        """
+        config = model.peft_config[self.adapter or active_adapter(model)]
+        data = train_dataloader.dataset
+        if not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
+            raise ConfigError(
+                f"start={config.start!r} cannot look into a {type(data).__name__}; call "
+                f"drlora.place_ranks(model, batches) before training."
+            )
+        size = args.per_device_train_batch_size
+        count = min(len(data), config.start_batches * size)
+        chosen = [i * len(data) // count for i in range(count)]
+        for first in range(0, count, size):
+            examples = [data[i] for i in chosen[first : first + size]]
+            yield train_dataloader.collate_fn(examples)
 
     def _resumed_step(self, state: TrainerState) -> int:
         if not state.global_step:

@@ -141,9 +141,8 @@ def _inspect(arguments: argparse.Namespace) -> int:
     for override in arguments.overrides:
         path, value = split_override(override)
         settings[".".join(path).removeprefix("adapter.")] = value
-    found = inspect_model(
-        arguments.model, make_adapter_config(settings), arguments.steps, arguments.dtype
-    )
+    config = make_adapter_config(settings, settings.pop("method", None))
+    found = inspect_model(arguments.model, config, arguments.steps, arguments.dtype)
     if arguments.json:
         print(json.dumps(found, indent=2))
     else:

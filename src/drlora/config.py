@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 from peft import PeftConfig, TaskType
 
 from drlora.errors import ConfigError
+from drlora.methods import method_settings
 from drlora.peft_type import DRLORA
 
 PROJECTION_SETS = (
@@ -30,6 +31,8 @@ PROJECTION_SETS = (
 )
 RANK_PER = ("expert", "projection")
 ROUTING_SIGNALS = ("topk_weight", "probability", "count")
+SALIENCIES = ("product", "routing", "importance", "random")
+STARTS = ("uniform", "routing")
 IMPORTANCE_RESETS = ("grown", "all")
 ROUTER_MODES = ("frozen", "train")
 YOUNG_ROWS = ("inherit", "own", "shared")
@@ -68,6 +71,13 @@ class DrLoraConfig(PeftConfig):
         settle_steps: no growth in the last so many steps of the run.
         routing_signal: what counts as routing: the top-k `topk_weight` (0 where not selected), the
             router's softmax `probability`, or the `count` of selections.
+        saliency: what growth goes by: `product` (the paper's f g / (r + 1) ** gamma), `routing`
+            (without g), `importance` (without f), or `random` (nothing; drawn from the seed that
+            torch had when the adapter was made).
+        start: how ranks are placed before the first step: `uniform` gives every expert r_init;
+            `routing` gives them r_init on average, in proportion to how tokens are routed
+            (`drlora.place_ranks`; the callback and `drlora train` call it).
+        start_batches: batches that the routing is counted over.
         importance_reset: whose rank importance restarts from 0 after an event: only the `grown`
             experts' (the paper's text) or `all` (its Algorithm 1).
         router: `frozen`, or `train`: trained from the end of the warm-up and saved with the
@@ -110,6 +120,9 @@ class DrLoraConfig(PeftConfig):
     warmup_steps: float = 0.03
     settle_steps: int = 200
     routing_signal: str = "topk_weight"
+    saliency: str = "product"
+    start: str = "uniform"
+    start_batches: int = 8
     importance_reset: str = "grown"
     router: str = "frozen"
     young_rows: str = "own"
@@ -137,9 +150,13 @@ class DrLoraConfig(PeftConfig):
     @classmethod
     def preset(cls, name: str, **changes: Any) -> DrLoraConfig:
         """The published settings `paper-v3` or `paper-v5`, with `changes` on top."""
-        if name not in PRESETS:
-            raise ConfigError(f"preset={name!r} is not known; choose one of {sorted(PRESETS)}.")
-        return cls(**{**PRESETS[name], **changes})
+        return cls(**{**preset_settings(name), **changes})
+
+    @classmethod
+    def for_method(cls, name: str, **settings: Any) -> DrLoraConfig:
+        """The settings that a method stands for (`drlora.methods`), on top of `settings`."""
+        defaults = {f.name: f.default for f in fields(cls) if f.default is not MISSING}
+        return cls(**{**settings, **method_settings(name, {**defaults, **settings})})
 
     @property
     def scaling(self) -> float:
@@ -195,6 +212,9 @@ class DrLoraConfig(PeftConfig):
             raise ConfigError(f"grow_every={self.grow_every!r} must be a whole number of steps.")
         if self.grow_every < 1:
             raise ConfigError(f"grow_every={self.grow_every} must be at least 1 step.")
+        batches = self.start_batches
+        if isinstance(batches, bool) or not isinstance(batches, int) or batches < 1:
+            raise ConfigError(f"start_batches={batches!r} must be a whole number of at least 1.")
         if self.grows and self.grant_cap < 1:
             room = self.r_max - self.r_init
             raise ConfigError(
@@ -205,6 +225,8 @@ class DrLoraConfig(PeftConfig):
     def _check_choices(self) -> None:
         _one_of(self, "rank_per", RANK_PER)
         _one_of(self, "routing_signal", ROUTING_SIGNALS)
+        _one_of(self, "saliency", SALIENCIES)
+        _one_of(self, "start", STARTS)
         _one_of(self, "importance_reset", IMPORTANCE_RESETS)
         _one_of(self, "router", ROUTER_MODES)
         _one_of(self, "young_rows", YOUNG_ROWS)
@@ -249,6 +271,17 @@ class DrLoraConfig(PeftConfig):
             self.target_alpha = self.lora_alpha * rank / self.r_target
         if not 0 < _number(self, "target_alpha") < math.inf:
             raise ConfigError(f"target_alpha={self.target_alpha} must be greater than 0.")
+
+
+def preset_settings(name: str) -> dict[str, Any]:
+    """The settings that the preset `name` changes.
+
+    Raises:
+        ConfigError: if there is no such preset.
+    """
+    if name not in PRESETS:
+        raise ConfigError(f"preset={name!r} is not known; choose one of {sorted(PRESETS)}.")
+    return PRESETS[name]
 
 
 def _names(names: Iterable[str]) -> list[str]:

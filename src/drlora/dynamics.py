@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from drlora.allocator import allocate
 from drlora.config import DrLoraConfig
 from drlora.errors import CheckpointError, ConfigError
-from drlora.inject import adapted_layers
+from drlora.inject import active_adapter, adapted_layers
 from drlora.layer import ExpertsAdapter, RankPool
-from drlora.saliency import ema, expert_sums, rank_importance, routed_share, saliency
+from drlora.saliency import RULES, Signals, ema, expert_sums, rank_importance, routed_share
 from drlora.schedule import GrowthPlan, plan_growth
 from drlora.young_rows import (
     OwnClocks,
@@ -98,7 +98,7 @@ class RankDynamics:
     """
 
     def __init__(self, model: nn.Module, total_steps: int, adapter: str | None = None) -> None:
-        self.adapter_name = adapter or _active_adapter(model)
+        self.adapter_name = adapter or active_adapter(model)
         self.config = _config_of(model, self.adapter_name)
         self.total_steps = total_steps
         self.step = 0
@@ -106,6 +106,7 @@ class RankDynamics:
             name: layer.adapter(self.adapter_name)
             for name, layer in adapted_layers(model, self.adapter_name).items()
         }
+        _refuse_unplaced(self.config, self.budget()[0])
         self.groups = list(self._make_groups())
         self.warmup_steps = self.config.resolve_warmup(total_steps)
         self._router_parameters = list(_router_parameters(model, self.adapters, self.adapter_name))
@@ -257,7 +258,9 @@ class RankDynamics:
         frequency_E, importance_E = group.adapter.frequency, group.importance()
         before = group.ranks()
         ranks_E = torch.tensor(before, device=frequency_E.device)
-        saliency_E = saliency(frequency_E, importance_E, ranks_E, self.config.gamma).tolist()
+        seed = int(group.pools[0].seed) + self.step
+        signals = Signals(frequency_E, importance_E, ranks_E, self.config.gamma, seed)
+        saliency_E = RULES[self.config.saliency](signals).tolist()
         if not any(saliency_E):
             self._warn_once(
                 f"{group.block}: at step {self.step} no expert has any saliency, so ranks go by "
@@ -330,25 +333,17 @@ class RankDynamics:
         return torch.zeros_like(grad) if self.step < self.warmup_steps else grad
 
 
+def _refuse_unplaced(config: DrLoraConfig, owned: int) -> None:
+    if config.start != "uniform" and not owned:
+        raise ConfigError(
+            f"start={config.start!r}, but no ranks are placed yet; call "
+            f"drlora.place_ranks(model, batches) with a few batches of the training data first."
+        )
+
+
 def _start_of(pool: RankPool) -> list[int] | None:
     """The ranks of a run that begins; None where one is under way, which was checked then."""
     return None if pool.importance.any() else pool.book.ranks().tolist()
-
-
-def _active_adapter(model: nn.Module) -> str:
-    active = getattr(model, "active_adapter", None)
-    if active is None and getattr(model, "peft_config", None):
-        active = getattr(model, "active_adapters", None)  # transformers' own add_adapter
-    if callable(active):
-        active = active()
-    if isinstance(active, (list, tuple)):
-        active = active[0] if active else None
-    if not isinstance(active, str):
-        raise ConfigError(
-            f"{type(model).__name__} has no active adapter; wrap the model first: "
-            f"get_peft_model(model, drlora.DrLoraConfig(...))."
-        )
-    return active
 
 
 def _config_of(model: nn.Module, adapter: str) -> DrLoraConfig:

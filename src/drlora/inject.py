@@ -135,3 +135,24 @@ def adapted_layers(model: nn.Module, adapter: str) -> dict[str, DrLoraExperts]:
         for module in model.modules()
         if isinstance(module, DrLoraExperts) and adapter in module.drlora_adapters
     }
+
+
+def active_adapter(model: nn.Module) -> str:
+    """The name of the model's active adapter; of the first one, if several are.
+
+    Raises:
+        ConfigError: if it has none.
+    """
+    active = getattr(model, "active_adapter", None)
+    if active is None and getattr(model, "peft_config", None):
+        active = getattr(model, "active_adapters", None)  # transformers' own add_adapter
+    if callable(active):
+        active = active()
+    if isinstance(active, (list, tuple)):
+        active = active[0] if active else None
+    if not isinstance(active, str):
+        raise ConfigError(
+            f"{type(model).__name__} has no active adapter; wrap the model first: "
+            f"get_peft_model(model, drlora.DrLoraConfig(...))."
+        )
+    return active

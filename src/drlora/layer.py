@@ -41,10 +41,12 @@ class ExpertsAdapter(nn.Module):
         super().__init__()
         self.config = config
         self.block = block
+        # Any other start needs data, and then an expert owns nothing until ranks are placed.
+        rank = config.r_init if config.start == "uniform" else 0
         self.pools = nn.ModuleDict(
             {
                 projection: RankPool(
-                    block.num_experts, *block.shape_of(projection), config.r_init, config.r_target
+                    block.num_experts, *block.shape_of(projection), rank, config.r_target
                 )
                 for projection in config.projections
             }

@@ -19,7 +19,7 @@ from typing import Any
 from peft import PeftConfig
 from transformers import TrainingArguments
 
-from drlora.config import DrLoraConfig
+from drlora.config import DrLoraConfig, preset_settings
 from drlora.data.layout import KNOWN_COLUMNS
 from drlora.errors import ConfigError
 from drlora.settings import check_type, read_yaml, refuse_unknown, set_in, split_override
@@ -151,6 +151,8 @@ class Recipe:
         adapter: all settings of DrLoraConfig.
         training: fields of TrainingArguments.
         evaluation: see EvaluationSection.
+        method: a name of `drlora.methods`; what it stands for wins over `adapter`. None: `adapter`
+            as it is.
         tokenizer: where it is not the model's own.
         dtype: of the model's weights; `auto` is what they are stored in.
         trust_remote_code: whether code that comes with a hub model may run.
@@ -162,6 +164,7 @@ class Recipe:
     adapter: dict[str, Any]
     training: dict[str, Any]
     evaluation: EvaluationSection = EvaluationSection()
+    method: str | None = None
     tokenizer: str | None = None
     dtype: str = "auto"
     trust_remote_code: bool = False
@@ -203,7 +206,7 @@ def recipe_from(tree: dict[str, Any]) -> Recipe:
     parts = {
         "data": _build(DataSection, sections["data"], "data"),
         "evaluation": _build(EvaluationSection, sections["evaluation"], "evaluation"),
-        "adapter": _adapter(sections["adapter"], training),
+        "adapter": _adapter(sections["adapter"], training, tree.get("method")),
         "training": training,
     }
     return _build(Recipe, {**tree, **parts}, "")
@@ -216,8 +219,10 @@ def adapter_settings() -> dict[str, Any]:
     return {f.name: hints[f.name] for f in fields(DrLoraConfig) if f.name not in peft_names}
 
 
-def make_adapter_config(settings: dict[str, Any]) -> DrLoraConfig:
+def make_adapter_config(settings: dict[str, Any], method: str | None = None) -> DrLoraConfig:
     """A DrLoraConfig from a section `adapter`: its settings, or a `preset` and changes to it.
+
+    What `method` stands for goes on top.
 
     Raises:
         ConfigError: naming the setting, its value and the way out.
@@ -230,11 +235,13 @@ def make_adapter_config(settings: dict[str, Any]) -> DrLoraConfig:
         if key != "preset"
     }
     preset = settings.get("preset")
-    return DrLoraConfig.preset(preset, **changes) if preset else DrLoraConfig(**changes)
+    given = {**preset_settings(preset), **changes} if preset else changes
+    return DrLoraConfig.for_method(method, **given) if method else DrLoraConfig(**given)
 
 
-def _adapter(settings: dict[str, Any], training: dict[str, Any]) -> dict[str, Any]:
-    config = make_adapter_config({"warmup_steps": training["warmup_steps"], **settings})
+def _adapter(settings: dict[str, Any], training: dict[str, Any], method: Any) -> dict[str, Any]:
+    warmup = {"warmup_steps": training["warmup_steps"]}
+    config = make_adapter_config({**warmup, **settings}, check_type(method, str | None, "method"))
     return {key: getattr(config, key) for key in adapter_settings()}
 
 

@@ -8,9 +8,14 @@ text leaves a choice open, docs/method.md says which one is taken and why.
     g_j = beta * g_j + (1 - beta) * s_j              its moving average
     g_i = mean of g_j over the rows that expert i owns
     S_i = f_i * g_i / (r_i + 1) ** gamma             saliency
+
+`RULES` holds S and what may stand in its place, by the name of the setting `saliency`.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -61,3 +66,47 @@ def expert_sums(value_R: Tensor, owner_R: Tensor, num_experts: int) -> Tensor:
 def saliency(frequency_E: Tensor, importance_E: Tensor, ranks_E: Tensor, gamma: float) -> Tensor:
     """(E,) S_i = f_i * g_i / (r_i + 1) ** gamma."""
     return frequency_E * importance_E / (ranks_E + 1.0) ** gamma
+
+
+@dataclass(frozen=True)
+class Signals:
+    """What a rule may know of the experts that compete for ranks.
+
+    Attributes:
+        frequency_E: (E,) f.
+        importance_E: (E,) g.
+        ranks_E: (E,) current ranks.
+        gamma: exponent of the rank penalty.
+        seed: of this event; equal on all processes, and the same after a resume.
+    """
+
+    frequency_E: Tensor
+    importance_E: Tensor
+    ranks_E: Tensor
+    gamma: float
+    seed: int
+
+
+def _product(signals: Signals) -> Tensor:
+    return saliency(signals.frequency_E, signals.importance_E, signals.ranks_E, signals.gamma)
+
+
+def _by_routing(signals: Signals) -> Tensor:
+    return signals.frequency_E / (signals.ranks_E + 1.0) ** signals.gamma
+
+
+def _by_importance(signals: Signals) -> Tensor:
+    return signals.importance_E / (signals.ranks_E + 1.0) ** signals.gamma
+
+
+def _random(signals: Signals) -> Tensor:
+    generator = torch.Generator().manual_seed(signals.seed)
+    return torch.rand(len(signals.ranks_E), generator=generator)
+
+
+RULES: dict[str, Callable[[Signals], Tensor]] = {
+    "product": _product,
+    "routing": _by_routing,
+    "importance": _by_importance,
+    "random": _random,
+}

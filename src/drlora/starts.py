@@ -13,18 +13,19 @@ from __future__ import annotations
 
 import heapq
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from peft import PeftModel
 from torch import Tensor
 
 from drlora.config import DrLoraConfig
 from drlora.errors import CheckpointError, ConfigError
-from drlora.inject import adapted_layers
+from drlora.inject import active_adapter, adapted_layers
 from drlora.layer import ExpertsAdapter
 from drlora.rank_pool import RankPool
 from drlora.ranks import FREE
@@ -98,6 +99,47 @@ def ranks_from_routing(
         ranks_E = proportional_ranks(share_E, mean * len(share_E), config.r_max)
         found[name] = {projection: list(ranks_E) for projection in adapter.pools}
     return found
+
+
+def place_ranks(
+    model: PeftModel, batches: Iterable[Mapping[str, Tensor]], adapter: str | None = None
+) -> None:
+    """Place the ranks of a new adapter as its setting `start` says; a loop calls it once.
+
+    Args:
+        model: carries a DR-LoRA adapter that owns no row yet.
+        batches: a few batches of the training data, on any device.
+        adapter: its name; by default the model's active adapter.
+
+    Raises:
+        ConfigError: if there is no batch, ranks are placed already, or an expert would pass r_max.
+    """
+    adapters = _adapters(model, adapter)
+    config = next(iter(adapters.values())).config
+    if not needs_ranks(model, adapter):
+        raise ConfigError(f"start={config.start!r}: the ranks are placed already.")
+    device = next(iter(adapters.values())).frequency.device
+    # Dropout must not move the generator, which the order of the data may depend on.
+    with torch.random.fork_rng([] if device.type == "cpu" else [device]):
+        shares = _routed_shares(model, list(adapters.values()), batches)
+    for found, share_E in zip(adapters.values(), shares, strict=True):
+        ranks_E = RULES[config.start](share_E, config)
+        for pool in found.rank_pools.values():
+            pool.grant(ranks_E, step=0)
+
+
+def needs_ranks(model: PeftModel, adapter: str | None = None) -> bool:
+    """Whether no expert owns a row yet: `start` asks for `place_ranks`."""
+    adapters = _adapters(model, adapter).values()
+    return not any(sum(ranks) for found in adapters for ranks in found.ranks().values())
+
+
+def _by_routing(share_E: Sequence[float], config: DrLoraConfig) -> list[int]:
+    return proportional_ranks(share_E, len(share_E) * config.r_init, config.r_max)
+
+
+# The setting `start` -> from the experts' shares of routing, (E,), to their ranks.
+RULES: dict[str, Callable[[Sequence[float], DrLoraConfig], list[int]]] = {"routing": _by_routing}
 
 
 def proportional_ranks(share_E: Sequence[float], total: int, r_max: int) -> list[int]:
@@ -228,10 +270,12 @@ def _routed_shares(
     sums = [torch.zeros_like(tally_E1) for tally_E1 in tallies]
     modes = {module: module.training for module in model.modules()}
     model.train()
+    device = adapters[0].frequency.device
     count = 0
     try:
         for batch in batches:
-            logits = model(**batch).logits
+            moved = {key: value.to(device) for key, value in batch.items()}
+            logits = model(**moved).logits
             for total_E1, sum_E1 in zip(
                 sums, torch.autograd.grad(logits.float().sum(), tallies), strict=True
             ):
@@ -241,13 +285,16 @@ def _routed_shares(
         for module, training in modes.items():
             module.training = training
     if not count:
-        raise ConfigError("ranks_from_routing was given no batch; hand it a few of the training's.")
+        raise ConfigError("routing was to be counted over no batch; give a few of the training's.")
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        for total_E1 in sums:  # also makes processes agree that saw the same batches
+            dist.all_reduce(total_E1)
     return [routed_share(total_E1[:-1], total_E1[-1]).tolist() for total_E1 in sums]
 
 
-def _adapters(model: PeftModel) -> dict[str, ExpertsAdapter]:
-    name = model.active_adapter
+def _adapters(model: PeftModel, name: str | None = None) -> dict[str, ExpertsAdapter]:
+    name = name or active_adapter(model)
     found = {block: layer.adapter(name) for block, layer in adapted_layers(model, name).items()}
     if not found:
-        raise ConfigError(f"the model's active adapter {name!r} is no DR-LoRA adapter.")
+        raise ConfigError(f"the model's adapter {name!r} is no DR-LoRA adapter.")
     return found

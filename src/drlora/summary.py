@@ -20,8 +20,8 @@ def print_summary(result: TrainResult, console: Console) -> None:
     console.print(rank_table(result.ranks))
     console.print(budget_line(result))
     console.print(
-        f"{result.trainable_parameters:,} trainable parameters, {result.steps} steps, "
-        f"{result.seconds:.0f} s of training"
+        f"{result.trainable_parameters:,} trainable parameters ({result.stored_parameters:,} "
+        f"stored), {result.steps} steps, {result.seconds:.0f} s of training"
     )
     if result.after is not None:
         console.print(f"the run is in {result.run.path}")

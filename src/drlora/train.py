@@ -48,6 +48,7 @@ from drlora.data import Collator
 from drlora.inject import adapted_layers
 from drlora.jsonl import append_lines, forget_after, read_lines
 from drlora.measure import Measurement, measure, measurement_from
+from drlora.methods import METHODS
 from drlora.progress import MetricsLog, ShowProgress, StopOnInterrupt
 from drlora.recipe import Recipe
 from drlora.rundir import RunDir, checkpoint_step, write_json, write_yaml
@@ -64,7 +65,9 @@ class TrainResult:
         before, after: held-out measurements; `after` is None if the run was interrupted.
         ranks: block -> projection -> rank of each expert.
         budget: spent and stored ranks, and the factors of the stored ones.
-        trainable_parameters: how many numbers were trained.
+        trainable_parameters: numbers in rows that experts own at the end, and in all else that is
+            trained (routers, other layers): what methods are compared at.
+        stored_parameters: the same with the rows that nobody owns.
         steps: optimizer steps taken in all.
         seconds: time in training (of this process), measurements not included.
         interrupted: whether Ctrl-C ended it early.
@@ -76,6 +79,7 @@ class TrainResult:
     ranks: Ranks
     budget: dict[str, Any]
     trainable_parameters: int
+    stored_parameters: int
     steps: int
     seconds: float
     interrupted: bool
@@ -112,6 +116,8 @@ def train(recipe: Recipe, resume: bool = False, console: Console | None = None) 
     else:
         run.refuse_second_run()
     job = _prepare(recipe, run)
+    if recipe.method:
+        console.print(f"method {recipe.method}: {METHODS[recipe.method].summary}")
     base = load_base_model(recipe)
     set_seed(job.arguments.seed)
     model = add_adapter(base, recipe.adapter_config()).to(job.arguments.device)
@@ -151,13 +157,15 @@ def _run(job: _Job, model: PeftModel, console: Console) -> TrainResult:
         model.save_pretrained(str(job.run.path))
         job.tokenizer.save_pretrained(str(job.run.path))
         after = _measure_and_log(job, model, "after", steps)
+    stored = sum(p.numel() for p in model.parameters() if p.requires_grad)
     result = TrainResult(
         run=job.run,
         before=before,
         after=after,
         ranks=(ranks := current_ranks(model)),
         budget=_budget(ranks, job.recipe.adapter["r_target"]),
-        trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        trainable_parameters=stored - _free_parameters(model),
+        stored_parameters=stored,
         steps=steps,
         seconds=seconds,
         interrupted=interrupted,
@@ -232,6 +240,16 @@ def current_ranks(model: PeftModel) -> Ranks:
     return {block: layer.adapter(name).ranks() for block, layer in layers.items()}
 
 
+def _free_parameters(model: PeftModel) -> int:
+    """Numbers in rows that no expert owns."""
+    layers = adapted_layers(model, model.active_adapter).values()
+    return sum(
+        pool.book.free * (pool.lora_A.shape[1] + pool.lora_B.shape[1])
+        for layer in layers
+        for pool in layer.adapter(model.active_adapter).rank_pools.values()
+    )
+
+
 def _budget(ranks: Ranks, r_target: int) -> dict[str, Any]:
     rows = [row for projections in ranks.values() for row in projections.values()]
     return {
@@ -251,10 +269,10 @@ def _to_json(result: TrainResult, job: _Job, model: PreTrainedModel | PeftModel)
         "after": result.after.to_dict(),
         "budget": result.budget,
         "ranks": result.ranks,
-        "parameters": {
-            "trainable": result.trainable_parameters,
-            "total": sum(p.numel() for p in model.parameters()),
-        },
+        "method": job.recipe.method,
+        "trainable_parameters": result.trainable_parameters,
+        "stored_parameters": result.stored_parameters,
+        "total_parameters": sum(p.numel() for p in model.parameters()),
         "steps": result.steps,
         "seconds": round(result.seconds, 2),
         "examples": {

@@ -1,0 +1,99 @@
+"""Methods by name: which settings of DrLoraConfig each one stands for.
+
+    DrLoraConfig.for_method("static", r_target=16, r_max=64)
+    drlora train RECIPE.yaml method=static
+
+A method fixes only what makes it that method; these settings win over others that are given, so
+that one recipe can be run under every name. All the rest (r_target, projections, router, engine)
+is as given, and the budget is the same: E * r_target rows a block and projection. docs/methods.md
+says what each is, where it comes from, and what is not alike.
+
+To add a method, add a row here; to add a rule, a function in saliency.py or starts.py and its
+name in config.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from drlora.errors import ConfigError
+
+Settings = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One method.
+
+    Attributes:
+        summary: what it does, in a line.
+        source: where it was published.
+        settings: from all settings as given (defaults filled in) to those that the method fixes.
+    """
+
+    summary: str
+    source: str
+    settings: Callable[[Mapping[str, Any]], Settings]
+
+
+_PAPER = "arXiv 2601.04823"
+# Every choice of DR-LoRA that another method makes otherwise.
+_DR_LORA: Settings = dict(saliency="product", start="uniform")
+
+
+def _uniform(given: Mapping[str, Any]) -> Settings:
+    rank = given["r_target"]
+    return {**_DR_LORA, "r_init": rank, "r_max": rank}
+
+
+def _dr_lora(**changes: Any) -> Callable[[Mapping[str, Any]], Settings]:
+    return lambda given: {**_DR_LORA, **changes}
+
+
+METHODS: dict[str, Method] = {
+    "lora": Method("every expert has rank r_target", "arXiv 2106.09685", _uniform),
+    "rslora": Method(
+        "LoRA, scaled by alpha / sqrt(r)",
+        "arXiv 2312.03732",
+        lambda given: {**_uniform(given), "use_rslora": True},
+    ),
+    "static": Method(
+        "ranks in proportion to how often tokens use the experts, placed before the first step",
+        f"control for {_PAPER}",
+        lambda given: {**_DR_LORA, "r_init": given["r_target"], "start": "routing"},
+    ),
+    "random": Method(
+        "growth as in DR-LoRA, to experts drawn at random",
+        f"control for {_PAPER}",
+        _dr_lora(saliency="random"),
+    ),
+    "drlora": Method("ranks grow by saliency f g / (r + 1) ** gamma", _PAPER, _dr_lora()),
+    "drlora-no-routing": Method(
+        "DR-LoRA without f", f"ablation of {_PAPER}", _dr_lora(saliency="importance")
+    ),
+    "drlora-no-importance": Method(
+        "DR-LoRA without g", f"ablation of {_PAPER}", _dr_lora(saliency="routing")
+    ),
+    "drlora-no-penalty": Method(
+        "DR-LoRA without the rank penalty", f"ablation of {_PAPER}", _dr_lora(gamma=0.0)
+    ),
+    "drlora-frozen-router": Method(
+        "DR-LoRA, router frozen", f"ablation of {_PAPER}", _dr_lora(router="frozen")
+    ),
+    "drlora-trained-router": Method(
+        "DR-LoRA, router trained after the warm-up", _PAPER, _dr_lora(router="train")
+    ),
+}
+
+
+def method_settings(name: str, given: Mapping[str, Any]) -> Settings:
+    """What the method fixes, if all settings are as `given`.
+
+    Raises:
+        ConfigError: if there is no such method.
+    """
+    if name not in METHODS:
+        raise ConfigError(f"method={name!r} is not known; choose one of {sorted(METHODS)}.")
+    return METHODS[name].settings(given)
