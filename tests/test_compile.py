@@ -290,8 +290,6 @@ def test_reentrant_checkpointing_breaks_no_more_than_the_frozen_base():
 
 @pytest.mark.parametrize("method", METHODS)
 def test_bfloat16_base_with_float32_adapters(method):
-    if method == "loop":
-        pytest.xfail("traced experts are not widened as the eager engine's are: routing differs")
     model, twin = (start(engine=method).to(torch.bfloat16) for _ in range(2))
     for each in (model, twin):
         for parameter in trainable(each):

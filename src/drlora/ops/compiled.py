@@ -9,6 +9,9 @@ A compiled graph is used again as long as shapes and Python values stay the same
 with ALL rows of the pool, free ones last, and where an expert's rows begin is a tensor on the host,
 which a growth event writes in place.
 
+Where `loop` widens 16-bit experts, so does the loop here, and what lies between its two products is
+then float32 too.
+
 Letters as in `parts`; P largest rank, rounded up.
 """
 
@@ -22,6 +25,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from drlora.ops.grouped import ALIGNMENT_BYTES, grouped_fits, pad_rows, padded_rows
+from drlora.ops.loop import working_dtype
+from drlora.ops.loop_matrices import Widen
 from drlora.ops.parts import DropoutMasks, ExpertWeights, Matrix, Routing
 
 
@@ -139,8 +144,10 @@ def adapted_product(
 ) -> Tensor:
     """(S, O): each row through its expert's matrix, plus the LoRA pieces on it.
 
+    The dtype is that of `x_SI`, or float32 if the products are computed in it (`_product_dtype`).
+
     Args:
-        x_SI: (S, in-features), rows sorted by expert.
+        x_SI: (S, in-features), rows sorted by expert, of the weights' dtype or the products'.
         weight_EOI: (E, O, in-features) frozen matrices.
         ends_E: (E,) int32, where the rows of each expert end.
         mask_SI: factors on the pieces' input, or None.
@@ -151,6 +158,8 @@ def adapted_product(
         scalings: factor on each piece's product.
         grouped: by grouped products over all experts, or expert by expert.
     """
+    dtype = _product_dtype(x_SI, grouped)
+    x_SI, factors = x_SI.to(dtype), [factor.to(dtype) for factor in factors]
     pieces = _owned(factors, offsets, starts, steps, scalings)
     adapter_SI = x_SI if mask_SI is None else x_SI * mask_SI
     with torch.autocast(x_SI.device.type, enabled=False):
@@ -177,6 +186,9 @@ def _adapted_product_backward(
     grouped: bool,
 ) -> tuple[Tensor, list[Tensor]]:
     """Gradients of `x_SI` and of the factors; that of a free row is exactly zero."""
+    dtype = _product_dtype(x_SI, grouped)
+    stored, x_SI = x_SI.dtype, x_SI.to(dtype)
+    factor_dtypes, factors = [f.dtype for f in factors], [f.to(dtype) for f in factors]
     pieces = _owned(factors, offsets, starts, steps, scalings)
     grads = [torch.zeros_like(factor) for factor in factors]
     adapter_SI = x_SI if mask_SI is None else x_SI * mask_SI
@@ -189,12 +201,18 @@ def _adapted_product_backward(
         )
     if part_SI is not None and mask_SI is not None:
         dx_SI.addcmul_(part_SI, mask_SI)
-    return dx_SI, grads
+    return dx_SI.to(stored), [g.to(d) for g, d in zip(grads, factor_dtypes, strict=True)]
+
+
+def _product_dtype(x_SI: Tensor, grouped: bool) -> torch.dtype:
+    """What the products are computed in; grouped ones take the numbers as they are."""
+    return x_SI.dtype if grouped else working_dtype(x_SI)
 
 
 @adapted_product.register_fake
-def _(x_SI: Tensor, weight_EOI: Tensor, *_: Any) -> Tensor:
-    return x_SI.new_empty(x_SI.shape[0], weight_EOI.shape[1])
+def _(x_SI: Tensor, weight_EOI: Tensor, *rest: Any) -> Tensor:
+    dtype = _product_dtype(x_SI, grouped=rest[-1])
+    return x_SI.new_empty(x_SI.shape[0], weight_EOI.shape[1], dtype=dtype)
 
 
 @_adapted_product_backward.register_fake
@@ -235,9 +253,9 @@ adapted_product.register_autograd(_differentiate, setup_context=_keep)
 def _forward_loop(
     x_SI: Tensor, adapter_SI: Tensor, weight_EOI: Tensor, ends_E: Tensor, pieces: list[_Piece]
 ) -> Tensor:
-    out_SO = x_SI.new_empty(x_SI.shape[0], weight_EOI.shape[1])
+    out_SO, widen = x_SI.new_empty(x_SI.shape[0], weight_EOI.shape[1]), Widen(x_SI.dtype)
     for expert, rows in _rows_of_experts(ends_E):
-        torch.mm(x_SI[rows], weight_EOI[expert].T, out=out_SO[rows])
+        torch.mm(x_SI[rows], widen(weight_EOI[expert]).T, out=out_SO[rows])
         for piece in pieces:
             a_rI, b_rO = piece.a_RI[piece.rows(expert)], piece.b_RO[piece.rows(expert)]
             z_nr = adapter_SI[rows] @ a_rI.T
@@ -255,10 +273,10 @@ def _backward_loop(
     part_SI: Tensor | None,
 ) -> Tensor:
     """dX; writes `grads`, and adds the pieces' part of dX to `part_SI` if that is given."""
-    dx_SI = torch.empty_like(adapter_SI)
+    dx_SI, widen = torch.empty_like(adapter_SI), Widen(adapter_SI.dtype)
     part_SI = dx_SI if part_SI is None else part_SI
     for expert, rows in _rows_of_experts(ends_E):
-        torch.mm(grad_SO[rows], weight_EOI[expert], out=dx_SI[rows])
+        torch.mm(grad_SO[rows], widen(weight_EOI[expert]), out=dx_SI[rows])
         for piece, da_RI, db_RO in zip(pieces, grads[::2], grads[1::2], strict=True):
             ranks, grad_nO = piece.rows(expert), grad_SO[rows, piece.columns]
             z_nr = adapter_SI[rows] @ piece.a_RI[ranks].T
