@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
 import drlora
-from benchmarks.harness import Row, add_names, append, where
+from benchmarks.harness import Row, add_names, append, peak_resident_bytes, where
 from benchmarks.models import EXPERT_PARAMETERS, random_model, with_checkpointing
 
 GB = 1e9
@@ -81,17 +81,12 @@ def make_model(kind: str, layers: int) -> nn.Module:
     return with_checkpointing(get_peft_model(base, adapter).train())
 
 
-def peak_gb() -> float:
-    """Peak resident memory of this process."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GB
-
-
 def measure(kind: str, layers: int, tokens: int) -> Row:
     """Train a few steps in this process; ours grows after the second."""
     resource.setrlimit(resource.RLIMIT_DATA, (LIMIT_BYTES, LIMIT_BYTES))
     torch.manual_seed(0)
     model = make_model(kind, layers)
-    loaded = peak_gb()
+    loaded = peak_resident_bytes() / GB
     dynamics = drlora.RankDynamics(model, STEPS) if kind == "ours" else None
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
@@ -115,7 +110,12 @@ def measure(kind: str, layers: int, tokens: int) -> Row:
         seconds.append(round(time.perf_counter() - started, 2))
         losses.append(round(loss.item(), 4))
         print(f"{kind} L{layers} step {step}: {losses[-1]}, {seconds[-1]} s", file=sys.stderr)
-    row: Row = {"seconds": seconds, "losses": losses, "loaded_gb": loaded, "peak_gb": peak_gb()}
+    row: Row = {
+        "seconds": seconds,
+        "losses": losses,
+        "loaded_gb": loaded,
+        "peak_gb": peak_resident_bytes() / GB,
+    }
     row["trained_parameters"] = sum(p.numel() for p in trained)
     row["adapter_dtype"] = str(trained[0].dtype)
     if dynamics is not None:

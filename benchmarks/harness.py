@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import re
+import resource
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -203,3 +205,12 @@ def run_cases(
             append(name, rows)
         done += rows
     return done
+
+
+def peak_resident_bytes() -> int:
+    """Of this process. Not `ru_maxrss`: that begins at what the parent process had in use."""
+    status = Path("/proc/self/status")
+    if not status.exists():  # not on Linux
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    (peak_kb,) = re.findall(r"VmHWM:\s+(\d+) kB", status.read_text())
+    return int(peak_kb) * 1024

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 
@@ -21,7 +20,7 @@ import torch
 from torch import nn
 
 import drlora
-from benchmarks.harness import Row, append, where
+from benchmarks.harness import Row, append, peak_resident_bytes, where
 from benchmarks.models import ModelShape, batch_of, make_base, masked, ours, peft, training_step
 from benchmarks.train_step import R_MAX, RANK, SHAPES
 
@@ -87,8 +86,7 @@ def measure(number: int, kind: str) -> dict[str, int]:
     wanted = {"weights": budget, "gradients": budget, "moments": 2 * budget}
     if state != wanted:
         raise RuntimeError(f"{kind} keeps {state} bytes instead of {wanted}.")
-    peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"peak": peak_bytes, "state": sum(state.values())}
+    return {"peak": peak_resident_bytes(), "state": sum(state.values())}
 
 
 def in_a_process(number: int, kind: str) -> dict[str, int]:
