@@ -14,8 +14,12 @@ os.environ.update(
     MPLBACKEND="Agg",
 )
 
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 import torch
+from filelock import FileLock
 from hypothesis import settings
 
 torch.set_num_threads(1)
@@ -30,6 +34,29 @@ def seed() -> int:
     """Start each test from the same torch seed, whatever ran before it."""
     torch.manual_seed(0)
     return 0
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`once(name, make)`: a folder that `make(folder)` filled, for all workers together.
+
+    A module's fixture is made again by each worker that gets one of the module's tests, and again
+    when the worker comes back to the module.
+    """
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent
+
+    def make_once(name: str, make: Callable[[Path], None]) -> Path:
+        folder, made = base / name, base / f"{name}.made"
+        with FileLock(base / f"{name}.lock"):
+            if not made.exists():
+                folder.mkdir(exist_ok=True)
+                make(folder)
+                made.touch()
+        return folder
+
+    return make_once
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -7,17 +7,14 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import re
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from datasets import Dataset
+from new_process import run_python
 from safetensors.torch import load_file
 from tiny import make_batch, make_model
 
@@ -30,21 +27,17 @@ R_INIT, R_TARGET, R_MAX, EXPERTS = 2, 4, 8, 8
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, str]]:
-    """Name -> (folder, what was printed). Two run at a time: most of it is importing."""
-    folder = tmp_path_factory.mktemp("examples")
-    env = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "ACCELERATE_USE_CPU": "true"}
+def runs(once) -> dict[str, tuple[Path, str]]:
+    """Name -> (folder, what was printed)."""
+    folder = once("examples", run_examples)
+    return {n: (folder / n, (folder / f"{n}.txt").read_text("utf-8")) for n in EXAMPLES}
 
-    def run(name: str) -> tuple[Path, str]:
-        command = [sys.executable, str(ROOT / "examples" / f"{name}.py"), "--tiny"]
-        command += ["--steps", str(STEPS), "--out", str(folder / name)]
-        done = subprocess.run(command, env=env, cwd=folder, text=True, timeout=600,
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
-        assert done.returncode == 0, done.stdout
-        return folder / name, done.stdout
 
-    with ThreadPoolExecutor(2) as pool:
-        return dict(zip(EXAMPLES, pool.map(run, EXAMPLES), strict=True))
+def run_examples(folder: Path) -> None:
+    for name in EXAMPLES:
+        command = [str(ROOT / "examples" / f"{name}.py"), "--tiny", "--steps", str(STEPS)]
+        command += ["--out", str(folder / name)]
+        run_python(command, folder / f"{name}.txt", folder, ACCELERATE_USE_CPU="true")
 
 
 @pytest.mark.parametrize("name", EXAMPLES)

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import resume_run
 import torch
+from new_process import run_python
 from peft import get_peft_model
 from safetensors.torch import load_file
 from tiny import make_batch, make_model, plain_loop, trainable
@@ -23,17 +21,8 @@ RUNS = {"plain": resume_run.plain, "trainer": resume_run.trainer}
 
 
 def in_new_process(kind, folder, start, stop):
-    env = {**os.environ, "PYTHONPATH": f"{HERE.parent / 'src'}:{HERE}", "OMP_NUM_THREADS": "1"}
-    command = [
-        sys.executable,
-        str(HERE / "resume_run.py"),
-        kind,
-        str(folder),
-        str(start),
-        str(stop),
-    ]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
+    script = str(HERE / "resume_run.py")
+    run_python([script, kind, str(folder), str(start), str(stop)], folder / "printed.txt")
 
 
 @pytest.mark.parametrize("kind", RUNS)

@@ -1,14 +1,12 @@
 """`drlora train` from a recipe to a run directory, and back from Ctrl-C to the bit."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from new_process import run_python
 from rich.console import Console
 from safetensors.torch import load_file
 from tiny_run import save_all
@@ -183,10 +181,8 @@ def test_resumed_after_ctrl_c_equals_a_straight_run(trained, tmp_path, monkeypat
     assert {grant["step"] for grant in lines(run / "growth.jsonl")} == {4, 6}
 
     # The same thread count as here, so that float sums have the same order.
-    command = [sys.executable, "-m", "drlora", "train", str(run / "config.yaml"), "--resume"]
-    done = subprocess.run(command, env=os.environ, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "checkpoint-7" in done.stdout
+    command = ["-m", "drlora", "train", str(run / "config.yaml"), "--resume"]
+    assert "checkpoint-7" in run_python(command, run.parent / "printed.txt")
     assert_same_run(run, trained / "run")
 
 

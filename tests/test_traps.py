@@ -5,13 +5,11 @@ Traps 2 (saliency) and 3 (quota) also have theirs in test_saliency and test_sche
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from new_process import finish, start_python
 from peft import get_peft_model
 from safetensors.torch import load_file
 from tiny import make_batch, make_model, plain_loop, trainable
@@ -147,14 +145,14 @@ save_file(dynamics.state_dict(), f"{{out}}/state-{{rank}}.safetensors")
 def test_trap_6_processes_decide_alike_and_as_one_process_would(tmp_path):
     script = tmp_path / "process.py"
     script.write_text(PROCESS.format(tests=str(HERE), settings=SETTINGS))
-    env = {**os.environ, "PYTHONPATH": str(HERE.parent / "src"), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(script), str(tmp_path)]
-    jobs = [subprocess.Popen([*command, str(rank)], env=env) for rank in range(2)]
+    printed = [tmp_path / f"printed-{rank}.txt" for rank in range(2)]
+    jobs = [start_python([str(script), str(tmp_path), str(r)], printed[r]) for r in range(2)]
     model, dynamics = start()
     optimizer = torch.optim.SGD(trainable(model), lr=0.1)
     plain_loop(model, dynamics, optimizer, range(15), lambda step: make_batch(step, rows=4))
     one = dynamics.state_dict()
-    assert [job.wait(timeout=240) for job in jobs] == [0, 0]
+    for job, file in zip(jobs, printed, strict=True):
+        finish(job, file)
     first, second = (load_file(tmp_path / f"state-{rank}.safetensors") for rank in range(2))
     assert set(one) == set(first) == set(second)
     for key in one:

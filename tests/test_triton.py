@@ -42,8 +42,12 @@ def run_program(name, cache, **environment):
 
 
 @pytest.fixture(scope="module")
-def interpreted(tmp_path_factory):
-    return run_program("interpret", tmp_path_factory.mktemp("triton"), TRITON_INTERPRET="1")
+def interpreted(once):
+    def make(folder):
+        errors = run_program("interpret", folder, TRITON_INTERPRET="1")
+        (folder / "errors.json").write_text(json.dumps(errors))
+
+    return json.loads((once("triton", make) / "errors.json").read_text())
 
 
 def assert_small(errors, tolerance):

@@ -1,0 +1,68 @@
+"""Python programs in processes of their own, without each importing torch and transformers.
+
+A fork server imports the third-party libraries once for this process, and forks itself for every
+program. Nothing that the tests or an earlier program did is in there, and drlora is not imported.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import runpy
+import sys
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+_IMPORTED = ["torch", "transformers.trainer", "transformers.models.olmoe.modeling_olmoe", "peft",
+             "accelerate", "datasets", "safetensors.torch", "numpy"]  # fmt: skip
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(_IMPORTED)
+
+
+def start_python(command: list[str], printed: Path, folder: Path | None = None,
+                 **environment: str) -> BaseProcess:  # fmt: skip
+    """Start `python COMMAND`, a script or `-m` and a module, with arguments.
+
+    Args:
+        printed: the file that both output streams go to.
+        folder: the working directory.
+        environment: variables to set.
+    """
+    process = _context.Process(target=_run, args=(command, printed, folder, environment))
+    process.start()
+    return process
+
+
+def finish(process: BaseProcess, printed: Path, timeout: float = 240) -> str:
+    """Wait for a program, which must end well; returns what it printed."""
+    process.join(timeout)
+    if process.exitcode is None:
+        process.kill()
+    said = printed.read_text("utf-8")
+    assert process.exitcode == 0, said
+    return said
+
+
+def run_python(command: list[str], printed: Path, folder: Path | None = None,
+               **environment: str) -> str:  # fmt: skip
+    """Both of these."""
+    return finish(start_python(command, printed, folder, **environment), printed)
+
+
+def _run(
+    command: list[str], printed: Path, folder: Path | None, environment: dict[str, str]
+) -> None:
+    output = os.open(printed, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for stream in (1, 2):
+        os.dup2(output, stream)
+    assert "drlora" not in sys.modules
+    os.environ.update(environment)
+    if folder is not None:
+        os.chdir(folder)
+    if command[0] == "-m":
+        sys.argv = command[1:]
+        runpy.run_module(command[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = command
+        sys.path.insert(0, str(Path(command[0]).parent))
+        runpy.run_path(command[0], run_name="__main__")
