@@ -72,7 +72,9 @@ def pipeline(monkeypatch: pytest.MonkeyPatch) -> dict[str, ModuleType]:
     if not PIPELINE.is_dir():
         pytest.skip("this source distribution came without experiments/")
     monkeypatch.syspath_prepend(str(PIPELINE))
-    return {name: importlib.import_module(name) for name in ("tokenizer", "pack", "pretrain")}
+    return {
+        name: importlib.import_module(name) for name in ("tokenizer", "pack", "models", "pretrain")
+    }
 
 
 def made_documents() -> list[dict[str, str]]:
@@ -93,9 +95,10 @@ def test_pipeline_runs_and_learns(pipeline: dict[str, ModuleType], tmp_path: Pat
     pretrain, documents = pipeline["pretrain"], made_documents()
     tokenizer = pipeline["tokenizer"].train((d["text"] for d in documents), vocabulary=300)
     packed = pipeline["pack"].pack(documents, tokenizer, row_tokens=32)
-    model = pretrain.new_model(tokenizer, hidden_size=32, intermediate_size=16, num_experts=4)
+    sizes = {"hidden_size": 32, "intermediate_size": 16, "num_experts": 4}
+    model = pretrain.new_model("olmoe", tokenizer, **sizes)
     options = pretrain.argparse.Namespace(
-        cache=tmp_path, batch=4, learning_rate=1e-2, save_steps=10, seed=0
+        model="olmoe", cache=tmp_path, batch=4, learning_rate=1e-2, save_steps=3, seed=0
     )
     pace = pretrain.Pace(pretrain.Schedule(length=30), by_clock=False)
     with warnings.catch_warnings():
@@ -105,7 +108,28 @@ def test_pipeline_runs_and_learns(pipeline: dict[str, ModuleType], tmp_path: Pat
     assert trainer.state.global_step == 30
     losses = pretrain.curve(trainer.state.log_history, step_tokens=128)["heldout"]
     assert losses[-1]["animals"] < losses[0]["animals"] - 0.2
-    assert (tmp_path / "checkpoints" / "checkpoint-30" / "model.safetensors").is_file()
+    assert (tmp_path / "checkpoints" / "olmoe" / "checkpoint-30" / "model.safetensors").is_file()
+
+
+def test_a_split_ffn_is_the_dense_one_when_all_experts_are_chosen(
+    pipeline: dict[str, ModuleType], tokenizer: Any
+) -> None:
+    models = pipeline["models"]
+    dense = models.new_model("llama", tokenizer, hidden_size=32, intermediate_size=64).eval()
+    whole = models.split_dense(dense, experts=4, top_k=4, scale=4.0, seed=0).eval()
+    part = models.split_dense(dense, experts=4, top_k=2, scale=2.0, seed=0).eval()
+    gates = [layer.mlp.gate.weight for layer in whole.model.layers]
+    with torch.no_grad():
+        assert all(gate.std() > 0 for gate in gates), "routers are random"
+        for gate in gates:
+            gate.zero_()
+    input_ids = torch.arange(100, 140).view(2, 20)
+    with torch.inference_mode():
+        logits = dense(input_ids).logits
+        torch.testing.assert_close(whole(input_ids).logits, logits, rtol=1e-4, atol=1e-5)
+        assert (part(input_ids).logits - logits).abs().max() > 1e-3
+    experts = part.model.layers[0].mlp.experts
+    assert experts.gate_up_proj.shape == (4, 32, 32) and experts.down_proj.shape == (4, 32, 16)
 
 
 def test_descriptions_and_tags_are_cleaned(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,8 @@
 
     python experiments/pretrain/evaluate.py src/drlora/embedded/olmoe-tiny
 
-Writes `results/heldout.json`. Bits a byte do not depend on the vocabulary, unlike nats a token.
+Prints the losses and writes them to `--output`. Bits a byte do not depend on the vocabulary, unlike
+nats a token.
 """
 
 import argparse
@@ -12,15 +13,19 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset, DatasetDict
-from transformers import AutoTokenizer, OlmoeForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 CACHE = Path(".cache/pretrain")
-RESULTS = Path(__file__).parent / "results"
 BATCH_ROWS = 16
 
 
 @torch.inference_mode()
-def mean_loss(model: OlmoeForCausalLM, rows: list[list[int]]) -> float:
+def mean_loss(model: PreTrainedModel, rows: list[list[int]]) -> float:
     """Mean next-token loss in nats over rows of equal length."""
     losses = []
     for start in range(0, len(rows), BATCH_ROWS):
@@ -38,7 +43,7 @@ def domain_rows(heldout: Dataset) -> dict[str, list[list[int]]]:
 
 
 def measure(
-    model: OlmoeForCausalLM, tokenizer: PreTrainedTokenizerFast, rows: list[list[int]]
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, rows: list[list[int]]
 ) -> dict[str, float]:
     """Loss, its equivalent in bits a byte, and how much text it was measured on."""
     loss = mean_loss(model, rows)
@@ -58,10 +63,10 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--cache", type=Path, default=CACHE)
     parser.add_argument("--rows", type=int, default=64, help="held-out rows a domain, at most")
-    parser.add_argument("--output", type=Path, default=RESULTS / "heldout.json")
+    parser.add_argument("--output", type=Path, default=CACHE / "heldout.json")
     options = parser.parse_args()
     torch.set_num_threads(1)  # more of them wait for each other where the cores are shared
-    model = OlmoeForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(options.cache / "tokenizer")
     heldout = DatasetDict.load_from_disk(options.cache / "packed")["heldout"]
     domains = {

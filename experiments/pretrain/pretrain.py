@@ -1,7 +1,11 @@
-"""Pretrain the small OLMoE on the packed corpus; the learning rate follows the clock.
+"""Pretrain a small model on the packed corpus; the learning rate follows the clock.
 
-    export MALLOC_MMAP_THRESHOLD_=4000000000 MALLOC_TRIM_THRESHOLD_=8000000000
-    OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 experiments/pretrain/pretrain.py --minutes 80
+    export MALLOC_MMAP_THRESHOLD_=4000000000 MALLOC_TRIM_THRESHOLD_=8000000000 OMP_NUM_THREADS=1
+    torchrun --nproc_per_node 2 experiments/pretrain/pretrain.py --model olmoe --minutes 80
+    python experiments/pretrain/pretrain.py --model llama --minutes 25
+    python experiments/pretrain/pretrain.py --model llama_moe --minutes 40
+
+`llama_moe` starts from the newest checkpoint of `llama`, its FFNs split into experts.
 
 One process a core with one thread each: threads of one process wait for each other at every
 operation, which is ruinous where other programs share the cores. The malloc settings keep freed
@@ -18,11 +22,12 @@ from typing import Any
 
 import torch
 from datasets import Dataset, DatasetDict
+from models import NAMES, SPLIT, has_experts, new_model, split_dense
 from pace import Pace, Schedule
 from transformers import (
     AutoTokenizer,
-    OlmoeConfig,
-    OlmoeForCausalLM,
+    LlamaForCausalLM,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
     Trainer,
     TrainerCallback,
@@ -31,15 +36,15 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.models.olmoe.modeling_olmoe import load_balancing_loss_func
+from transformers.trainer_utils import get_last_checkpoint
 
 CACHE = Path(".cache/pretrain")
-RESULTS = Path(__file__).parent / "results"
 BALANCE_COEFFICIENT = 0.01
 NEVER = 10_000_000
 
 
 class Curve(TrainerCallback):
-    """Keep the run's settings and loss curve as a result file, written anew at every save."""
+    """Keep the run's settings and loss curve beside its checkpoints, written anew at every save."""
 
     def __init__(self, path: Path, run: dict[str, Any]) -> None:
         self.path, self.run = path, run
@@ -51,7 +56,6 @@ class Curve(TrainerCallback):
             losses = curve(state.log_history, self.run["step_tokens"])
             tokens = state.global_step * self.run["step_tokens"]
             result = {"run": {**self.run, "tokens": tokens}, **losses}
-            self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.write_text(json.dumps(result) + "\n")
 
 
@@ -69,9 +73,11 @@ class BalancedTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | None = None,
     ) -> Any:
-        inputs = {**inputs, "output_router_logits": model.training}
+        balanced = model.training and has_experts(self.model.config)
+        if balanced:
+            inputs = {**inputs, "output_router_logits": True}
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        if model.training:
+        if balanced:
             loss = loss + BALANCE_COEFFICIENT * layer_balance(outputs.router_logits, self.model)
         return (loss, outputs) if return_outputs else loss
 
@@ -80,11 +86,11 @@ class BalancedTrainer(Trainer):
     ) -> None:
         # Checkpoints hold one matrix for each expert, as the hub does, the model one tensor for
         # all. Only `from_pretrained` converts; the Trainer's loader would leave experts untrained.
-        saved = OlmoeForCausalLM.from_pretrained(resume_from_checkpoint, dtype=torch.float32)
+        saved = type(self.model).from_pretrained(resume_from_checkpoint, dtype=torch.float32)
         (model or self.model).load_state_dict(saved.state_dict())
 
 
-def layer_balance(router_logits: tuple[torch.Tensor, ...], model: OlmoeForCausalLM) -> torch.Tensor:
+def layer_balance(router_logits: tuple[torch.Tensor, ...], model: PreTrainedModel) -> torch.Tensor:
     """Mean over layers of the Switch balance loss; each layer's logits are [tokens, experts]."""
     config = model.config
     losses = [
@@ -108,27 +114,20 @@ def curve(log: list[dict[str, float]], step_tokens: int) -> dict[str, list[dict[
     return {"train": train, "heldout": [{"tokens": t, **losses} for t, losses in heldout.items()]}
 
 
-def new_model(tokenizer: PreTrainedTokenizerFast, **sizes: int) -> OlmoeForCausalLM:
-    """A randomly initialised OLMoE of the project's size; `sizes` override single settings."""
-    settings = {
-        "hidden_size": 128,
-        "intermediate_size": 192,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_experts": 16,
-        "num_experts_per_tok": 2,
-    } | sizes
-    config = OlmoeConfig(
-        vocab_size=len(tokenizer),
-        max_position_embeddings=tokenizer.model_max_length,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        initializer_range=0.05,
-        router_aux_loss_coef=0.0,
-        **settings,
-    )
-    return OlmoeForCausalLM._from_config(config, experts_implementation="grouped_mm")
+def first_model(name: str, tokenizer: PreTrainedTokenizerFast, options: argparse.Namespace) -> Any:
+    """The model that the run starts from: random, or made from the finished dense model."""
+    if name != "llama_moe":
+        return new_model(name, tokenizer)
+    checkpoint = get_last_checkpoint(str(output_folder(options.cache, "llama")))
+    if checkpoint is None:
+        raise SystemExit("llama_moe is made from llama: run --model llama first")
+    dense = LlamaForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    return split_dense(dense, seed=options.seed, **SPLIT)
+
+
+def output_folder(cache: Path, name: str) -> Path:
+    """Where the checkpoints and the loss curve of a model go."""
+    return cache / "checkpoints" / name
 
 
 def collated(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -148,7 +147,7 @@ def by_domain(heldout: Dataset, rows: int) -> dict[str, Dataset]:
 
 
 def build_trainer(
-    model: OlmoeForCausalLM, packed: DatasetDict, pace: Pace, arguments: TrainingArguments
+    model: PreTrainedModel, packed: DatasetDict, pace: Pace, arguments: TrainingArguments
 ) -> BalancedTrainer:
     """A Trainer over the packed rows whose learning rate follows `pace`."""
     decayed = [p for p in model.parameters() if p.ndim > 1]
@@ -164,7 +163,7 @@ def build_trainer(
         model=model,
         args=arguments,
         train_dataset=packed["train"],
-        eval_dataset=by_domain(packed["heldout"], rows=32),
+        eval_dataset=by_domain(packed["heldout"], rows=8),
         data_collator=collated,
         optimizers=(optimizer, scheduler),
         callbacks=[pace],
@@ -174,7 +173,7 @@ def build_trainer(
 def training_arguments(options: argparse.Namespace) -> TrainingArguments:
     """Trainer settings of a run on processor cores."""
     return TrainingArguments(
-        output_dir=str(options.cache / "checkpoints"),
+        output_dir=str(output_folder(options.cache, options.model)),
         per_device_train_batch_size=options.batch,
         per_device_eval_batch_size=16,
         learning_rate=options.learning_rate,
@@ -182,7 +181,7 @@ def training_arguments(options: argparse.Namespace) -> TrainingArguments:
         max_grad_norm=1.0,
         logging_steps=20,
         eval_strategy="steps",
-        eval_steps=options.save_steps,
+        eval_steps=4 * options.save_steps,
         save_steps=options.save_steps,
         remove_unused_columns=False,
         disable_tqdm=True,
@@ -197,6 +196,7 @@ def training_arguments(options: argparse.Namespace) -> TrainingArguments:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=NAMES, default="olmoe")
     length = parser.add_mutually_exclusive_group(required=True)
     length.add_argument("--minutes", type=float, help="length by the clock, resumed time included")
     length.add_argument("--tokens", type=int, help="length in tokens")
@@ -215,9 +215,13 @@ def main() -> None:
     step_tokens = options.batch * arguments.world_size * row_tokens
     by_clock = options.minutes is not None
     units = options.minutes * 60 if by_clock else options.tokens / step_tokens
-    model = new_model(AutoTokenizer.from_pretrained(options.cache / "tokenizer"))
+    tokenizer = AutoTokenizer.from_pretrained(options.cache / "tokenizer")
+    model = first_model(options.model, tokenizer, options)
     trainer = build_trainer(model, packed, Pace(Schedule(units), by_clock), arguments)
+    folder = output_folder(options.cache, options.model)
+    folder.mkdir(parents=True, exist_ok=True)
     run = {
+        "model": options.model,
         "length": units,
         "length_unit": "seconds" if by_clock else "steps",
         "processes": arguments.world_size,
@@ -228,7 +232,7 @@ def main() -> None:
         "balance_coefficient": BALANCE_COEFFICIENT,
         "seed": options.seed,
     }
-    trainer.add_callback(Curve(RESULTS / "loss-curve.json", run))
+    trainer.add_callback(Curve(folder / "loss-curve.json", run))
     trainer.train(resume_from_checkpoint=options.resume)
 
 

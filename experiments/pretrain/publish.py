@@ -1,10 +1,11 @@
-"""Publish a checkpoint as the embedded model, with a card made from the result files.
+"""Publish a pretrained model, with a card made from the result files.
 
-    python experiments/pretrain/publish.py .cache/pretrain/checkpoints/checkpoint-4389
+    python experiments/pretrain/publish.py qwen2_moe
 
-Weights are written in bfloat16, and what is written is then measured: the card states the results
-of `evaluate.py` and `specialise.py` on the published folder. A checkpoint whose learning rate had
-not decayed yet is called a preview.
+Takes the newest checkpoint unless `--checkpoint` names another. Weights are written in bfloat16,
+and what is written is then measured: the card states the results of `evaluate.py` and
+`specialise.py` on the published folder. A checkpoint whose learning rate had not decayed yet is
+called a preview.
 """
 
 import argparse
@@ -17,20 +18,44 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pretrain import BALANCE_COEFFICIENT
-from transformers import AutoTokenizer, GenerationConfig, OlmoeForCausalLM
+from models import SPLIT
+from pretrain import BALANCE_COEFFICIENT, output_folder
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.trainer_utils import get_last_checkpoint
 
 CACHE = Path(".cache/pretrain")
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
-TARGET = Path("src/drlora/embedded/olmoe-tiny")
-LARGEST_BYTES = 12 * 2**20
+TARGETS = {
+    "olmoe": Path("src/drlora/embedded/olmoe-tiny"),
+    "qwen2_moe": Path("experiments/models/qwen2-moe-tiny"),
+    "llama_moe": Path("experiments/models/llama-moe-tiny"),
+}
+ORIGINS = {
+    "olmoe": "It was trained from random weights.",
+    "qwen2_moe": "It was trained from random weights.",
+    "llama_moe": (
+        "It was made as LLaMA-MoE was. First a dense `LlamaForCausalLM` was trained from random "
+        "weights ({dense_tokens} million tokens, mean held-out loss {dense_loss} nats over the "
+        "domains). Then the {intermediate} neurons of each FFN were split at random into "
+        "{experts} slices, one an expert, under a new router; the experts' outputs are scaled by "
+        "{scale:g} (their number over top-k), which is folded into their down projections. Then "
+        "it was trained on, as below, on the same corpus."
+    ),
+}
+LARGEST_BYTES = 16_000_000
 DECAYED_BELOW = 0.05
 
 
 def write_model(checkpoint: Path, tokenizer_folder: Path, target: Path) -> None:
     """The checkpoint in bfloat16 with its tokenizer, as `from_pretrained` reads it."""
-    model = OlmoeForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16)
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     # Pretraining balanced each layer outside the model; fine-tuning has only the model's own loss.
     model.config.router_aux_loss_coef = BALANCE_COEFFICIENT
@@ -44,11 +69,11 @@ def write_model(checkpoint: Path, tokenizer_folder: Path, target: Path) -> None:
     tokenizer.save_pretrained(target, save_jinja_files=False)
 
 
-def measure(target: Path, cache: Path) -> None:
+def measure(target: Path, cache: Path, results: Path) -> None:
     """Run both measurements on the published folder."""
-    for script in ("evaluate.py", "specialise.py"):
+    for script, output in (("evaluate.py", "heldout.json"), ("specialise.py", "routing.json")):
         subprocess.run(
-            [sys.executable, HERE / script, target, "--cache", cache],
+            [sys.executable, HERE / script, target, "--cache", cache, "--output", results / output],
             check=True,
             stdout=subprocess.DEVNULL,
         )
@@ -101,17 +126,42 @@ def state(loss_curve: dict[str, Any]) -> str:
     return f"The run was finished: its learning rate had decayed to {share:.1%} of the peak."
 
 
-def card(model: OlmoeForCausalLM, results: dict[str, Any]) -> str:
+def origin(name: str, config: PreTrainedConfig, results: dict[str, Any]) -> str:
+    """What the weights were before the run that the card describes."""
+    if name != "llama_moe":
+        return ORIGINS[name]
+    dense = results["dense-loss-curve"]
+    losses = [loss for key, loss in dense["heldout"][-1].items() if key != "tokens"]
+    return ORIGINS[name].format(
+        dense_tokens=f"{dense['run']['tokens'] / 1e6:.1f}",
+        dense_loss=f"{sum(losses) / len(losses):.2f}",
+        intermediate=config.intermediate_size * SPLIT["experts"],
+        **SPLIT,
+    )
+
+
+def experts_text(config: PreTrainedConfig) -> str:
+    """How many experts of which width, and how many a token uses."""
+    width = getattr(config, "moe_intermediate_size", config.intermediate_size)
+    shared = getattr(config, "shared_expert_intermediate_size", None)
+    text = f"{config.num_experts} experts of width {width} with top-{config.num_experts_per_tok}"
+    return f"{text} routing" + (f" and a shared expert of width {shared}" if shared else "")
+
+
+def card(name: str, model: PreTrainedModel, results: dict[str, Any]) -> str:
     """The model card; every figure comes from the model or a result file."""
     run, config = results["loss-curve"]["run"], model.config
     values = {
+        "title": TARGETS[name].name,
+        "folder": TARGETS[name],
+        "model_type": config.model_type,
+        "class_name": type(model).__name__,
+        "origin": origin(name, config, results),
         "state": state(results["loss-curve"]),
         "parameters": f"{model.num_parameters() / 1e6:.2f}",
         "hidden": config.hidden_size,
         "layers": config.num_hidden_layers,
-        "experts": config.num_experts,
-        "top_k": config.num_experts_per_tok,
-        "width": config.intermediate_size,
+        "experts": experts_text(config),
         "vocabulary": config.vocab_size,
         "uniform": f"{math.log(config.vocab_size):.2f}",
         "tokens": f"{run['tokens'] / 1e6:.1f}",
@@ -130,18 +180,24 @@ def card(model: OlmoeForCausalLM, results: dict[str, Any]) -> str:
     return (HERE / "card.md").read_text().format(**values)
 
 
-def publish(checkpoint: Path, cache: Path, target: Path) -> None:
-    """Write, measure and describe the model; refuse a folder too large for the package."""
+def publish(name: str, checkpoint: Path, cache: Path, target: Path) -> None:
+    """Write, measure and describe the model; refuse a folder that is too large."""
+    folder = RESULTS / name
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copy(checkpoint.parent / "loss-curve.json", folder)
+    if name == "llama_moe":
+        curve = output_folder(cache, "llama") / "loss-curve.json"
+        shutil.copy(curve, folder / "dense-loss-curve.json")
+    write_model(checkpoint, cache / "tokenizer", target)
+    measure(target, cache, folder)
+    files = [RESULTS / "corpus.json", *folder.glob("*.json")]
+    results = {file.stem: json.loads(file.read_text()) for file in files}
     # The Trainer writes the curve at every save; the card must tell of this checkpoint's tokens.
     step = json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]
-    write_model(checkpoint, cache / "tokenizer", target)
-    measure(target, cache)
-    names = ("corpus", "loss-curve", "heldout", "routing")
-    results = {name: json.loads((RESULTS / f"{name}.json").read_text()) for name in names}
     run = results["loss-curve"]["run"]
     run["tokens"] = step * run["step_tokens"]
-    model = OlmoeForCausalLM.from_pretrained(target)
-    (target / "README.md").write_text(card(model, results))
+    model = AutoModelForCausalLM.from_pretrained(target)
+    (target / "README.md").write_text(card(name, model, results))
     size = sum(path.stat().st_size for path in target.iterdir())
     if size > LARGEST_BYTES:
         raise SystemExit(f"{target} has {size:,} bytes, more than {LARGEST_BYTES:,}")
@@ -150,11 +206,16 @@ def publish(checkpoint: Path, cache: Path, target: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("model", choices=TARGETS)
+    parser.add_argument("--checkpoint", type=Path, help="other than the newest one")
     parser.add_argument("--cache", type=Path, default=CACHE)
-    parser.add_argument("--target", type=Path, default=TARGET)
+    parser.add_argument("--target", type=Path, help="other folder than the model's own")
     options = parser.parse_args()
-    publish(options.checkpoint, options.cache, options.target)
+    newest = get_last_checkpoint(str(output_folder(options.cache, options.model)))
+    if not (options.checkpoint or newest):
+        raise SystemExit(f"{options.model} has no checkpoint: run pretrain.py first")
+    checkpoint = options.checkpoint or Path(newest)
+    publish(options.model, checkpoint, options.cache, options.target or TARGETS[options.model])
 
 
 if __name__ == "__main__":

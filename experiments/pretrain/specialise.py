@@ -6,7 +6,7 @@ A domain's expert frequencies are the shares of its routed slots that each exper
 Two domains are compared by the total variation distance of their frequencies: the share of slots
 that would have to move to another expert. Chance is the same distance between two random halves of
 one domain. Both sides of every comparison have equally many rows; a domain with too few held-out
-rows for that is left out. Writes `results/routing.json`.
+rows for that is left out. Prints the figures and writes them to `--output`.
 """
 
 import argparse
@@ -19,10 +19,9 @@ import numpy as np
 import torch
 from datasets import DatasetDict
 from evaluate import BATCH_ROWS, domain_rows
-from transformers import OlmoeForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 CACHE = Path(".cache/pretrain")
-RESULTS = Path(__file__).parent / "results"
 RESAMPLES = 20
 # An expert with less than this share of an even load is counted as dead.
 DEAD_BELOW = 0.05
@@ -31,7 +30,7 @@ LEAST_HALF_ROWS = 24
 
 
 @torch.inference_mode()
-def expert_shares(model: OlmoeForCausalLM, rows: list[list[int]]) -> np.ndarray:
+def expert_shares(model: PreTrainedModel, rows: list[list[int]]) -> np.ndarray:
     """Each row's shares of routed slots by layer and expert, [rows, layers, experts]."""
     experts, top_k = model.config.num_experts, model.config.num_experts_per_tok
     batches = []
@@ -110,10 +109,10 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=CACHE)
     parser.add_argument("--rows", type=int, default=64, help="held-out rows a domain, at most")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=RESULTS / "routing.json")
+    parser.add_argument("--output", type=Path, default=CACHE / "routing.json")
     options = parser.parse_args()
     torch.set_num_threads(1)  # more of them wait for each other where the cores are shared
-    model = OlmoeForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
     heldout = DatasetDict.load_from_disk(options.cache / "packed")["heldout"]
     shares = {
         domain: expert_shares(model, rows[: options.rows])
