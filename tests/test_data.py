@@ -189,10 +189,11 @@ def test_columns_that_are_not_there(tmp_path):
         ({"prompt": "a", "completion": " "}, "'completion' must be a string that is not empty"),
         ({"prompt": "a"}, "'completion' must be a string that is not empty, not missing"),
         ({"prompt": "a", "completion": "c", "answers": [1]}, "'answers' must be a list of strings"),
+        ({"prompt": "a", "completion": "c", "choices": "c"}, "'choices' must be a list of strings"),
     ],
 )
 def test_wrong_types_have_the_line(tmp_path, bad, said):
-    first = {"prompt": "a", "completion": "c", "answers": ["c"]}
+    first = {"prompt": "a", "completion": "c", "answers": ["c"], "choices": ["c", "d"]}
     message = refused(write(tmp_path / "a.jsonl", first, bad))
     assert "a.jsonl, line 2: " in message and said in message
 

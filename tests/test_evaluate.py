@@ -10,7 +10,7 @@ from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast
 
 from drlora.data import Collator
 from drlora.errors import ConfigError, DataError
-from drlora.evaluate import evaluate_loss, exact_match
+from drlora.evaluate import edit_distance, evaluate_loss, exact_match
 
 EOS = 256
 VOCABULARY = 258
@@ -176,6 +176,49 @@ def test_answers_end_at_newline_or_eos(tokenizer):
     assert (result.correct, result.total, result.accuracy) == (3, 5, 0.6)
 
 
+@pytest.mark.parametrize(
+    ("one", "other", "edits"),
+    [("", "", 0), ("", "a b", 2), ("a b", "", 2), ("a b c", "a c", 1), ("a b", "b a", 2)]
+    + [("k ih t ah n", "s ih t ih ng", 3), ("x a b", "a b y", 2)],
+)
+def test_edit_distance(one, other, edits):
+    assert edit_distance(one.split(), other.split()) == edits
+    assert edit_distance(other.split(), one.split()) == edits
+
+
+def test_word_error_rate_is_edits_over_the_words_of_the_nearest_answers(tokenizer):
+    model = successor_model(tokenizer, ["xa b\n", "yc~"])
+    examples = [
+        {"prompt": "x", "completion": "a d"},  # wrote "a b": one edit, two words
+        {"prompt": "x", "completion": "-", "answers": ["c d e f", "a b c"]},  # one edit, three
+        {"prompt": "y", "completion": "c"},
+    ]
+    result = exact_match(model, tokenizer, examples, 2, 8)
+    assert result.error_rate == pytest.approx(2 / 6)
+    assert exact_match(model, tokenizer, examples[2:], 2, 8).error_rate is None
+
+
+def test_a_choice_is_the_completion_of_least_loss(tokenizer):
+    model = spread(tiny_olmoe()).eval()
+    examples = [
+        {"prompt": prompt, "completion": " b", "choices": [" b", " q", " longer", " z"]}
+        for prompt in ("a", "the longest of them", "bcd", "hello", "xy")
+    ]
+    result = exact_match(model, tokenizer, examples, 2, 1)
+    for sample, example in zip(result.samples, examples, strict=True):
+        head = tokenizer(example["prompt"])["input_ids"]
+        nats = []
+        for choice in example["choices"]:
+            tail = [*tokenizer(choice)["input_ids"], EOS]
+            row = {"input_ids": head + tail, "labels": [-100] * len(head) + tail}
+            mean, count = loss_by_hand(model, [row])
+            nats.append(mean * count)
+        assert sample.prediction == example["choices"][nats.index(min(nats))].strip()
+        assert sample.is_correct == (sample.prediction == "b")
+    assert len({sample.prediction for sample in result.samples}) > 1
+    assert result.error_rate is None
+
+
 def test_every_end_token_of_the_model_ends_an_answer(tokenizer):
     model = successor_model(tokenizer, ["xab!c"])
     model.generation_config.eos_token_id = [EOS, tokenizer("!")["input_ids"][0]]
@@ -228,6 +271,7 @@ def test_peft_model(tokenizer):
         ({"prompt": "a"}, "needs a prompt, and answers or a completion"),
         ({"prompt": "a", "completion": "b\nc"}, "compares one line"),
         ({"prompt": "", "completion": "b"}, "empty prompt"),
+        ({"prompt": "a", "completion": "b", "choices": ["b"]}, "two or more"),
     ],
 )
 def test_examples_that_cannot_be_matched(tokenizer, example, said):

@@ -24,6 +24,7 @@ FLOORS: tuple[frozenset[str], ...] = (
             "__main__",
             "assemble",
             "callback",
+            "choices",
             "cli",
             "data",
             "embedded",

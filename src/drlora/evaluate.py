@@ -1,4 +1,4 @@
-"""Evaluate a causal language model: loss on target tokens, and exact match of generated answers.
+"""Evaluate a causal language model: loss on target tokens, and answers against the right ones.
 
     result = evaluate_loss(model, encoded.dataset, Collator(tokenizer), batch_size=8)
     match = exact_match(model, tokenizer, load_examples("embedded:definitions", split="test"), 32,
@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
+from drlora.choices import choose
 from drlora.data import encode_prompt, pad_token_id
 from drlora.errors import ConfigError, DataError
 
@@ -53,12 +54,18 @@ class Sample:
 
 @dataclass(frozen=True)
 class MatchResult:
-    """Share of examples answered exactly (0 to 1), the counts behind it, the first few samples."""
+    """Share of examples answered exactly (0 to 1), the counts behind it, the first few samples.
+
+    `error_rate` is the word error rate: the edits (word inserted, left out or exchanged) that make
+    each generated answer the nearest accepted one, over the words of those. It is None where every
+    answer is one word, which is right or wrong, and where answers are chosen.
+    """
 
     accuracy: float
     correct: int
     total: int
     samples: tuple[Sample, ...]
+    error_rate: float | None = None
 
 
 @contextmanager
@@ -141,15 +148,17 @@ def exact_match(
     max_new_tokens: int,
     limit: int | None = None,
 ) -> MatchResult:
-    """Share of `examples` whose greedy continuation is exactly one of the accepted answers.
+    """Share of `examples` whose answer is exactly one of the accepted answers.
 
-    The continuation ends at the end-of-sequence token or the first newline, and is stripped, as
-    are the answers. Prompts are padded on the left.
+    The answer is the greedy continuation up to the end-of-sequence token or the first newline,
+    stripped, as are the accepted ones; prompts are padded on the left. Where an example has
+    `choices`, it is the choice of least loss (`drlora.choices.choose`) instead.
 
     Args:
         model: a transformers causal LM or a PEFT model of one.
         tokenizer: the model's tokenizer.
-        examples: records with `prompt` and `answers`, or with `completion` where there are none.
+        examples: records with `prompt` and `answers`, or with `completion` where there are none;
+            all or none of them with `choices`.
         batch_size: examples generated at once.
         max_new_tokens: longest continuation, in tokens.
         limit: evaluate only so many examples, from the front.
@@ -164,15 +173,13 @@ def exact_match(
     total = len(examples) if limit is None else min(limit, len(examples))
     if total == 0:
         raise DataError("no examples to evaluate")
-    correct = 0
     samples: list[Sample] = []
     with evaluating(model):
         for batch in _batches(examples, total, batch_size):
-            for sample in _answer(model, tokenizer, batch, max_new_tokens):
-                correct += sample.is_correct
-                if len(samples) < SAMPLES_KEPT:
-                    samples.append(sample)
-    return MatchResult(correct / total, correct, total, tuple(samples))
+            samples += _answer(model, tokenizer, batch, max_new_tokens)
+    correct = sum(sample.is_correct for sample in samples)
+    error_rate = None if examples[0].get("choices") else word_error_rate(samples)
+    return MatchResult(correct / total, correct, total, tuple(samples[:SAMPLES_KEPT]), error_rate)
 
 
 def _answer(
@@ -180,7 +187,10 @@ def _answer(
 ) -> Iterator[Sample]:
     answers = [_accepted(example) for example in batch]
     prompts = [example["prompt"] for example in batch]
-    predictions = _generate(model, tokenizer, prompts, max_new_tokens)
+    if batch[0].get("choices"):
+        predictions = choose(model, tokenizer, batch, len(batch))
+    else:
+        predictions = _generate(model, tokenizer, prompts, max_new_tokens)
     for prompt, prediction, accepted in zip(prompts, predictions, answers, strict=True):
         yield Sample(prompt, prediction, accepted, prediction in accepted)
 
@@ -198,6 +208,35 @@ def _accepted(example: Mapping[str, Any]) -> tuple[str, ...]:
             f"use the loss for such data"
         )
     return stripped
+
+
+def word_error_rate(samples: Sequence[Sample]) -> float | None:
+    """Edits over words, each sample against its nearest answer; None if all answers are one word.
+
+    For phones written apart, as `JH AH JH`, it is the phone error rate.
+    """
+    if all(len(answer.split()) <= 1 for sample in samples for answer in sample.answers):
+        return None
+    edits = words = 0
+    for sample in samples:
+        nearest = min(sample.answers, key=lambda answer: _errors(sample.prediction, answer))
+        edits += edit_distance(sample.prediction.split(), nearest.split())
+        words += len(nearest.split())
+    return edits / max(words, 1)
+
+
+def _errors(prediction: str, answer: str) -> float:
+    return edit_distance(prediction.split(), answer.split()) / max(len(answer.split()), 1)
+
+
+def edit_distance(one: Sequence[str], other: Sequence[str]) -> int:
+    """Levenshtein distance: fewest items inserted, left out or exchanged to make one the other."""
+    row = list(range(len(other) + 1))
+    for i, left in enumerate(one, start=1):
+        diagonal, row[0] = row[0], i
+        for j, right in enumerate(other, start=1):
+            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (left != right))
+    return row[-1]
 
 
 def _generate(

@@ -32,7 +32,9 @@ class Measurement:
         if self.match is None:
             return text
         share = f"{self.match.accuracy:.1%} ({self.match.correct} of {self.match.total})"
-        return f"{text}, exact match {share}"
+        rate = self.match.error_rate
+        errors = "" if rate is None else f", word error rate {rate:.1%}"
+        return f"{text}, exact match {share}{errors}"
 
 
 def measurement_from(values: dict[str, Any]) -> Measurement:

@@ -5,7 +5,14 @@
 >>> batch = Collator(tokenizer)([encoded.dataset[0], encoded.dataset[1]])
 """
 
-from drlora.data.encode import Collator, EncodedData, encode_examples, encode_prompt, pad_token_id
+from drlora.data.encode import (
+    Collator,
+    EncodedData,
+    encode_completion,
+    encode_examples,
+    encode_prompt,
+    pad_token_id,
+)
 from drlora.data.layout import Layout, check_record, choose_layout
 from drlora.data.load import load_examples
 
@@ -15,6 +22,7 @@ __all__ = [
     "Layout",
     "check_record",
     "choose_layout",
+    "encode_completion",
     "encode_examples",
     "encode_prompt",
     "load_examples",

@@ -111,7 +111,7 @@ def _encode_row(
     where = f"example {index}"
     check_record(record, layout, where)
     if layout.form == "completion":
-        ids, labels = _encode_completion(record["prompt"], record["completion"], tokenizer)
+        ids, labels = encode_completion(record["prompt"], record["completion"], tokenizer)
     elif layout.form == "messages":
         ids, labels = _encode_messages(record["messages"], tokenizer, where)
     else:
@@ -145,8 +145,11 @@ def _eos(tokenizer: PreTrainedTokenizerBase) -> int:
     return int(tokenizer.eos_token_id)
 
 
-def _encode_completion(prompt: str, completion: str, tokenizer: PreTrainedTokenizerBase) -> Tokens:
-    """Prompt and completion are tokenized apart, as they are when the model has to answer."""
+def encode_completion(prompt: str, completion: str, tokenizer: PreTrainedTokenizerBase) -> Tokens:
+    """Token ids of both and the end-of-sequence token, with loss on all but the prompt.
+
+    Prompt and completion are tokenized apart, as they are when the model has to answer.
+    """
     head = encode_prompt(prompt, tokenizer)
     tail = _with_eos(_encode_plain(completion, tokenizer), tokenizer)
     return head + tail, [IGNORED] * len(head) + tail

@@ -1,6 +1,6 @@
 """The three forms of an example, recognised by column names, and the checks on each record.
 
-prompt, completion (and answers, where there are any): loss on the completion
+prompt, completion (and answers, choices):             loss on the completion
 messages, a list of {role, content}:                   loss on the assistant's turns
 text:                                                  loss on everything
 """
@@ -16,8 +16,8 @@ LAYOUTS: dict[str, tuple[str, ...]] = {
     "messages": ("messages",),
     "text": ("text",),
 }
-OPTIONAL = {"completion": ("answers",)}
-KNOWN_COLUMNS = ("prompt", "completion", "answers", "messages", "text")
+OPTIONAL = {"completion": ("answers", "choices")}
+KNOWN_COLUMNS = ("prompt", "completion", "answers", "choices", "messages", "text")
 
 
 @dataclass(frozen=True)
@@ -133,6 +133,7 @@ CHECKS: dict[str, tuple[Callable[[object], bool], str]] = {
     "prompt": (_is_text, "a string"),
     "completion": (_is_filled_text, "a string that is not empty"),
     "answers": (_is_answers, "a list of strings"),
+    "choices": (_is_answers, "a list of strings"),
     "messages": (_is_messages, "a list of {role, content}, both strings"),
     "text": (_is_filled_text, "a string that is not empty"),
 }

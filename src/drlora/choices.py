@@ -1,0 +1,78 @@
+"""Answer by choice: of the completions an example offers, the one the model finds likeliest.
+
+Used by `drlora.evaluate.exact_match` where examples have `choices`.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers import PreTrainedTokenizerBase
+
+from drlora.data import Collator, encode_completion
+from drlora.errors import DataError
+
+IGNORED = -100
+
+
+def choose(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Mapping[str, Any]],
+    batch_size: int,
+) -> list[str]:
+    """For each example the choice of least loss, stripped.
+
+    A choice's loss is the sum over its tokens and the end-of-sequence token after it, which is what
+    training makes small; it is not divided by the length. The first of equal ones wins.
+
+    Args:
+        model: a causal LM in evaluation mode, called with input_ids (B, L) and attention_mask.
+        tokenizer: the model's tokenizer.
+        examples: records with `prompt` and `choices`; a choice is written as a completion is.
+        batch_size: choices a forward pass.
+
+    Raises:
+        DataError: an example has fewer than two choices.
+    """
+    rows = []
+    for example in examples:
+        if len(example.get("choices") or ()) < 2:
+            raise DataError(
+                f"{example['prompt']!r} has the choices {example.get('choices')!r}; give every "
+                f"example two or more, or none to any"
+            )
+        for choice in example["choices"]:
+            ids, labels = encode_completion(example["prompt"], choice, tokenizer)
+            rows.append({"input_ids": ids, "labels": labels})
+    collator = Collator(tokenizer)
+    nats = torch.cat(
+        [
+            _summed_losses(model, collator(rows[start : start + batch_size]))
+            for start in range(0, len(rows), batch_size)
+        ]
+    )
+    by_example = nats.split([len(example["choices"]) for example in examples])
+    return [
+        example["choices"][int(losses.argmin())].strip()
+        for example, losses in zip(examples, by_example, strict=True)
+    ]
+
+
+def _summed_losses(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Loss (nats) of each of B rows, summed over its target tokens, float64 (B,) on the CPU."""
+    device = next(model.parameters()).device
+    logits_BLV = model(
+        input_ids=batch["input_ids"].to(device),
+        attention_mask=batch["attention_mask"].to(device),
+        use_cache=False,
+    ).logits
+    targets_BL = batch["labels"][:, 1:].to(logits_BLV.device)
+    is_target_BL = targets_BL != IGNORED
+    losses_N = F.cross_entropy(
+        logits_BLV[:, :-1][is_target_BL].float(), targets_BL[is_target_BL], reduction="none"
+    )
+    losses_BL = torch.zeros(targets_BL.shape, dtype=torch.float64, device=losses_N.device)
+    losses_BL[is_target_BL] = losses_N.double()
+    return losses_BL.sum(dim=1).cpu()
