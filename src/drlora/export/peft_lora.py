@@ -7,14 +7,23 @@ Names and files are left to PEFT, which also makes the model that is compared.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import (
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
+from drlora.errors import CheckpointError
 from drlora.export.factors import Factors
 from drlora.export.updates import Updates, linear_updates, trained_modules
 
@@ -34,13 +43,17 @@ def make_config(updates: Updates, base: PreTrainedModel) -> LoraConfig:
         target_parameters=parameters,
         target_modules=sorted(set(updates.linears) - clashing),
         modules_to_save=list(updates.modules) or None,
-        task_type="CAUSAL_LM",
+        task_type="CAUSAL_LM" if hasattr(base, "prepare_inputs_for_generation") else None,
         base_model_name_or_path=base.name_or_path or None,
     )
 
 
 def attach(base: PreTrainedModel, updates: Updates) -> PeftModel:
-    """`base` with a plain PEFT LoRA that does what the adapter did."""
+    """`base` with a plain PEFT LoRA that does what the adapter did.
+
+    Raises:
+        CheckpointError: if PEFT would not find the tensors again in the file that it writes.
+    """
     config = make_config(updates, base)
     model = get_peft_model(base, config)
     assert isinstance(model, PeftModel)
@@ -54,7 +67,23 @@ def attach(base: PreTrainedModel, updates: Updates) -> PeftModel:
             module.modules_to_save["default"].load_state_dict(updates.modules[name])
             filled.add(name)
     assert filled == {*updates.experts, *updates.linears, *updates.modules}
+    _refuse_unreadable(model)
     return model
+
+
+def _refuse_unreadable(model: PeftModel) -> None:
+    """PEFT renames keys as the model's checkpoint does, for some models to names without a layer.
+
+    Loading then leaves those layers as if they were new, with nothing but a warning.
+    """
+    report: Any = set_peft_model_state_dict(model, get_peft_model_state_dict(model))
+    missing = [key for key in report.missing_keys if ".lora_" in key or "modules_to_save" in key]
+    if missing or report.unexpected_keys:
+        raise CheckpointError(
+            f"PEFT does not read back its own LoRA on {type(model.get_base_model()).__name__}: it "
+            f"renames {missing[:1]} to {report.unexpected_keys[:1]}. Nothing was written; use the "
+            f"format merged."
+        )
 
 
 def read(model: PeftModel, adapter: str = "default") -> Updates:
