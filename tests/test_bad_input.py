@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from tiny_run import make_tokenizer, save_all, save_model_folder
@@ -93,6 +94,9 @@ def the_message(code: int, capsys) -> str:
         ),
         ("adapter.p_grow=0.1", ["p_grow=0.1", "floor(0.1 * 7) = 0", "raise p_grow"]),
         # models
+        ("start_from=./nowhere", ["nowhere holds no PEFT LoRA", "no adapter_config.json"]),
+        ("start_ranks=./nowhere.json", ["there is no rank map nowhere.json"]),
+        ("start_ranks=x.json; adapter.start=routing", ["start_ranks='x.json'", "keep one"]),
         ("model=no/such-model", ["model='no/such-model'", "local folder"]),
         ("model=./nowhere", ["model='./nowhere'", "local folder"]),
         ("adapter.experts=[model.layers.9.mlp.experts]", ["layers.9", "match nothing", "layers.0"]),
@@ -187,12 +191,20 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-@pytest.fixture
-def run(folder) -> Path:
-    """A finished run of two steps, without growth."""
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, model) -> Path:
+    """A finished run of two steps, without growth; tests change a copy of it."""
+    folder = tmp_path_factory.mktemp("finished")
+    recipe = save_all(folder, model=str(model))
     short = ["training.max_steps=2", "training.warmup_steps=0", "adapter.r_init=3"]
-    assert main(["train", str(folder / "recipe.yaml"), *short]) == 0
+    assert main(["train", str(recipe), *short]) == 0
     return folder / "run"
+
+
+@pytest.fixture
+def run(folder, finished) -> Path:
+    """A finished run that a test may damage."""
+    return shutil.copytree(finished, folder / "run")
 
 
 def test_an_output_directory_that_holds_a_run(run, folder, capsys):
@@ -213,6 +225,47 @@ def test_a_truncated_adapter(run, capsys):
     cut(run / "adapter_model.safetensors")
     message = the_message(main(["eval", str(run)]), capsys)
     assert f"the adapter in {run} cannot be loaded" in message
+
+
+def put(tensors, name, change):
+    """Replace the tensors of block 0 whose keys end with `name`."""
+    keys = [key for key in tensors if ".layers.0." in key and key.endswith(name)]
+    assert keys
+    tensors |= {key: change(tensors[key]).contiguous() for key in keys}
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "part"),
+    [
+        (".owner", lambda x: x.where(x > 0, 6), "owners must lie between -1"),
+        ("drlora_adapters.pools.down.owner", lambda x: x * 0, "expert 0 has rank 18, r_max is 8"),
+        ("drlora_adapters.pools.down.owner", lambda x: x.clamp(max=4),
+         "must give each expert the same rank"),
+        ("drlora_adapters.pools.down.owner", lambda x: x.float(), "torch.float32, not of integers"),
+        ("drlora_adapters.pools.down.owner", lambda x: x[1:], "is (17,) in the file"),
+        ("drlora_adapters.pools.down.lora_B", lambda x: x[:, 1:], "is (18, 31) in the file"),
+        ("drlora_adapters.pools.up.lora_A", None, "no place for it"),
+        ("drlora_adapters.pools.gate_up.seed", None, "seed is missing in the file"),
+        ("gate_up_proj", None, "no place for it"),
+    ],
+    ids=["unknown owner", "rank above r_max", "unequal ranks", "float owners", "short owners",
+         "turned", "a pool too many", "a seed too few", "a weight of the base"],
+)  # fmt: skip
+def test_an_adapter_file_that_was_tampered_with(run, capsys, name, change, part):
+    path = run / "adapter_model.safetensors"
+    tensors = load_file(path)
+    if change is not None:
+        put(tensors, name, change)
+    elif "seed" in name:
+        tensors = {key: x for key, x in tensors.items() if not key.endswith(name)}
+    else:
+        prefix = "base_model.model.model.layers.0.mlp.experts."
+        tensors[prefix + name] = torch.zeros(18, 32)
+    save_file(tensors, path)
+    capsys.readouterr()
+    dry_run = ["--format", "peft", "-o", str(run.parent / "out"), "--dry-run"]
+    for command in (["eval", str(run)], ["export", str(run), *dry_run]):
+        assert part in the_message(main(command), capsys)
 
 
 def test_an_adapter_for_another_model(run, folder, capsys):
@@ -237,7 +290,8 @@ def test_an_adapter_for_a_deeper_model(run, folder, capsys):
 
 def test_what_is_no_run_or_not_finished(run, tmp_path, capsys):
     capsys.readouterr()
-    assert "no run directory" in the_message(main(["eval", str(tmp_path / "nowhere")]), capsys)
+    message = the_message(main(["eval", str(tmp_path / "nowhere")]), capsys)
+    assert "nowhere is neither a run directory nor a saved adapter" in message
     (run / "adapter_model.safetensors").unlink()
     message = the_message(main(["eval", str(run)]), capsys)
     assert "not finished" in message

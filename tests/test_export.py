@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_peft import logits, trained
-from tiny import make_batch, make_model
+from tiny import make_batch, make_class, make_model
 from tiny_run import save_all
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import drlora
 from drlora.cli import main
 from drlora.errors import CheckpointError, ConfigError
 from drlora.export import FORMATS, apply_plan, make_plan
@@ -64,6 +65,52 @@ def test_peft(tmp_path, family, changes):
     keys = load_file(tmp_path / "out" / "adapter_model.safetensors")
     assert not any("drlora" in key for key in keys)
     close(PeftModel.from_pretrained(make_model(family), tmp_path / "out"), wanted)
+
+
+def randomised(base, **changes):
+    """An adapter on `base` whose rows are random, as if trained; the same each time."""
+    torch.manual_seed(1)
+    config = drlora.DrLoraConfig(r_init=2, r_target=4, r_max=8, p_grow=0.5, **changes)
+    model = get_peft_model(base, config)
+    for layer in adapted_layers(model, "default").values():
+        for pool in layer.adapter("default").rank_pools.values():
+            pool.lora_B.data[pool.owner >= 0] = 0.2 * torch.randn(pool.lora_B.shape[1])
+    return model.eval()
+
+
+def uncached(model):
+    """Logits without a cache, which not every class can make for a model this small."""
+    with torch.no_grad():
+        return model.eval()(input_ids=IDS, use_cache=False).logits
+
+
+@pytest.mark.parametrize(
+    ("class_name", "changes"),
+    [
+        ("GptOssForCausalLM", {}),  # transposed, gate and up interleaved
+        ("GptOssForCausalLM", SEPARATE),
+        ("Llama4ForCausalLM", {}),  # transposed, without a flag that says so
+        ("NemotronHForCausalLM", PAPER | {"router": "frozen"}),  # no gate
+        ("AriaTextForCausalLM", {}),
+        ("Step3p7ForConditionalGeneration", {}),
+    ],
+)
+def test_other_layouts(tmp_path, class_name, changes):
+    """PEFT, merged, back from PEFT; and per expert is refused, since no checkpoint has it."""
+    wanted = uncached(randomised(make_class(class_name), **changes))
+    assert (wanted - uncached(make_class(class_name))).abs().max() > 0.05
+    for format in ("peft", "merged"):
+        export(randomised(make_class(class_name), **changes), tmp_path / format, format)
+    again = drlora.DrLoraConfig(r_init=6, r_target=6, r_max=8, p_grow=0.5)
+    loaded = {
+        "peft": PeftModel.from_pretrained(make_class(class_name), tmp_path / "peft"),
+        "merged": type(make_class(class_name)).from_pretrained(tmp_path / "merged"),
+        "import": drlora.load_peft_lora(make_class(class_name), tmp_path / "peft", again),
+    }
+    for model in loaded.values():
+        torch.testing.assert_close(uncached(model), wanted, rtol=0, atol=1e-5)
+    with pytest.raises(ConfigError, match="no per-expert layout|without a gate"):
+        make_plan(randomised(make_class(class_name), **changes), "per-expert")
 
 
 def test_peft_layout(tmp_path):
@@ -141,14 +188,20 @@ def test_per_expert_for_engines_where_peft_does_not_load_it(tmp_path, family):
     ("family", "changes"),
     [("olmoe", PAPER), ("olmoe", ATTENTION), ("mixtral", {}), ("granitemoe", {})],
 )
-def test_merged(tmp_path, family, changes):
-    model = trained(family, **changes)
-    wanted, own = logits(model), set(make_model(family).state_dict())
-    export(model, tmp_path / "out", "merged")
+@pytest.mark.parametrize("tied", [False, True])
+def test_merged_in_several_files(tmp_path, family, changes, tied):
+    base = make_model(family, tie_word_embeddings=tied)
+    own, base_bytes = set(base.state_dict()), sum(4 * p.numel() for p in base.parameters())
+    model = trained(base=base, **changes)
+    wanted, plan = logits(model), make_plan(model, "merged")
+    assert plan.weight_bytes == base_bytes  # tied weights once
+    apply_plan(plan, model, BATCHES, tmp_path / "out", max_shard_size="20KB")
+    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 3
     loaded, report = AutoModelForCausalLM.from_pretrained(
         tmp_path / "out", output_loading_info=True
     )
     assert not any(report.values()) and set(loaded.state_dict()) == own
+    assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
     close(loaded, wanted)
 
 
@@ -201,6 +254,15 @@ class TestRefusals:
     def test_a_checkpoint_that_does_not_keep_experts_apart(self):
         with pytest.raises(ConfigError, match="GraniteMoe.*no per-expert layout.*peft or merged"):
             make_plan(trained("granitemoe"), "per-expert")
+
+    @pytest.mark.parametrize("class_name", ["DbrxForCausalLM", "LongcatFlashForCausalLM"])
+    def test_experts_that_are_not_in_one_parameter_a_matrix(self, class_name):
+        """PEFT has nothing to put a LoRA on; merged is what such a model can have."""
+        model = randomised(make_class(class_name))
+        for format in ("peft", "per-expert"):
+            with pytest.raises(ConfigError, match=r"\(E, \., \.\).*use the format merged"):
+                make_plan(model, format)
+        assert make_plan(model, "merged").format == "merged"
 
     @pytest.mark.parametrize(
         ("format", "rank", "match"),
@@ -262,7 +324,7 @@ except ImportError:
 else:
     raise SystemExit("drlora could be imported")
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 base, ids, *folders = sys.argv[1:]
@@ -295,6 +357,13 @@ def test_a_run_is_exported_and_loads_where_drlora_is_not(run, tmp_path, capsys):
         torch.testing.assert_close(alone, wanted_logits, rtol=0, atol=1e-5)
 
 
+def evaluated(capsys, folder, *more):
+    """Loss, perplexity and correct answers as `drlora eval` prints them."""
+    assert main(["eval", str(folder), "--json", *more]) == 0
+    found = json.loads(capsys.readouterr().out)
+    return [found["loss"]["loss"], found["loss"]["perplexity"], found["match"]["correct"]]
+
+
 def check_export_of_run(run, out, capsys):
     """Export to `out`, whose name is the format; the dry run says the same and writes nothing."""
     command = ["export", str(run), "--format", out.name, "-o", str(out)]
@@ -310,9 +379,32 @@ def check_export_of_run(run, out, capsys):
     assert record["logits"]["largest"] < 1e-5 and record["logits"]["tokens"] > 20
     assert record["compared_on"] == f"{run.parent / 'eval.jsonl'}, split train"
     assert str(run.parent / "model") in (out / "README.md").read_text()
+    # Measured like the run itself, on its data.
+    assert evaluated(capsys, out) == pytest.approx(evaluated(capsys, run), rel=1e-5)
     weights = [f for f in out.iterdir() if f.suffix == ".safetensors"]
     tensors = [x for f in weights for x in load_file(f).values()]
     assert sum(x.numel() * x.element_size() for x in tensors) == record["weight_bytes"]
+
+
+def test_evaluation_of_what_comes_from_no_run(run, tmp_path, capsys):
+    """Base model, checkpoint and a moved export: --data says on what, --model what was moved."""
+    data = ["--data", str(run.parent / "eval.jsonl")]
+    before = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][0]
+    assert evaluated(capsys, run.parent / "model", *data)[0] == pytest.approx(
+        before["loss"]["loss"]
+    )
+    wanted = evaluated(capsys, run)
+    last = run / "checkpoints" / "checkpoint-12"
+    model = ["--model", str(run.parent / "model")]
+    assert evaluated(capsys, last, *data, *model) == pytest.approx(wanted)
+    assert main(["eval", str(last)]) == 2
+    assert "of no run whose data could be used; name some with --data" in capsys.readouterr().err
+    assert main(["export", str(run.parent / "model"), "--format", "peft", "-o", "x"]) == 2
+    assert "holds a whole model; only DR-LoRA adapters" in capsys.readouterr().err
+    out = str(tmp_path / "out")
+    assert main(["export", str(last), "--format", "peft", "-o", out, *data, *model]) == 0
+    record = json.loads((tmp_path / "out" / "drlora_export.json").read_text())
+    assert record["compared_on"].startswith(data[1])
 
 
 def test_a_merged_model_has_its_tokenizer_and_generation_config(run, tmp_path):

@@ -31,6 +31,7 @@ FLOORS: tuple[frozenset[str], ...] = (
             "evaluate",
             "evaluate_run",
             "export_run",
+            "sources",
             "inspection",
             "jsonl",
             "measure",

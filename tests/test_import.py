@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -11,9 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from test_peft import SETTINGS, logits, trained
-from tiny import make_batch, make_model, plain_loop, trainable
+from tiny import make_batch, make_class, make_model, plain_loop, trainable
+from tiny_run import save_all, save_model_folder
+from transformers import AutoModelForCausalLM
 
 import drlora
+from drlora.cli import main
 from drlora.errors import CheckpointError, ConfigError
 from drlora.export import apply_plan, make_plan
 from drlora.inject import adapted_layers
@@ -22,17 +26,23 @@ from drlora.starts import proportional_ranks
 GROWTH = dict(p_grow=0.5, grow_every=2, warmup_steps=1, settle_steps=1)
 
 
-def save_lora(folder, family="olmoe", **changes):
+def save_lora(folder, family="olmoe", base=None, **changes):
     """A PEFT LoRA on experts with random weights, in a folder; returns its logits."""
     settings = dict(r=3, lora_alpha=5, target_modules=[],
                     target_parameters=["experts.gate_up_proj", "experts.down_proj"])  # fmt: skip
-    model = get_peft_model(make_model(family), LoraConfig(**{**settings, **changes}))
+    model = get_peft_model(base or make_model(family), LoraConfig(**{**settings, **changes}))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_" in name or "modules_to_save" in name:
                 parameter.normal_(std=0.1)
     model.save_pretrained(folder)
-    return logits(model)
+    return logits(model) if base is None else uncached(model)
+
+
+def uncached(model):
+    """Logits without a cache, which not every class can make for a model this small."""
+    with torch.no_grad():
+        return model.eval()(input_ids=make_batch(7)["input_ids"], use_cache=False).logits
 
 
 def grow(model, steps=8):
@@ -69,6 +79,28 @@ class TestPeftLora:
         model = drlora.load_peft_lora(make_model(family), tmp_path, settings)
         torch.testing.assert_close(logits(model), wanted, rtol=0, atol=1e-5)
 
+    @pytest.mark.parametrize(
+        ("class_name", "projections"),
+        [
+            ("GptOssForCausalLM", ["gate_up", "down"]),  # transposed, interleaved
+            ("GptOssForCausalLM", ["gate", "up", "down"]),
+            ("Llama4ForCausalLM", ["gate_up", "down"]),  # transposed, without a flag
+            ("NemotronHForCausalLM", ["up", "down"]),  # no gate
+            ("Step3p7ForConditionalGeneration", ["gate_up", "down"]),
+        ],
+    )
+    def test_other_layouts(self, tmp_path, class_name, projections):
+        name = "experts.up_proj" if "NemotronH" in class_name else "experts.gate_up_proj"
+        wanted = save_lora(
+            tmp_path, base=make_class(class_name), target_parameters=[name, "experts.down_proj"]
+        )
+        assert (wanted - uncached(make_class(class_name))).abs().max() > 0.05
+        settings = drlora.DrLoraConfig(
+            r_init=3, r_target=6, r_max=12, p_grow=0.5, projections=projections
+        )
+        model = drlora.load_peft_lora(make_class(class_name), tmp_path, settings)
+        torch.testing.assert_close(uncached(model), wanted, rtol=0, atol=1e-5)
+
     def test_grows_from_there(self, tmp_path):
         wanted = save_lora(tmp_path)
         config = drlora.DrLoraConfig(r_init=3, r_target=5, r_max=9, **GROWTH)
@@ -104,6 +136,7 @@ class TestPeftLora:
             ({}, {"projections": ["up", "down"]}, ConfigError, "leave out a part of gate_up"),
             ({}, {"projections": ["gate_up"]}, ConfigError, "leave out a part of down"),
             ({}, {"target_modules": ["q_proj"]}, ConfigError, "no other layers than experts"),
+            ({}, {"start": "routing"}, ConfigError, "start='routing'.*leave start out"),
             ({"target_modules": ["q_proj"]}, {"target_modules": ["q_proj"]}, ConfigError,
              "decided by the LoRA"),
             ({"target_modules": ["q_proj"], "target_parameters": None}, {}, ConfigError,
@@ -141,6 +174,78 @@ class TestPeftLora:
             config.write_text("[]")
         with pytest.raises(CheckpointError, match=match):
             drlora.load_peft_lora(base, tmp_path)
+
+
+class TestRecipe:
+    """`start_from` and `start_ranks` of a recipe; a resumed run does not begin again."""
+
+    def start(self, folder, **changes):
+        """A recipe that continues a LoRA of rank 2 on experts and q_proj; and the LoRA."""
+        recipe = save_all(folder, start_from=str(folder / "lora"), **changes)
+        adapter = dict(r=2, target_modules=["q_proj"])
+        save_lora(folder / "lora", base=AutoModelForCausalLM.from_pretrained(folder / "model"),
+                  **adapter)  # fmt: skip
+        return recipe, folder / "lora"
+
+    @staticmethod
+    def losses(run):
+        entries = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+        return {e["step"]: e["loss"] for e in entries if e.get("kind") == "log" and "loss" in e}
+
+    def test_a_run_continues_a_lora_and_resumes_without_it(self, tmp_path, capsys):
+        recipe, lora = self.start(tmp_path, adapter=dict(r_init=2, r_target=3, r_max=8, p_grow=0.5))
+        straight = tmp_path / "straight"
+        assert main(["train", str(recipe), f"output_dir={straight}"]) == 0
+        capsys.readouterr()
+        of_lora = ["--model", str(tmp_path / "model"), "--data", str(tmp_path / "eval.jsonl")]
+        assert main(["eval", str(lora), "--json", *of_lora]) == 0
+        before = json.loads((straight / "result.json").read_text())["before"]
+        found = json.loads(capsys.readouterr().out)
+        assert before["loss"]["loss"] == pytest.approx(found["loss"]["loss"], rel=1e-5)
+
+        cut = tmp_path / "cut"
+        shutil.copytree(straight, cut)
+        for name in ("result.json", "adapter_model.safetensors", "checkpoints/checkpoint-12"):
+            path = cut / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        config = cut / "config.yaml"
+        config.write_text(config.read_text().replace(str(straight), str(cut)))
+        shutil.rmtree(lora)
+        assert main(["train", str(config), "--resume"]) == 0
+        for name in ("adapter_model.safetensors", "growth.jsonl"):
+            assert (cut / name).read_bytes() == (straight / name).read_bytes(), name
+        assert self.losses(cut) == self.losses(straight) and len(self.losses(cut)) == 12
+
+    def test_a_run_starts_at_the_ranks_of_a_file(self, tmp_path):
+        """And is refused where they do not fit, before a step is taken."""
+        recipe = save_all(tmp_path, training=dict(max_steps=8))
+        model = get_peft_model(
+            make_model(), drlora.DrLoraConfig(r_init=1, r_target=3, r_max=8, p_grow=0.5)
+        )
+        ranks = uneven(model)
+        path = tmp_path / "ranks.json"
+        path.write_text(json.dumps(ranks))
+        assert main(["train", str(recipe), f"start_ranks={path}"]) == 0
+        found = json.loads((tmp_path / "run" / "result.json").read_text())
+        for block, inner in found["ranks"].items():
+            for projection, row in inner.items():
+                grown = np.array(row) - ranks[block][projection]
+                assert (grown >= 0).all() and grown.sum() == 18 - 12
+
+    @pytest.mark.parametrize(
+        ("overrides", "part"),
+        [(["adapter.r_init=1"], "r_init=1 is less than the rank of the LoRA"),
+         (["adapter.target_modules=[q_proj]"], "is decided by the LoRA; leave it out"),
+         (["model=OTHER"], "Was it made for another model?")],
+    )  # fmt: skip
+    def test_what_does_not_fit(self, tmp_path, capsys, monkeypatch, overrides, part):
+        recipe, _ = self.start(tmp_path, adapter=dict(r_init=2))
+        save_model_folder(tmp_path / "other", num_experts=5)
+        monkeypatch.delattr("drlora.train.Trainer")
+        named = [word.replace("OTHER", str(tmp_path / "other")) for word in overrides]
+        assert main(["train", str(recipe), *named]) == 2
+        assert part in capsys.readouterr().err
+        assert not (tmp_path / "run").exists()
 
 
 def fresh(**changes):

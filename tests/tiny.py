@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 import transformers
+from tiny_config import VOCAB, tiny_config
 from transformers import PreTrainedModel
 
-VOCAB = 64
 _COMMON: dict[str, Any] = dict(
     vocab_size=VOCAB,
     hidden_size=32,
@@ -108,7 +108,17 @@ def make_config(family: str = "olmoe", **changes: Any) -> transformers.PreTraine
 def make_model(family: str = "olmoe", seed: int = 0, **changes: Any) -> PreTrainedModel:
     """A tiny model with random weights that are the same for the same seed."""
     torch.manual_seed(seed)
-    model = getattr(transformers, FAMILIES[family][0])(make_config(family, **changes))
+    return _enlarged(getattr(transformers, FAMILIES[family][0])(make_config(family, **changes)))
+
+
+def make_class(class_name: str, **changes: Any) -> PreTrainedModel:
+    """A tiny model of any class of transformers, the same each time."""
+    model_class = getattr(transformers, class_name)
+    torch.manual_seed(0)
+    return _enlarged(model_class(tiny_config(model_class.config_class, **changes)))
+
+
+def _enlarged(model: PreTrainedModel) -> PreTrainedModel:
     # Larger weights than the default 0.02, so that experts and routers matter to the output.
     with torch.no_grad():
         for parameter in model.parameters():

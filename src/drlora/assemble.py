@@ -11,7 +11,8 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, Protocol, cast
 
 import torch
 from datasets import Dataset
@@ -31,10 +32,12 @@ from drlora.config import DrLoraConfig
 from drlora.data import EncodedData, encode_examples, load_examples
 from drlora.embedded import resolve_model
 from drlora.errors import CheckpointError, ConfigError, DataError, DrLoraError
+from drlora.import_lora import load_peft_lora, refuse_other_files
 from drlora.inject import choose_blocks
 from drlora.recipe import DataSection, Recipe
 from drlora.rundir import RunDir
 from drlora.schedule import plan_growth
+from drlora.starts import read_rank_map, start_ranks
 
 DEFAULT_MAX_LENGTH = 1024
 
@@ -127,9 +130,10 @@ def load_role(recipe: Recipe, role: str) -> Dataset:
     return load_source(recipe.data, source, split, recipe.data.limits.get(role))
 
 
-def load_source(section: DataSection, source: str, split: str, limit: int | None) -> Dataset:
-    """The first `limit` examples of a source, read as the section `data` says."""
-    examples = load_examples(source, split=split, config=section.config, columns=section.columns)
+def load_source(section: DataSection | None, source: str, split: str, limit: int | None) -> Dataset:
+    """The first `limit` examples of a source, read as the section `data` says if there is one."""
+    config, columns = (section.config, section.columns) if section else (None, None)
+    examples = load_examples(source, split=split, config=config, columns=columns)
     return examples.select(range(min(len(examples), limit or len(examples))))
 
 
@@ -142,14 +146,24 @@ def encode(
         ConfigError: if the model cannot take examples of that length.
         DataError: if no example has a token to learn.
     """
+    wanted = longest_example(recipe.data, recipe.model, config)
+    return Examples(raw, encode_examples(raw, tokenizer, wanted))
+
+
+def longest_example(data: DataSection | None, model: str, config: PreTrainedConfig) -> int:
+    """`data.max_length`, or by default what the model takes, at most 1024; in tokens.
+
+    Raises:
+        ConfigError: if the model cannot take examples of that length.
+    """
     longest = getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
-    wanted = recipe.data.max_length or min(DEFAULT_MAX_LENGTH, longest)
+    wanted = (data.max_length if data else None) or min(DEFAULT_MAX_LENGTH, longest)
     if wanted > longest:
         raise ConfigError(
-            f"data.max_length={wanted} is more than the {longest} tokens that {recipe.model!r} "
-            f"takes; lower it."
+            f"data.max_length={wanted} is more than the {longest} tokens that {model!r} takes; "
+            f"lower it."
         )
-    return Examples(raw, encode_examples(raw, tokenizer, int(wanted)))
+    return int(wanted)
 
 
 def training_arguments(recipe: Recipe, run: RunDir) -> TrainingArguments:
@@ -221,10 +235,44 @@ def load_base_model(recipe: NamesModel) -> PreTrainedModel:
     return model
 
 
-def add_adapter(model: PreTrainedModel, config: DrLoraConfig) -> PeftModel:
-    """The model with a new DR-LoRA adapter; its base is frozen."""
-    peft_model = get_peft_model(model, config)
-    assert isinstance(peft_model, PeftModel)
+def check_start(recipe: Recipe) -> None:
+    """Refuse what a new adapter cannot start from, before anything is loaded.
+
+    Raises:
+        CheckpointError: if `start_from` holds no PEFT LoRA, or `start_ranks` no rank map.
+    """
+    if recipe.start_from:
+        refuse_other_files(Path(recipe.start_from))
+    if recipe.start_ranks:
+        read_rank_map(recipe.start_ranks)
+
+
+def add_adapter(
+    model: PreTrainedModel, recipe: Recipe, checkpoint: Path | None = None
+) -> PeftModel:
+    """The model with a new DR-LoRA adapter; its base is frozen.
+
+    Args:
+        model: the base model.
+        recipe: says what the adapter is, and where it starts from.
+        checkpoint: what the run is to continue from. Its tensors are not loaded here, but nothing
+            is taken from `start_from` and `start_ranks` any more.
+
+    Raises:
+        CheckpointError: if what it starts from is damaged or was made for another model.
+        ConfigError: if it does not fit the settings.
+    """
+    config = recipe.adapter_config()
+    if checkpoint is not None and recipe.start_from:
+        # The layers that the LoRA had, without asking it again.
+        config = DrLoraConfig.from_pretrained(str(checkpoint))
+        config.inference_mode = False
+    if checkpoint is None and recipe.start_from:
+        peft_model = load_peft_lora(model, recipe.start_from, config)
+    else:
+        peft_model = cast(PeftModel, get_peft_model(model, config))
+    if checkpoint is None and recipe.start_ranks:
+        start_ranks(peft_model, recipe.start_ranks)
     return peft_model
 
 
@@ -237,6 +285,8 @@ def load_adapter(model: PreTrainedModel, folder: str) -> PeftModel:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message="Found missing adapter keys")
+            # Of per-expert adapters; PEFT has already used these patterns up when it says so.
+            warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys")
             return PeftModel.from_pretrained(model, folder)
     except DrLoraError as error:
         raise CheckpointError(f"the adapter in {folder} cannot be used: {error}") from error

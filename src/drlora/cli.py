@@ -1,7 +1,7 @@
 """The command line: verbs, arguments, and errors as one message.
 
     drlora train RECIPE.yaml [key=value ...] [--resume]
-    drlora eval RUN [--split SPLIT] [--data FILE]
+    drlora eval RUN|EXPORT [--split SPLIT] [--data FILE]
     drlora inspect MODEL [key=value ...] [--steps N]
     drlora export RUN --format peft|per-expert|merged -o DIR [--rank auto] [--dry-run]
 
@@ -73,10 +73,12 @@ def _add_train(verbs: argparse._SubParsersAction, common: argparse.ArgumentParse
 
 
 def _add_eval(verbs: argparse._SubParsersAction, common: argparse.ArgumentParser) -> None:
-    verb = verbs.add_parser("eval", parents=[common], help="measure a trained run on data")
-    verb.add_argument("run", metavar="RUN", help="a run directory")
+    verb = verbs.add_parser("eval", parents=[common], help="measure a run or an export on data")
+    verb.add_argument("run", metavar="RUN", help="a run, or a folder with an adapter or a model")
     verb.add_argument("--split", default="eval", help="train, eval, test or a split's name")
     verb.add_argument("--data", metavar="FILE", help="other data than the recipe's")
+    verb.add_argument("--model", help="the base model, where it is not where the adapter says")
+    verb.add_argument("--trust-remote-code", action="store_true")
     verb.add_argument("--json", action="store_true", help="print JSON")
     verb.set_defaults(verb=_eval)
 
@@ -104,6 +106,7 @@ def _add_export(verbs: argparse._SubParsersAction, common: argparse.ArgumentPars
     verb.add_argument("--dry-run", action="store_true", help="print the plan, write nothing")
     verb.add_argument("--model", help="the base model, where it is not where the adapter says")
     verb.add_argument("--data", metavar="FILE", help="examples to compare logits on")
+    verb.add_argument("--max-shard-size", metavar="5GB", help="of one file of merged weights")
     verb.add_argument("--trust-remote-code", action="store_true")
     verb.set_defaults(verb=_export)
 
@@ -131,7 +134,13 @@ def _way_on(run: RunDir, what: str) -> str:
 
 
 def _eval(arguments: argparse.Namespace) -> int:
-    found = evaluate_run(arguments.run, arguments.split, arguments.data)
+    found = evaluate_run(
+        arguments.run,
+        arguments.split,
+        arguments.data,
+        model=arguments.model,
+        trust_remote_code=arguments.trust_remote_code,
+    )
     print(json.dumps(found.to_dict(), indent=2) if arguments.json else found)
     return 0
 
@@ -160,6 +169,7 @@ def _export(arguments: argparse.Namespace) -> int:
         model=arguments.model,
         data=arguments.data,
         trust_remote_code=arguments.trust_remote_code,
+        max_shard_size=arguments.max_shard_size,
     )
     print_plan(result, arguments.output, Console(highlight=False, soft_wrap=True, markup=False))
     return 0

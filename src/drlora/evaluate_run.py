@@ -1,59 +1,74 @@
-"""Measure a finished run on its own or on other data: `drlora eval`."""
+"""Measure a finished run, an adapter or an exported model: `drlora eval`."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from drlora.assemble import (
-    encode,
+    Examples,
     load_adapter,
     load_architecture,
     load_base_model,
     load_source,
     load_tokenizer,
+    longest_example,
     vocabulary_size,
 )
-from drlora.errors import CheckpointError
+from drlora.data import encode_examples
+from drlora.errors import ConfigError
 from drlora.measure import Measurement, measure
-from drlora.recipe import ROLES, DataSection, default_split
-from drlora.rundir import RunDir
+from drlora.recipe import ROLES, default_split
+from drlora.sources import Source, find_source
 
 
-def evaluate_run(folder: str | Path, split: str = "eval", data: str | None = None) -> Measurement:
-    """Loss and exact match of the run in `folder`.
+def evaluate_run(
+    folder: str | Path,
+    split: str = "eval",
+    data: str | None = None,
+    *,
+    model: str | None = None,
+    trust_remote_code: bool = False,
+) -> Measurement:
+    """Loss and exact match of what is in `folder`.
 
     Args:
-        folder: a run directory.
+        folder: a run directory, or a folder with an adapter (DR-LoRA or PEFT's LoRA) or a model,
+            such as an export.
         split: train, eval or test, as the recipe names them, or the name of a split.
         data: other data than the recipe's: a file, a hub data set or `embedded:TASK`.
+        model: the base model, where the adapter does not say or it has moved.
+        trust_remote_code: whether code that comes with the model may run.
 
     Raises:
         CheckpointError: if the run is unfinished, damaged, or was made for another model.
+        ConfigError: if no run says which data is meant, and `data` does not either.
         DataError: if the data is missing or malformed.
     """
-    run = RunDir(Path(folder))
-    recipe = run.read_config()
-    if not run.adapter.is_file():
-        raise CheckpointError(
-            f"{run.path} has no adapter_model.safetensors: the run is not finished. Continue it "
-            f"with: {run.resume_command}"
-        )
-    raw = load_source(recipe.data, *_asked_for(recipe.data, split, data))
-    architecture = load_architecture(recipe.model, recipe.trust_remote_code)
-    base = load_base_model(recipe)
-    tokenizer = load_tokenizer(recipe, vocabulary_size(base))
-    examples = encode(raw, tokenizer, recipe, architecture)
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
-    model = load_adapter(base, str(run.path)).to(device)
-    return measure(model, tokenizer, examples, recipe.evaluation)
+    source = find_source(Path(folder), model, trust_remote_code)
+    raw = load_source(source.data, *_asked_for(source, split, data))
+    architecture = load_architecture(source.model, source.trust_remote_code)
+    length = longest_example(source.data, source.model, architecture)
+    subject: Any = load_base_model(source)
+    tokenizer = load_tokenizer(source, vocabulary_size(subject))
+    examples = Examples(raw, encode_examples(raw, tokenizer, length))
+    if source.adapter is not None:
+        subject = load_adapter(subject, str(source.folder))
+    subject.to(torch.accelerator.current_accelerator() or torch.device("cpu"))
+    return measure(subject, tokenizer, examples, source.evaluation)
 
 
-def _asked_for(section: DataSection, split: str, data: str | None) -> tuple[str, str, int | None]:
+def _asked_for(source: Source, split: str, data: str | None) -> tuple[str, str, int | None]:
     """(source, split, limit) of the examples to measure on."""
     if data is not None:
         return data, default_split(data, split) if split in ROLES else split, None
+    section = source.data
+    if section is None:
+        raise ConfigError(
+            f"{source.folder} is of no run whose data could be used; name some with --data FILE."
+        )
     if split in ROLES:
         return *section.source(split), section.limits.get(split)
     return section.source("eval")[0], split, None

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model, set_peft_model_state_dict
@@ -32,28 +30,10 @@ from drlora.data import Collator, encode_examples
 from drlora.errors import CheckpointError, ConfigError, DrLoraError
 from drlora.export import Difference, ExportPlan, apply_plan, make_plan, refuse_full_folder
 from drlora.layer import DrLoraExperts
-from drlora.recipe import DataSection, default_split
-from drlora.rundir import RunDir
+from drlora.recipe import default_split
+from drlora.sources import WEIGHTS, Source, find_source
 
 EXAMPLES, BATCH_SIZE, MAX_TOKENS = 8, 2, 128
-WEIGHTS = "adapter_model.safetensors"
-
-
-@dataclass(frozen=True)
-class Source:
-    """An adapter and where its model and data are; reads as drlora.assemble's `NamesModel`.
-
-    Attributes:
-        folder: holds adapter_config.json and adapter_model.safetensors.
-        data: of the run's recipe, or None.
-    """
-
-    folder: Path
-    model: str
-    tokenizer: str | None
-    dtype: str
-    trust_remote_code: bool
-    data: DataSection | None
 
 
 @dataclass(frozen=True)
@@ -74,6 +54,7 @@ def export_run(
     model: str | None = None,
     data: str | None = None,
     trust_remote_code: bool = False,
+    max_shard_size: str | None = None,
 ) -> ExportResult:
     """Export the adapter in `folder` to `output`; a dry run reads no weights but the adapter's.
 
@@ -87,6 +68,7 @@ def export_run(
         data: examples to compare logits on; by default the run's held-out ones, and random tokens
             for an adapter without a run.
         trust_remote_code: whether code that comes with the model may run.
+        max_shard_size: of one file of merged weights, such as `5GB`; by default transformers' own.
 
     Raises:
         ConfigError: if the format does not fit the model, or `output` is not empty.
@@ -94,7 +76,7 @@ def export_run(
             would not give its logits.
         DataError: if `data` is missing or malformed.
     """
-    source = find_source(Path(folder), model, trust_remote_code)
+    source = _find_adapter(Path(folder), model, trust_remote_code)
     refuse_full_folder(output)
     if dry_run:
         return ExportResult(make_plan(_adapter_without_base(source), format, rank), None)
@@ -106,44 +88,19 @@ def export_run(
     what, batches = _batches(source, data, tokenizer, vocab_size)
     record = {"adapter": str(folder), "base_model": source.model, "compared_on": what}
     adapted.to(torch.accelerator.current_accelerator() or torch.device("cpu"))
-    return ExportResult(plan, apply_plan(plan, adapted, batches, output, tokenizer, record))
+    found = apply_plan(plan, adapted, batches, output, tokenizer, record, max_shard_size)
+    return ExportResult(plan, found)
 
 
-def find_source(folder: Path, model: str | None, trust_remote_code: bool) -> Source:
-    """The adapter in a run directory or any other folder.
-
-    Raises:
-        CheckpointError: if there is none, the run is unfinished, or the model is not known.
-    """
-    run = RunDir(folder)
-    if run.config.is_file():
-        recipe = run.read_config()
-        if not run.adapter.is_file():
-            raise CheckpointError(
-                f"{folder} has no {WEIGHTS}: the run is not finished. Continue it with: "
-                f"{run.resume_command}"
-            )
-        trust = trust_remote_code or recipe.trust_remote_code
-        return Source(
-            folder, model or recipe.model, recipe.tokenizer, recipe.dtype, trust, recipe.data
-        )
-    for name in ("adapter_config.json", WEIGHTS):
-        if not (folder / name).is_file():
-            raise CheckpointError(
-                f"{folder} is neither a run directory nor a saved adapter: it has no {name}."
-            )
-    said = _read_json(folder / "adapter_config.json")
-    if said.get("peft_type") != "DRLORA":
+def _find_adapter(folder: Path, model: str | None, trust_remote_code: bool) -> Source:
+    source = find_source(folder, model, trust_remote_code)
+    if source.adapter != "DRLORA":
+        what = f"the adapter in {folder} is of type {source.adapter!r}"
         raise CheckpointError(
-            f"the adapter in {folder} is of type {said.get('peft_type')!r}; only DR-LoRA adapters "
+            f"{what if source.adapter else f'{folder} holds a whole model'}; only DR-LoRA adapters "
             f"are exported."
         )
-    base = model or said.get("base_model_name_or_path")
-    if not base:
-        raise CheckpointError(
-            f"the adapter in {folder} does not say what its base model is; name it with --model."
-        )
-    return Source(folder, base, None, "auto", trust_remote_code, None)
+    return source
 
 
 def print_plan(result: ExportResult, output: str | Path, console: Console) -> None:
@@ -221,20 +178,13 @@ def _batches(
         ids_NL = torch.randint(vocab_size, (EXAMPLES, 64), generator=torch.Generator())
         batch = {"input_ids": ids_NL, "attention_mask": torch.ones_like(ids_NL)}
         return "random tokens", [{k: x[i : i + 2] for k, x in batch.items()} for i in (0, 2, 4, 6)]
-    section = source.data or DataSection(train=str(data))
-    name, split = (data, default_split(data, "eval")) if data else section.source("eval")
-    rows = encode_examples(load_source(section, name, split, EXAMPLES), tokenizer, MAX_TOKENS)
+    if data is None:
+        assert source.data is not None
+        name, split = source.data.source("eval")
+    else:
+        name, split = data, default_split(data, "eval")
+    rows = encode_examples(load_source(source.data, name, split, EXAMPLES), tokenizer, MAX_TOKENS)
     features = [rows.dataset[i] for i in range(len(rows.dataset))]
     collate = Collator(tokenizer)
     spans = range(0, len(features), BATCH_SIZE)
     return f"{name}, split {split}", [collate(features[i : i + BATCH_SIZE]) for i in spans]
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} must hold one JSON object.")
-    return value

@@ -52,6 +52,11 @@ def load_peft_lora(
         CheckpointError: if the LoRA is missing, damaged, or was made for another model.
         ConfigError: if it cannot be continued with these settings.
     """
+    if config is not None and config.start != "uniform":
+        raise ConfigError(
+            f"start={config.start!r}: the ranks of a LoRA that is continued are its own; leave "
+            f"start out."
+        )
     updates = _read_lora(model, Path(folder))
     rank = max(rank for factors in updates.experts.values() for rank in factors.ranks)
     config = _default_config(rank) if config is None else copy.copy(config)
@@ -80,7 +85,7 @@ def _default_config(rank: int) -> DrLoraConfig:
 
 def _read_lora(model: PreTrainedModel, folder: Path) -> Updates:
     """The contents of the LoRA in `folder`; `model` is as before."""
-    _refuse_other_files(folder)
+    refuse_other_files(folder)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message="Found missing adapter keys")
@@ -102,7 +107,10 @@ def _read_lora(model: PreTrainedModel, folder: Path) -> Updates:
     return updates
 
 
-def _refuse_other_files(folder: Path) -> None:
+def refuse_other_files(folder: Path) -> None:
+    """Raises:
+    CheckpointError: if `folder` does not hold the two files of a LoRA.
+    """
     for name in ("adapter_config.json", WEIGHTS):
         if not (folder / name).is_file():
             raise CheckpointError(

@@ -217,6 +217,8 @@ class DrLoraModel(LoraModel):
             model, config, adapter_name, state_dict
         )
         _refuse_other_adapters(model, adapter_name, remapped)
+        assert isinstance(config, DrLoraConfig)
+        _refuse_damaged_ranks(config, remapped)
         return remapped
 
 
@@ -268,6 +270,32 @@ def _refuse_other_adapters(model: nn.Module, adapter_name: str, loaded: dict[str
             f"the adapter does not fit this model: {key} is {saved} in the file, the model has "
             f"{wanted}. It was made for another model or with other settings, or is incomplete."
         )
+
+
+def _refuse_damaged_ranks(config: DrLoraConfig, loaded: dict[str, Tensor]) -> None:
+    """Owners must be what growth can lead to; who they are is checked by the pool itself."""
+    ranks: dict[str, dict[str, list[int]]] = {}
+    for key, owner_R in loaded.items():
+        pools, _, projection = key.removesuffix(".owner").rpartition(".")
+        if not key.endswith(".owner") or not pools.endswith(".pools"):
+            continue
+        if owner_R.is_floating_point() or owner_R.is_complex():
+            raise CheckpointError(
+                f"the adapter's rank map is damaged: {key} is of {owner_R.dtype}, not of integers."
+            )
+        counts = owner_R[owner_R >= 0].long().bincount()
+        if len(counts) and counts.max() > config.r_max:
+            raise CheckpointError(
+                f"the adapter's rank map is damaged: in {key} expert {int(counts.argmax())} has "
+                f"rank {int(counts.max())}, r_max is {config.r_max}."
+            )
+        ranks.setdefault(pools, {})[projection] = counts.tolist()
+    for pools, found in ranks.items():
+        if config.rank_per == "expert" and len({tuple(row) for row in found.values()}) > 1:
+            raise CheckpointError(
+                f"the adapter's rank map is damaged: with rank_per='expert' {sorted(found)} of "
+                f"{pools} must give each expert the same rank."
+            )
 
 
 def _embedding_names(model: Any) -> list[str]:

@@ -153,6 +153,9 @@ class Recipe:
         evaluation: see EvaluationSection.
         method: a name of `drlora.methods`; what it stands for wins over `adapter`. None: `adapter`
             as it is.
+        start_from: folder of a PEFT LoRA on experts that the adapter continues; its layers and rank
+            are taken over (`drlora.load_peft_lora`).
+        start_ranks: JSON file with the ranks to start from (`drlora.start_ranks`).
         tokenizer: where it is not the model's own.
         dtype: of the model's weights; `auto` is what they are stored in.
         trust_remote_code: whether code that comes with a hub model may run.
@@ -165,6 +168,8 @@ class Recipe:
     training: dict[str, Any]
     evaluation: EvaluationSection = EvaluationSection()
     method: str | None = None
+    start_from: str | None = None
+    start_ranks: str | None = None
     tokenizer: str | None = None
     dtype: str = "auto"
     trust_remote_code: bool = False
@@ -172,6 +177,13 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise ConfigError(f"dtype={self.dtype!r} is not known; choose one of {list(DTYPES)}.")
+        rule = self.adapter.get("start", "uniform")
+        for name in ("start_from", "start_ranks"):
+            if getattr(self, name) and rule != "uniform":
+                raise ConfigError(
+                    f"{name}={getattr(self, name)!r} and adapter.start={rule!r} contradict each "
+                    f"other; keep one."
+                )
 
     def adapter_config(self) -> DrLoraConfig:
         """A new DrLoraConfig of the section `adapter`."""

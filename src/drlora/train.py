@@ -33,6 +33,7 @@ from drlora.assemble import (
     Examples,
     add_adapter,
     check_growth,
+    check_start,
     count_steps,
     encode,
     load_architecture,
@@ -120,7 +121,7 @@ def train(recipe: Recipe, resume: bool = False, console: Console | None = None) 
         console.print(f"method {recipe.method}: {METHODS[recipe.method].summary}")
     base = load_base_model(recipe)
     set_seed(job.arguments.seed)
-    model = add_adapter(base, recipe.adapter_config()).to(job.arguments.device)
+    model = add_adapter(base, recipe, run.newest_checkpoint()).to(job.arguments.device)
     write_yaml(run.config, recipe.to_dict())
     return _run(job, model, console)
 
@@ -128,6 +129,8 @@ def train(recipe: Recipe, resume: bool = False, console: Console | None = None) 
 def _prepare(recipe: Recipe, run: RunDir) -> _Job:
     """Everything that can be checked without the weights, in the order of its cost."""
     arguments = training_arguments(recipe, run)
+    if run.newest_checkpoint() is None:
+        check_start(recipe)
     architecture = load_architecture(recipe.model, recipe.trust_remote_code)
     skeleton = model_on_meta(architecture, recipe.trust_remote_code)
     if arguments.max_steps > 0:

@@ -9,6 +9,7 @@ from drlora.export.compare import Difference
 from drlora.export.plan import (
     FORMATS,
     RANKS,
+    RECORD,
     ExportPlan,
     apply_plan,
     make_plan,
@@ -20,6 +21,7 @@ __all__ = [
     "ExportPlan",
     "FORMATS",
     "RANKS",
+    "RECORD",
     "apply_plan",
     "make_plan",
     "refuse_full_folder",

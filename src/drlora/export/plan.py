@@ -129,6 +129,7 @@ def apply_plan(
     folder: str | Path,
     tokenizer: PreTrainedTokenizerBase | None = None,
     record: dict[str, Any] | None = None,
+    max_shard_size: str | None = None,
 ) -> Difference:
     """Validate and write; `model` is used up.
 
@@ -139,6 +140,7 @@ def apply_plan(
         folder: where to write; must not exist or be empty.
         tokenizer: written beside merged weights.
         record: what else to say in the record, such as where the adapter came from.
+        max_shard_size: of one file of merged weights, such as `5GB`; by default transformers' own.
 
     Raises:
         ConfigError: if `folder` holds something.
@@ -156,7 +158,7 @@ def apply_plan(
     refuse_if_different(difference, f"the export as {plan.format}")
     said = {**plan.to_dict(), **(record or {}), "logits": vars(difference), "versions": VERSIONS}
     with _written_at_once(Path(folder)) as temporary:
-        _write_weights(plan, result, tokenizer, temporary)
+        _write_weights(plan, result, tokenizer, temporary, max_shard_size)
         (temporary / RECORD).write_text(json.dumps(said, indent=2) + "\n", "utf-8")
         (temporary / "README.md").write_text(readme(said, str(difference)), "utf-8")
     return difference
@@ -204,7 +206,11 @@ def _bytes(tensors: dict[str, Tensor]) -> int:
 
 
 def _write_weights(
-    plan: ExportPlan, result: Any, tokenizer: PreTrainedTokenizerBase | None, folder: Path
+    plan: ExportPlan,
+    result: Any,
+    tokenizer: PreTrainedTokenizerBase | None,
+    folder: Path,
+    max_shard_size: str | None,
 ) -> None:
     if plan.format == "per-expert":
         assert plan.updates is not None
@@ -215,8 +221,11 @@ def _write_weights(
         config.save_pretrained(str(folder))
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
         return
-    result.save_pretrained(folder)
-    if tokenizer is not None and plan.format == "merged":
+    if plan.format == "peft":
+        result.save_pretrained(folder)
+        return
+    result.save_pretrained(folder, **({"max_shard_size": max_shard_size} if max_shard_size else {}))
+    if tokenizer is not None:
         tokenizer.save_pretrained(folder)
 
 
