@@ -11,7 +11,7 @@ from transformers import OlmoeConfig
 
 from drlora.cli import main
 from drlora.config import DrLoraConfig
-from drlora.inspection import inspect_model
+from drlora.inspection import inspect_model, print_inspection
 
 
 @pytest.fixture(scope="module")
@@ -54,15 +54,23 @@ def test_olmoe_blocks_and_parameters(olmoe, capsys):
 def test_olmoe_adapter_and_memory(olmoe, capsys):
     found = ask(capsys, olmoe, "preset=paper-v3")
     numbers_a_rank = 16 * 64 * 2 * (2048 + 1024)  # layers, experts, up and down, A row + B column
+    routers = 16 * 64 * 2048
+    assert found["adapter"]["beside"] == {
+        "layers": 0, "ordinary_lora": 0, "modules_to_save": 0, "routers": routers
+    }  # fmt: skip
     for name, rank in (("r_init", 32), ("r_target", 64), ("r_max", 128)):
-        assert found["adapter"][name] == {"rank": rank, "parameters": rank * numbers_a_rank}
+        assert found["adapter"][name] == {
+            "rank": rank,
+            "parameters": rank * numbers_a_rank + routers,
+        }
     assert found["adapter"]["budget_ranks"] == 64 * 64 * 16 * 2
     memory = found["memory_gb"]
     assert memory["dtype"] == "bfloat16"
     assert memory["weights"] == pytest.approx(2 * 6_919_161_856 / 1e9)
     # float32 weight, gradient and two moments
-    assert memory["adapter_at_budget"] == pytest.approx(16 * 64 * numbers_a_rank / 1e9)
-    assert memory["adapter_at_r_max_everywhere"] == 2 * memory["adapter_at_budget"]
+    assert memory["adapter_at_budget"] == pytest.approx(16 * (64 * numbers_a_rank + routers) / 1e9)
+    at_r_max = 16 * (128 * numbers_a_rank + routers) / 1e9
+    assert memory["adapter_at_r_max_everywhere"] == pytest.approx(at_r_max)
     in_float32 = ask(capsys, olmoe, "--dtype", "float32")["memory_gb"]
     assert in_float32["weights"] == 2 * memory["weights"]
 
@@ -95,9 +103,10 @@ def test_text_for_people(olmoe, capsys):
     for part in (
         "6,919,161,856 parameters",
         "16 MoE blocks",
-        "402,653,184 parameters",
+        "404,750,336 parameters",
+        "of them 2,097,152 in routers",
         "13.84 GB (bfloat16)",
-        "6.44 GB (r_max for every expert would be 12.88 GB)",
+        "6.48 GB (r_max for every expert would be 12.92 GB)",
         "183 events, quota 23 module ranks",
         "cap 9 ranks",
         "the budget is reached at step 36,940",
@@ -106,15 +115,45 @@ def test_text_for_people(olmoe, capsys):
     assert len(said.splitlines()) < 30
 
 
-def test_memory_is_what_a_real_adapter_takes(tmp_path):
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"target_modules": ["q_proj", "o_proj"], "target_rank": 3},
+        {"target_modules": "all-linear", "projections": ["up", "down"], "router": "train"},
+        {"modules_to_save": ["lm_head"], "router": "train"},
+        {"experts": ["model.layers.1.mlp.experts"], "router": "train"},
+    ],
+    ids=["experts", "attention", "paper", "in full", "one block"],
+)
+def test_figures_are_those_of_a_real_adapter(tmp_path, capsys, changes):
     folder = save_model_folder(tmp_path / "model")
-    config = DrLoraConfig(r_init=1, r_target=3, r_max=8, p_grow=0.5)
-    found = inspect_model(str(folder), config)
-    model = get_peft_model(make_model("olmoe"), config)
-    adapter = [p for p in model.parameters() if p.requires_grad]
-    assert found["adapter"]["r_target"]["parameters"] == sum(p.numel() for p in adapter)
-    assert found["parameters"]["total"] == sum(p.numel() for p in make_model("olmoe").parameters())
-    assert all(p.dtype == torch.float32 for p in adapter)
+    config = DrLoraConfig(r_init=1, r_target=3, r_max=8, p_grow=0.5, **changes)
+    found = inspect_model(str(folder), config, dtype="bfloat16")
+    base = make_model("olmoe").to(torch.bfloat16)
+    total, in_base = sum(p.numel() for p in base.parameters()), base.state_dict()
+    model = get_peft_model(base, config)
+    lora = [p for name, p in model.named_parameters() if "lora_" in name and "pools" not in name]
+    saved = [p for n, p in model.named_parameters() if "modules_to_save.default" in n]
+    routers = [p for p in saved if len(p) == 6]
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            p.grad = torch.zeros_like(p)
+    optimizer.step()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert found["adapter"]["r_target"]["parameters"] == sum(p.numel() for p in trained)
+    beside = found["adapter"]["beside"]
+    assert beside["ordinary_lora"] == sum(p.numel() for p in lora)
+    assert beside["layers"] == len(lora) // 2
+    assert beside["routers"] == sum(p.numel() for p in routers)
+    assert beside["modules_to_save"] == sum(p.numel() for p in saved) - beside["routers"]
+    kept = [x for p in trained for x in (p, p.grad, *optimizer.state[p].values()) if x.dim()]
+    kept_gb = sum(x.numel() * x.element_size() for x in kept) / 1e9
+    assert found["memory_gb"]["adapter_at_budget"] == pytest.approx(kept_gb)
+    assert found["parameters"]["total"] == total == sum(x.numel() for x in in_base.values())
+    print_inspection(found)
+    assert f"{sum(p.numel() for p in trained):,} parameters" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

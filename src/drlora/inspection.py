@@ -7,12 +7,18 @@ Only the model's config is read; the model itself is built without memory for it
 
 from __future__ import annotations
 
+import copy
 import itertools
+import math
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from operator import itemgetter
 from typing import Any
 
 import torch
+from peft import get_peft_model
+from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
 from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -22,6 +28,7 @@ from drlora.blocks import MoEBlock
 from drlora.config import DrLoraConfig
 from drlora.errors import ConfigError
 from drlora.inject import choose_blocks
+from drlora.ops.parts import MATRICES
 from drlora.recipe import DTYPES
 from drlora.schedule import GrowthPlan, plan_growth
 
@@ -44,7 +51,8 @@ def inspect_model(
         dtype: of the base weights; by default what the model's config says.
 
     Returns:
-        A JSON-ready mapping: `blocks`, `parameters`, `adapter` (by ranks), `memory_gb`, and with
+        A JSON-ready mapping: `blocks`, `parameters`, `adapter` (trained parameters if every expert
+        had a rank, and those `beside` the experts, which are part of them), `memory_gb`, and with
         `steps` `growth`. A plan that cannot spend the budget has `reached: false` and the reason.
 
     Raises:
@@ -54,17 +62,36 @@ def inspect_model(
     skeleton = model_on_meta(architecture)
     blocks = choose_blocks(skeleton, config)
     weights_dtype = _dtype(dtype, architecture)
+    parameters = _parameters(skeleton, blocks)
+    described = [_block(block, architecture, skeleton) for block in blocks]
+    beside = _beside(skeleton, config)
     found = {
         "model": model,
         "architecture": type(skeleton).__name__,
-        "blocks": [_block(block, architecture, skeleton) for block in blocks],
-        "parameters": _parameters(skeleton, blocks),
-        "adapter": _adapter(blocks, config),
-        "memory_gb": _memory(skeleton, blocks, config, weights_dtype),
+        "blocks": described,
+        "parameters": parameters,
+        "adapter": _adapter(blocks, config, beside),
+        "memory_gb": _memory(parameters["total"], blocks, config, beside, weights_dtype),
     }
     if steps is not None:
         found["growth"] = _growth(blocks, config, steps)
     return found
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What is trained beside the experts, in numbers.
+
+    Attributes:
+        ordinary_lora: A and B on `target_modules`, of `layers` linear layers.
+        modules_to_save: modules that are trained in full, in the dtype of the model.
+        routers: trained in float32.
+    """
+
+    layers: int
+    ordinary_lora: int
+    modules_to_save: int
+    routers: int
 
 
 def adapter_parameters(blocks: Sequence[MoEBlock], config: DrLoraConfig, rank: int) -> int:
@@ -100,33 +127,62 @@ def _top_k(
     return next((k for k in candidates if isinstance(k, int)), None)
 
 
+def _beside(skeleton: PreTrainedModel, config: DrLoraConfig) -> Beside:
+    """Counted on the adapter itself, made without memory; `skeleton` is used up."""
+    routers = {block.router_name for block in choose_blocks(skeleton, config)}
+    get_peft_model(skeleton, copy.deepcopy(config), low_cpu_mem_usage=True)
+    lora: list[int] = []
+    saved = {"routers": 0, "modules_to_save": 0}
+    for name, module in skeleton.named_modules():
+        if isinstance(module, LoraLayer):
+            pairs = (module.lora_A, module.lora_B)
+            lora.append(sum(p.numel() for pair in pairs for p in pair.parameters()))
+        elif isinstance(module, ModulesToSaveWrapper):
+            kind = "routers" if config.router == "train" and name in routers else "modules_to_save"
+            saved[kind] += sum(p.numel() for p in module.modules_to_save.parameters())
+    return Beside(len(lora), sum(lora), **saved)
+
+
 def _parameters(skeleton: PreTrainedModel, blocks: Sequence[MoEBlock]) -> dict[str, int]:
-    experts = sum(3 * b.num_experts * b.hidden_size * b.expert_width for b in blocks)
+    experts = sum(
+        block.num_experts * math.prod(block.shape_of(matrix))
+        for block in blocks
+        for matrix in MATRICES
+    )
     return {"total": sum(p.numel() for p in skeleton.parameters()), "experts": experts}
 
 
-def _adapter(blocks: Sequence[MoEBlock], config: DrLoraConfig) -> dict[str, Any]:
+def _adapter(blocks: Sequence[MoEBlock], config: DrLoraConfig, beside: Beside) -> dict[str, Any]:
     ranks = {name: getattr(config, name) for name in ("r_init", "r_target", "r_max")}
+    also = beside.ordinary_lora + beside.modules_to_save + beside.routers
     return {
         "projections": list(config.projections),
         "budget_ranks": sum(
             b.num_experts * config.r_target * len(config.projections) for b in blocks
         ),
         **{
-            name: {"rank": rank, "parameters": adapter_parameters(blocks, config, rank)}
+            name: {"rank": rank, "parameters": adapter_parameters(blocks, config, rank) + also}
             for name, rank in ranks.items()
         },
+        "beside": asdict(beside),
     }
 
 
 def _memory(
-    skeleton: PreTrainedModel, blocks: Sequence[MoEBlock], config: DrLoraConfig, dtype: torch.dtype
+    num_weights: int,
+    blocks: Sequence[MoEBlock],
+    config: DrLoraConfig,
+    beside: Beside,
+    dtype: torch.dtype,
 ) -> dict[str, Any]:
     """GB (1e9 bytes) of weights and of what training keeps for the adapter; no activations."""
-    weights = sum(p.numel() for p in skeleton.parameters()) * dtype.itemsize
+    weights = num_weights * dtype.itemsize
+    # Of a module that is trained in full the frozen one stays too; all four are in its dtype.
+    saved = beside.modules_to_save * 4 * dtype.itemsize
+    also = (beside.ordinary_lora + beside.routers) * TRAINED_BYTES + saved
 
     def trained(rank: int) -> float:
-        return adapter_parameters(blocks, config, rank) * TRAINED_BYTES / GB
+        return (adapter_parameters(blocks, config, rank) * TRAINED_BYTES + also) / GB
 
     return {
         "dtype": str(dtype).removeprefix("torch."),
@@ -188,14 +244,26 @@ def print_inspection(found: dict[str, Any], console: Console | None = None) -> N
     for name in ("r_init", "r_target", "r_max"):
         row = adapter[name]
         console.print(f"  {name:8} {row['rank']:4}  {row['parameters']:>15,} parameters")
+    _print_beside(adapter["beside"], console)
     console.print(f"  budget   {adapter['budget_ranks']:,} ranks over all layers and projections")
     console.print(
         f"memory without activations: weights {memory['weights']:.2f} GB ({memory['dtype']}), "
-        f"adapter in float32 with gradients and Adam moments {memory['adapter_at_budget']:.2f} GB "
+        f"adapter{'' if adapter['beside']['modules_to_save'] else ' in float32'} with gradients "
+        f"and Adam moments {memory['adapter_at_budget']:.2f} GB "
         f"(r_max for every expert would be {memory['adapter_at_r_max_everywhere']:.2f} GB)"
     )
     if "growth" in found:
         _print_growth(found["growth"], console)
+
+
+def _print_beside(beside: dict[str, int], console: Console) -> None:
+    if beside["layers"]:
+        lora = f"{beside['ordinary_lora']:,} in LoRA on {beside['layers']} other layers"
+        console.print(f"    of them {lora}")
+    if beside["routers"]:
+        console.print(f"    of them {beside['routers']:,} in routers")
+    if beside["modules_to_save"]:
+        console.print(f"    of them {beside['modules_to_save']:,} in modules trained in full")
 
 
 def _block_table(blocks: list[dict[str, Any]]) -> Table:
