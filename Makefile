@@ -15,13 +15,16 @@ TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 NUMEXPR_N
             TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
 .DEFAULT_GOAL := help
-.PHONY: help train test check bench docs clean
+.PHONY: help train compare test check bench docs clean
 
 help: ## list the verbs
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 train: $(VENV)/.ok ## fine-tune the embedded model on the embedded data, into a new folder under runs/
 	$(BIN)/drlora train recipes/embedded.yaml output_dir=runs/embedded-$(shell date +%Y%m%d-%H%M%S) $(ARGS)
+
+compare: $(VENV)/.ok ## compare methods as experiments/quick.yaml says; goes on where it was stopped
+	$(BIN)/drlora compare experiments/quick.yaml $(ARGS)
 
 test: $(VENV)/.ok ## run the tests
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist=worksteal $(ARGS)

@@ -26,6 +26,7 @@ FLOORS: tuple[frozenset[str], ...] = (
             "callback",
             "choices",
             "cli",
+            "compare",
             "data",
             "embedded",
             "evaluate",

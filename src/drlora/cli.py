@@ -4,8 +4,10 @@
     drlora eval RUN|EXPORT [--split SPLIT] [--data FILE]
     drlora inspect MODEL [key=value ...] [--steps N]
     drlora export RUN --format peft|per-expert|merged -o DIR [--rank auto] [--dry-run]
+    drlora compare PLAN.yaml [key=value ...] [--jobs N] [--dry-run] [--retry-failed]
 
-Exit codes: 0 done, 2 something to put right (one message on standard error), 130 interrupted.
+Exit codes: 0 done, 1 a run of a comparison failed, 2 something to put right (one message on
+standard error), 130 interrupted.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import datasets
 import transformers
 from rich.console import Console
 
+from drlora.compare import compare
 from drlora.errors import DrLoraError
 from drlora.evaluate_run import evaluate_run
 from drlora.export import FORMATS, RANKS
@@ -61,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_eval(verbs, common)
     _add_inspect(verbs, common)
     _add_export(verbs, common)
+    _add_compare(verbs, common)
     return parser
 
 
@@ -109,6 +113,21 @@ def _add_export(verbs: argparse._SubParsersAction, common: argparse.ArgumentPars
     verb.add_argument("--max-shard-size", metavar="5GB", help="of one file of merged weights")
     verb.add_argument("--trust-remote-code", action="store_true")
     verb.set_defaults(verb=_export)
+
+
+def _add_compare(verbs: argparse._SubParsersAction, common: argparse.ArgumentParser) -> None:
+    verb = verbs.add_parser(
+        "compare", parents=[common], help="run a plan of models, tasks, methods and seeds"
+    )
+    verb.add_argument("plan", metavar="PLAN.yaml")
+    verb.add_argument("overrides", nargs="*", metavar="key=value", help="seeds=[1,2]")
+    verb.add_argument("--jobs", type=int, metavar="N", help="runs at once; default: one a core")
+    verb.add_argument("--threads", type=int, metavar="N", help="threads of each run")
+    verb.add_argument("--retry-failed", action="store_true", help="run failed cells again")
+    verb.add_argument("--only-page", action="store_true", help="write the page, run nothing")
+    verb.add_argument("--dry-run", action="store_true", help="print the cells, run nothing")
+    verb.add_argument("--json", action="store_true", help="print JSON")
+    verb.set_defaults(verb=_compare)
 
 
 def _train(arguments: argparse.Namespace) -> int:
@@ -173,6 +192,19 @@ def _export(arguments: argparse.Namespace) -> int:
     )
     print_plan(result, arguments.output, Console(highlight=False, soft_wrap=True, markup=False))
     return 0
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    return compare(
+        arguments.plan,
+        arguments.overrides,
+        jobs=arguments.jobs,
+        threads=arguments.threads,
+        dry_run=arguments.dry_run,
+        only_page=arguments.only_page,
+        retry_failed=arguments.retry_failed,
+        as_json=arguments.json,
+    )
 
 
 def _quiet() -> None:

@@ -1,0 +1,218 @@
+"""One cell of a plan: one recipe, and a key of everything that decides its result.
+
+The key is made of what the recipe sets otherwise than by default, and of the contents of its
+model and data where these are local. So a changed setting, weight or example makes a new cell; an
+unchanged one has its old key, also if its method was renamed or drlora got new settings. It does
+not see a change in drlora's code: results carry the versions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from drlora.compare.plan import SPLIT_ROLES, Plan, Settings, merged
+from drlora.data.load import EMBEDDED_FOLDER, EMBEDDED_PREFIX
+from drlora.embedded import resolve_model
+from drlora.errors import ConfigError
+from drlora.recipe import Recipe, recipe_from
+
+KEY_LENGTH = 12
+HASHED_WHOLE = 64 << 20
+ENDS = 1 << 20
+# Fields of TrainingArguments that leave the weights as they are.
+NOT_DECIDING = ("save_", "logging_", "report_to")
+TUNE, COMPARE = "tune", "compare"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a plan.
+
+    Attributes:
+        stage: `tune` or `compare`.
+        model, task, method, seed: where it is in the matrix.
+        tuned: the settings of the grid that it has, dotted.
+        recipe: the run; its output_dir is of no meaning.
+        key: of all that decides the result.
+    """
+
+    stage: str
+    model: str
+    task: str
+    method: str
+    seed: int
+    tuned: Settings
+    recipe: Recipe
+    key: str
+
+    @property
+    def name(self) -> str:
+        """For people and files; only the key in it counts."""
+        return f"{self.model}.{self.task}.{self.method}.s{self.seed}-{self.key}"
+
+    @property
+    def place(self) -> tuple[str, str, str]:
+        """(model, task, method)."""
+        return self.model, self.task, self.method
+
+
+def make_cell(
+    plan: Plan, stage: str, model: str, task: str, method: str, seed: int, tuned: Settings
+) -> Cell:
+    """The cell at a place of the plan.
+
+    Raises:
+        ConfigError: what is wrong with the recipe that the plan makes there.
+    """
+    tree = merged(
+        {"output_dir": "-"},
+        plan.base,
+        plan.models[model],
+        plan.tasks[task],
+        plan.methods[method],
+        tuned,
+        {"training.seed": seed},
+    )
+    split = plan.tune.split if stage == TUNE and plan.tune else plan.split
+    recipe = _measured_on(recipe_from(tree), SPLIT_ROLES[split])
+    return Cell(stage, model, task, method, seed, tuned, recipe, key_of(recipe))
+
+
+def tune_cells(plan: Plan) -> list[Cell]:
+    """Every run of the grid."""
+    if plan.tune is None:
+        return []
+    return [
+        make_cell(plan, TUNE, *place, seed, point)
+        for seed in plan.tune.seeds
+        for place in places(plan)
+        for point in plan.tune.points()
+    ]
+
+
+def compare_cells(plan: Plan, chosen: Mapping[tuple[str, str, str], Settings]) -> list[Cell]:
+    """The compared runs of the places whose tuned settings are known, one seed after the other."""
+    seeds = dict.fromkeys(seed for task in plan.tasks for seed in plan.seeds_of(task))
+    return [
+        make_cell(plan, COMPARE, *place, seed, chosen[place])
+        for seed in seeds
+        for place in places(plan)
+        if place in chosen and seed in plan.seeds_of(place[1])
+    ]
+
+
+def places(plan: Plan) -> Iterator[tuple[str, str, str]]:
+    """(model, task, method) of the whole matrix."""
+    for model in plan.models:
+        for task in plan.tasks:
+            for method in plan.methods:
+                yield model, task, method
+
+
+def _measured_on(recipe: Recipe, role: str) -> Recipe:
+    """The recipe with the split of `role` as what is held out."""
+    source, split = recipe.data.source(role)
+    if (source, split) == recipe.data.source("train"):
+        raise ConfigError(
+            f"data.train={source!r} has no split of its own for {role}; name other data as "
+            f"data.{role}, or a split as data.splits.{role}."
+        )
+    splits = {k: v for k, v in recipe.data.splits.items() if k != "test"} | {"eval": split}
+    limits = {k: v for k, v in recipe.data.limits.items() if k == "train"}
+    if role in recipe.data.limits:
+        limits["eval"] = recipe.data.limits[role]
+    data = replace(recipe.data, eval=source, test=None, splits=splits, limits=limits)
+    return replace(recipe, data=data)
+
+
+def key_of(recipe: Recipe) -> str:
+    """A short hash of all that decides the result of a run."""
+    sources = {recipe.data.source(role) for role in ("train", "eval")}
+    parts = {
+        "settings": _unusual(recipe),
+        "model": _contents(resolve_model(recipe.model)),
+        "tokenizer": _contents(resolve_model(recipe.tokenizer or "-")),
+        "data": sorted(_contents(_data_path(*source)) for source in sources),
+    }
+    text = json.dumps(parts, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:KEY_LENGTH]
+
+
+def deciding(recipe: dict[str, Any]) -> dict[str, Any]:
+    """Of a recipe's plain values those that decide its result, local paths left out.
+
+    Folders and files are known by their contents, so that a checkout may lie anywhere.
+    """
+    found = {key: value for key, value in recipe.items() if key != "output_dir"}
+    found["training"] = {
+        k: v for k, v in recipe["training"].items() if not k.startswith(NOT_DECIDING)
+    }
+    found["data"] = dict(recipe["data"])
+    for section, keys in ((found, ("model", "tokenizer")), (found["data"], ("train", "eval"))):
+        for key in keys:
+            if Path(section[key] or "").expanduser().exists():
+                del section[key]
+    return found
+
+
+def _unusual(recipe: Recipe) -> dict[str, Any]:
+    """The deciding settings that are not what a recipe has without saying so."""
+    return _difference(deciding(recipe.to_dict()), deciding(_usual()))
+
+
+@cache
+def _usual() -> dict[str, Any]:
+    return recipe_from({"model": "-", "output_dir": "-", "data": {"train": "-"}}).to_dict()
+
+
+def _difference(own: dict[str, Any], usual: dict[str, Any]) -> dict[str, Any]:
+    found = {}
+    for key, value in own.items():
+        other = usual.get(key)
+        if isinstance(value, dict) and isinstance(other, dict):
+            value = _difference(value, other)
+            if value:
+                found[key] = value
+        elif key not in usual or value != other:
+            found[key] = value
+    return found
+
+
+def _data_path(source: str, split: str) -> str:
+    if source.startswith(EMBEDDED_PREFIX):
+        task = source.removeprefix(EMBEDDED_PREFIX)
+        return str(EMBEDDED_FOLDER / task / f"{split.partition('[')[0]}.jsonl")
+    return source
+
+
+def _contents(source: str) -> str:
+    """A hash of a local file or of the files in a local folder; of anything else, its name."""
+    path = Path(source).expanduser()
+    if path.is_file():
+        return _digest(path, path.stat().st_mtime_ns)
+    if path.is_dir():
+        files = sorted(p for p in path.iterdir() if p.suffix in (".json", ".safetensors", ".model"))
+        return " ".join(f"{file.name}={_digest(file, file.stat().st_mtime_ns)}" for file in files)
+    return source
+
+
+@cache
+def _digest(path: Path, changed_ns: int) -> str:
+    """SHA-256 of a file; of a large one, of its size, its first and its last MiB.
+
+    `changed_ns` only keeps the hash of a file that changed from being taken from the cache.
+    """
+    size = path.stat().st_size
+    if size <= HASHED_WHOLE:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    with path.open("rb") as file:
+        digest = hashlib.sha256(f"{size}".encode() + file.read(ENDS))
+        file.seek(size - ENDS)
+        digest.update(file.read())
+    return digest.hexdigest()

@@ -1,0 +1,188 @@
+"""The figures of a comparison: gains by task, metric against parameters, final ranks.
+
+Colours are Okabe and Ito's and viridis, which can be told apart with every common colour
+blindness; methods also differ in their markers. The same results give the same bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from drlora.compare.metrics import METRICS
+from drlora.compare.page import gains_by_task
+from drlora.compare.results import Matrix
+from drlora.compare.statistics import gain, interval
+
+INK, PAPER = "#1f2328", "#ffffff"
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8A8A2B")
+MARKERS = "osD^vP*X<>hp"
+BUDGET_MARK = "@"
+STYLE: Any = {
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "font.size": 9,
+    "svg.fonttype": "path",
+    "svg.hashsalt": "drlora",
+}
+
+
+def draw_figures(matrix: Matrix, folder: Path) -> list[tuple[str, str]]:
+    """Draw what the results allow; returns (title, file name) of each figure."""
+    metric = matrix.plan.metrics[0]
+    with matplotlib.rc_context(STYLE):
+        figures: dict[str, tuple[str, Figure]] = {}
+        several = len(matrix.plan.methods) > 1
+        for baseline in matrix.plan.baselines if several else []:
+            title = f"Gain over {baseline}: {METRICS[metric].title}"
+            figures[f"gain-over-{_safe(baseline)}.svg"] = (title, _gains(matrix, metric, baseline))
+        title = f"{METRICS[metric].title.capitalize()} against trainable parameters"
+        figures["budget.svg"] = (title, _budget(matrix, metric))
+        for model in matrix.plan.models:
+            if _has_ranks(matrix, model):
+                title = f"Final ranks, {model}, mean over seeds"
+                figures[f"ranks-{_safe(model)}.svg"] = (title, _ranks(matrix, model))
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, (_, figure) in figures.items():
+            figure.savefig(folder / name, metadata={"Date": None}, facecolor=PAPER)
+    return [(title, name) for name, (title, _) in figures.items()]
+
+
+def _safe(name: str) -> str:
+    return "".join(c if c.isalnum() or c in "-._" else "-" for c in name)
+
+
+def _look(number: int) -> dict[str, Any]:
+    return {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)]}
+
+
+def _panels(models: int, tasks: int, height: float) -> tuple[Figure, Any]:
+    figure = Figure(figsize=(1.4 + 2.8 * tasks, 0.5 + height * models), layout="constrained")
+    return figure, figure.subplots(models, tasks, squeeze=False)
+
+
+def _gains(matrix: Matrix, metric: str, baseline: str) -> Figure:
+    """One panel a model and task; one row a method: its gain and 95 % interval, and each seed."""
+    plan = matrix.plan
+    others = [method for method in plan.methods if method != baseline]
+    figure, grid = _panels(len(plan.models), len(plan.tasks), 0.8 + 0.26 * len(others))
+    for model, row in zip(plan.models, grid, strict=True):
+        for task, axes in zip(plan.tasks, row, strict=True):
+            axes.axvline(0, color=INK, linewidth=0.8)
+            for number, method in enumerate(others):
+                pairs = gains_by_task(matrix, metric, model, [task], baseline, method)[task]
+                _gain_row(axes, number, pairs)
+            axes.set_yticks(range(len(others)), others if axes is row[0] else [])
+            axes.set_ylim(len(others) - 0.5, -0.5)
+            axes.set_title(f"{model}, {task}", fontsize=9)
+            axes.locator_params(axis="x", nbins=4)
+    figure.supxlabel(f"gain over {baseline} (right is better)", fontsize=9)
+    return figure
+
+
+def _gain_row(axes: Axes, number: int, pairs: dict[int, float]) -> None:
+    found = gain(pairs)
+    if found is None:
+        return
+    look = _look(number)
+    d = found.difference
+    axes.plot(list(pairs.values()), [number + 0.22] * len(pairs), ".", color="#777777", ms=3)
+    if d.low is not None and d.high is not None:
+        axes.plot([d.low, d.high], [number, number], color=look["color"], linewidth=1.6)
+    axes.plot([d.mean], [number], linestyle="none", markersize=5, **look)
+
+
+def _budget(matrix: Matrix, metric: str) -> Figure:
+    """Metric over trainable parameters; methods named METHOD@BUDGET are joined by a line."""
+    plan = matrix.plan
+    families = list(dict.fromkeys(method.partition(BUDGET_MARK)[0] for method in plan.methods))
+    figure, grid = _panels(len(plan.models), len(plan.tasks), 2.4)
+    for model, row in zip(plan.models, grid, strict=True):
+        for task, axes in zip(plan.tasks, row, strict=True):
+            for number, family in enumerate(families):
+                _budget_line(axes, matrix, metric, model, task, family, number)
+            axes.set_title(f"{model}, {task}", fontsize=9)
+            axes.locator_params(axis="both", nbins=4)
+            axes.ticklabel_format(axis="x", style="sci", scilimits=(0, 3))
+        row[0].set_ylabel(METRICS[metric].title)
+    figure.supxlabel("trainable parameters", fontsize=9)
+    handles, labels = grid[0, 0].get_legend_handles_labels()
+    if handles:
+        figure.legend(handles, labels, loc="outside right upper", fontsize=8, frameon=False)
+    return figure
+
+
+def _budget_line(
+    axes: Axes, matrix: Matrix, metric: str, model: str, task: str, family: str, number: int
+) -> None:
+    points = []
+    for method in matrix.plan.methods:
+        values = matrix.values(metric, (model, task, method))
+        if method.partition(BUDGET_MARK)[0] == family and values:
+            runs = matrix.finished((model, task, method))
+            size = fmean(run["trainable_parameters"] for run in runs)
+            found = interval(list(values.values()))
+            points.append(
+                (size, found.mean, 0.0 if found.high is None else found.high - found.mean)
+            )
+    points.sort()
+    if points:
+        sizes, means, halves = zip(*points, strict=True)
+        axes.errorbar(sizes, means, halves, label=family, markersize=5, **_look(number))
+
+
+def _has_ranks(matrix: Matrix, model: str) -> bool:
+    return any(
+        matrix.finished((model, t, m)) for t in matrix.plan.tasks for m in matrix.plan.methods
+    )
+
+
+def _ranks(matrix: Matrix, model: str) -> Figure:
+    """One panel a method and task: layers downwards, experts to the right, colour is the rank."""
+    plan = matrix.plan
+    maps = {
+        (method, task): _rank_map(matrix, model, task, method)
+        for method in plan.methods
+        for task in plan.tasks
+    }
+    known = [ranks for ranks in maps.values() if ranks is not None]
+    highest = max(float(ranks.max()) for ranks in known)
+    layers = len(known[0])
+    figure, grid = _panels(len(plan.methods), len(plan.tasks), 0.45 + 0.16 * layers)
+    for method, row in zip(plan.methods, grid, strict=True):
+        for task, axes in zip(plan.tasks, row, strict=True):
+            ranks = maps[method, task]
+            if ranks is None:
+                axes.set_visible(False)
+                continue
+            image = axes.pcolormesh(ranks, cmap="viridis", vmin=0, vmax=highest)
+            axes.set_ylim(len(ranks), 0)
+            axes.set_yticks([])
+            axes.set_xticks([])
+            axes.set_title(f"{method}, {task}", fontsize=8)
+    figure.supylabel("MoE layer", fontsize=9)
+    figure.supxlabel("expert", fontsize=9)
+    figure.colorbar(image, ax=grid, label="rank", shrink=0.6)
+    return figure
+
+
+def _rank_map(matrix: Matrix, model: str, task: str, method: str) -> np.ndarray | None:
+    """Mean final rank over seeds and projections, (layers, E)."""
+    runs = matrix.finished((model, task, method))
+    if not runs:
+        return None
+    return np.mean([[_mean_rows(block) for block in run["ranks"].values()] for run in runs], axis=0)
+
+
+def _mean_rows(projections: dict[str, Sequence[int]]) -> list[float]:
+    return [fmean(ranks) for ranks in zip(*projections.values(), strict=True)]

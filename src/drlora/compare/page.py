@@ -1,0 +1,285 @@
+"""The page of a comparison: tables in markdown, beside figures, from the result files alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from statistics import fmean
+from typing import Any
+
+from drlora.compare.metrics import METRICS, Metric
+from drlora.compare.results import Folder, Matrix, Place, Result
+from drlora.compare.statistics import Gain, Interval, differences, gain, interval, mean_gain
+
+FIGURES = "figures"
+NONE = "–"
+
+
+def write_page(matrix: Matrix, folder: Folder, command: str) -> None:
+    """Write README.md and the figures into the folder; the same results give the same bytes.
+
+    Args:
+        matrix: the plan and its results.
+        folder: where they are.
+        command: what makes the results, for the page to say.
+    """
+    from drlora.compare.figures import draw_figures  # matplotlib takes a second to import
+
+    drawn = draw_figures(matrix, folder.path / FIGURES) if matrix.finished() else []
+    text = page(matrix, command, drawn)
+    folder.path.mkdir(parents=True, exist_ok=True)
+    (folder.path / "README.md").write_text(text, "utf-8")
+
+
+def page(matrix: Matrix, command: str, figures: Sequence[tuple[str, str]] = ()) -> str:
+    """The page; `figures` are (title, file name) of what lies in figures/."""
+    parts = [
+        *_head(matrix, command),
+        *_results(matrix),
+        *(line for title, name in figures for line in _figure(title, name)),
+        *_tuning(matrix),
+        *_cost(matrix),
+        *_failures(matrix),
+        *_provenance(matrix),
+    ]
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def _head(matrix: Matrix, command: str) -> list[str]:
+    plan = matrix.plan
+    total = len(matrix.compare) + matrix.waiting
+    done = len(matrix.finished())
+    tuned = sum(cell.key in matrix.results for cell in matrix.tune)
+    lines = [f"# Comparison: {plan.name}", "", f"Made by `{command}`; do not edit.", ""]
+    lines += [f"- {done} of {total} compared runs are in the tables."]
+    if plan.tune:
+        lines += [f"- {tuned} of {len(matrix.tune)} tuning runs are finished."]
+    failed = len(matrix.failures)
+    lines += [
+        f"- {failed} runs failed (listed below)." if failed else "- No run failed.",
+        "- Nothing is left out: every run of the plan that finished is counted.",
+        f"- Compared on the split `{plan.split}`; seeds {_seeds(matrix)}.",
+    ]
+    if total > done:
+        lines += ["- **Unfinished**: intervals will change."]
+    lines += [
+        "",
+        "Tables give the mean over seeds ± standard deviation, and in brackets the 95 % t-interval "
+        "of the mean. A gain is the paired difference by seed: same seed, same batches in the same "
+        "order. Positive is better. It stands with its 95 % t-interval and with the seeds that "
+        "won; **bold** where the interval excludes zero. Intervals are over training seeds and are "
+        "not corrected for the number of comparisons.",
+        "",
+    ]
+    return lines
+
+
+def _seeds(matrix: Matrix) -> str:
+    plan = matrix.plan
+    text = ", ".join(map(str, plan.seeds))
+    if plan.confirmation_seeds is not None:
+        text += f" (confirmation: {', '.join(map(str, plan.confirmation_seeds))})"
+    return text
+
+
+def _results(matrix: Matrix) -> Iterator[str]:
+    for title, tasks in matrix.plan.groups().items():
+        yield from (f"## {title}", "")
+        for name in matrix.plan.metrics:
+            for model in matrix.plan.models:
+                shown = [task for task in tasks if _any_value(matrix, name, model, task)]
+                if shown:
+                    yield from _metric_section(matrix, name, model, shown)
+
+
+def _any_value(matrix: Matrix, metric: str, model: str, task: str) -> bool:
+    return any(matrix.values(metric, (model, task, method)) for method in matrix.plan.methods)
+
+
+def _metric_section(matrix: Matrix, name: str, model: str, tasks: Sequence[str]) -> Iterator[str]:
+    metric = METRICS[name]
+    better = "higher" if metric.higher_is_better else "lower"
+    yield from (f"### {model}: {metric.title}, {better} is better", "")
+    yield from _table(
+        ["method", "trainable parameters", *tasks],
+        [
+            [
+                method,
+                _parameters(matrix, model, method, tasks),
+                *(_values(matrix, name, (model, task, method)) for task in tasks),
+            ]
+            for method in matrix.plan.methods
+        ],
+    )
+    for baseline in matrix.plan.baselines:
+        yield from (f"Gain over `{baseline}`:", "")
+        rows = [
+            [method, *_gains(matrix, name, model, tasks, baseline, method)]
+            for method in matrix.plan.methods
+            if method != baseline
+        ]
+        yield from _table(["method", *tasks, *(["mean of tasks"] if len(tasks) > 1 else [])], rows)
+
+
+def _values(matrix: Matrix, name: str, place: Place) -> str:
+    values = matrix.values(name, place)
+    return shown_interval(interval(list(values.values())), METRICS[name]) if values else NONE
+
+
+def gains_by_task(
+    matrix: Matrix, name: str, model: str, tasks: Sequence[str], baseline: str, method: str
+) -> dict[str, dict[int, float]]:
+    """Task -> seed -> gain of the method over the baseline, in the metric's shown unit."""
+    higher = METRICS[name].higher_is_better
+    return {
+        task: differences(
+            matrix.values(name, (model, task, baseline)),
+            matrix.values(name, (model, task, method)),
+            higher,
+        )
+        for task in tasks
+    }
+
+
+def _gains(
+    matrix: Matrix, name: str, model: str, tasks: Sequence[str], baseline: str, method: str
+) -> list[str]:
+    pairs = gains_by_task(matrix, name, model, tasks, baseline, method)
+    cells = [shown_gain(gain(by_seed), METRICS[name]) for by_seed in pairs.values()]
+    return [*cells, shown_gain(mean_gain(pairs), METRICS[name])] if len(tasks) > 1 else cells
+
+
+def shown_interval(found: Interval, metric: Metric) -> str:
+    """`0.8931 ± 0.0040 [0.8832, 0.9030]`."""
+    text = f"{found.mean:.{metric.digits}f}"
+    if found.sd is None:
+        return f"{text} (one seed)"
+    bounds = f"[{found.low:.{metric.digits}f}, {found.high:.{metric.digits}f}]"
+    return f"{text} ± {found.sd:.{metric.digits}f} {bounds}"
+
+
+def shown_gain(found: Gain | None, metric: Metric) -> str:
+    """`+0.0210 [+0.0110, +0.0310] 3/3`, bold where the interval excludes zero."""
+    if found is None:
+        return NONE
+    d = found.difference
+    wins = f"{found.wins}/{d.n}" + (f" ({found.ties} equal)" if found.ties else "")
+    if d.low is None:
+        return f"{d.mean:+.{metric.digits}f} (one seed)"
+    text = f"{d.mean:+.{metric.digits}f} [{d.low:+.{metric.digits}f}, {d.high:+.{metric.digits}f}]"
+    return f"**{text}** {wins}" if d.is_above_zero or d.is_below_zero else f"{text} {wins}"
+
+
+def _parameters(matrix: Matrix, model: str, method: str, tasks: Sequence[str]) -> str:
+    """Trainable parameters of a method; the range where runs differ."""
+    found = {
+        result["trainable_parameters"]
+        for task in tasks
+        for result in matrix.finished((model, task, method))
+    }
+    if not found:
+        return NONE
+    low, high = min(found), max(found)
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+
+
+def _figure(title: str, name: str) -> list[str]:
+    return [f"## {title}", "", f"![{title}]({FIGURES}/{name})", ""]
+
+
+def _tuning(matrix: Matrix) -> Iterator[str]:
+    tune = matrix.plan.tune
+    if tune is None:
+        return
+    metric = METRICS[tune.metric]
+    yield from ("## Tuned settings", "")
+    yield (
+        f"Each method tried the same {len(tune.points())} points on the split `{tune.split}` with "
+        f"{'seed' if len(tune.seeds) == 1 else 'seeds'} {', '.join(map(str, tune.seeds))}; the "
+        f"best mean of {metric.title} was used. An asterisk marks a value at an end of its list: "
+        f"a better one may lie outside."
+    )
+    yield ""
+    rows = []
+    for (model, task, method), choice in matrix.choices.items():
+        tried = [NONE if mean is None else f"{mean:.{metric.digits}f}" for _, mean in choice.means]
+        chosen = ", ".join(
+            f"{value}{'*' if key in choice.at_edge else ''}"
+            for key, value in choice.settings.items()
+        )
+        rows.append([model, task, method, chosen, *tried])
+    points = [", ".join(map(str, point.values())) for point in tune.points()]
+    keys = ", ".join(tune.grid)
+    yield from _table(["model", "task", "method", f"chosen {keys}", *points], rows)
+
+
+def _cost(matrix: Matrix) -> Iterator[str]:
+    yield from ("## Cost", "", "Means over the compared runs of each method.", "")
+    rows = []
+    for model in matrix.plan.models:
+        for method in matrix.plan.methods:
+            found = [
+                result
+                for task in matrix.plan.tasks
+                for result in matrix.finished((model, task, method))
+            ]
+            if found:
+                rows.append([model, method, *_costs(found)])
+    header = ["model", "method", "stored parameters", "training (s)", "whole run (s)", "memory"]
+    yield from _table(header, rows)
+
+
+def _costs(found: Sequence[Result]) -> list[str]:
+    def mean(key: str) -> float:
+        return fmean(result[key] for result in found)
+
+    gpu = [r["peak_gpu_memory_bytes"] for r in found if "peak_gpu_memory_bytes" in r]
+    memory = f"{mean('peak_memory_bytes') / 2**20:.0f} MiB"
+    if gpu:
+        memory += f", GPU {fmean(gpu) / 2**20:.0f} MiB"
+    return [
+        f"{mean('stored_parameters'):,.0f}",
+        f"{mean('seconds'):.1f}",
+        f"{mean('wall_seconds'):.1f}",
+        memory,
+    ]
+
+
+def _failures(matrix: Matrix) -> Iterator[str]:
+    if not matrix.failures:
+        return
+    yield from ("## Failed runs", "")
+    rows = [
+        [f["stage"], f["model"], f["task"], f["method"], str(f["seed"]), f["error"]]
+        for f in matrix.failures.values()
+    ]
+    yield from _table(["stage", "model", "task", "method", "seed", "error"], rows)
+
+
+def _provenance(matrix: Matrix) -> Iterator[str]:
+    yield from ("## Where it ran", "")
+    yield from _counted("versions", matrix, lambda r: _pairs(r["versions"]))
+    yield from _counted("machine", matrix, _machine)
+    yield ""
+
+
+def _machine(result: Result) -> str:
+    return f"{_pairs(result['machine'])}, {result['device']}, threads {result['threads']}"
+
+
+def _counted(title: str, matrix: Matrix, describe: Callable[[Result], str]) -> Iterator[str]:
+    counts = Counter(describe(result) for result in matrix.results.values())
+    for text, count in sorted(counts.items()):
+        yield f"- {title} of {count} runs: {text}"
+
+
+def _pairs(values: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in values.items())
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    yield "| " + " | ".join(header) + " |"
+    yield "|" + "---|" * len(header)
+    for row in rows:
+        yield "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |"
+    yield ""

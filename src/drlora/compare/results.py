@@ -1,0 +1,226 @@
+"""The folder of results: one JSON file a finished cell, one a failed one; reading and pairing.
+
+cells/NAME-KEY.json     a finished cell
+failed/NAME-KEY.json    the error of a cell that failed
+README.md, figures/     the page
+runs/                   cells under way; never committed
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from drlora.compare.cells import Cell, compare_cells, deciding, places, tune_cells
+from drlora.compare.metrics import METRICS, value_of
+from drlora.compare.plan import Plan, Settings
+from drlora.jsonl import finite
+
+Place = tuple[str, str, str]
+"""(model, task, method)."""
+Result = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Folder:
+    """Where a comparison keeps its results."""
+
+    path: Path
+
+    @property
+    def cells(self) -> Path:
+        """Finished cells."""
+        return self.path / "cells"
+
+    @property
+    def failed(self) -> Path:
+        """Errors of failed cells."""
+        return self.path / "failed"
+
+    @property
+    def runs(self) -> Path:
+        """Run directories and logs of the cells under way."""
+        return self.path / "runs"
+
+    def cell_file(self, cell: Cell) -> Path:
+        """Where the result of a cell goes."""
+        return self.cells / f"{cell.name}.json"
+
+    def failure_file(self, cell: Cell) -> Path:
+        """Where the error of a cell goes."""
+        return self.failed / f"{cell.name}.json"
+
+    def results(self, cells: Iterable[Cell]) -> dict[str, Result]:
+        """Key -> result of those of `cells` that are finished with the settings they have now."""
+        files = _by_key(self.cells)
+        found = {}
+        for cell in cells:
+            result = read_json(files[cell.key]) if cell.key in files else None
+            if result is not None and _agrees(result["recipe"], cell):
+                found[cell.key] = result
+        return found
+
+    def failures(self, cells: Iterable[Cell]) -> dict[str, Result]:
+        """Key -> error of those of `cells` that failed."""
+        files = _by_key(self.failed)
+        read = {cell.key: read_json(files[cell.key]) for cell in cells if cell.key in files}
+        return {key: failure for key, failure in read.items() if failure is not None}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What tuning chose at one place.
+
+    Attributes:
+        settings: the chosen point of the grid.
+        means: each point with its mean metric; None where a run diverged.
+        at_edge: the tuned settings that lie at an end of their list.
+    """
+
+    settings: Settings
+    means: list[tuple[Settings, float | None]]
+    at_edge: list[str]
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A plan beside what is known of it.
+
+    Attributes:
+        tune, compare: the cells; of `compare` those whose tuned settings are known.
+        choices: place -> what tuning chose, for the places where all of it is finished.
+        results: key -> result.
+        failures: key -> error, of cells without a result.
+        waiting: compared cells that cannot be named before tuning is finished.
+    """
+
+    plan: Plan
+    tune: list[Cell]
+    compare: list[Cell]
+    choices: dict[Place, Choice]
+    results: dict[str, Result]
+    failures: dict[str, Result]
+    waiting: int
+
+    @property
+    def cells(self) -> list[Cell]:
+        """All cells that can be named, each run once."""
+        return list({cell.key: cell for cell in (*self.tune, *self.compare)}.values())
+
+    def values(self, metric: str, place: Place) -> dict[int, float]:
+        """Seed -> metric of the finished compared cells of a place."""
+        return self._by_place.get((metric, *place), {})
+
+    @property
+    def _by_place(self) -> dict[tuple[str, str, str, str], dict[int, float]]:
+        cached = self.__dict__.get("_values")
+        if cached is None:
+            cached = {}
+            for cell in self.compare:
+                if cell.key not in self.results:
+                    continue
+                for metric in METRICS:
+                    value = value_of(metric, self.results[cell.key]["after"])
+                    if value is not None:
+                        cached.setdefault((metric, *cell.place), {})[cell.seed] = value
+            self.__dict__["_values"] = cached
+        return cached
+
+    def finished(self, place: Place | None = None) -> list[Result]:
+        """Results of the compared cells, of one place or of all."""
+        chosen = [c for c in self.compare if place is None or c.place == place]
+        return [self.results[cell.key] for cell in chosen if cell.key in self.results]
+
+
+def read_matrix(plan: Plan, folder: Folder) -> Matrix:
+    """What the folder knows of a plan.
+
+    Raises:
+        ConfigError: what is wrong with a recipe that the plan makes.
+    """
+    tune = tune_cells(plan)
+    results = folder.results(tune)
+    choices = choose(plan, tune, results)
+    compare = compare_cells(plan, {place: choice.settings for place, choice in choices.items()})
+    results |= folder.results(compare)
+    failures = {
+        key: failure
+        for key, failure in folder.failures([*tune, *compare]).items()
+        if key not in results
+    }
+    total = sum(len(plan.seeds_of(task)) for _, task, _ in places(plan))
+    return Matrix(plan, tune, compare, choices, results, failures, total - len(compare))
+
+
+def choose(plan: Plan, cells: Iterable[Cell], results: Mapping[str, Result]) -> dict[Place, Choice]:
+    """What tuning chose, for each place where every point has been tried with every seed.
+
+    A point with a run that diverged (its metric is not finite) is never chosen, unless all did;
+    of equal points the first in the plan is.
+    """
+    if plan.tune is None:
+        return {place: Choice({}, [], []) for place in places(plan)}
+    found: dict[Place, dict[str, list[float | None]]] = {}
+    for cell in cells:
+        point = json.dumps(cell.tuned)
+        values = found.setdefault(cell.place, {}).setdefault(point, [])
+        if cell.key in results:
+            values.append(value_of(plan.tune.metric, results[cell.key]["after"]))
+    return {
+        place: _choice(plan, points)
+        for place, points in found.items()
+        if all(len(values) == len(plan.tune.seeds) for values in points.values())
+    }
+
+
+def _choice(plan: Plan, points: Mapping[str, list[float | None]]) -> Choice:
+    assert plan.tune is not None
+    sign = 1 if METRICS[plan.tune.metric].higher_is_better else -1
+    means: list[tuple[Settings, float | None]] = []
+    for point, values in points.items():
+        known = [value for value in values if value is not None]
+        means.append((json.loads(point), fmean(known) if len(known) == len(values) else None))
+    best, _ = max(means, key=lambda pair: float("-inf") if pair[1] is None else sign * pair[1])
+    edge = [k for k, v in plan.tune.grid.items() if len(v) > 1 and best[k] in (min(v), max(v))]
+    return Choice(best, means, edge)
+
+
+def read_json(path: Path) -> Result | None:
+    """The object in a file; None if it is damaged."""
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def write_result(path: Path, result: Mapping[str, Any]) -> None:
+    """Write an object at once or not at all, one line a top-level entry."""
+    lines = [f"{json.dumps(k)}: {json.dumps(v)}" for k, v in finite(dict(result)).items()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_text("{\n" + ",\n".join(lines) + "\n}\n", "utf-8")
+    os.replace(temporary, path)
+
+
+def _by_key(folder: Path) -> dict[str, Path]:
+    return {path.stem.rpartition("-")[2]: path for path in sorted(folder.glob("*.json"))}
+
+
+def _agrees(written: Mapping[str, Any], cell: Cell) -> bool:
+    """Whether a result was made with the cell's settings, as far as both know them.
+
+    The key leaves out what is a default; this notices a default that has changed since.
+    """
+    return _same(deciding(dict(written)), deciding(cell.recipe.to_dict()))
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, dict) and isinstance(other, dict):
+        return all(_same(one[key], other[key]) for key in one.keys() & other.keys())
+    return one == other

@@ -1,0 +1,160 @@
+"""What happens in the process of one cell: train, then leave one result file and nothing else."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import platform
+import resource
+import shutil
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import transformers
+from rich.console import Console
+
+from drlora.compare.results import read_json, write_result
+from drlora.errors import CheckpointError, ConfigError
+from drlora.jsonl import read_lines
+from drlora.recipe import Recipe, recipe_from
+from drlora.rundir import RunDir
+from drlora.train import train
+
+CURVE_POINTS = 50
+EXIT_FAILED = 1
+LOG_NAME = "log.txt"
+
+
+@dataclass(frozen=True)
+class Work:
+    """A cell as its process gets it.
+
+    Attributes:
+        recipe: plain values of the recipe, output_dir included.
+        labels: what the result says of its place in the plan.
+        folder: where the run and the log go; removed at the end.
+        target: the result file.
+        threads: of torch.
+    """
+
+    recipe: dict[str, Any]
+    labels: dict[str, Any]
+    folder: Path
+    target: Path
+    threads: int
+
+
+def run_cell(work: Work) -> None:
+    """Train one cell, or continue it where an earlier process was stopped.
+
+    The process ends with an exit code other than 0 if the cell failed; the log says why.
+    """
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    work.folder.mkdir(parents=True, exist_ok=True)
+    _log_to(work.folder / LOG_NAME)
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    torch.set_num_threads(work.threads)
+    started = time.monotonic()
+    run = _train(recipe_from(work.recipe))
+    result = _harvest(run, work.labels, time.monotonic() - started)
+    write_result(work.target, result)
+    shutil.rmtree(work.folder)
+
+
+def _end_with_parent() -> None:
+    """End this process when the one that started it is gone, so that no two train one cell."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(EXIT_FAILED)
+
+
+def _log_to(path: Path) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+
+
+def _train(recipe: Recipe) -> RunDir:
+    """The finished run; what an earlier process left is used where it can be."""
+    run = RunDir(Path(recipe.output_dir))
+    if run.result.is_file():
+        return run
+    console = Console(highlight=False, width=100, force_terminal=False)
+    resume = run.config.is_file()
+    try:
+        outcome = train(recipe, resume=resume, console=console)
+    except (CheckpointError, ConfigError):
+        if not run.path.exists():
+            raise
+        # A run of an older drlora, or one cut off before it could be resumed.
+        shutil.rmtree(run.path)
+        outcome = train(recipe, console=console)
+    if outcome.interrupted:
+        raise SystemExit(130)
+    return run
+
+
+def _harvest(run: RunDir, labels: dict[str, Any], wall_seconds: float) -> dict[str, Any]:
+    """The result of a cell, from its run directory."""
+    found = read_json(run.result)
+    assert found is not None
+    for measured in (found["before"], found["after"]):
+        (measured.get("match") or {}).pop("samples", None)
+    config = found.pop("config")
+    config.pop("output_dir")
+    return {
+        **labels,
+        **found,
+        "wall_seconds": round(wall_seconds, 2),
+        **_memory(),
+        "machine": _machine(),
+        "curve": _curve(run),
+        "recipe": config,
+    }
+
+
+def _curve(run: RunDir) -> list[list[float]]:
+    """[step, training loss] of the log, thinned out evenly and with its last entry."""
+    logged = [
+        [entry["step"], round(entry["loss"], 5)]
+        for entry in read_lines(run.metrics)
+        if entry.get("kind") == "log" and isinstance(entry.get("loss"), float)
+    ]
+    stride = -(-len(logged) // CURVE_POINTS) or 1
+    return logged[::-1][::stride][::-1]
+
+
+def _memory() -> dict[str, int]:
+    """Most memory that this process held, in bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    found = {"peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    if torch.cuda.is_available():
+        found["peak_gpu_memory_bytes"] = torch.cuda.max_memory_allocated()
+    return found
+
+
+def _machine() -> dict[str, Any]:
+    found = {"system": platform.system(), "processor": _processor(), "cores": os.cpu_count()}
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
+    return found
+
+
+def _processor() -> str:
+    """The processor's name, where the system tells it."""
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text("utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,297 @@
+"""`drlora compare`: every run of a plan once, whatever stops it, and a page of what came out."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+from tiny_run import save_all, save_examples
+
+import drlora.train as train_module
+from drlora.cli import main
+from drlora.compare.cells import compare_cells, places, tune_cells
+from drlora.compare.plan import load_plan, plan_from
+from drlora.compare.results import Folder
+from drlora.compare.run import _locked
+from drlora.data import Collator
+
+GRID = [0.01, 0.03]
+
+
+def save_plan(folder: Path, **changes) -> Path:
+    """Two methods and two seeds on the tiny model and data; 4 compared runs of 6 steps."""
+    recipe = yaml.safe_load(save_all(folder).read_text())
+    save_examples(folder / "test.jsonl", count=36, start=30)
+    recipe["training"] |= {"max_steps": 6, "save_steps": 2}
+    recipe["adapter"] |= {"p_grow": 1.0}
+    data = {**recipe["data"], "test": str(folder / "test.jsonl")}
+    plan = {
+        "output_dir": str(folder / "results"),
+        "models": {"tiny": recipe["model"]},
+        "tasks": {"backwards": {"data": data}},
+        "methods": ["lora", "drlora"],
+        "seeds": [1, 2],
+        "baselines": ["lora"],
+        "metrics": ["loss", "exact_match"],
+        "base": {key: recipe[key] for key in ("adapter", "training", "evaluation")},
+        **changes,
+    }
+    path = folder / "plan.yaml"
+    path.write_text(yaml.safe_dump(plan), "utf-8")
+    return path
+
+
+def tuned(**changes) -> dict:
+    return {"grid": {"training.learning_rate": GRID}, "seeds": [7], **changes}
+
+
+def results(folder: Path) -> dict[str, dict]:
+    files = (folder / "results" / "cells").glob("*.json")
+    return {path.name: json.loads(path.read_text()) for path in sorted(files)}
+
+
+def times(folder: Path) -> dict[str, int]:
+    return {p.name: p.stat().st_mtime_ns for p in (folder / "results" / "cells").glob("*.json")}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """The folder of a plan that was run with tuning; tests that change it put it back."""
+    folder = tmp_path_factory.mktemp("compare")
+    plan = save_plan(folder, tune=tuned())
+    assert main(["compare", str(plan), "--jobs", "2"]) == 0
+    return folder
+
+
+def test_each_run_leaves_one_result_with_what_it_was_made_of(finished):
+    found = results(finished)
+    stages = [result["stage"] for result in found.values()]
+    assert (stages.count("tune"), stages.count("compare")) == (4, 4)
+    for name, result in found.items():
+        assert name.endswith(f"-{result['key']}.json")
+        assert result["seed"] in ([7] if result["stage"] == "tune" else [1, 2])
+        assert result["trainable_parameters"] == result["stored_parameters"] > 0
+        assert result["recipe"]["training"]["max_steps"] == result["steps"] == 6
+        assert result["peak_memory_bytes"] > 50 * 2**20
+        assert result["wall_seconds"] > result["seconds"] > 0
+        assert [step for step, _ in result["curve"]] == [1, 2, 3, 4, 5, 6]
+        assert "samples" not in result["after"]["match"]
+        assert {"drlora", "torch", "python"} <= result["versions"].keys()
+        ranks = [r for block in result["ranks"].values() for row in block.values() for r in row]
+        assert sum(ranks) == 3 * len(ranks)
+        assert (set(ranks) == {3}) == (result["method"] == "lora")
+    assert sorted(p.name for p in (finished / "results" / "runs").iterdir()) == [
+        ".gitignore",
+        ".lock",
+    ]
+
+
+def test_methods_are_compared_at_the_best_of_their_grid(finished):
+    found = list(results(finished).values())
+    for method in ("lora", "drlora"):
+        own = [result for result in found if result["method"] == method]
+        tried = {
+            result["tuned"]["training.learning_rate"]: result["after"]["loss"]["loss"]
+            for result in own
+            if result["stage"] == "tune"
+        }
+        assert sorted(tried) == GRID
+        best = min(tried, key=tried.__getitem__)
+        for result in own:
+            if result["stage"] == "compare":
+                assert result["recipe"]["training"]["learning_rate"] == best
+                assert result["after"]["loss"]["target_tokens"] == 6 * 5  # the test file's
+            else:
+                assert result["before"]["match"]["total"] == 4  # the dev file's
+
+
+def test_a_finished_plan_runs_nothing_again(finished, capsys):
+    before, page = times(finished), (finished / "results" / "README.md").read_bytes()
+    figures = {p.name: p.read_bytes() for p in (finished / "results" / "figures").iterdir()}
+    assert main(["compare", str(finished / "plan.yaml")]) == 0
+    assert "8 of 8 cells done" in capsys.readouterr().out
+    assert times(finished) == before
+    assert (finished / "results" / "README.md").read_bytes() == page
+    assert figures == {p.name: p.read_bytes() for p in (finished / "results" / "figures").iterdir()}
+
+
+def test_the_page_has_every_value_and_figure(finished):
+    text = (finished / "results" / "README.md").read_text()
+    compared = [r for r in results(finished).values() if r["stage"] == "compare"]
+    losses = [r["after"]["loss"]["loss"] for r in compared if r["method"] == "drlora"]
+    assert len(losses) == 2
+    assert f"| drlora | {compared[0]['trainable_parameters']:,} | {sum(losses) / 2:.4f} ±" in text
+    assert "4 of 4 compared runs" in text and "No run failed" in text
+    assert "Gain over `lora`" in text and "seeds 1, 2" in text
+    for part in text.split("](")[1:]:
+        assert (finished / "results" / part.partition(")")[0]).stat().st_size > 1000
+
+
+def test_a_changed_setting_makes_new_cells_only_where_it_matters(finished, capsys):
+    plan = str(finished / "plan.yaml")
+    assert main(["compare", plan, "--dry-run"]) == 0
+    assert "nothing is left to run" in capsys.readouterr().out
+    # A setting that only one method has.
+    assert main(["compare", plan, "methods={lora: {method: lora}, drlora: {method: drlora, "
+                 "adapter.gamma: 0.5}}", "--dry-run"]) == 0  # fmt: skip
+    said = capsys.readouterr().out
+    assert "4 cells to run" in said and "4 of 8 cells done" in said and "2 wait" in said
+    # What does not change a result, and another name for the same method.
+    assert main(["compare", plan, "base.training.logging_steps=2", "base.training.save_steps=3",
+                 "methods={plain: {method: lora}, drlora: {method: drlora}}",
+                 "baselines=[plain]", "--dry-run"]) == 0  # fmt: skip
+    assert "nothing is left to run" in capsys.readouterr().out
+    # One more seed.
+    assert main(["compare", plan, "seeds=[1, 2, 3]", "--dry-run"]) == 0
+    assert "2 cells to run" in capsys.readouterr().out
+    # Other data in the same file.
+    text = (finished / "test.jsonl").read_text()
+    try:
+        (finished / "test.jsonl").write_text(text + text.splitlines()[0] + "\n")
+        assert main(["compare", plan, "--dry-run"]) == 0
+        assert "4 cells to run" in capsys.readouterr().out
+    finally:
+        (finished / "test.jsonl").write_text(text)
+
+
+def test_a_failed_cell_is_recorded_and_the_rest_go_on(tmp_path, capsys):
+    missing = {
+        "data.train": str(tmp_path / "missing.jsonl"),
+        "data.eval": str(tmp_path / "eval.jsonl"),
+        "data.test": str(tmp_path / "test.jsonl"),
+    }
+    plan = save_plan(tmp_path, seeds=[1], methods=["lora"])
+    tree = yaml.safe_load(plan.read_text())
+    tree["tasks"]["nowhere"] = missing
+    plan.write_text(yaml.safe_dump(tree))
+    assert main(["compare", str(plan), "--jobs", "2"]) == 1
+    assert [result["task"] for result in results(tmp_path).values()] == ["backwards"]
+    (file,) = (tmp_path / "results" / "failed").iterdir()
+    failure = json.loads(file.read_text())
+    assert failure["task"] == "nowhere" and "no such file" in failure["error"]
+    assert "missing.jsonl: no such file" in (tmp_path / "results" / "README.md").read_text()
+    # It is not tried again by itself, but on request.
+    before = times(tmp_path), file.stat().st_mtime_ns
+    assert main(["compare", str(plan)]) == 1
+    assert before == (times(tmp_path), file.stat().st_mtime_ns)
+    assert main(["compare", str(plan), "--retry-failed"]) == 1
+    assert before[0] == times(tmp_path) and before[1] < file.stat().st_mtime_ns
+    # Once the data is there it is another cell.
+    save_examples(tmp_path / "missing.jsonl", count=20)
+    assert main(["compare", str(plan)]) == 0
+    assert len(results(tmp_path)) == 2 and before[0].items() <= times(tmp_path).items()
+
+
+def test_killed_and_started_again_it_repeats_nothing(tmp_path):
+    plan = save_plan(tmp_path, seeds=[1, 2, 3])
+    script = [sys.executable, "-m", "drlora", "compare", str(plan), "--jobs", "1"]
+    process = subprocess.Popen(script, env=os.environ, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 300
+    while len(times(tmp_path)) < 2 and time.monotonic() < deadline:
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    before = times(tmp_path)
+    assert 2 <= len(before) < 6
+    assert main(["compare", str(plan), "--jobs", "2"]) == 0
+    after = times(tmp_path)
+    assert len(after) == 6 and before.items() <= after.items()
+
+
+def test_methods_see_the_same_batches_in_the_same_order(tmp_path, monkeypatch):
+    plan = load_plan(save_plan(tmp_path, methods=["lora", "static", "random", "drlora"]))
+    seen: list[list] = []
+
+    class Watching(Collator):
+        def __call__(self, features):
+            batch = super().__call__(features)
+            seen[-1].append(batch["input_ids"].tolist())
+            return batch
+
+    monkeypatch.setattr(train_module, "Collator", Watching)
+    for cell in compare_cells(plan, dict.fromkeys(places(plan), {})):
+        seen.append([])
+        train_module.train(replace(cell.recipe, output_dir=str(tmp_path / cell.name)))
+    # 6 optimizer steps; the ranks of `static` are placed by batches of its own.
+    steps = [batches[-6:] for batches in seen]
+    assert steps[0] == steps[1] == steps[2] == steps[3]
+    assert steps[4] == steps[5] == steps[6] == steps[7] != steps[0]
+
+
+def test_two_at_once_in_one_folder_are_refused(tmp_path, capsys):
+    plan = save_plan(tmp_path)
+    with _locked(Folder(tmp_path / "results")):
+        assert main(["compare", str(plan)]) == 2
+    assert "another drlora compare is running" in capsys.readouterr().err
+    assert not (tmp_path / "results" / "cells").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"seed": [1]}, "did you mean seeds"),
+        ({"seeds": [1, 1]}, "none twice"),
+        ({"seeds": None}, "seeds is missing"),
+        ({"baselines": ["lorra"]}, "did you mean baselines.lora"),
+        ({"metrics": ["los"]}, "did you mean metrics.loss"),
+        ({"methods": ["lora", "lora"]}, "stands there twice"),
+        ({"methods": {"lora": {"metod": "lora"}}}, "did you mean methods.lora.method"),
+        ({"methods": {"lora": {"training.learning_rat": 1}}}, "training.learning_rate"),
+        ({"base": {"adapter": {"gama": 1}}}, "did you mean adapter.gamma"),
+        ({"split": "train"}, "split='train' is not known"),
+        (
+            {"tasks": {"x": {"data": {"train": "a.jsonl", "eval": "b.jsonl"}}}},
+            "name other data as data.test",
+        ),
+        ({"development": ["backwards"], "confirmation": ["backwards"]}, "each task once"),
+        ({"tune": tuned(seeds=[1])}, "share [1]"),
+        ({"tune": tuned(split="test")}, "tune on another one"),
+        ({"tune": tuned(grid={"training.learning_rate": 1e-3})}, "a list of values"),
+        ({"tune": tuned(metrik="loss")}, "did you mean tune.metric"),
+    ],
+)
+def test_what_a_plan_cannot_mean_is_refused(tmp_path, changes, said, capsys):
+    plan = save_plan(tmp_path, **changes)
+    assert main(["compare", str(plan), "--dry-run"]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_plans_in_the_repository_can_be_read():
+    for path in (Path(__file__).parents[1] / "experiments").glob("*.yaml"):
+        plan = load_plan(path)
+        if plan.tune:
+            assert len({cell.key for cell in tune_cells(plan)}) == len(tune_cells(plan))
+
+
+def test_confirmation_tasks_may_have_seeds_of_their_own():
+    plan = plan_from(
+        {
+            "name": "x",
+            "output_dir": "x",
+            "models": ["embedded"],
+            "tasks": ["embedded:kinds", "embedded:definitions"],
+            "methods": ["lora"],
+            "seeds": [1, 2],
+            "development": ["kinds"],
+            "confirmation": ["definitions"],
+            "confirmation_seeds": [3],
+            "base": {"training.max_steps": 400},
+        }
+    )
+    assert plan.groups() == {"Development tasks": ["kinds"], "Confirmation tasks": ["definitions"]}
+    chosen = {("embedded", task, "lora"): {} for task in plan.tasks}
+    cells = compare_cells(plan, chosen)
+    assert sorted((c.task, c.seed) for c in cells) == [
+        ("definitions", 3), ("kinds", 1), ("kinds", 2)
+    ]  # fmt: skip
+    assert {c.recipe.data.source("eval") for c in cells} == {
+        ("embedded:kinds", "test"),
+        ("embedded:definitions", "test"),
+    }

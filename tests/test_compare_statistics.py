@@ -1,0 +1,82 @@
+"""The formulas behind the tables, on numbers that were worked out by hand or taken from tables."""
+
+import math
+
+import pytest
+
+from drlora.compare.statistics import (
+    incomplete_beta,
+    interval,
+    mean_gain,
+    paired_gain,
+    t_cdf,
+    t_quantile,
+)
+
+
+@pytest.mark.parametrize(
+    ("df", "expected"),
+    # Two-sided 95 %, from printed tables of Student's t.
+    [(1, 12.706), (2, 4.303), (3, 3.182), (4, 2.776), (9, 2.262), (30, 2.042), (1000, 1.962)],
+)
+def test_t_quantile_is_the_tables(df, expected):
+    assert t_quantile(0.975, df) == pytest.approx(expected, abs=5e-4)
+
+
+def test_t_quantile_in_closed_form():
+    # df = 1 is Cauchy's distribution; df = 2 has 2 t / sqrt(1 - t^2) with t = p - 1/2 doubled.
+    for p in (0.5, 0.6, 0.9, 0.975, 0.995):
+        assert t_quantile(p, 1) == pytest.approx(math.tan(math.pi * (p - 0.5)), rel=1e-9, abs=1e-12)
+        u = 2 * p - 1
+        assert t_quantile(p, 2) == pytest.approx(u * math.sqrt(2 / (1 - u * u)), rel=1e-9, abs=1e-7)
+    assert t_cdf(-2.0, 5) == pytest.approx(1 - t_cdf(2.0, 5), rel=1e-12)
+    for bad in ((0.4, 3), (1.0, 3), (0.9, 0)):
+        with pytest.raises(ValueError, match="needs"):
+            t_quantile(*bad)
+
+
+def test_incomplete_beta_in_closed_form():
+    for x in (0.0, 0.1, 0.5, 0.83, 1.0):
+        assert incomplete_beta(1, 1, x) == pytest.approx(x, abs=1e-14)
+        assert incomplete_beta(2, 3, x) == pytest.approx(6 * x**2 - 8 * x**3 + 3 * x**4, abs=1e-13)
+        assert incomplete_beta(0.5, 0.5, x) == pytest.approx(
+            2 / math.pi * math.asin(math.sqrt(x)), abs=1e-13
+        )
+
+
+def test_interval():
+    found = interval([2.0, 4.0, 6.0])
+    assert (found.n, found.mean, found.sd) == (3, 4.0, 2.0)
+    half = 4.302653 * 2 / math.sqrt(3)
+    assert (found.low, found.high) == pytest.approx((4 - half, 4 + half), rel=1e-6)
+    assert not found.is_above_zero and not found.is_below_zero
+    assert interval([5.0, 5.1, 5.2]).is_above_zero
+    assert interval([-5.0, -5.1, -5.2]).is_below_zero
+    one = interval([3.0])
+    assert (one.n, one.mean, one.sd, one.low, one.high) == (1, 3.0, None, None, None)
+    assert not one.is_above_zero
+
+
+def test_gains_are_paired_by_seed_and_positive_where_better():
+    baseline = {1: 1.0, 2: 2.0, 3: 3.0, 4: 9.0}
+    method = {3: 2.9, 2: 1.8, 1: 1.0, 5: 0.0}
+    found = paired_gain(baseline, method, higher_is_better=False)
+    assert found.difference.mean == pytest.approx(0.1)
+    assert found.difference.n == 3  # seeds 4 and 5 have no partner
+    assert (found.wins, found.ties) == (2, 1)
+    # The spread is the differences', far below that of the metrics.
+    assert found.difference.sd == pytest.approx(0.1)
+    other = paired_gain(baseline, method, higher_is_better=True)
+    assert other.difference.mean == pytest.approx(-0.1)
+    assert (other.wins, other.ties) == (0, 1)
+    assert paired_gain({1: 1.0}, {2: 1.0}, True) is None
+
+
+def test_mean_over_tasks_is_paired_by_seed():
+    # Seed effects that both tasks share do not cancel; those of opposite sign do.
+    found = mean_gain({"a": {1: 1.0, 2: 3.0, 3: 5.0}, "b": {1: 3.0, 2: 1.0, 4: 0.0}})
+    assert found.difference.n == 2
+    assert (found.difference.mean, found.difference.sd) == (2.0, 0.0)
+    assert found.wins == 2
+    assert mean_gain({"a": {1: 1.0}, "b": {}}) is None
+    assert mean_gain({}) is None
