@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from drlora.allocator import allocate
+from drlora.allocator import allocate, allocate_in_layers, take_back
 
 R_MAX = 8
 
@@ -47,6 +47,35 @@ def test_raising_saliency_never_lowers_the_grant(event, data):
     raised = list(event["saliency"])
     raised[expert] += data.draw(st.sampled_from([0.1, 1.0, 10.0]))
     assert allocate(**{**event, "saliency": raised})[expert] >= allocate(**event)[expert]
+
+
+@given(events(), st.data())
+def test_reserved_ranks_go_to_their_layer_and_none_is_wasted(event, data):
+    first = data.draw(st.integers(0, len(event["ranks"])))
+    sizes = [first, len(event["ranks"]) - first]
+    one = data.draw(st.integers(0, event["quota"]))
+    reserved = [one, data.draw(st.integers(0, event["quota"] - one))]
+    grants = allocate_in_layers(**event, sizes=sizes, reserved=reserved)
+    room = [min(event["cap"], R_MAX - rank) for rank in event["ranks"]]
+    assert all(0 <= g <= limit for g, limit in zip(grants, room, strict=True))
+    assert sum(grants) == sum(allocate(**event))
+    for own, start, end in ((reserved[0], 0, first), (reserved[1], first, len(room))):
+        assert sum(grants[start:end]) >= min(own, sum(room[start:end]))
+
+
+@given(events(), st.floats(0, 1))
+def test_what_is_taken_back_can_be_handed_out_again(event, share):
+    ranks = [max(1, rank) for rank in event["ranks"]]
+    event = {**event, "ranks": ranks}
+    taken = take_back(**event, share=share)
+    assert all(0 <= t <= min(event["cap"], r - 1) for t, r in zip(taken, ranks, strict=True))
+    assert sum(taken) <= share * sum(ranks) + 1e-6
+    if any(taken):
+        full = [R_MAX if t else rank for t, rank in zip(taken, ranks, strict=True)]
+        again = allocate(**{**event, "ranks": full, "quota": event["quota"] + sum(taken)})
+        assert sum(again) == event["quota"] + sum(taken)
+        least = sorted(range(len(ranks)), key=lambda e: (event["saliency"][e], -e))
+        assert {e for e, t in enumerate(taken) if t} <= set(least[: len(ranks) // 2])
 
 
 def test_ties_go_to_the_lower_number():

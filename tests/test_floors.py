@@ -16,9 +16,11 @@ MAX_LINES = 400
 # Modules and subpackages of drlora by floor, lowest first. `report` stands for report/* as well.
 FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"config", "errors", "methods", "peft_type", "ranks"}),
-    frozenset({"allocator", "ops", "young_rows", "saliency", "schedule"}),
+    frozenset({"allocator", "ops", "row_directions", "saliency", "schedule", "young_rows"}),
     frozenset({"blocks", "families", "inject", "layer", "observe", "ordinary", "rank_pool"}),
-    frozenset({"checkpoint", "dynamics", "export", "import_lora", "peft_method", "starts"}),
+    frozenset(
+        {"checkpoint", "dynamics", "export", "growth", "import_lora", "peft_method", "starts"}
+    ),
     frozenset(
         {
             "__main__",
@@ -59,7 +61,8 @@ ORDER_WITHIN: dict[int, tuple[frozenset[str], ...]] = {
         frozenset({"config", "ranks"}),
     ),
     # The schedule tries the allocator out in advance, to refuse settings that miss the budget.
-    1: (frozenset({"allocator"}), frozenset({"schedule"})),
+    # New directions are written to the rows that a process holds, which young_rows knows.
+    1: (frozenset({"allocator", "young_rows"}), frozenset({"row_directions", "schedule"})),
     # Surgery is one operation in steps: know the families, find a block, build the layer that
     # adapts it and carries the meters that watch it, put the layer into the model.
     2: (
@@ -69,7 +72,8 @@ ORDER_WITHIN: dict[int, tuple[frozenset[str], ...]] = {
         frozenset({"inject"}),
     ),
     # An import is an export read backwards: one knows PEFT's layout, the other uses it.
-    3: (frozenset({"export"}), frozenset({"import_lora"})),
+    # The life of ranks is made of events.
+    3: (frozenset({"export", "growth"}), frozenset({"dynamics", "import_lora"})),
 }
 
 # They depend on the package; the package never depends on them.

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 import drlora.allocator
 import drlora.ranks
+import drlora.row_directions
+import drlora.starts
 from drlora.ranks import FREE, RankBook
 
 
@@ -44,6 +46,15 @@ def test_packed_rows_are_ordered_by_expert():
     assert book.offsets().tolist() == [0, 2, 4, 4]
 
 
+def test_released_rows_can_be_granted_again():
+    book = RankBook.uniform(2, 6, 2)
+    book.release([1, 2])
+    assert book.ranks().tolist() == [1, 1] and book.free == 4
+    with pytest.raises(ValueError, match="row 1 is to be released but nobody owns it"):
+        book.release([0, 1])
+    assert book.grant([0, 3]).tolist() == [1, 2, 4] and book.ranks().tolist() == [1, 4]
+
+
 def test_negative_grants_and_foreign_owners_are_refused():
     book = RankBook.uniform(2, 4, 1)
     with pytest.raises(ValueError, match="granted -1"):
@@ -52,6 +63,10 @@ def test_negative_grants_and_foreign_owners_are_refused():
         RankBook(np.array([0, 2]), 2)
 
 
-@pytest.mark.parametrize("module", [drlora.ranks, drlora.allocator], ids=lambda m: m.__name__)
+@pytest.mark.parametrize(
+    "module",
+    [drlora.ranks, drlora.allocator, drlora.row_directions, drlora.starts],
+    ids=lambda m: m.__name__,
+)
 def test_docstring_examples(module):
     assert doctest.testmod(module).failed == 0

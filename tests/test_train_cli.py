@@ -116,6 +116,7 @@ def test_summary_says_before_after_ranks_and_budget(trained, capsys):
         found["ranks"],
         found["budget"],
         4896,
+        4896,
         12,
         1.0,
         False,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from drlora.ops import ExpertWeights, Matrix
 from drlora.ops.parts import MATRICES
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_TOP_K_NAMES = ("num_experts_per_tok", "moe_topk", "moe_top_k", "num_selected_experts")
 _EXPERT_PARAMETERS = ("gate_up_proj", "up_proj", "gate_proj", "down_proj", "w1", "w2", "w3")
 _QUANTISED = (
     "Experts work in bfloat16, float16 or float32: load the model with its quantiser's "
@@ -93,6 +95,16 @@ def find_blocks(model: nn.Module) -> list[MoEBlock]:
             f"drlora.families. Use PEFT's LoraConfig for a dense model."
         )
     return blocks
+
+
+def active_experts(model: nn.Module, block: MoEBlock) -> int | None:
+    """K, as the block's router says or, where it says nothing, as the model's config does."""
+    router = model.get_submodule(block.router_name) if block.router_name else None
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    candidates = [getattr(router, "top_k", None)]
+    candidates += [getattr(text, name, None) for name in _TOP_K_NAMES]
+    return next((k for k in candidates if isinstance(k, int)), None)
 
 
 def _experts_modules(modules: dict[str, nn.Module]) -> Iterator[tuple[str, nn.Module, Family]]:

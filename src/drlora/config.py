@@ -32,10 +32,14 @@ PROJECTION_SETS = (
 RANK_PER = ("expert", "projection")
 ROUTING_SIGNALS = ("topk_weight", "probability", "count")
 SALIENCIES = ("product", "routing", "importance", "random")
-STARTS = ("uniform", "routing")
+RANK_IMPORTANCES = ("product", "sensitivity")
+ALLOCATIONS = ("grow", "prune")
+STARTS = ("uniform", "routing", "hot")
+BUDGET_SCOPES = ("layer", "model")
 IMPORTANCE_RESETS = ("grown", "all")
 ROUTER_MODES = ("frozen", "train")
 YOUNG_ROWS = ("inherit", "own", "shared")
+YOUNG_A = ("random", "gradient")
 ENGINES = ("auto", "naive", "loop", "grouped", "triton")
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -74,10 +78,27 @@ class DrLoraConfig(PeftConfig):
         saliency: what growth goes by: `product` (the paper's f g / (r + 1) ** gamma), `routing`
             (without g), `importance` (without f), or `random` (nothing; drawn from the seed that
             torch had when the adapter was made).
+        rank_importance: of one rank: `product` (the paper's s_j), or `sensitivity` (AdaLoRA's: a
+            sum, and rows are kept by its average times how much it varies).
+        allocation: `grow` from r_init up to r_target, or `prune` from r_init down to r_target, as
+            in AdaLoRA: the ranks of least importance go, whosever they are.
         start: how ranks are placed before the first step: `uniform` gives every expert r_init;
-            `routing` gives them r_init on average, in proportion to how tokens are routed
+            `routing` gives them r_init on average, in proportion to how tokens are routed; `hot`
+            gives as much to the experts that are used most, and none to the others
             (`drlora.place_ranks`; the callback and `drlora train` call it).
         start_batches: batches that the routing is counted over.
+        hot_fraction: share of a block's experts that `hot` takes, in (0, 1].
+        budget_scope: whether each `layer` has its own budget, or all layers of the `model` compete
+            for one; then a layer may need up to E * r_max rows, and so many are stored.
+        layer_floor: with `model`, the share of a budget of its own that each layer is sure of at
+            every event, from 0 to 1.
+        move_share: at an event, up to this share of all ranks moves from the experts of least
+            saliency to those of most, from 0 to 1. Their weakest ranks go, with what these had
+            learned, and never the last one. Also without growth (r_init = r_target).
+        b_lr_ratio: learning rate of B over that of A (LoRA+). `drlora train` sets the optimizer up
+            so; elsewhere use PEFT's create_loraplus_optimizer.
+        split_by_active: r_init, r_target, r_max and alpha are divided by the number of experts a
+            token uses, when the adapter is put in; ranks are at least 1 (LoRA Without Regret).
         importance_reset: whose rank importance restarts from 0 after an event: only the `grown`
             experts' (the paper's text) or `all` (its Algorithm 1).
         router: `frozen`, or `train`: trained from the end of the warm-up and saved with the
@@ -87,6 +108,8 @@ class DrLoraConfig(PeftConfig):
             `inherit`: its second moment starts at the mean of its expert's older rows, which costs
             nothing between events; `shared`: nothing is done, as in a plain Adam (first steps up
             to 6.6 times larger). See docs/rank-pool.md.
+        young_a: rows of A that wake up late are `random`, or point along the part of the `gradient`
+            that their expert's A does not reach yet (as far as there is one).
         engine: how the adapted experts are computed; `auto` chooses by device (`loop` or
             `grouped`). `triton` needs a GPU and the triton package, and is not chosen by itself.
         target_modules: further linear layers that get PEFT's ordinary LoRA in the same adapter,
@@ -95,7 +118,7 @@ class DrLoraConfig(PeftConfig):
         target_rank: rank of these layers; `None` means `r_target`.
         target_alpha: their alpha; `None` gives alpha / rank the value that it has for the experts.
             `use_rslora` and `lora_dropout` hold for them too.
-        use_dora: must be False; DoRA on experts needs all of them as dense matrices in each step.
+        use_dora: must be False; docs/peft-behaviour.md says why.
         modules_to_save: further modules that are trained in full and saved with the adapter.
         experts: full names of the adapted experts modules; filled in at injection.
         base_model_type: the model's `model_type`; filled in at injection, and compared when the
@@ -121,11 +144,20 @@ class DrLoraConfig(PeftConfig):
     settle_steps: int = 200
     routing_signal: str = "topk_weight"
     saliency: str = "product"
+    rank_importance: str = "product"
+    allocation: str = "grow"
     start: str = "uniform"
     start_batches: int = 8
+    hot_fraction: float = 0.25
+    budget_scope: str = "layer"
+    layer_floor: float = 0.0
+    move_share: float = 0.0
+    b_lr_ratio: float = 1.0
+    split_by_active: bool = False
     importance_reset: str = "grown"
     router: str = "frozen"
     young_rows: str = "own"
+    young_a: str = "random"
     engine: str = "auto"
     target_modules: list[str] | str | None = None
     target_rank: int | None = None
@@ -170,6 +202,13 @@ class DrLoraConfig(PeftConfig):
         """Whether any rank is left to grant after the start."""
         return self.r_init < self.r_target
 
+    def pool_rows(self, num_experts: int) -> int:
+        """Rows that a block of `num_experts` experts stores for each projection."""
+        largest = self.r_max if self.budget_scope == "model" else self.r_target
+        if self.allocation == "prune":
+            largest = self.r_init
+        return num_experts * largest
+
     @property
     def grant_cap(self) -> int:
         """Most ranks one expert can gain at one event."""
@@ -192,7 +231,15 @@ class DrLoraConfig(PeftConfig):
                 f"r_init={self.r_init} must be at least 1: an expert without a rank has no "
                 f"gradient to be judged by, so it would never be chosen to grow."
             )
-        if not self.r_init <= self.r_target <= self.r_max:
+        _one_of(self, "allocation", ALLOCATIONS)
+        if self.allocation == "prune":
+            if not self.r_target <= self.r_init <= self.r_max:
+                raise ConfigError(
+                    f"ranks are out of order: allocation='prune' goes down from "
+                    f"r_init={self.r_init} to r_target={self.r_target}; they must satisfy "
+                    f"r_target <= r_init <= r_max={self.r_max}."
+                )
+        elif not self.r_init <= self.r_target <= self.r_max:
             raise ConfigError(
                 f"ranks are out of order: r_init={self.r_init}, r_target={self.r_target}, "
                 f"r_max={self.r_max}; they must satisfy r_init <= r_target <= r_max."
@@ -204,6 +251,13 @@ class DrLoraConfig(PeftConfig):
         _in_range(self, "gamma", 0, None)
         _in_range(self, "warmup_steps", 0, None)
         _in_range(self, "settle_steps", 0, None)
+        if not 0 < _number(self, "hot_fraction") <= 1:
+            raise ConfigError(f"hot_fraction={self.hot_fraction} must lie in (0, 1].")
+        for name in ("layer_floor", "move_share"):
+            if not 0 <= _number(self, name) <= 1:
+                raise ConfigError(f"{name}={getattr(self, name)} must lie in [0, 1].")
+        if not 0 < _number(self, "b_lr_ratio") < math.inf:
+            raise ConfigError(f"b_lr_ratio={self.b_lr_ratio} must be greater than 0.")
         if self.lora_alpha is not None and not 0 < _number(self, "lora_alpha") < math.inf:
             raise ConfigError(f"lora_alpha={self.lora_alpha} must be greater than 0.")
         if not 0 < _number(self, "p_grow") <= 1:
@@ -215,8 +269,13 @@ class DrLoraConfig(PeftConfig):
         batches = self.start_batches
         if isinstance(batches, bool) or not isinstance(batches, int) or batches < 1:
             raise ConfigError(f"start_batches={batches!r} must be a whole number of at least 1.")
-        if self.grows and self.grant_cap < 1:
+        if (self.grows or self.move_share) and self.grant_cap < 1:
             room = self.r_max - self.r_init
+            if not room:
+                raise ConfigError(
+                    f"move_share={self.move_share} needs experts that can grow: raise r_max="
+                    f"{self.r_max} above r_init={self.r_init}."
+                )
             raise ConfigError(
                 f"p_grow={self.p_grow} lets no expert grow: floor(p_grow * (r_max - r_init)) = "
                 f"floor({self.p_grow} * {room}) = 0; raise p_grow to at least {1 / room:.3g}."
@@ -226,10 +285,13 @@ class DrLoraConfig(PeftConfig):
         _one_of(self, "rank_per", RANK_PER)
         _one_of(self, "routing_signal", ROUTING_SIGNALS)
         _one_of(self, "saliency", SALIENCIES)
+        _one_of(self, "rank_importance", RANK_IMPORTANCES)
         _one_of(self, "start", STARTS)
+        _one_of(self, "budget_scope", BUDGET_SCOPES)
         _one_of(self, "importance_reset", IMPORTANCE_RESETS)
         _one_of(self, "router", ROUTER_MODES)
         _one_of(self, "young_rows", YOUNG_ROWS)
+        _one_of(self, "young_a", YOUNG_A)
         _one_of(self, "engine", ENGINES)
         if isinstance(self.projections, str):
             self.projections = [self.projections]
@@ -248,8 +310,8 @@ class DrLoraConfig(PeftConfig):
         if self.use_dora:
             raise ConfigError(
                 f"use_dora={self.use_dora} is not supported: DoRA divides by the norm of each row "
-                f"of W + B A, so every expert would have to be made dense in each step; leave it "
-                f"out (docs/peft-behaviour.md says more)."
+                f"of W + B A, for which the weights of all experts would be read in each step; "
+                f"leave it out (docs/peft-behaviour.md says more)."
             )
         if not self.target_modules:
             for name in ("target_rank", "target_alpha"):

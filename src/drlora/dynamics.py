@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -22,64 +21,13 @@ from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from drlora.allocator import allocate
 from drlora.config import DrLoraConfig
 from drlora.errors import CheckpointError, ConfigError
+from drlora.growth import Grant, Growth
 from drlora.inject import active_adapter, adapted_layers
 from drlora.layer import ExpertsAdapter, RankPool
-from drlora.saliency import RULES, Signals, ema, expert_sums, rank_importance, routed_share
-from drlora.schedule import GrowthPlan, plan_growth
-from drlora.young_rows import (
-    OwnClocks,
-    decays_weights,
-    forget_rows,
-    inherit_second_moment,
-    is_adam,
-    unwrap_optimizer,
-)
-
-
-@dataclass(frozen=True)
-class Grant:
-    """Ranks that one expert was given at an event, and the signals that decided it.
-
-    `projection` names the projections that grew together, joined by "+"; `rank` is the rank after
-    the grant; `routing`, `importance` and `saliency` are f, g and S just before it.
-    """
-
-    step: int
-    block: str
-    projection: str
-    expert: int
-    granted: int
-    rank: int
-    routing: float
-    importance: float
-    saliency: float
-
-
-@dataclass(frozen=True)
-class _Group:
-    """Pools of one block whose experts share a rank and compete for one quota."""
-
-    block: str
-    adapter: ExpertsAdapter
-    projections: tuple[str, ...]
-    plan: GrowthPlan
-
-    @property
-    def pools(self) -> list[RankPool]:
-        return [self.adapter.rank_pools[name] for name in self.projections]
-
-    def ranks(self) -> list[int]:
-        return self.pools[0].book.ranks().tolist()
-
-    def importance(self) -> Tensor:
-        """(E,) g_i: the mean over the rows that the expert owns in all of the group's pools."""
-        num_experts = self.adapter.block.num_experts
-        sums = [expert_sums(p.importance, p.owner, num_experts) for p in self.pools]
-        counts = torch.tensor(self.ranks(), device=sums[0].device) * len(self.pools)
-        return sum(sums[1:], start=sums[0]) / counts.clamp(min=1)
+from drlora.saliency import RANK_IMPORTANCES, ema, routed_share
+from drlora.young_rows import OwnClocks, is_adam, parameter_groups, unwrap_optimizer
 
 
 class RankDynamics:
@@ -107,17 +55,16 @@ class RankDynamics:
             for name, layer in adapted_layers(model, self.adapter_name).items()
         }
         _refuse_unplaced(self.config, self.budget()[0])
-        self.groups = list(self._make_groups())
+        self.growth = Growth(self.adapters, self.config, total_steps)
         self.warmup_steps = self.config.resolve_warmup(total_steps)
         self._router_parameters = list(_router_parameters(model, self.adapters, self.adapter_name))
         self._hooks = [p.register_hook(self._hold_router) for p in self._router_parameters]
         self._clocks = OwnClocks()
-        self._warned: set[str] = set()
 
     @property
     def event_steps(self) -> tuple[int, ...]:
         """The steps after which ranks grow."""
-        return self.groups[0].plan.event_steps
+        return self.growth.groups[0].plan.event_steps
 
     @torch.no_grad()
     def before_optimizer_step(self) -> None:
@@ -146,7 +93,7 @@ class RankDynamics:
             skipped: whether a GradScaler skipped the step; then it does not count.
 
         Returns:
-            The grants of this step, empty if it was no event.
+            The changes of rank in this step, empty if it was no event.
         """
         if skipped:
             return []
@@ -154,11 +101,12 @@ class RankDynamics:
             # Births of an earlier run that the adapter was saved from; its optimizer is not this.
             for pool in self._pools():
                 pool.birth.zero_()
+            _warn_of_equal_rates(optimizer, self._pools()[0], self.config)
         self.step += 1
         inner = unwrap_optimizer(optimizer)
         if self.config.young_rows == "own" and is_adam(inner):
             self._clocks.correct(inner, self._pools(), self.step)
-        return [grant for group in self.groups for grant in self._grow(group, optimizer)]
+        return self.growth.event(self.step, optimizer)
 
     def release(self) -> None:
         """Let go of the model: nothing of this object acts on it any more."""
@@ -207,16 +155,6 @@ class RankDynamics:
             pool.read_owners()
         self.step = int(state["step"])
 
-    def _make_groups(self) -> Iterator[_Group]:
-        for name, adapter in self.adapters.items():
-            projections = tuple(adapter.pools)
-            together = self.config.rank_per == "expert"
-            for group in [projections] if together else [(one,) for one in projections]:
-                start = _start_of(adapter.rank_pools[group[0]])
-                experts = adapter.block.num_experts
-                plan = plan_growth(self.config, experts, self.total_steps, start)
-                yield _Group(name, adapter, group, plan)
-
     def _pools(self) -> list[RankPool]:
         return [pool for a in self.adapters.values() for pool in a.rank_pools.values()]
 
@@ -224,7 +162,7 @@ class RankDynamics:
         for name, adapter in self.adapters.items():
             yield f"{name}.frequency", adapter.frequency
             for projection, pool in adapter.rank_pools.items():
-                for key in ("owner", "importance", "birth", "seed"):
+                for key in pool.state_keys:
                     yield f"{name}.{projection}.{key}", getattr(pool, key)
 
     def _update_frequencies(self) -> None:
@@ -246,87 +184,14 @@ class RankDynamics:
     def _update_importance(self, pool: RankPool) -> None:
         if pool.lora_A.grad is None or pool.lora_B.grad is None:
             return
-        importance_R = rank_importance(pool.lora_A, pool.lora_A.grad, pool.lora_B, pool.lora_B.grad)
+        measure = RANK_IMPORTANCES[self.config.rank_importance]
+        importance_R = measure(pool.lora_A, pool.lora_A.grad, pool.lora_B, pool.lora_B.grad)
         if hasattr(importance_R, "full_tensor"):  # sharded parameters (FSDP2)
             importance_R = importance_R.full_tensor()
         pool.importance.copy_(ema(pool.importance, importance_R, self.config.beta))
-
-    def _grow(self, group: _Group, optimizer: object) -> list[Grant]:
-        event = group.plan.event_number(self.step)
-        if not event:
-            return []
-        frequency_E, importance_E = group.adapter.frequency, group.importance()
-        before = group.ranks()
-        ranks_E = torch.tensor(before, device=frequency_E.device)
-        seed = int(group.pools[0].seed) + self.step
-        signals = Signals(frequency_E, importance_E, ranks_E, self.config.gamma, seed)
-        saliency_E = RULES[self.config.saliency](signals).tolist()
-        if not any(saliency_E):
-            self._warn_once(
-                f"{group.block}: at step {self.step} no expert has any saliency, so ranks go by "
-                f"expert number. Was the model in training mode, and before_optimizer_step called "
-                f"before the gradients were cleared?"
-            )
-        spent = sum(before) - len(before) * self.config.r_init
-        grants = allocate(
-            saliency_E,
-            ranks=before,
-            quota=group.plan.due(event) - spent,
-            cap=self.config.grant_cap,
-            r_max=self.config.r_max,
-        )
-        for pool in group.pools:
-            rows = pool.grant(grants, self.step)
-            self._restart_importance(pool, grants)
-            self._start_rows(pool, rows, unwrap_optimizer(optimizer))
-        return [
-            Grant(self.step, group.block, "+".join(group.projections), expert, granted,
-                  before[expert] + granted, f, g, s)
-            for expert, (granted, f, g, s) in enumerate(
-                zip(grants, frequency_E.tolist(), importance_E.tolist(), saliency_E, strict=True)
-            )
-            if granted
-        ]  # fmt: skip
-
-    def _start_rows(self, pool: RankPool, rows: Tensor, optimizer: object) -> None:
-        """Claimed rows begin like those of a new adapter, whatever weight decay did to them."""
-        if not isinstance(optimizer, torch.optim.Optimizer) or not len(rows):
-            return
-        for parameter in (pool.lora_A, pool.lora_B):
-            state = optimizer.state.get(parameter, {})
-            forget_rows(parameter, state, rows)
-            if self._rows_inherit(optimizer) and not inherit_second_moment(
-                parameter, state, pool.owner, pool.book.num_experts, rows
-            ):
-                self._warn_unknown(optimizer)
-        if decays_weights(optimizer.param_groups):
-            pool.redraw(rows, self.step)
-
-    def _restart_importance(self, pool: RankPool, grants: list[int]) -> None:
-        if self.config.importance_reset == "all":
-            pool.importance.zero_()
-            return
-        # The extra last entry stands for the free rows, whose owner is -1.
-        grown_E1 = torch.tensor([*(granted > 0 for granted in grants), False])
-        pool.importance[grown_E1.to(pool.owner.device)[pool.owner.long()]] = 0.0
-
-    def _rows_inherit(self, optimizer: object) -> bool:
-        mode = self.config.young_rows
-        return mode == "inherit" or (mode == "own" and not is_adam(optimizer))
-
-    def _warn_unknown(self, optimizer: object) -> None:
-        if type(optimizer).__name__ != "SGD":
-            self._warn_once(
-                f"{type(optimizer).__name__} has no second moment per element (exp_avg_sq): with "
-                f"young_rows={self.config.young_rows!r} rows that wake up late are treated as "
-                f"with 'shared', and may take larger first steps."
-            )
-
-    def _warn_once(self, message: str) -> None:
-        kind = message.split(":")[-1]
-        if kind not in self._warned:
-            warnings.warn(message, stacklevel=4)
-        self._warned.add(kind)
+        if pool.uncertainty is not None:
+            deviation_R = (importance_R - pool.importance).abs_()
+            pool.uncertainty.copy_(ema(pool.uncertainty, deviation_R, self.config.beta))
 
     def _hold_router(self, grad: Tensor) -> Tensor:
         """During the warm-up the router's gradient must not weigh in gradient clipping either."""
@@ -341,9 +206,18 @@ def _refuse_unplaced(config: DrLoraConfig, owned: int) -> None:
         )
 
 
-def _start_of(pool: RankPool) -> list[int] | None:
-    """The ranks of a run that begins; None where one is under way, which was checked then."""
-    return None if pool.importance.any() else pool.book.ranks().tolist()
+def _warn_of_equal_rates(optimizer: object, pool: RankPool, config: DrLoraConfig) -> None:
+    inner = unwrap_optimizer(optimizer)
+    if config.b_lr_ratio == 1 or not isinstance(inner, torch.optim.Optimizer):
+        return
+    groups = parameter_groups(inner)
+    rates = [groups[p]["lr"] for p in (pool.lora_A, pool.lora_B) if p in groups]
+    if len(rates) == 2 and rates[0] == rates[1]:
+        warnings.warn(
+            f"b_lr_ratio={config.b_lr_ratio}, but A and B have the same learning rate; make the "
+            f"optimizer with peft.optimizers.create_loraplus_optimizer.",
+            stacklevel=3,
+        )
 
 
 def _config_of(model: nn.Module, adapter: str) -> DrLoraConfig:

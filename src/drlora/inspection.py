@@ -24,7 +24,7 @@ from rich.table import Table
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from drlora.assemble import load_architecture, model_on_meta
-from drlora.blocks import MoEBlock
+from drlora.blocks import MoEBlock, active_experts
 from drlora.config import DrLoraConfig
 from drlora.errors import ConfigError
 from drlora.inject import choose_blocks
@@ -35,7 +35,6 @@ from drlora.schedule import GrowthPlan, plan_growth
 GB = 1e9
 # A trained adapter number in float32: itself, its gradient, Adam's two moments.
 TRAINED_BYTES = 4 * 4
-_TOP_K_NAMES = ("num_experts_per_tok", "moe_topk", "moe_top_k", "num_selected_experts")
 EVENTS_SHOWN = 12
 
 
@@ -110,21 +109,10 @@ def _block(
         "name": block.name,
         "router": block.router_name,
         "experts": block.num_experts,
-        "top_k": _top_k(block, architecture, skeleton),
+        "top_k": active_experts(skeleton, block),
         "hidden_size": block.hidden_size,
         "expert_width": block.expert_width,
     }
-
-
-def _top_k(
-    block: MoEBlock, architecture: PreTrainedConfig, skeleton: PreTrainedModel
-) -> int | None:
-    """K as the router says or, where it says nothing, as the config does."""
-    router = skeleton.get_submodule(block.router_name) if block.router_name else None
-    text = architecture.get_text_config()
-    candidates = [getattr(router, "top_k", None)]
-    candidates += [getattr(text, name, None) for name in _TOP_K_NAMES]
-    return next((k for k in candidates if isinstance(k, int)), None)
 
 
 def _beside(skeleton: PreTrainedModel, config: DrLoraConfig) -> Beside:

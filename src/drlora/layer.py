@@ -46,7 +46,11 @@ class ExpertsAdapter(nn.Module):
         self.pools = nn.ModuleDict(
             {
                 projection: RankPool(
-                    block.num_experts, *block.shape_of(projection), rank, config.r_target
+                    block.num_experts,
+                    *block.shape_of(projection),
+                    rank,
+                    config.pool_rows(block.num_experts),
+                    tracks_uncertainty=config.rank_importance == "sensitivity",
                 )
                 for projection in config.projections
             }

@@ -14,6 +14,7 @@ name in config.py.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -40,12 +41,40 @@ class Method:
 
 _PAPER = "arXiv 2601.04823"
 # Every choice of DR-LoRA that another method makes otherwise.
-_DR_LORA: Settings = dict(saliency="product", start="uniform")
+_DR_LORA: Settings = dict(
+    saliency="product",
+    rank_importance="product",
+    allocation="grow",
+    start="uniform",
+    budget_scope="layer",
+    move_share=0.0,
+    young_a="random",
+)
 
 
 def _uniform(given: Mapping[str, Any]) -> Settings:
     rank = given["r_target"]
     return {**_DR_LORA, "r_init": rank, "r_max": rank}
+
+
+def _hot(given: Mapping[str, Any]) -> Settings:
+    rank = given["r_target"]
+    r_max = math.ceil(rank / given["hot_fraction"] - 1e-9)
+    return {**_DR_LORA, "r_init": rank, "r_max": r_max, "start": "hot"}
+
+
+def _adalora(given: Mapping[str, Any]) -> Settings:
+    rank = math.ceil(1.5 * given["r_target"])
+    return {
+        **_DR_LORA,
+        "r_init": rank,
+        "r_max": rank,
+        "allocation": "prune",
+        "rank_importance": "sensitivity",
+        "rank_per": "projection",
+        "budget_scope": "model",
+        "beta": 0.85,
+    }
 
 
 def _dr_lora(**changes: Any) -> Callable[[Mapping[str, Any]], Settings]:
@@ -58,6 +87,26 @@ METHODS: dict[str, Method] = {
         "LoRA, scaled by alpha / sqrt(r)",
         "arXiv 2312.03732",
         lambda given: {**_uniform(given), "use_rslora": True},
+    ),
+    "lora-plus": Method(
+        "LoRA, B learns 16 times faster than A",
+        "arXiv 2402.12354",
+        lambda given: {**_uniform(given), "b_lr_ratio": 16.0},
+    ),
+    "lora-active": Method(
+        "LoRA of rank r_target / (experts a token uses): a smaller budget",
+        "LoRA Without Regret, Thinking Machines Lab 2025",
+        lambda given: {**_uniform(given), "split_by_active": True},
+    ),
+    "adalora": Method(
+        "starts at 1.5 r_target and prunes the least important ranks of all layers",
+        "arXiv 2303.10512",
+        _adalora,
+    ),
+    "hot": Method(
+        "only the most used quarter of each block's experts, with all of its ranks",
+        "arXiv 2603.24044 (MoE-Sieve), arXiv 2605.18795 (HELLoRA)",
+        _hot,
     ),
     "static": Method(
         "ranks in proportion to how often tokens use the experts, placed before the first step",
@@ -78,6 +127,11 @@ METHODS: dict[str, Method] = {
     ),
     "drlora-no-penalty": Method(
         "DR-LoRA without the rank penalty", f"ablation of {_PAPER}", _dr_lora(gamma=0.0)
+    ),
+    "drlora-global": Method(
+        "DR-LoRA, all layers compete for one budget",
+        f"ablation of {_PAPER}",
+        _dr_lora(budget_scope="model"),
     ),
     "drlora-frozen-router": Method(
         "DR-LoRA, router frozen", f"ablation of {_PAPER}", _dr_lora(router="frozen")

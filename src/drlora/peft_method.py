@@ -21,6 +21,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils import ModulesToSaveWrapper, register_peft_method
 from torch import Tensor, nn
 
+from drlora.blocks import MoEBlock, active_experts
 from drlora.config import DrLoraConfig
 from drlora.errors import CheckpointError, ConfigError
 from drlora.inject import (
@@ -57,6 +58,7 @@ class DrLoraModel(LoraModel):
         for name in self._blocks:
             _refuse_mixed_dtypes(name, self.model.get_submodule(name))
         peft_config.experts = list(self._blocks)
+        _split_by_active(self.model, peft_config, list(self._blocks.values()))
         if peft_config.router == "train":
             # By full name: PEFT matches endings, and "gate" is also one of "shared_expert_gate".
             routers = [block.router_name for block in self._blocks.values()]
@@ -230,6 +232,25 @@ def _refuse_other_architecture(config: DrLoraConfig, model_type: str | None) -> 
             f"{config.base_model_name_or_path!r}), or make a new DrLoraConfig."
         )
     config.base_model_type = model_type
+
+
+def _split_by_active(model: nn.Module, config: DrLoraConfig, blocks: list[MoEBlock]) -> None:
+    """Do what `split_by_active` asks for, once: the saved configuration has the final ranks."""
+    if not config.split_by_active:
+        return
+    active = {active_experts(model, block) for block in blocks}
+    if len(active) > 1 or None in active:
+        raise ConfigError(
+            f"split_by_active cannot work: tokens use {active} experts of this model's blocks; "
+            f"leave it out and set r_target to the rank that each expert should have."
+        )
+    (count,) = active
+    assert count is not None and config.lora_alpha is not None
+    before = config.r_target
+    for name in ("r_init", "r_target", "r_max"):
+        setattr(config, name, max(1, getattr(config, name) // count))
+    config.lora_alpha *= config.r_target / before  # the scaling stays as it is
+    config.split_by_active = False
 
 
 def _refuse_mixed_dtypes(name: str, experts: nn.Module) -> None:

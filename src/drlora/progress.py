@@ -138,11 +138,14 @@ class ShowProgress(TrainerCallback):
 
 def growth_line(grants: list[Grant], dynamics: RankDynamics) -> str:
     """`step 120: 24 ranks to 9 experts, the largest now has 12; 40 % of the growth is done`."""
-    owned, stored = dynamics.budget()
-    start = stored * dynamics.config.r_init // dynamics.config.r_target
-    granted, largest = sum(g.granted for g in grants), max(g.rank for g in grants)
+    changes = [
+        f"{sum(abs(g.granted) for g in some)} rank{'s' * (len(some) > 1)} {word} {len(some)} "
+        f"expert{'s' * (len(some) > 1)}"
+        for word, sign in (("to", 1), ("taken from", -1))
+        if (some := [g for g in grants if g.granted * sign > 0])
+    ]
+    kind = "pruning" if dynamics.config.allocation == "prune" else "growth"
     return (
-        f"step {grants[0].step}: {granted} rank{'s' if granted > 1 else ''} to {len(grants)} "
-        f"expert{'s' if len(grants) > 1 else ''}, the largest grew to {largest}; "
-        f"{(owned - start) / (stored - start):.0%} of the growth is done"
+        f"step {grants[0].step}: {', '.join(changes)}, the largest has "
+        f"{max(g.rank for g in grants)}; {dynamics.growth.done_share:.0%} of the {kind} is done"
     )

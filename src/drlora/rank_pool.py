@@ -19,7 +19,14 @@ from drlora.young_rows import held_rows, local_part
 
 
 class RankPool(nn.Module):
-    """The LoRA rows of one block and projection: R = E * r_target of them, whoever owns them.
+    """The LoRA rows of one block and projection, whoever owns them.
+
+    Args:
+        num_experts: E.
+        in_features, out_features: of the adapted matrix.
+        rank: rows that each expert owns at the start.
+        num_rows: R; E * r_target, the budget, unless the settings need more.
+        tracks_uncertainty: whether `uncertainty` is kept, as AdaLoRA's importance needs it.
 
     Attributes:
         lora_A: (R, in-features) parameter. Random in every row, owned or free.
@@ -27,6 +34,7 @@ class RankPool(nn.Module):
         owner: (R,) int32 buffer, the expert that owns the row, -1 if nobody does.
         importance: (R,) float32 buffer, g of each row; 0 for free rows.
         birth: (R,) int32 buffer, the optimizer step after which the row was claimed.
+        uncertainty: (R,) float32 buffer, average deviation of each row's importance, or None.
         seed: int64 buffer, from which rows of lora_A are drawn anew (see `redraw`).
     """
 
@@ -34,22 +42,30 @@ class RankPool(nn.Module):
     lora_B: nn.Parameter
     owner: Tensor
     importance: Tensor
+    uncertainty: Tensor | None
     birth: Tensor
     seed: Tensor
     row_order: Tensor
 
     def __init__(
-        self, num_experts: int, in_features: int, out_features: int, r_init: int, r_target: int
+        self,
+        num_experts: int,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        num_rows: int,
+        tracks_uncertainty: bool = False,
     ) -> None:
         super().__init__()
-        rows = num_experts * r_target
-        self.book = RankBook.uniform(num_experts, rows, r_init)
+        rows = num_rows
+        self.book = RankBook.uniform(num_experts, rows, rank)
         self.lora_A = nn.Parameter(torch.empty(rows, in_features))
         self.lora_B = nn.Parameter(torch.zeros(rows, out_features))
         self._init_bound = 1 / math.sqrt(in_features)  # LoRA's kaiming_uniform with a = sqrt(5)
         nn.init.uniform_(self.lora_A, -self._init_bound, self._init_bound)
         self.register_buffer("owner", torch.from_numpy(self.book.owner_R).to(torch.int32))
         self.register_buffer("importance", torch.zeros(rows))
+        self.register_buffer("uncertainty", torch.zeros(rows) if tracks_uncertainty else None)
         self.register_buffer("birth", torch.zeros(rows, dtype=torch.int32))
         self.register_buffer("seed", torch.randint(2**62, ()))
         # All rows, the free ones last, and where each expert's begin. Of fixed size and written in
@@ -57,6 +73,11 @@ class RankPool(nn.Module):
         self.register_buffer("row_order", torch.arange(rows), persistent=False)
         self.offset_E1 = torch.zeros(num_experts + 1, dtype=torch.int64, device="cpu")
         self._index_rows()
+
+    @property
+    def row_norm(self) -> float:
+        """Length of a fresh row of lora_A, as the root of its mean square."""
+        return self._init_bound * math.sqrt(self.lora_A.shape[1] / 3)
 
     @property
     def packed_index(self) -> Tensor:
@@ -95,10 +116,37 @@ class RankPool(nn.Module):
         return rows
 
     @torch.no_grad()
-    def redraw(self, rows: Tensor, step: int) -> None:
-        """Give just claimed rows of lora_A fresh initial values; lora_B is zero there.
+    def release(self, rows: Tensor, step: int) -> None:
+        """Take rows away from their experts: what they added to the model is lost.
 
-        Needed where weight decay has shrunk them while nobody read them. The values depend on the
+        They are free rows like any other then: B is zero, A drawn anew, no statistics.
+        """
+        self.book.release(rows.cpu().numpy())
+        self.owner.copy_(torch.from_numpy(self.book.owner_R))
+        local_part(self.lora_B)[held_rows(self.lora_B, rows).local] = 0.0
+        self.redraw(rows, step)
+        for statistic in (self.birth, self.importance, self.uncertainty):
+            if statistic is not None:
+                statistic[rows] = 0
+        self._index_rows()
+
+    def row_scores(self) -> Tensor:
+        """(R,) float32, what rows are kept for: importance, times its uncertainty if tracked."""
+        scores = self.importance if self.uncertainty is None else self.importance * self.uncertainty
+        return scores.cpu()
+
+    @property
+    def state_keys(self) -> list[str]:
+        """The buffers that growth depends on."""
+        keys = ("owner", "importance", "uncertainty", "birth", "seed")
+        return [key for key in keys if getattr(self, key) is not None]
+
+    @torch.no_grad()
+    def redraw(self, rows: Tensor, step: int) -> None:
+        """Give rows of lora_A fresh initial values; lora_B is zero there.
+
+        Needed where weight decay has shrunk them while nobody read them, and where rows were
+        released. The values depend on the
         pool's seed and the step alone, so every process draws the same.
         """
         generator = torch.Generator().manual_seed(int(self.seed) + step)
@@ -117,9 +165,11 @@ class RankPool(nn.Module):
         self.row_order.copy_(torch.from_numpy(order_R))
 
     def _apply(self, fn: Any, recurse: bool = True) -> RankPool:
-        before = self.importance
+        before, uncertain_before = self.importance, self.uncertainty
         super()._apply(fn, recurse)
         self.importance = in_float32(self.importance, before)
+        if self.uncertainty is not None and uncertain_before is not None:
+            self.uncertainty = in_float32(self.uncertainty, uncertain_before)
         return self
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -95,3 +95,15 @@ class RankBook:
         claimed = np.flatnonzero(self.owner_R == FREE)[: grants.sum()]
         self.owner_R[claimed] = np.repeat(np.arange(self.num_experts), grants)
         return claimed
+
+    def release(self, rows: Sequence[int] | IntArray) -> None:
+        """Free owned rows: the inverse of `grant`.
+
+        Raises:
+            ValueError: if one of them is free already; the book is unchanged then.
+        """
+        released = np.asarray(rows, dtype=np.int64)
+        free = released[self.owner_R[released] == FREE]
+        if free.size:
+            raise ValueError(f"row {int(free[0])} is to be released but nobody owns it.")
+        self.owner_R[released] = FREE

@@ -9,7 +9,8 @@ text leaves a choice open, docs/method.md says which one is taken and why.
     g_i = mean of g_j over the rows that expert i owns
     S_i = f_i * g_i / (r_i + 1) ** gamma             saliency
 
-`RULES` holds S and what may stand in its place, by the name of the setting `saliency`.
+`RULES` holds S and what may stand in its place, by the name of the setting `saliency`; likewise
+`RANK_IMPORTANCES` for s.
 """
 
 from __future__ import annotations
@@ -43,6 +44,14 @@ def rank_importance(a_RI: Tensor, grad_a_RI: Tensor, b_RO: Tensor, grad_b_RO: Te
     return _sensitivity(a_RI, grad_a_RI) * _sensitivity(b_RO, grad_b_RO)
 
 
+def rank_sensitivity(a_RI: Tensor, grad_a_RI: Tensor, b_RO: Tensor, grad_b_RO: Tensor) -> Tensor:
+    """(R,) float32: AdaLoRA's, the SUM of the mean |gradient * weight| of the two (2303.10512)."""
+    return (
+        _sensitivity(a_RI, grad_a_RI) / a_RI.shape[1]
+        + _sensitivity(b_RO, grad_b_RO) / b_RO.shape[1]
+    )
+
+
 def _sensitivity(weight_RN: Tensor, grad_RN: Tensor) -> Tensor:
     """(R,) float32: sum of |gradient * weight| over each row.
 
@@ -66,6 +75,13 @@ def expert_sums(value_R: Tensor, owner_R: Tensor, num_experts: int) -> Tensor:
 def saliency(frequency_E: Tensor, importance_E: Tensor, ranks_E: Tensor, gamma: float) -> Tensor:
     """(E,) S_i = f_i * g_i / (r_i + 1) ** gamma."""
     return frequency_E * importance_E / (ranks_E + 1.0) ** gamma
+
+
+# The setting `rank_importance` -> importance of each row at one step.
+RANK_IMPORTANCES: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
+    "product": rank_importance,
+    "sensitivity": rank_sensitivity,
+}
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ the budget exactly. Settings for which that cannot be promised are refused here,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -29,12 +30,14 @@ class GrowthPlan:
         quota: Q, module ranks that become due at each event.
         cost: module ranks that one rank of an expert costs.
         budget: expert ranks to hand out in all, E * (r_target - r_init).
+        start: expert ranks owned at the start, E * r_init.
     """
 
     event_steps: tuple[int, ...]
     quota: int
     cost: int
     budget: int
+    start: int
 
     def event_number(self, step: int) -> int:
         """k if the k-th event (from 1) falls on `step`, else 0."""
@@ -52,6 +55,23 @@ class GrowthPlan:
         """Expert ranks that may have been granted in all once event number `event` is over."""
         return min(self.budget, event * self.quota // self.cost)
 
+    def owned(self, event: int) -> int:
+        """Expert ranks that may be owned once event number `event` is over."""
+        return self.start + self.due(event)
+
+
+@dataclass(frozen=True)
+class PruningPlan(GrowthPlan):
+    """Ranks that are taken away, `budget` of them in all: AdaLoRA's schedule.
+
+    What is left to take falls with the cube of the time that is left (arXiv 2303.10512, eq. 12).
+    """
+
+    def due(self, event: int) -> int:
+        """As for growth, but negative."""
+        left = (1 - event / len(self.event_steps)) ** 3
+        return math.ceil(self.budget * left) - self.budget
+
 
 def plan_growth(
     config: DrLoraConfig, num_experts: int, total_steps: int, start: Sequence[int] | None = None
@@ -68,9 +88,10 @@ def plan_growth(
         ConfigError: if the budget cannot be reached with these settings, with the arithmetic.
     """
     cost = len(config.projections) if config.rank_per == "expert" else 1
-    budget = num_experts * (config.r_target - config.r_init)
-    if budget == 0:
-        return GrowthPlan((), 0, cost, 0)
+    budget = num_experts * abs(config.r_target - config.r_init)
+    owned = num_experts * config.r_init
+    if budget == 0 and not config.move_share:
+        return GrowthPlan((), 0, cost, 0, owned)
     if total_steps < 1:
         raise ConfigError(f"total_steps={total_steps} must be at least 1.")
     warmup = config.resolve_warmup(total_steps)
@@ -83,7 +104,9 @@ def plan_growth(
             f"grow_every={config.grow_every} steps apart; {_way_out(config, total_steps)}"
         )
     quota = -(-cost * budget // len(steps))
-    plan = GrowthPlan(steps, quota, cost, budget)
+    if config.allocation == "prune":
+        return PruningPlan(steps, quota, cost, budget, owned)
+    plan = GrowthPlan(steps, quota, cost, budget, owned)
     _refuse_if_short(config, num_experts, plan, total_steps, start)
     return plan
 

@@ -5,14 +5,15 @@
     drlora.start_ranks(model, ranks)
 
 A rank map is `{block: {projection: [rank of each expert]}}`, as `RankDynamics.ranks()` gives it.
-The laws of the budget hold: every rank lies between 1 and r_max, and no pool owns more rows than
-it has, E * r_target.
+The laws of the budget hold: every rank lies between 1 (0 with start="hot") and r_max, and no pool
+owns more rows than it has, E * r_target.
 """
 
 from __future__ import annotations
 
 import heapq
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -138,8 +139,40 @@ def _by_routing(share_E: Sequence[float], config: DrLoraConfig) -> list[int]:
     return proportional_ranks(share_E, len(share_E) * config.r_init, config.r_max)
 
 
+def _hot_only(share_E: Sequence[float], config: DrLoraConfig) -> list[int]:
+    return hot_ranks(share_E, len(share_E) * config.r_init, config.hot_fraction, config.r_max)
+
+
 # The setting `start` -> from the experts' shares of routing, (E,), to their ranks.
-RULES: dict[str, Callable[[Sequence[float], DrLoraConfig], list[int]]] = {"routing": _by_routing}
+RULES: dict[str, Callable[[Sequence[float], DrLoraConfig], list[int]]] = {
+    "routing": _by_routing,
+    "hot": _hot_only,
+}
+
+
+def hot_ranks(share_E: Sequence[float], total: int, fraction: float, r_max: int) -> list[int]:
+    """`total` ranks, evenly over the `fraction` of experts with most share; 0 for the others.
+
+    At least one expert is hot; their number is rounded up. What does not divide goes to the
+    hottest; ties go to the lower expert number.
+
+        >>> hot_ranks([0.1, 0.5, 0.3, 0.1], total=9, fraction=0.5, r_max=5)
+        [0, 5, 4, 0]
+
+    Raises:
+        ConfigError: if they would pass `r_max`.
+    """
+    count = math.ceil(fraction * len(share_E) - 1e-9)
+    if total > count * r_max:
+        raise ConfigError(
+            f"hot_fraction={fraction} leaves {count} of {len(share_E)} experts for {total} ranks, "
+            f"more than r_max={r_max} for each; raise r_max to {math.ceil(total / count)}."
+        )
+    hottest = sorted(range(len(share_E)), key=lambda e: (-share_E[e], e))[:count]
+    ranks = [0] * len(share_E)
+    for place, expert in enumerate(hottest):
+        ranks[expert] = total // count + (place < total % count)
+    return ranks
 
 
 def proportional_ranks(share_E: Sequence[float], total: int, r_max: int) -> list[int]:
@@ -219,9 +252,10 @@ def _fitting(ranks: Sequence[int], pool: RankPool, config: DrLoraConfig, where: 
             f"{where}: the rank map has {len(ranks)} ranks for {pool.book.num_experts} experts."
         )
     for expert, rank in enumerate(ranks):
-        if not 1 <= rank <= config.r_max:
+        lowest = 0 if config.start == "hot" else 1
+        if not lowest <= rank <= config.r_max:
             raise ConfigError(
-                f"{where}: expert {expert} is to have rank {rank}; ranks lie between 1 and "
+                f"{where}: expert {expert} is to have rank {rank}; ranks lie between {lowest} and "
                 f"r_max={config.r_max}."
             )
     rows = len(pool.book.owner_R)

@@ -44,10 +44,14 @@ def compare(before: Measurement, after: Measurement) -> list[str]:
 def budget_line(result: TrainResult) -> str:
     """The ranks spent, and what the budget is made of."""
     b = result.budget
-    return (
-        f"spent {b['spent']} of {b['stored']} ranks = r_target {b['r_target']} x {b['experts']} "
-        f"experts x {b['layers']} layers x {b['projections']} projections"
+    factors = (
+        f"r_target {b['r_target']} x {b['experts']} experts x {b['layers']} layers x "
+        f"{b['projections']} projections"
     )
+    planned = b["r_target"] * b["experts"] * b["layers"] * b["projections"]
+    if b["stored"] == planned:
+        return f"spent {b['spent']} of {b['stored']} ranks = {factors}"
+    return f"spent {b['spent']} ranks ({planned} = {factors}); {b['stored']} rows are stored"
 
 
 def rank_table(ranks: Ranks) -> Table:

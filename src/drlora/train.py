@@ -10,7 +10,7 @@ import platform
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import accelerate
 import datasets
@@ -18,6 +18,7 @@ import peft
 import torch
 import transformers
 from peft import PeftModel
+from peft.optimizers import create_loraplus_optimizer
 from rich.console import Console
 from transformers import (
     PreTrainedModel,
@@ -45,12 +46,14 @@ from drlora.assemble import (
     vocabulary_size,
 )
 from drlora.callback import DrLoraCallback
+from drlora.config import DrLoraConfig
 from drlora.data import Collator
 from drlora.inject import adapted_layers
 from drlora.jsonl import append_lines, forget_after, read_lines
 from drlora.measure import Measurement, measure, measurement_from
 from drlora.methods import METHODS
 from drlora.progress import MetricsLog, ShowProgress, StopOnInterrupt
+from drlora.rank_pool import RankPool
 from drlora.recipe import Recipe
 from drlora.rundir import RunDir, checkpoint_step, write_json, write_yaml
 
@@ -166,7 +169,7 @@ def _run(job: _Job, model: PeftModel, console: Console) -> TrainResult:
         before=before,
         after=after,
         ranks=(ranks := current_ranks(model)),
-        budget=_budget(ranks, job.recipe.adapter["r_target"]),
+        budget=_budget(model, ranks),
         trainable_parameters=stored - _free_parameters(model),
         stored_parameters=stored,
         steps=steps,
@@ -212,7 +215,7 @@ def _make_trainer(job: _Job, model: PeftModel, console: Console, stop: StopOnInt
     progress = ShowProgress(console)
     growth = DrLoraCallback(log_dir=job.run.path, on_growth=progress.show_growth)
     job.arguments.disable_tqdm = True
-    trainer = Trainer(
+    trainer = _Trainer(
         model=model,
         args=job.arguments,
         train_dataset=job.train.encoded.dataset,
@@ -223,6 +226,27 @@ def _make_trainer(job: _Job, model: PeftModel, console: Console, stop: StopOnInt
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+class _Trainer(Trainer):
+    """The Trainer, with LoRA+'s parameter groups where the adapter asks for them."""
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """PEFT's helper makes the groups; otherwise all is as in transformers."""
+        assert isinstance(self.model, PeftModel)
+        config = self.model.peft_config[self.model.active_adapter]
+        assert isinstance(config, DrLoraConfig)
+        if self.optimizer is None and config.b_lr_ratio != 1:
+            base = cast(PreTrainedModel, self.model)
+            kind, settings = self.get_optimizer_cls_and_kwargs(self.args, base)
+            self.optimizer = create_loraplus_optimizer(
+                self.model,
+                kind,
+                loraplus_lr_ratio=config.b_lr_ratio,
+                loraplus_weight_decay=self.args.weight_decay,
+                **settings,
+            )
+        return super().create_optimizer(model)
 
 
 class _Share(transformers.TrainerCallback):
@@ -243,22 +267,26 @@ def current_ranks(model: PeftModel) -> Ranks:
     return {block: layer.adapter(name).ranks() for block, layer in layers.items()}
 
 
+def _pools(model: PeftModel) -> list[RankPool]:
+    layers = adapted_layers(model, model.active_adapter).values()
+    return [p for la in layers for p in la.adapter(model.active_adapter).rank_pools.values()]
+
+
 def _free_parameters(model: PeftModel) -> int:
     """Numbers in rows that no expert owns."""
-    layers = adapted_layers(model, model.active_adapter).values()
     return sum(
-        pool.book.free * (pool.lora_A.shape[1] + pool.lora_B.shape[1])
-        for layer in layers
-        for pool in layer.adapter(model.active_adapter).rank_pools.values()
+        pool.book.free * (pool.lora_A.shape[1] + pool.lora_B.shape[1]) for pool in _pools(model)
     )
 
 
-def _budget(ranks: Ranks, r_target: int) -> dict[str, Any]:
+def _budget(model: PeftModel, ranks: Ranks) -> dict[str, Any]:
     rows = [row for projections in ranks.values() for row in projections.values()]
+    config = model.peft_config[model.active_adapter]
+    assert isinstance(config, DrLoraConfig)
     return {
         "spent": sum(map(sum, rows)),
-        "stored": sum(r_target * len(row) for row in rows),
-        "r_target": r_target,
+        "stored": sum(len(pool.book.owner_R) for pool in _pools(model)),
+        "r_target": config.r_target,
         "experts": len(rows[0]),
         "layers": len(ranks),
         "projections": len(next(iter(ranks.values()))),

@@ -1,0 +1,351 @@
+"""One event: experts that compete for ranks are scored, and rows of their pools change hands.
+
+A group is what shares one budget: the experts of a block or, with `budget_scope="model"`, those of
+all blocks; with `rank_per="projection"`, one projection of them. What is due comes from the plan
+(schedule), who is to have it from a rule (saliency), how it is shared out from the allocator.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import accumulate
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from drlora.allocator import allocate_in_layers, least_important, reserve, take_back
+from drlora.config import DrLoraConfig
+from drlora.layer import ExpertsAdapter, RankPool
+from drlora.row_directions import point_along_gradient
+from drlora.saliency import RULES, Signals, expert_sums
+from drlora.schedule import GrowthPlan, plan_growth
+from drlora.young_rows import (
+    decays_weights,
+    forget_rows,
+    inherit_second_moment,
+    is_adam,
+    unwrap_optimizer,
+)
+
+
+@dataclass(frozen=True)
+class Grant:
+    """Ranks that one expert was given at an event, and the signals that decided it.
+
+    `projection` names the projections that grew together, joined by "+"; `granted` is negative
+    where ranks were taken away; `rank` is the rank after the grant; `routing`, `importance` and
+    `saliency` are f, g and S just before it.
+    """
+
+    step: int
+    block: str
+    projection: str
+    expert: int
+    granted: int
+    rank: int
+    routing: float
+    importance: float
+    saliency: float
+
+
+@dataclass(frozen=True)
+class Member:
+    """Pools of one block whose experts share a rank."""
+
+    block: str
+    adapter: ExpertsAdapter
+    projections: tuple[str, ...]
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return self.adapter.block.num_experts
+
+    @property
+    def pools(self) -> list[RankPool]:
+        """One a projection; a row belongs to the same expert in all of them."""
+        return [self.adapter.rank_pools[name] for name in self.projections]
+
+    def ranks(self) -> list[int]:
+        """(E,) the rank of each expert."""
+        return self.pools[0].book.ranks().tolist()
+
+    def importance(self) -> Tensor:
+        """(E,) g_i: the mean over the rows that the expert owns in all of the pools."""
+        sums = [expert_sums(p.importance, p.owner, self.num_experts) for p in self.pools]
+        counts = torch.tensor(self.ranks(), device=sums[0].device) * len(self.pools)
+        return sum(sums[1:], start=sums[0]) / counts.clamp(min=1)
+
+    def row_scores(self) -> Tensor:
+        """(R,) what rows are kept for, summed over the pools."""
+        scores = torch.stack([pool.row_scores() for pool in self.pools])
+        return scores.sum(dim=0)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Members that share one budget, and the plan to spend it."""
+
+    members: tuple[Member, ...]
+    plan: GrowthPlan
+
+    @property
+    def pools(self) -> list[RankPool]:
+        """Of all members."""
+        return [pool for member in self.members for pool in member.pools]
+
+    @property
+    def sizes(self) -> list[int]:
+        """Experts of each member."""
+        return [member.num_experts for member in self.members]
+
+    def ranks(self) -> list[int]:
+        """Of all experts, member by member."""
+        return [rank for member in self.members for rank in member.ranks()]
+
+    def signals(self, config: DrLoraConfig, step: int) -> Signals:
+        """What the rules may know of all experts, on the CPU."""
+        return Signals(
+            torch.cat([member.adapter.frequency.cpu() for member in self.members]),
+            torch.cat([member.importance().cpu() for member in self.members]),
+            torch.tensor(self.ranks()),
+            config.gamma,
+            int(self.pools[0].seed) + step,
+        )
+
+    def split(self, values: list) -> Iterator[tuple[Member, list]]:
+        """Values of all experts, member by member."""
+        ends = accumulate(self.sizes)
+        for member, end in zip(self.members, ends, strict=True):
+            yield member, values[end - member.num_experts : end]
+
+
+def make_groups(
+    adapters: Mapping[str, ExpertsAdapter], config: DrLoraConfig, total_steps: int
+) -> list[Group]:
+    """The groups of an adapter over a run of `total_steps`.
+
+    Raises:
+        ConfigError: if a group cannot reach its budget.
+    """
+    together = config.rank_per == "expert"
+    shares = [tuple(config.projections)] if together else [(one,) for one in config.projections]
+    members = [
+        [Member(name, adapter, share) for name, adapter in adapters.items()] for share in shares
+    ]
+    if config.budget_scope == "layer":
+        # Block by block, as the growth log has always been ordered.
+        members = [[member] for of_block in zip(*members, strict=True) for member in of_block]
+    return [_group(of_group, config, total_steps) for of_group in members]
+
+
+def _group(members: list[Member], config: DrLoraConfig, total_steps: int) -> Group:
+    # The ranks of a run that begins; one that is under way was checked then.
+    begins = not any(pool.importance.any() for member in members for pool in member.pools)
+    start = [rank for member in members for rank in member.ranks()] if begins else None
+    experts = sum(member.num_experts for member in members)
+    return Group(tuple(members), plan_growth(config, experts, total_steps, start))
+
+
+class Growth:
+    """The events of all groups over a run.
+
+    Attributes:
+        groups: what shares a budget.
+    """
+
+    def __init__(
+        self, adapters: Mapping[str, ExpertsAdapter], config: DrLoraConfig, total_steps: int
+    ) -> None:
+        self.config = config
+        self.groups = make_groups(adapters, config, total_steps)
+        self._warned: set[str] = set()
+
+    @property
+    def done_share(self) -> float:
+        """How much of the planned change in ranks has happened, from 0 to 1."""
+        planned = sum(group.plan.budget for group in self.groups)
+        moved = sum(abs(sum(g.ranks()) - g.plan.start) for g in self.groups)
+        return moved / planned if planned else 1.0
+
+    def event(self, step: int, optimizer: object) -> list[Grant]:
+        """What happens after `step`; nothing, unless it is an event."""
+        return [
+            grant
+            for group in self.groups
+            if (number := group.plan.event_number(step))
+            for grant in self._change(group, number, step, unwrap_optimizer(optimizer))
+        ]
+
+    def _change(self, group: Group, event: int, step: int, optimizer: object) -> list[Grant]:
+        signals, before = group.signals(self.config, step), group.ranks()
+        saliency_E = RULES[self.config.saliency](signals).tolist()
+        if not any(saliency_E):
+            self._warn_once(
+                f"{group.members[0].block}: at step {step} no expert has any saliency, so ranks go "
+                f"by expert number. Was the model in training mode, and before_optimizer_step "
+                f"called before the gradients were cleared?"
+            )
+        if self.config.allocation == "prune":
+            excess = sum(before) - group.plan.owned(event)
+            self._release(group, self._least_important(group, excess), step, optimizer)
+        else:
+            taken = self._take_back(group, event, saliency_E)
+            if any(taken):
+                self._release(group, self._weakest_of(group, taken), step, optimizer)
+            grants = self._share_out(group, event, saliency_E, taken)
+            self._grant(group, grants, step, optimizer)
+        return list(_grants(group, step, before, signals, saliency_E))
+
+    def _take_back(self, group: Group, event: int, saliency_E: list[float]) -> list[int]:
+        """(experts of the group,) ranks that are to move to others."""
+        ranks = group.ranks()
+        return take_back(
+            saliency_E,
+            ranks=ranks,
+            quota=group.plan.owned(event) - sum(ranks),
+            share=self.config.move_share,
+            cap=self.config.grant_cap,
+            r_max=self.config.r_max,
+        )
+
+    def _share_out(
+        self, group: Group, event: int, saliency_E: list[float], taken: list[int]
+    ) -> list[int]:
+        """(experts of the group,) grants: what is due, less what was handed out before."""
+        ranks = group.ranks()
+        reserved = reserve(
+            [
+                sum(now) - member.num_experts * self.config.r_init
+                for member, now in group.split(ranks)
+            ],
+            group.sizes,
+            due=group.plan.due(event),
+            share=self.config.layer_floor,
+        )
+        # Who just gave ranks up does not get them back.
+        full = [self.config.r_max if gave else r for r, gave in zip(ranks, taken, strict=True)]
+        return allocate_in_layers(
+            saliency_E,
+            ranks=full,
+            quota=group.plan.owned(event) - sum(ranks),
+            cap=self.config.grant_cap,
+            r_max=self.config.r_max,
+            sizes=group.sizes,
+            reserved=reserved,
+        )
+
+    def _grant(self, group: Group, grants: list[int], step: int, optimizer: object) -> None:
+        for member, granted in group.split(grants):
+            for pool in member.pools:
+                rows = pool.grant(granted, step)
+                self._restart_importance(pool, granted)
+                self._start_rows(pool, rows, step, optimizer)
+
+    def _least_important(self, group: Group, count: int) -> list[list[int]]:
+        """For each member the rows to free, if `count` ranks go, whosever they are."""
+        scores = [member.row_scores().tolist() for member in group.members]
+        owners = [member.pools[0].book.owner_R.tolist() for member in group.members]
+        return least_important(scores, owners, count)
+
+    def _weakest_of(self, group: Group, taken: list[int]) -> list[list[int]]:
+        """For each member the rows to free, if every expert gives up so many of its own."""
+        freed = []
+        for member, counts in group.split(taken):
+            scores, owner_R = member.row_scores().tolist(), member.pools[0].book.owner_R
+            rows: list[int] = []
+            for expert, count in enumerate(counts):
+                own = np.flatnonzero(owner_R == expert).tolist()
+                rows += sorted(own, key=lambda row: (scores[row], row))[:count]
+            freed.append(sorted(rows))
+        return freed
+
+    def _release(self, group: Group, freed: list[list[int]], step: int, optimizer: object) -> None:
+        for member, rows in zip(group.members, freed, strict=True):
+            for pool in member.pools if rows else ():
+                index = torch.tensor(rows, dtype=torch.int64, device=pool.owner.device)
+                pool.release(index, step)
+                _forget(pool, index, optimizer)
+
+    def _start_rows(self, pool: RankPool, rows: Tensor, step: int, optimizer: object) -> None:
+        """Claimed rows begin like those of a new adapter, whatever weight decay did to them."""
+        if not isinstance(optimizer, torch.optim.Optimizer) or not len(rows):
+            return
+        _forget(pool, rows, optimizer)
+        for parameter in (pool.lora_A, pool.lora_B):
+            state = optimizer.state.get(parameter, {})
+            if self._rows_inherit(optimizer) and not inherit_second_moment(
+                parameter, state, pool.owner, pool.book.num_experts, rows
+            ):
+                self._warn_unknown(optimizer)
+        if decays_weights(optimizer.param_groups):
+            pool.redraw(rows, step)
+        if self.config.young_a == "gradient":
+            self._point_rows(pool, rows, optimizer)
+
+    def _point_rows(self, pool: RankPool, rows: Tensor, optimizer: torch.optim.Optimizer) -> None:
+        """An average of the gradient, where the optimizer keeps one; else that of this step."""
+        state = optimizer.state.get(pool.lora_A, {})
+        gradient = state.get("exp_avg", state.get("momentum_buffer", pool.lora_A.grad))
+        if not isinstance(gradient, Tensor) or gradient.shape != pool.lora_A.shape:
+            self._warn_once(
+                f"young_a='gradient' found no gradient of rows in {type(optimizer).__name__}: "
+                f"young rows of A stay random."
+            )
+            return
+        point_along_gradient(pool.lora_A, gradient, pool.owner, rows, pool.row_norm)
+
+    def _restart_importance(self, pool: RankPool, grants: list[int]) -> None:
+        if self.config.importance_reset == "all":
+            pool.importance.zero_()
+            return
+        # The extra last entry stands for the free rows, whose owner is -1.
+        grown_E1 = torch.tensor([*(granted > 0 for granted in grants), False])
+        pool.importance[grown_E1.to(pool.owner.device)[pool.owner.long()]] = 0.0
+
+    def _rows_inherit(self, optimizer: object) -> bool:
+        mode = self.config.young_rows
+        return mode == "inherit" or (mode == "own" and not is_adam(optimizer))
+
+    def _warn_unknown(self, optimizer: object) -> None:
+        if type(optimizer).__name__ != "SGD":
+            self._warn_once(
+                f"{type(optimizer).__name__} has no second moment per element (exp_avg_sq): with "
+                f"young_rows={self.config.young_rows!r} rows that wake up late are treated as "
+                f"with 'shared', and may take larger first steps."
+            )
+
+    def _warn_once(self, message: str) -> None:
+        kind = message.split(":")[-1]
+        if kind not in self._warned:
+            warnings.warn(message, stacklevel=6)
+        self._warned.add(kind)
+
+
+def _forget(pool: RankPool, rows: Tensor, optimizer: object) -> None:
+    """Zero what the optimizer keeps of some rows."""
+    if isinstance(optimizer, torch.optim.Optimizer):
+        for parameter in (pool.lora_A, pool.lora_B):
+            forget_rows(parameter, optimizer.state.get(parameter, {}), rows)
+
+
+def _grants(
+    group: Group, step: int, before: list[int], signals: Signals, saliency_E: list[float]
+) -> Iterable[Grant]:
+    """One entry an expert whose rank changed."""
+    values = zip(
+        before,
+        group.ranks(),
+        signals.frequency_E.tolist(),
+        signals.importance_E.tolist(),
+        saliency_E,
+        strict=True,
+    )
+    for member, of_member in group.split(list(values)):
+        projection = "+".join(member.projections)
+        for expert, (old, new, f, g, s) in enumerate(of_member):
+            if new != old:
+                yield Grant(step, member.block, projection, expert, new - old, new, f, g, s)

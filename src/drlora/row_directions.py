@@ -1,0 +1,68 @@
+"""Young rows of A that point where the gradient does, instead of at random.
+
+A claimed row has B = 0, so its row of A decides what it can learn first. The gradient of an
+expert's older rows, B^T G (G is that of the expert's whole weight), lies in the span of G's rows.
+What A does not reach of it yet, the part outside of the span of A's own rows, is where new rows are
+put: along its strongest directions, orthogonal to each other, as long as a random row is on
+average. The function of the model does not change. The idea is that of LoRA-GA (arXiv 2407.05000)
+and GoRA (arXiv 2502.12171), with what the optimizer has at hand in place of G.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from drlora.young_rows import held_rows, local_part
+
+# Weaker directions than this part of the whole gradient are rounding.
+_NEGLIGIBLE = 1e-4
+
+
+def missing_directions(a_RI: Tensor, grad_RI: Tensor, count: int) -> Tensor:
+    """(at most `count`, I) orthonormal directions of `grad_RI` that the rows of `a_RI` do not span.
+
+    The strongest come first.
+
+        >>> a, grad = torch.tensor([[1.0, 0.0, 0.0]]), torch.tensor([[5.0, 0.0, -2.0]])
+        >>> missing_directions(a, grad, count=2).abs()
+        tensor([[0., 0., 1.]])
+    """
+    basis_IR = torch.linalg.qr(a_RI.T).Q
+    rest_RI = grad_RI - (grad_RI @ basis_IR) @ basis_IR.T
+    _, strength_R, direction_RI = torch.linalg.svd(rest_RI, full_matrices=False)
+    return direction_RI[:count][strength_R[:count] > _NEGLIGIBLE * grad_RI.norm()]
+
+
+@torch.no_grad()
+def point_along_gradient(
+    lora_A: Tensor, gradient: Tensor, owner_R: Tensor, rows: Tensor, norm: float
+) -> None:
+    """Put just claimed rows of `lora_A` along the gradient; those that find no direction stay.
+
+    Args:
+        lora_A: (R, I), may be sharded by rows.
+        gradient: (R, I), of the loss or an average of it, sharded alike.
+        owner_R: (R,) the expert of each row; `rows` are owned already.
+        rows: the claimed rows.
+        norm: length of a row.
+    """
+    a_RI, grad_RI = _whole(lora_A), _whole(gradient)
+    young_R = torch.zeros(len(owner_R), dtype=torch.bool)
+    young_R[rows.cpu()] = True
+    owner_cpu_R = owner_R.cpu()
+    wanted_RI = a_RI.clone()
+    for expert in owner_cpu_R[young_R].unique().tolist():
+        own_R = owner_cpu_R == expert
+        old, new = (own_R & ~young_R).nonzero().squeeze(1), (own_R & young_R).nonzero().squeeze(1)
+        found_NI = missing_directions(a_RI[old], grad_RI[old], len(new))
+        wanted_RI[new[: len(found_NI)]] = found_NI * norm
+    held, target = held_rows(lora_A, rows), local_part(lora_A)
+    target[held.local] = wanted_RI[rows[held.chosen].cpu()].to(target)
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """All rows, in float32 on the CPU: small, and the same on all processes."""
+    full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return full.detach().float().cpu()
