@@ -63,7 +63,7 @@ EXCEPTIONS = """
 # Folders of transformers.models with experts in them, and why none of their classes is above.
 UNTESTED = {
     "diffusion_gemma": "encoder and decoder in turns; no loss of next tokens",
-    "doge": "not adapted: its experts are rows of an embedding, no matrices",
+    "doge": "refused: its experts are rows of an embedding, no matrices",
     "ernie4_5_vl_moe": "not tried: text and images have experts of their own",
     "nllb_moe": "refused: a ModuleDict of dense layers, with dropout inside",
     "switch_transformers": "refused: a ModuleDict of dense layers, with dropout inside",
@@ -386,6 +386,24 @@ def test_a_trained_router_is_found_and_saved(class_name, tmp_path):
             router.add_(torch.randn_like(router) * 0.1)
         check_save_load(model, base, tmp_path)
         check_merge(model)
+
+
+@pytest.mark.parametrize(
+    ("class_name", "said"),
+    [
+        ("SwitchTransformersForConditionalGeneration", r"mlp.experts \(SwitchT.*not understood"),
+        ("NllbMoeForConditionalGeneration", r"ffn.experts \(NllbMoeE.*not understood"),
+        ("VitPoseBackbone", r"experts \(VitPoseNaiveMoe.*not understood"),
+        ("DogeForCausalLM", "no Mixture-of-Experts block"),
+    ],
+)
+def test_refused_class(class_name, said):
+    model_class = getattr(transformers, class_name)
+    changes = {"num_experts": 4, "part_features": 8} if "VitPose" in class_name else {}
+    base = model_class(tiny_config(model_class.config_class, **changes))
+    config = drlora.DrLoraConfig(**SETTINGS, task_type="FEATURE_EXTRACTION")
+    with pytest.raises(drlora.ConfigError, match=said):
+        get_peft_model(base, config)
 
 
 def test_there_are_enough():

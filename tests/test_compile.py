@@ -13,7 +13,7 @@ import torch
 import torch._dynamo as dynamo
 from peft import get_peft_model
 from test_ops import gelu_gate, make_case, run
-from tiny import make_batch, make_model, plain_loop, trainable
+from tiny import make_batch, make_class, make_model, plain_loop, trainable
 
 import drlora
 from drlora.inject import adapted_layers
@@ -26,7 +26,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not:UserWarning"),
 ]
 
-FAMILIES = ["olmoe", "qwen3_moe", "mixtral"]
+FAMILIES = ["olmoe", "qwen3_moe", "mixtral", "gpt_oss"]
 METHODS = ["loop", "grouped"]
 GROWING = dict(r_init=2, r_target=8, r_max=32, p_grow=0.05, grow_every=1, settle_steps=1,
                warmup_steps=1)  # fmt: skip
@@ -40,11 +40,17 @@ def fresh_compiler():
     dynamo.reset()
 
 
+def base_model(family, **changes):
+    if family == "gpt_oss":
+        return make_class("GptOssForCausalLM", **changes)
+    return make_model(family, **changes)
+
+
 def start(family="olmoe", layers=2, **changes):
     """An adapted model whose update is not zero."""
     settings = dict(r_init=2, r_target=4, r_max=8, p_grow=0.5)
     torch.manual_seed(0)
-    base = make_model(family, num_hidden_layers=layers)
+    base = base_model(family, num_hidden_layers=layers)
     model = get_peft_model(base, drlora.DrLoraConfig(**{**settings, **changes})).train()
     for layer in adapted_layers(model, "default").values():
         for pool in layer.adapter("default").rank_pools.values():
@@ -157,7 +163,7 @@ def test_operator_keeps_what_it_tells_the_compiler(grouped):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("method", METHODS)
 def test_one_graph_with_eager_gradients_and_statistics(family, method):
-    frozen = make_model(family).train().requires_grad_(False)
+    frozen = base_model(family).train().requires_grad_(False)
     frozen.get_input_embeddings().requires_grad_(True)
     compiled(frozen)(**padded_batch()).loss.backward()
     of_base = graph_breaks()

@@ -9,8 +9,13 @@ import copy
 
 import pytest
 import torch
-from peft import get_peft_model
+import transformers
+from peft import PeftModel, get_peft_model
 from tiny import FAMILIES, make_batch, make_model, plain_loop, trainable
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint as activation_checkpoint
+from transformers.integrations.mxfp4 import Mxfp4GptOssExperts
+from transformers.modeling_outputs import CausalLMOutput
 
 import drlora
 from drlora.blocks import find_blocks
@@ -274,6 +279,91 @@ def test_experts_in_a_module_list(kind, engine):
                zip(layer.base_layer.parameters(), twin.parameters(), strict=True))  # fmt: skip
 
 
+class OldLanguageModel(torch.nn.Module):
+    """Two layers, with a loss, as remote code has them."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.embed = torch.nn.Embedding(64, 32)
+        self.layers = torch.nn.ModuleList([OldModel(kind()) for _ in range(2)])
+
+    def forward(self, input_ids, labels=None, checkpoint=None, **_):
+        x = self.embed(input_ids).requires_grad_()
+        for layer in self.layers:
+            if checkpoint is None:
+                x = x + layer(x)
+            else:
+                x = x + activation_checkpoint(layer, x, use_reentrant=checkpoint == "reentrant")
+        logits = x @ self.embed.weight.T
+        loss = None if labels is None else F.cross_entropy(logits[:, :-1].flatten(0, 1),
+                                                           labels[:, 1:].flatten())  # fmt: skip
+        return CausalLMOutput(loss=loss, logits=logits)
+
+
+def old_language_model(kind):
+    torch.manual_seed(0)
+    return OldLanguageModel(kind).requires_grad_(False).eval()
+
+
+@pytest.mark.parametrize("checkpoint", [None, "reentrant", "non-reentrant"])
+@pytest.mark.parametrize("kind", [SoftmaxBlock, DeepseekBlock])
+def test_training_of_a_module_list(kind, checkpoint, tmp_path):
+    """Routing is counted once a token, ranks grow without changing the function, and come back."""
+    config = drlora.DrLoraConfig(r_init=2, r_target=4, r_max=8, p_grow=0.5, grow_every=2,
+                                 warmup_steps=1, settle_steps=1, lora_alpha=8.0,
+                                 task_type="FEATURE_EXTRACTION")  # fmt: skip
+    model = get_peft_model(old_language_model(kind), config)
+    dynamics = drlora.RankDynamics(model, total_steps=12)
+
+    def batch_of(step):
+        return {**make_batch(step), "checkpoint": checkpoint}
+
+    model.train()
+    model(**batch_of(0)).loss.backward()
+    for number, layer in enumerate(adapted_layers(model, "default").values()):
+        meter = layer.adapter("default").meter
+        assert meter.num_tokens == 24
+        if number == 0:  # whose input is the same for the block alone
+            torch.testing.assert_close(meter.sum_E, routed_by_hand(kind, make_batch(0)))
+        meter.reset()
+    model.zero_grad()
+    plain_loop(model, dynamics, torch.optim.AdamW(trainable(model), lr=1e-2), range(12), batch_of)
+    spent, stored = dynamics.budget()
+    assert spent == stored
+    ranks = [r for block in dynamics.ranks().values() for r in block["down"]]
+    assert len(set(ranks)) > 1 and max(ranks) <= 8 and min(ranks) >= 2
+    model.eval().save_pretrained(tmp_path)
+    wanted = model(**make_batch(5)).logits
+    loaded = PeftModel.from_pretrained(old_language_model(kind), tmp_path)
+    assert torch.equal(loaded(**make_batch(5)).logits, wanted)
+    assert drlora.rank_map(loaded) == drlora.rank_map(model)
+
+
+def routed_by_hand(kind, batch):
+    """(E,) routing weights of the first layer, from its gate."""
+    base = old_language_model(kind)
+    x, gate = base.embed(batch["input_ids"]).flatten(0, 1), base.layers[0].mlp.gate
+    if kind is DeepseekBlock:
+        index, weight, _ = gate(x)
+    else:
+        weight, index = gate(x).softmax(dim=1).topk(2)
+        weight = weight / weight.sum(dim=1, keepdim=True)
+    return torch.zeros(len(x), 6).scatter(1, index, weight).sum(dim=0)
+
+
+@pytest.mark.parametrize("kind", [SoftmaxBlock, DeepseekBlock])
+def test_growth_of_a_module_list_keeps_the_function(kind):
+    config = drlora.DrLoraConfig(r_init=2, r_target=4, r_max=8, p_grow=0.5,
+                                 task_type="FEATURE_EXTRACTION")  # fmt: skip
+    model = get_peft_model(old_language_model(kind), config)
+    randomise(model)
+    before = model(**make_batch()).logits
+    for layer in adapted_layers(model, "default").values():
+        for pool in layer.adapter("default").rank_pools.values():
+            pool.grant([0, 3, 1, 2, 0, 4], step=1)
+    torch.testing.assert_close(model(**make_batch()).logits, before, rtol=1e-5, atol=1e-5)
+
+
 def test_a_module_list_that_is_routed_otherwise_is_refused():
     model = OldModel(SoftmaxBlock())
     model.mlp.temperature = 1.3
@@ -294,24 +384,33 @@ class VitLike(torch.nn.ModuleList):
         super().__init__([torch.nn.Linear(32, 32)])
 
 
+def refused(model, match):
+    """Adapting is refused with the message, and the model is as it was before."""
+    before = [(name, type(module)) for name, module in model.named_modules()]
+    frozen = [parameter.requires_grad for parameter in model.parameters()]
+    hooks = [len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules()]
+    with pytest.raises(drlora.ConfigError, match=match):
+        get_peft_model(model, drlora.DrLoraConfig())
+    assert [(name, type(module)) for name, module in model.named_modules()] == before
+    assert [parameter.requires_grad for parameter in model.parameters()] == frozen
+    assert hooks == [len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules()]
+
+
 def test_expert_parallel_models_are_refused():
+    """The last block, so that those before it could have been adapted already."""
     model = make_model("olmoe")
-    model.model.layers[0].mlp.experts._is_expert_parallel = True
-    with pytest.raises(drlora.ConfigError, match=r"layers.0.mlp.experts.*expert-parallel"):
-        get_peft_model(model, drlora.DrLoraConfig())
+    model.model.layers[1].mlp.experts._is_expert_parallel = True
+    refused(model, r"layers.1.mlp.experts.*expert-parallel.*without expert parallelism.*FSDP")
 
 
-def test_experts_in_packed_blocks_are_refused_as_quantised():
-    class Mxfp4Experts(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            blocks = torch.zeros(6, 4, dtype=torch.uint8)
-            self.gate_up_proj_blocks = torch.nn.Parameter(blocks, requires_grad=False)
-
+def test_packed_experts_of_gpt_oss_are_refused_as_quantised():
+    """The module that transformers puts into GPT-OSS for weights in mxfp4."""
+    config = transformers.GptOssConfig(hidden_size=64, intermediate_size=64, num_local_experts=4)
     model = make_model("olmoe")
-    model.model.layers[0].mlp.experts = Mxfp4Experts()
-    with pytest.raises(drlora.ConfigError, match=r"layers.0.*quantised.*dequantize=True"):
-        get_peft_model(model, drlora.DrLoraConfig())
+    model.model.layers[1].mlp.experts = Mxfp4GptOssExperts(config)
+    refused(
+        model, r"layers.1.mlp.experts.*quantised.*bfloat16, float16 or float32.*dequantize=True"
+    )
 
 
 def test_shared_experts_are_named():

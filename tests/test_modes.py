@@ -1,12 +1,12 @@
-"""Checkpointing, autocast, mixed precision and deterministic mode, on real model classes."""
+"""Checkpointing, generation, autocast, mixed precision and determinism, on real model classes."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from peft import get_peft_model
-from test_compile import FAMILIES, assert_same, batch, meters, start
-from tiny import make_model, plain_loop, trainable
+from test_compile import FAMILIES, assert_same, base_model, batch, meters, start
+from tiny import plain_loop, trainable
 
 import drlora
 from drlora.inject import adapted_layers
@@ -33,6 +33,21 @@ def test_gradient_checkpointing(family, reentrant, engine):
         each(**batch()).loss.backward()
     assert len(calls) == 2, "nothing was computed again"
     assert_same(model, twin)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_generation_with_and_without_cache(family):
+    """The merged model's tokens, which are not the base model's; and none of it counts."""
+    model = start(family).eval()
+    settings = dict(max_new_tokens=8, do_sample=False, eos_token_id=None)
+    ids = batch()["input_ids"]
+    cached, recomputed = (
+        model.generate(input_ids=ids, use_cache=cache, **settings) for cache in (True, False)
+    )
+    assert cached.shape == (2, 20) and torch.equal(cached, recomputed)
+    assert not torch.equal(cached, base_model(family).generate(ids, **settings))
+    assert all(meter.num_tokens == 0 for meter in meters(model))
+    assert torch.equal(cached, model.merge_and_unload().generate(ids, **settings))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -74,7 +89,7 @@ def test_bfloat16_base_with_float32_adapters(family, engine):
     settings = dict(r_init=2, r_target=4, r_max=8, p_grow=0.5, engine=engine)
     models = []
     for dtype in (torch.bfloat16, torch.float32):
-        base = make_model(family).to(torch.bfloat16).to(dtype)  # the same weights in both
+        base = base_model(family).to(torch.bfloat16).to(dtype)  # the same weights in both
         torch.manual_seed(0)
         model = get_peft_model(base, drlora.DrLoraConfig(**settings)).train()
         for index, parameter in enumerate(trainable(model)):
