@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from drlora.ops.loop_tasks import Segment, Task, by_segment
+from drlora.ops.loop_tasks import Segment, Task
 from drlora.ops.parts import ExpertWeights, LoraPiece, Matrix, Routing, Stack
 from drlora.ops.scratch import scratch
 
@@ -33,11 +33,11 @@ class Plan(NamedTuple):
 
     def by_task(self, rows_S: Tensor) -> Sequence[Tensor]:
         """Views of each task's rows."""
-        return rows_S.split([task.rows for task in self.tasks])
+        return rows_S.split_with_sizes([task.rows for task in self.tasks])
 
     def by_segment(self, rows_S: Tensor) -> Sequence[Tensor]:
         """Views of each segment's rows."""
-        return rows_S.split([segment.rows for segment in self.segments])
+        return rows_S.split_with_sizes([segment.rows for segment in self.segments])
 
 
 class Projection:
@@ -67,13 +67,17 @@ class Projection:
     def forward(self, task: Task, widen: Widen, out_cO: Tensor, x_cI: Tensor) -> None:
         """out = x W^T (+ bias) + s (x A^T) B, segment by segment; keeps z = x A^T."""
         adapter_cI = x_cI if self.masks is None else x_cI * self.masks[task.number]
-        for segment, out_nO, x_nI, adapter_nI in by_segment(task, out_cO, x_cI, adapter_cI):
+        views = zip(
+            task.segments, rows(task, out_cO), rows(task, x_cI), columns(task, adapter_cI),
+            strict=True,
+        )  # fmt: skip
+        for segment, out_nO, x_nI, adapter_In in views:
             for part in self.parts:
                 torch.mm(x_nI, widen(part.into[segment.expert]), out=part.own(out_nO))
             if self.biases is not None:
                 out_nO.add_(self.biases[segment.expert])
             for update in self.updates:
-                update.forward(segment, out_nO, adapter_nI)
+                update.forward(segment, out_nO, adapter_In)
 
     def start_backward(self, plan: Plan, grads: Sequence[Tensor], weight_S1: Tensor | None) -> None:
         """Take the buffers for the factors' gradients, and the routing weights if they apply.
@@ -90,24 +94,39 @@ class Projection:
         adapter_cI = x_cI if mask_cI is None else x_cI * mask_cI
         # Under dropout the base part is added after the mask was put on the adapter's part.
         part_cI = dx_cI if mask_cI is None else torch.zeros_like(dx_cI)
-        for segment, dx_nI, part_nI, g_nO in by_segment(task, dx_cI, part_cI, g_cO):
-            first, *others = self.parts
+        dx_n = rows(task, dx_cI)
+        part_n = dx_n if mask_cI is None else rows(task, part_cI)
+        views = zip(
+            task.segments, dx_n, part_n, rows(task, g_cO), columns(task, g_cO),
+            rows(task, adapter_cI), strict=True,
+        )  # fmt: skip
+        first, *others = self.parts
+        for segment, dx_nI, part_nI, g_nO, g_On, adapter_nI in views:
             torch.mm(first.own(g_nO), widen(first.back[segment.expert]), out=dx_nI)
             for part in others:
                 dx_nI.addmm_(part.own(g_nO), widen(part.back[segment.expert]))
             for update in self.updates:
-                update.backward(segment, part_nI, g_nO)
+                update.backward(segment, part_nI, g_On)
+                update.factor_gradients(segment, g_nO, adapter_nI)
         if mask_cI is not None:
             dx_cI.addcmul_(part_cI, mask_cI)
-        for segment, g_nO, x_nI in by_segment(task, g_cO, adapter_cI):
-            for update in self.updates:
-                update.factor_gradients(segment, g_nO, x_nI)
 
     def add_bias_products(self, task: Task, grad_w_c: Tensor, g_cO: Tensor) -> None:
         """The bias's part of the routing weights' gradient, <g, bias>."""
         if self.biases is not None:
-            for segment, grad_w_n, g_nO in by_segment(task, grad_w_c, g_cO):
+            views = zip(task.segments, rows(task, grad_w_c), rows(task, g_cO), strict=True)
+            for segment, grad_w_n, g_nO in views:
                 grad_w_n.addmv_(g_nO, self.biases[segment.expert])
+
+
+def rows(task: Task, tensor_cO: Tensor) -> Sequence[Tensor]:
+    """Each segment's rows (n, O); `Tensor.split` does the same more slowly."""
+    return tensor_cO.split_with_sizes(task.sizes)
+
+
+def columns(task: Task, tensor_cO: Tensor) -> Sequence[Tensor]:
+    """The same transposed, (O, n)."""
+    return tensor_cO.T.split_with_sizes(task.sizes, 1)
 
 
 class _Part(NamedTuple):
@@ -156,9 +175,9 @@ class _Update:
         self.shapes = [(self.ranks[s.expert], s.rows) for s in plan.segments]
         self.z = self._views(flat_z)
 
-    def forward(self, segment: Segment, out_nO: Tensor, x_nI: Tensor) -> None:
+    def forward(self, segment: Segment, out_nO: Tensor, x_In: Tensor) -> None:
         if self.ranks[segment.expert]:
-            z_rn = torch.mm(self.a[segment.expert], x_nI.T, out=self.z[segment.number])
+            z_rn = torch.mm(self.a[segment.expert], x_In, out=self.z[segment.number])
             self._own(out_nO).addmm_(z_rn.T, self.b[segment.expert], alpha=self.scaling)
 
     def start_backward(
@@ -183,10 +202,11 @@ class _Update:
         later = [segment.number for segment in plan.segments if segment.part]
         self.joins = [(whole[number], self.parts[number]) for number in later]
 
-    def backward(self, segment: Segment, dx_nI: Tensor, g_nO: Tensor) -> None:
+    def backward(self, segment: Segment, dx_nI: Tensor, g_On: Tensor) -> None:
         if self.ranks[segment.expert]:
             dz_rn = self.dz[segment.number]
-            torch.mm(self.b[segment.expert], self._own(g_nO).T, out=dz_rn)
+            own_On = g_On if self.columns is None else g_On[self.columns]
+            torch.mm(self.b[segment.expert], own_On, out=dz_rn)
             dx_nI.addmm_(dz_rn.T, self.a[segment.expert], alpha=self.scaling)
 
     def factor_gradients(self, segment: Segment, g_nO: Tensor, x_nI: Tensor) -> None:

@@ -14,10 +14,9 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 # Rows of a task: more do not stay in cache, fewer make each call into torch too short.
 MOST_ROWS, FEWEST_ROWS = 512, 64
@@ -34,19 +33,15 @@ class Segment(NamedTuple):
 
 
 class Task(NamedTuple):
-    """Neighbouring segments that one thread does together."""
+    """Neighbouring segments that one thread does together.
+
+    `sizes` are the rows of each segment, and `rows` their sum.
+    """
 
     number: int
     segments: list[Segment]
-
-    @property
-    def sizes(self) -> list[int]:
-        """Rows of each segment."""
-        return [segment.rows for segment in self.segments]
-
-    @property
-    def rows(self) -> int:
-        return sum(self.sizes)
+    sizes: list[int]
+    rows: int
 
 
 def cut(counts: list[int]) -> list[Task]:
@@ -56,6 +51,10 @@ def cut(counts: list[int]) -> list[Task]:
     tasks: list[Task] = []
     segments: list[Segment] = []
     number = waiting = 0
+
+    def close() -> None:
+        tasks.append(Task(len(tasks), segments, [s.rows for s in segments], waiting))
+
     for expert, count in enumerate(counts):
         parts = -(-count // (2 * enough))
         for part in range(parts):
@@ -63,14 +62,11 @@ def cut(counts: list[int]) -> list[Task]:
             segments.append(Segment(number, expert, part, rows))
             number, waiting = number + 1, waiting + rows
             if waiting >= enough:
-                tasks.append(Task(len(tasks), segments))
+                close()
                 segments, waiting = [], 0
-    return [*tasks, Task(len(tasks), segments)] if segments else tasks
-
-
-def by_segment(task: Task, *rows_c: Tensor) -> Iterator[tuple[Any, ...]]:
-    """(segment, its rows of each tensor)."""
-    return zip(task.segments, *(tensor.split(task.sizes) for tensor in rows_c), strict=True)
+    if segments:
+        close()
+    return tasks
 
 
 Work = Callable[[Task], None]
