@@ -94,6 +94,8 @@ def test_every_method_trains_at_the_budget_resumes_exactly_and_loads(method, tmp
     with torch.no_grad():
         wanted = again.eval()(**make_batch(7)).logits
         assert torch.equal(loaded.eval()(**make_batch(7)).logits, wanted)
+        merged = loaded.merge_and_unload()(**make_batch(7)).logits
+    torch.testing.assert_close(merged, wanted, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("method", ["lora", "rslora"])

@@ -139,6 +139,17 @@ half = slice(2 * rank, 2 * rank + 2)
 plain_loop(net, dynamics, torch.optim.SGD(trainable(model), lr=0.1), range(15),
            lambda step: {{k: v[half] for k, v in make_batch(step, rows=4).items()}})
 save_file(dynamics.state_dict(), f"{{out}}/state-{{rank}}.safetensors")
+
+# Chance and the first batches: each process has its own generator and its own half of the data.
+torch.manual_seed(100 + rank)
+config = drlora.DrLoraConfig(**{settings!r}, saliency="random", start="routing", move_share=0.1)
+model = get_peft_model(make_model(), config)
+drlora.place_ranks(model, [{{k: v[half] for k, v in make_batch(50, rows=4).items()}}])
+net = torch.nn.parallel.DistributedDataParallel(model)
+dynamics = drlora.RankDynamics(model, 15)
+plain_loop(net, dynamics, torch.optim.SGD(trainable(model), lr=0.1), range(15),
+           lambda step: {{k: v[half] for k, v in make_batch(step, rows=4).items()}})
+save_file(dynamics.state_dict(), f"{{out}}/chance-{{rank}}.safetensors")
 """
 
 
@@ -162,6 +173,8 @@ def test_trap_6_processes_decide_alike_and_as_one_process_would(tmp_path):
         if key.endswith("owner"):
             assert torch.equal(first[key], one[key])
     assert dynamics.budget()[0] == dynamics.budget()[1]
+    first, second = (load_file(tmp_path / f"chance-{rank}.safetensors") for rank in range(2))
+    assert all(torch.equal(first[key], second[key]) for key in first)
 
 
 @pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW])
