@@ -10,43 +10,29 @@ sources give the same bytes. The rules of each split are in the README beside th
 """
 
 import argparse
-import json
 import random
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
-from typing import NotRequired, TypedDict
 
+from common import (
+    DEV_LINES,
+    ROOT,
+    SEED,
+    TEST_LINES,
+    TRAIN_LINES,
+    Example,
+    make_example,
+    split_by_key,
+    write_splits,
+)
 from families import INFLECTIONS, possible_bases, word_families
 from wordnet import Synset, read_counts, read_irregular, read_synsets
 
-SEED = 2024
-TRAIN_LINES = 10_000
-DEV_LINES = 600
-TEST_LINES = 1_200
 KIND_TRAIN_LINES = 6_900
 LARGEST_HELD_OUT_FAMILY = 12
 LONGEST_DEFINITION_CHARS = 70
 LEAST_TAGGED = 2
-
-
-class Example(TypedDict):
-    """One line: the completion starts with a space, the answers are stripped.
-
-    `answers` is only there where more than the completion is accepted.
-    """
-
-    prompt: str
-    completion: str
-    answers: NotRequired[list[str]]
-
-
-def make_example(prompt: str, answers: list[str]) -> Example:
-    """A line whose completion is the first answer."""
-    example: Example = {"prompt": prompt, "completion": f" {answers[0]}"}
-    if len(answers) > 1:
-        example["answers"] = answers
-    return example
 
 
 def read_pronunciations(path: Path) -> dict[str, list[str]]:
@@ -110,8 +96,7 @@ def definition_splits(wordnet: Path) -> dict[str, list[Example]]:
         if counts[best] >= LEAST_TAGGED:
             answers = [best, *(lemma for lemma in lemmas if lemma != best)]
             examples.append((make_example(prompt, answers), _lower(lemmas)))
-    random.Random(SEED).shuffle(examples)
-    return _split_by_lemma(examples, TRAIN_LINES)
+    return split_by_key(examples, TRAIN_LINES)
 
 
 def kind_splits(wordnet: Path) -> dict[str, list[Example]]:
@@ -130,8 +115,7 @@ def kind_splits(wordnet: Path) -> dict[str, list[Example]]:
         for prompt, found in kinds.items()
         if len(found) == 1
     ]
-    random.Random(SEED).shuffle(examples)
-    return _split_by_lemma(examples, KIND_TRAIN_LINES)
+    return split_by_key(examples, KIND_TRAIN_LINES)
 
 
 def _is_plain(lemma: str) -> bool:
@@ -148,42 +132,16 @@ def _is_definition(synset: Synset) -> bool:
     )
 
 
-def _split_by_lemma(
-    examples: Sequence[tuple[Example, set[str]]], train_lines: int
-) -> dict[str, list[Example]]:
-    """Test and dev take examples that share no lemma; train what shares none with either."""
-    held_out: list[Example] = []
-    taken: set[str] = set()
-    for example, lemmas in examples:
-        if len(held_out) < TEST_LINES + DEV_LINES and not lemmas & taken:
-            held_out.append(example)
-            taken |= lemmas
-    train = [example for example, lemmas in examples if not lemmas & taken]
-    return {
-        "train": train[:train_lines],
-        "dev": held_out[TEST_LINES:],
-        "test": held_out[:TEST_LINES],
-    }
-
-
 def _lower(lemmas: Iterable[str]) -> set[str]:
     return {lemma.lower() for lemma in lemmas}
 
 
-def write_jsonl(path: Path, examples: Iterable[Example]) -> None:
-    """One compact JSON object a line."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = (json.dumps(example, separators=(",", ":")) + "\n" for example in examples)
-    path.write_text("".join(lines), encoding="utf-8")
-
-
 def main() -> None:
     """Make all tasks and print the size of every split."""
-    root = Path(__file__).resolve().parents[2]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cmudict", type=Path, required=True, help="dict.txt of CMUdict")
     parser.add_argument("--wordnet", type=Path, required=True, help="folder with data.noun")
-    parser.add_argument("--out", type=Path, default=root / "src/drlora/embedded/tasks")
+    parser.add_argument("--out", type=Path, default=ROOT / "src/drlora/embedded/tasks")
     options = parser.parse_args()
     tasks = {
         "pronunciation": pronunciation_splits(options.cmudict, options.wordnet),
@@ -191,10 +149,7 @@ def main() -> None:
         "kinds": kind_splits(options.wordnet),
     }
     for task, splits in tasks.items():
-        for split, examples in splits.items():
-            path = options.out / task / f"{split}.jsonl"
-            write_jsonl(path, examples)
-            print(f"{task} {split}: {len(examples)} lines, {path.stat().st_size} bytes")
+        write_splits(options.out / task, splits)
 
 
 if __name__ == "__main__":
