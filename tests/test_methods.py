@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -302,6 +303,8 @@ def test_rules_and_their_names():
 def test_a_method_wins_over_settings_and_can_be_named_twice():
     config = DrLoraConfig.for_method("lora", **SETTINGS, saliency="random")
     assert (config.r_init, config.r_target, config.r_max, config.saliency) == (4, 4, 4, "product")
+    page = (Path(__file__).parents[1] / "docs" / "methods.md").read_text()
+    assert all(f"| `{name}` |" in page for name in METHODS)
     with pytest.raises(ConfigError, match="method='loar' is not known.*'lora'"):
         DrLoraConfig.for_method("loar")
 
