@@ -1,7 +1,8 @@
 """The table and the chart of the CPU results: benchmarks/results/table.md and chart.svg.
 
 Made from the newest row of each case in benchmarks/results/*.jsonl, by `python -m benchmarks`. The
-table also goes into docs/benchmarks.md, and into README.md once that has the marks for it.
+table also goes into README.md and docs/benchmarks.md, and what the other benchmarks measured into
+details.md and docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ HEAD = [
 ROOT = RESULTS.parents[1]
 PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
 BEGIN, END = "<!-- benchmarks -->", "<!-- end of benchmarks -->"
+DETAILS, END_DETAILS = "<!-- details -->", "<!-- end of details -->"
 Newest = dict[tuple[str, str], Row]
 
 
@@ -96,12 +98,63 @@ def chart(timed: Newest, path: Path) -> None:
     figure.savefig(path, metadata={"Date": None})
 
 
-def fill(page: Path, text: str) -> None:
-    """Put the table between the marks of a page, if it has them."""
-    before, mark, rest = page.read_text("utf-8").partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if mark and end:
-        page.write_text(f"{before}{BEGIN}\n{text}{END}{after}", "utf-8")
+def details() -> str:
+    """What is measured beside the cases of the table: the profile, 16 bits, the full size."""
+    return "\n".join(["#### Milliseconds on one core", "", *_profile(), "",
+                      "#### Products of one core, GFLOP/s", "", *_products(), "",
+                      "#### OLMoE-1B-7B on a CPU", "", *_full_size(), ""])  # fmt: skip
+
+
+def _profile() -> list[str]:
+    rows = list({row["case"]: row for row in read("profile")}.values())
+    kinds = list(rows[0]["by_kind_ms"]) if rows else []
+    lines = _head(["case", "whole", *kinds, "Python, views", "least for products", "all cores",
+                   "frozen", "frozen, all cores"])  # fmt: skip
+    for row in rows:
+        cells = [row["case"].removeprefix("profile "), f"{row['one_core_ms']:.0f}"]
+        cells += [f"{row['by_kind_ms'][kind]:.0f}" for kind in kinds]
+        cells += [f"{row['python_and_views_ms']:.0f}", f"{row['least_products_ms']:.0f}",
+                  f"{row['cores_gain']:.2f} x", f"{row['frozen_one_core_ms']:.0f}",
+                  f"{row['frozen_cores_gain']:.2f} x"]  # fmt: skip
+        lines.append(_line(cells))
+    return lines
+
+
+def _products() -> list[str]:
+    rows = newest("products")
+    ways = list(dict.fromkeys(way for _, way in rows))
+    lines = _head(["product", *ways])
+    for case in dict.fromkeys(case for case, _ in rows):
+        if case.endswith(" 128 rows"):
+            lines.append(_line([case, *(f"{rows[case, way]['gflops']:.1f}" for way in ways)]))
+    return lines
+
+
+def _full_size() -> list[str]:
+    lines = _head(["layers, tokens", "implementation", "seconds a step", "peak memory"])
+    for (case, kind), row in newest("full_size").items():
+        name = case.removeprefix("full size OLMoE-1B-7B ").replace(" bf16", "")
+        peak = row.get("peak_gb") or row["computed_peak_gb"]
+        how = "" if "peak_gb" in row else ", computed from the two sizes above"
+        seconds = ", ".join(f"{value:.0f}" for value in row.get("seconds", []))
+        lines.append(_line([name, NAMES[kind], seconds, f"{peak:.1f} GB{how}"]))
+    return lines
+
+
+def _head(cells: list[str]) -> list[str]:
+    return [_line(cells), "|" + "---|" * len(cells)]
+
+
+def _line(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def fill(page: Path, text: str, begin: str = BEGIN, end: str = END) -> None:
+    """Put the text between the marks of a page, if it has them."""
+    before, mark, rest = page.read_text("utf-8").partition(begin)
+    _, closed, after = rest.partition(end)
+    if mark and closed:
+        page.write_text(f"{before}{begin}\n{text}{end}{after}", "utf-8")
 
 
 def write() -> str:
@@ -111,6 +164,9 @@ def write() -> str:
     (RESULTS / "table.md").write_text(text, "utf-8")
     for page in PAGES:
         fill(page, text)
+    more = details()
+    (RESULTS / "details.md").write_text(more, "utf-8")
+    fill(PAGES[-1], more, DETAILS, END_DETAILS)
     for path in (RESULTS / "chart.svg", ROOT / "docs" / "images" / "benchmarks.svg"):
         chart(timed, path)
     return text

@@ -164,6 +164,12 @@ def test_the_results_kept_make_a_table():
     assert cases and all(f"| {case} |" in text for case in cases)
 
 
+def test_the_page_shows_the_details_that_were_made():
+    page = (ROOT / "docs/benchmarks.md").read_text("utf-8")
+    shown = page.split(table.DETAILS)[1].split(table.END_DETAILS)[0]
+    assert shown.strip() == table.details().strip()
+
+
 @pytest.mark.parametrize("page", table.PAGES, ids=lambda path: path.name)
 def test_the_page_shows_the_table_that_was_made(page):
     made = (ROOT / "benchmarks/results/table.md").read_text("utf-8")
