@@ -82,6 +82,13 @@ def test_each_run_leaves_one_result_with_what_it_was_made_of(finished):
         assert result["wall_seconds"] > result["seconds"] > 0
         assert [step for step, _ in result["curve"]] == [1, 2, 3, 4, 5, 6]
         assert "samples" not in result["after"]["match"]
+        after, items = result["after"], result["items"]
+        nats = sum(items["loss_centinats"]) / 100
+        assert nats == pytest.approx(
+            after["loss"]["loss"] * after["loss"]["target_tokens"], abs=0.1
+        )
+        assert len(items["is_correct"]) == after["match"]["total"]
+        assert items["is_correct"].count("1") == after["match"]["correct"]
         assert {"drlora", "torch", "python"} <= result["versions"].keys()
         ranks = [r for block in result["ranks"].values() for row in block.values() for r in row]
         assert sum(ranks) == 3 * len(ranks)
@@ -127,6 +134,7 @@ def test_the_page_has_every_value_and_figure(finished):
     losses = [r["after"]["loss"]["loss"] for r in compared if r["method"] == "drlora"]
     assert len(losses) == 2
     assert f"| drlora | {compared[0]['trainable_parameters']:,} | {sum(losses) / 2:.4f} ±" in text
+    assert text.count("items ±") == 2  # loss and exact match
     assert "4 of 4 compared runs" in text and "No run failed" in text
     assert "Gain over `lora`" in text and "seeds 1, 2" in text
     for part in text.split("](")[1:]:
@@ -206,7 +214,7 @@ def test_killed_and_started_again_it_repeats_nothing(tmp_path):
 
 
 def test_methods_see_the_same_batches_in_the_same_order(tmp_path, monkeypatch):
-    plan = load_plan(save_plan(tmp_path, methods=["lora", "static", "random", "drlora"]))
+    plan = load_plan(save_plan(tmp_path, methods=["lora", "static", "drlora"]))
     seen: list[list] = []
 
     class Watching(Collator):
@@ -221,8 +229,8 @@ def test_methods_see_the_same_batches_in_the_same_order(tmp_path, monkeypatch):
         train_module.train(replace(cell.recipe, output_dir=str(tmp_path / cell.name)))
     # 6 optimizer steps; the ranks of `static` are placed by batches of its own.
     steps = [batches[-6:] for batches in seen]
-    assert steps[0] == steps[1] == steps[2] == steps[3]
-    assert steps[4] == steps[5] == steps[6] == steps[7] != steps[0]
+    assert steps[0] == steps[1] == steps[2]
+    assert steps[3] == steps[4] == steps[5] != steps[0]
 
 
 def test_two_at_once_in_one_folder_are_refused(tmp_path, capsys):

@@ -4,9 +4,11 @@ import math
 
 import pytest
 
+from drlora.compare.metrics import items_of, value_of
 from drlora.compare.statistics import (
     incomplete_beta,
     interval,
+    item_gain,
     mean_gain,
     paired_gain,
     t_cdf,
@@ -80,3 +82,24 @@ def test_mean_over_tasks_is_paired_by_seed():
     assert found.wins == 2
     assert mean_gain({"a": {1: 1.0}, "b": {}}) is None
     assert mean_gain({}) is None
+
+
+def test_gain_over_items_averages_the_runs_first():
+    baseline, method = [[1.0, 2.0, 3.0], [3.0, 4.0, 5.0]], [[0.0, 2.0, 4.0], [2.0, 2.0, 2.0]]
+    found = item_gain(baseline, method, higher_is_better=False)
+    expected = interval([1.0, 1.0, 1.0])
+    assert found == expected
+    spread = item_gain([[1.0, 1.0]], [[2.0, 4.0]], higher_is_better=True)
+    assert spread == interval([1.0, 3.0])
+
+
+def test_items_have_the_metric_as_their_mean():
+    after = {"loss": {"loss": 0.75, "target_tokens": 8}, "match": {"accuracy": 2 / 3}}
+    result = {"after": after, "items": {"loss_centinats": [100, 200, 300], "is_correct": "101"}}
+    for metric in ("loss", "exact_match"):
+        items = items_of(metric, result)
+        assert sum(items) / len(items) == pytest.approx(value_of(metric, after))
+    assert items_of("error_rate", result) is None
+    assert items_of("exact_match", {"after": after}) is None
+    diverged = {"after": after, "items": {"loss_centinats": [100, None, 300]}}
+    assert items_of("loss", diverged) is None

@@ -49,7 +49,7 @@ def choose(
     collator = Collator(tokenizer)
     nats = torch.cat(
         [
-            _summed_losses(model, collator(rows[start : start + batch_size]))
+            summed_losses(model, collator(rows[start : start + batch_size]))
             for start in range(0, len(rows), batch_size)
         ]
     )
@@ -60,7 +60,7 @@ def choose(
     ]
 
 
-def _summed_losses(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+def summed_losses(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Loss (nats) of each of B rows, summed over its target tokens, float64 (B,) on the CPU."""
     device = next(model.parameters()).device
     logits_BLV = model(

@@ -10,14 +10,13 @@ Neither changes the model's mode, its gradients or the tokenizer's settings.
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
-from drlora.choices import choose
+from drlora.choices import choose, summed_losses
 from drlora.data import encode_prompt, pad_token_id
 from drlora.errors import ConfigError, DataError
 
@@ -35,11 +34,15 @@ class Rows(Protocol):
 
 @dataclass(frozen=True)
 class LossResult:
-    """Mean negative log-likelihood of the target tokens (nats), its exponential, their number."""
+    """Mean negative log-likelihood of the target tokens (nats), its exponential, their number.
+
+    `example_nats` is the sum over the target tokens of each example.
+    """
 
     loss: float
     perplexity: float
     target_tokens: int
+    example_nats: tuple[float, ...] = field(default=(), compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,8 @@ class MatchResult:
 
     `error_rate` is the word error rate: the edits (word inserted, left out or exchanged) that make
     each generated answer the nearest accepted one, over the words of those. It is None where every
-    answer is one word, which is right or wrong, and where answers are chosen.
+    answer is one word, which is right or wrong, and where answers are chosen. `is_correct` says it
+    of each example.
     """
 
     accuracy: float
@@ -66,6 +70,7 @@ class MatchResult:
     total: int
     samples: tuple[Sample, ...]
     error_rate: float | None = None
+    is_correct: tuple[bool, ...] = field(default=(), compare=False, repr=False)
 
 
 @contextmanager
@@ -102,31 +107,18 @@ def evaluate_loss(
         ConfigError: `batch_size` is below 1.
         DataError: there is no target token.
     """
-    total_nats, target_tokens = 0.0, 0
+    nats: list[float] = []
+    target_tokens = 0
     with evaluating(model):
         for features in _batches(dataset, len(dataset), batch_size):
-            nats, count = _summed_loss(model, collator(features))
-            total_nats += nats
-            target_tokens += count
+            batch = collator(features)
+            nats += summed_losses(model, batch).tolist()
+            target_tokens += int((batch["labels"][:, 1:] != IGNORED).sum())
     if target_tokens == 0:
         raise DataError("the evaluation data has no target token; see that it has completions")
-    loss = total_nats / target_tokens
-    return LossResult(loss, math.exp(loss) if loss < 700 else math.inf, target_tokens)
-
-
-def _summed_loss(model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> tuple[float, int]:
-    """Summed loss (nats) and number of targets; only the targets' logits are made float32."""
-    device = _device(model)
-    logits_BLV = model(
-        input_ids=batch["input_ids"].to(device),
-        attention_mask=batch["attention_mask"].to(device),
-        use_cache=False,
-    ).logits
-    targets_BL = batch["labels"][:, 1:].to(logits_BLV.device)
-    is_target_BL = targets_BL != IGNORED
-    logits_NV = logits_BLV[:, :-1][is_target_BL].float()
-    losses_N = F.cross_entropy(logits_NV, targets_BL[is_target_BL], reduction="none")
-    return losses_N.double().sum().item(), losses_N.numel()
+    loss = math.fsum(nats) / target_tokens
+    perplexity = math.exp(loss) if loss < 700 else math.inf
+    return LossResult(loss, perplexity, target_tokens, tuple(nats))
 
 
 def _device(model: torch.nn.Module) -> torch.device:
@@ -177,9 +169,11 @@ def exact_match(
     with evaluating(model):
         for batch in _batches(examples, total, batch_size):
             samples += _answer(model, tokenizer, batch, max_new_tokens)
-    correct = sum(sample.is_correct for sample in samples)
+    is_correct = tuple(sample.is_correct for sample in samples)
+    correct = sum(is_correct)
     error_rate = None if examples[0].get("choices") else word_error_rate(samples)
-    return MatchResult(correct / total, correct, total, tuple(samples[:SAMPLES_KEPT]), error_rate)
+    kept = tuple(samples[:SAMPLES_KEPT])
+    return MatchResult(correct / total, correct, total, kept, error_rate, is_correct)
 
 
 def _answer(

@@ -24,8 +24,12 @@ class Measurement:
     match: MatchResult | None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values; `measurement_from` reads them back."""
-        return asdict(self)
+        """Plain values, without those of each example; `measurement_from` reads them back."""
+        values = asdict(self)
+        del values["loss"]["example_nats"]
+        if values["match"]:
+            del values["match"]["is_correct"]
+        return values
 
     def __str__(self) -> str:
         text = f"loss {self.loss.loss:.4f}, perplexity {self.loss.perplexity:.2f}"

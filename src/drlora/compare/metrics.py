@@ -42,3 +42,21 @@ def value_of(metric: str, measured: Mapping[str, Any]) -> float | None:
     for key in METRICS[metric].path:
         found = (found or {}).get(key)
     return None if found is None else float(found) * METRICS[metric].scale
+
+
+def items_of(metric: str, result: Mapping[str, Any]) -> list[float] | None:
+    """A result's value of each held-out item, with the metric as their mean; None where not kept.
+
+    A loss weighs each token the same, so an item's share of it is its loss over the mean number of
+    target tokens.
+    """
+    items = result.get("items") or {}
+    if metric == "loss" and items.get("loss_centinats"):
+        nats = items["loss_centinats"]
+        if None in nats:  # the run diverged
+            return None
+        scale = len(nats) / result["after"]["loss"]["target_tokens"] / 100
+        return [value * scale for value in nats]
+    if metric == "exact_match" and items.get("is_correct"):
+        return [METRICS[metric].scale * (right == "1") for right in items["is_correct"]]
+    return None

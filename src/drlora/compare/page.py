@@ -9,7 +9,15 @@ from typing import Any
 
 from drlora.compare.metrics import METRICS, Metric
 from drlora.compare.results import Folder, Matrix, Place, Result
-from drlora.compare.statistics import Gain, Interval, differences, gain, interval, mean_gain
+from drlora.compare.statistics import (
+    Gain,
+    Interval,
+    differences,
+    gain,
+    interval,
+    item_gain,
+    mean_gain,
+)
 
 FIGURES = "figures"
 NONE = "–"
@@ -60,6 +68,12 @@ def _head(matrix: Matrix, command: str) -> list[str]:
         "- Nothing is left out: every run of the plan that finished is counted.",
         f"- Compared on the split `{plan.split}`; seeds {_seeds(matrix)}.",
     ]
+    diverged = sum(run["after"]["loss"]["loss"] is None for run in matrix.finished())
+    if diverged:
+        lines += [
+            f"- **{diverged} compared runs diverged**: their loss is not finite, so it is in "
+            "no mean and no difference below; the wins are out of so many fewer."
+        ]
     if total > done:
         lines += ["- **Unfinished**: intervals will change."]
     lines += [
@@ -68,7 +82,8 @@ def _head(matrix: Matrix, command: str) -> list[str]:
         "of the mean. A gain is the paired difference by seed: same seed, same batches in the same "
         "order. Positive is better. It stands with its 95 % t-interval and with the seeds that "
         "won; **bold** where the interval excludes zero. Intervals are over training seeds and are "
-        "not corrected for the number of comparisons.",
+        "not corrected for the number of comparisons. After `items` stands half of the 95 % "
+        "interval of the same gain over test items, the runs taken as they are.",
         "",
     ]
     return lines
@@ -144,9 +159,24 @@ def gains_by_task(
 def _gains(
     matrix: Matrix, name: str, model: str, tasks: Sequence[str], baseline: str, method: str
 ) -> list[str]:
+    metric = METRICS[name]
     pairs = gains_by_task(matrix, name, model, tasks, baseline, method)
-    cells = [shown_gain(gain(by_seed), METRICS[name]) for by_seed in pairs.values()]
-    return [*cells, shown_gain(mean_gain(pairs), METRICS[name])] if len(tasks) > 1 else cells
+    cells = []
+    for task, by_seed in pairs.items():
+        places = [(model, task, which) for which in (baseline, method)]
+        runs = [matrix.items(name, place, by_seed.keys()) for place in places]
+        cells.append(shown_gain(gain(by_seed), metric) + _over_items(runs, metric))
+    return [*cells, shown_gain(mean_gain(pairs), metric)] if len(tasks) > 1 else cells
+
+
+def _over_items(runs: Sequence[Sequence[Sequence[float]]], metric: Metric) -> str:
+    """`, items ±0.0080`: half of the interval over test items; nothing where they were not kept."""
+    if not all(runs):
+        return ""
+    found = item_gain(runs[0], runs[1], metric.higher_is_better)
+    if found.high is None:
+        return ""
+    return f", items ±{found.high - found.mean:.{metric.digits}f}"
 
 
 def shown_interval(found: Interval, metric: Metric) -> str:
@@ -214,7 +244,9 @@ def _tuning(matrix: Matrix) -> Iterator[str]:
 
 
 def _cost(matrix: Matrix) -> Iterator[str]:
-    yield from ("## Cost", "", "Means over the compared runs of each method.", "")
+    yield from ("## Cost", "")
+    yield "Means over the compared runs; of a stopped run, the time since it was continued."
+    yield ""
     rows = []
     for model in matrix.plan.models:
         for method in matrix.plan.methods:

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from drlora.compare.cells import Cell, compare_cells, deciding, places, tune_cells
-from drlora.compare.metrics import METRICS, value_of
+from drlora.compare.metrics import METRICS, items_of, value_of
 from drlora.compare.plan import Plan, Settings
 from drlora.jsonl import finite
 
@@ -131,6 +131,12 @@ class Matrix:
             self.__dict__["_values"] = cached
         return cached
 
+    def items(self, metric: str, place: Place, seeds: Collection[int]) -> list[list[float]]:
+        """The held-out items of a place's runs, one list a seed; none if one has not kept them."""
+        runs = [c for c in self.compare if c.place == place and c.seed in seeds]
+        found = [items_of(metric, self.results[c.key]) for c in runs if c.key in self.results]
+        return [values for values in found if values] if all(found) else []
+
     def finished(self, place: Place | None = None) -> list[Result]:
         """Results of the compared cells, of one place or of all."""
         chosen = [c for c in self.compare if place is None or c.place == place]
@@ -186,8 +192,13 @@ def _choice(plan: Plan, points: Mapping[str, list[float | None]]) -> Choice:
         known = [value for value in values if value is not None]
         means.append((json.loads(point), fmean(known) if len(known) == len(values) else None))
     best, _ = max(means, key=lambda pair: float("-inf") if pair[1] is None else sign * pair[1])
-    edge = [k for k, v in plan.tune.grid.items() if len(v) > 1 and best[k] in (min(v), max(v))]
-    return Choice(best, means, edge)
+    return Choice(best, means, [k for k, v in plan.tune.grid.items() if _is_at_edge(best[k], v)])
+
+
+def _is_at_edge(value: Any, tried: list) -> bool:
+    """Whether a number is the smallest or the largest of several that were tried."""
+    are_numbers = all(isinstance(one, (int, float)) for one in tried)
+    return are_numbers and len(tried) > 1 and value in (min(tried), max(tried))
 
 
 def read_json(path: Path) -> Result | None:

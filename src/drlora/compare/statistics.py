@@ -106,6 +106,24 @@ def mean_gain(by_task: Mapping[str, Mapping[int, float]]) -> Gain | None:
     return gain({s: fmean(pairs[s] for pairs in by_task.values()) for s in sorted(seeds)})
 
 
+def item_gain(
+    baseline: Sequence[Sequence[float]],
+    method: Sequence[Sequence[float]],
+    higher_is_better: bool,
+) -> Interval:
+    """The gain with its interval over test items, the runs as they are.
+
+    Args:
+        baseline, method: one sequence a run, of one value an item; the items are the same ones.
+
+    Each item's value is averaged over the runs first, so the interval says what other items of the
+    same kind would have changed, not what other seeds would have.
+    """
+    sign = 1.0 if higher_is_better else -1.0
+    pairs = zip(zip(*baseline, strict=True), zip(*method, strict=True), strict=True)
+    return interval([sign * (fmean(own) - fmean(other)) for other, own in pairs])
+
+
 @cache
 def t_quantile(p: float, df: int) -> float:
     """The value that Student's t with `df` degrees of freedom stays below with probability p.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import platform
@@ -22,9 +23,10 @@ from rich.console import Console
 from drlora.compare.results import read_json, write_result
 from drlora.errors import CheckpointError, ConfigError
 from drlora.jsonl import read_lines
+from drlora.measure import Measurement
 from drlora.recipe import Recipe, recipe_from
 from drlora.rundir import RunDir
-from drlora.train import train
+from drlora.train import TrainResult, train
 
 CURVE_POINTS = 50
 EXIT_FAILED = 1
@@ -62,8 +64,11 @@ def run_cell(work: Work) -> None:
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(work.threads)
     started = time.monotonic()
-    run = _train(recipe_from(work.recipe))
-    result = _harvest(run, work.labels, time.monotonic() - started)
+    recipe = recipe_from(work.recipe)
+    is_resumed = RunDir(Path(recipe.output_dir)).newest_checkpoint() is not None
+    outcome = _train(recipe)
+    seconds = {"wall_seconds": round(time.monotonic() - started, 2), "is_resumed": is_resumed}
+    result = _harvest(outcome, {**work.labels, **seconds})
     write_result(work.target, result)
     shutil.rmtree(work.folder)
 
@@ -84,28 +89,26 @@ def _log_to(path: Path) -> None:
         os.dup2(file.fileno(), 2)
 
 
-def _train(recipe: Recipe) -> RunDir:
-    """The finished run; what an earlier process left is used where it can be."""
+def _train(recipe: Recipe) -> TrainResult:
+    """The outcome of the run; what an earlier process left is continued where it can be."""
     run = RunDir(Path(recipe.output_dir))
-    if run.result.is_file():
-        return run
     console = Console(highlight=False, width=100, force_terminal=False)
-    resume = run.config.is_file()
     try:
-        outcome = train(recipe, resume=resume, console=console)
+        outcome = train(recipe, resume=run.config.is_file(), console=console)
     except (CheckpointError, ConfigError):
         if not run.path.exists():
             raise
-        # A run of an older drlora, or one cut off before it could be resumed.
+        # A finished run without its result file, one of an older drlora, or one cut off too early.
         shutil.rmtree(run.path)
         outcome = train(recipe, console=console)
     if outcome.interrupted:
         raise SystemExit(130)
-    return run
+    return outcome
 
 
-def _harvest(run: RunDir, labels: dict[str, Any], wall_seconds: float) -> dict[str, Any]:
-    """The result of a cell, from its run directory."""
+def _harvest(outcome: TrainResult, labels: dict[str, Any]) -> dict[str, Any]:
+    """The result of a cell, from its run."""
+    run = outcome.run
     found = read_json(run.result)
     assert found is not None
     for measured in (found["before"], found["after"]):
@@ -115,12 +118,20 @@ def _harvest(run: RunDir, labels: dict[str, Any], wall_seconds: float) -> dict[s
     return {
         **labels,
         **found,
-        "wall_seconds": round(wall_seconds, 2),
         **_memory(),
         "machine": _machine(),
         "curve": _curve(run),
+        "items": _items(outcome.after),
         "recipe": config,
     }
+
+
+def _items(measured: Measurement | None) -> dict[str, Any]:
+    """Each held-out example, in short: its loss in hundredths of a nat, and 1 where it is right."""
+    assert measured is not None
+    nats = [round(100 * n) if math.isfinite(n) else None for n in measured.loss.example_nats]
+    is_correct = measured.match.is_correct if measured.match else ()
+    return {"loss_centinats": nats, "is_correct": "".join(str(int(right)) for right in is_correct)}
 
 
 def _curve(run: RunDir) -> list[list[float]]:
