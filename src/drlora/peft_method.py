@@ -307,8 +307,8 @@ def _refuse_damaged_ranks(config: DrLoraConfig, loaded: dict[str, Tensor]) -> No
         # A pool has at least a row an expert; and bincount takes memory up to the largest number.
         if owner_R.numel() and owner_R.max() >= len(owner_R):
             raise CheckpointError(
-                f"the adapter's rank map is damaged: {key} names expert {int(owner_R.max())}, which "
-                f"cannot be with {len(owner_R)} rows."
+                f"the adapter's rank map is damaged: {key} names expert {int(owner_R.max())}, "
+                f"which cannot be with {len(owner_R)} rows."
             )
         counts = owner_R[owner_R >= 0].long().bincount()
         if len(counts) and counts.max() > config.r_max:
