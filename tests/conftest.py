@@ -29,6 +29,12 @@ settings.register_profile("drlora", deadline=None, derandomize=bool(os.environ.g
 settings.load_profile("drlora")
 
 
+# Files with single tests of many seconds. They go first, so that short ones are left at the end of
+# a run on several workers, for the worker that is done to take from the other.
+_LONG = {"test_benchmarks", "test_compile", "test_examples", "test_resume", "test_traps",
+         "test_train_cli", "test_triton"}  # fmt: skip
+
+
 @pytest.fixture(autouse=True)
 def seed() -> int:
     """Start each test from the same torch seed, whatever ran before it."""
@@ -60,7 +66,8 @@ def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip the tests marked `gpu` where there is no CUDA device."""
+    """Long tests first; those marked `gpu` are skipped where there is no CUDA device."""
+    items.sort(key=lambda item: item.path.stem not in _LONG)
     if torch.cuda.is_available():
         return
     for item in items:

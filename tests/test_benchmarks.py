@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -208,16 +207,12 @@ def test_a_case_that_fails_says_why(tmp_path):
     assert rows[2]["case"] == "long" and "stopped after" in rows[2]["error"]
 
 
-def test_the_gpu_command_runs_at_toy_sizes(tmp_path):
+def test_the_gpu_command_runs_at_toy_sizes(tmp_path, monkeypatch):
     """All cases without Triton; with it, one of each kind, since its interpreter is slow."""
     names = ["layer-olmoe", "growth-qwen3"] if HAS_TRITON else list(gpu.cases(toy=True))
     out = tmp_path / "rows.jsonl"
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.gpu", *names, "--toy", "--out", str(out)],
-        cwd=ROOT, capture_output=True, text=True, timeout=120,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    assert gpu.main([*names, "--toy", "--out", str(out)]) == 0
     rows = [json.loads(line) for line in out.read_text("utf-8").splitlines()]
     failed = {row["implementation"]: row["error"] for row in rows if "error" in row}
     if HAS_TRITON:

@@ -1,7 +1,8 @@
 """torch.compile: no graph break, eager's numbers, and growth without recompilation.
 
 `aot_eager` runs what dynamo and AOTAutograd made of the model without compiling code for it, so
-these tests are about what is traced; one test runs the default backend too.
+these tests are about what is traced; one test runs the default backend too. Models have one layer
+where a second would be traced in the same way.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def base_model(family, **changes):
     return make_model(family, **changes)
 
 
-def start(family="olmoe", layers=2, **changes):
+def start(family="olmoe", layers=1, **changes):
     """An adapted model whose update is not zero."""
     settings = dict(r_init=2, r_target=4, r_max=8, p_grow=0.5)
     torch.manual_seed(0)
@@ -160,16 +161,12 @@ def test_operator_keeps_what_it_tells_the_compiler(grouped):
 # Whole models.
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [("olmoe", "loop"), ("olmoe", "grouped"), ("qwen3_moe", "grouped"), ("mixtral", "loop"),
+     ("gpt_oss", "grouped")],
+)  # fmt: skip
 def test_one_graph_with_eager_gradients_and_statistics(family, method):
-    frozen = base_model(family).train().requires_grad_(False)
-    frozen.get_input_embeddings().requires_grad_(True)
-    compiled(frozen)(**padded_batch()).loss.backward()
-    of_base = graph_breaks()
-    dynamo.reset()
-    dynamo.utils.counters.clear()
-
     model, twin = start(family, engine=method), start(family, engine=method)
     call = compiled(model)
     for seed in (0, 1):
@@ -177,8 +174,7 @@ def test_one_graph_with_eager_gradients_and_statistics(family, method):
         torch.testing.assert_close(loss, wanted, rtol=1e-5, atol=1e-6)
         loss.backward()
         wanted.backward()
-    assert graph_breaks() == of_base == 0
-    assert graphs() == 1
+    assert graph_breaks() == 0 and graphs() == 1
     assert_same(model, twin)
     assert meters(model)[0].num_tokens.item() == 2 * 21  # without the padding
 
@@ -200,13 +196,15 @@ def test_settings_that_reach_into_the_graph(changes):
     assert_same(model, twin)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_growth_does_not_recompile(family):
-    """More events than dynamo's limit of recompilations, beyond which it would run eagerly."""
+def test_growth_does_not_recompile():
+    """More events than dynamo's limit of recompilations, beyond which it would run eagerly.
+
+    test_callback.py has growth in a compiled Trainer on more families.
+    """
     events = dynamo.config.recompile_limit + 3
     runs = []
     for wrap in (compiled, lambda model: model):
-        model = start(family, **GROWING)
+        model = start(layers=2, **GROWING)
         dynamics = drlora.RankDynamics(model, total_steps=events + 2)
         assert len(dynamics.event_steps) >= events
         optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
@@ -264,7 +262,7 @@ def test_two_passes_in_one_backward_both_count():
     assert meters(model)[0].num_tokens.item() == 48
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["olmoe", "gpt_oss"])
 def test_checkpointing_inside_the_graph(family):
     model, twin = start(family), start(family)
     model.base_model.model.activation_checkpointing_enable({"use_reentrant": False})
@@ -277,7 +275,7 @@ def test_checkpointing_inside_the_graph(family):
 
 
 def test_reentrant_checkpointing_breaks_no_more_than_the_frozen_base():
-    frozen = make_model().train().requires_grad_(False)
+    frozen = base_model("olmoe", num_hidden_layers=1).train().requires_grad_(False)
     frozen.get_input_embeddings().requires_grad_(True)
     model, twin = start(), start()
     found = []

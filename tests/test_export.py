@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from new_process import run_python
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_peft import logits, trained
@@ -346,10 +345,9 @@ def test_a_run_is_exported_and_loads_where_drlora_is_not(run, tmp_path, capsys):
     wanted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), run)
     save_file({"ids": IDS % 31}, tmp_path / "ids")
     arguments = map(str, [base, tmp_path / "ids", *folders])
-    done = subprocess.run(
-        [sys.executable, "-c", LOAD_ALONE, *arguments], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    script = tmp_path / "load_alone.py"
+    script.write_text(LOAD_ALONE)
+    run_python([str(script), *arguments], tmp_path / "printed")
     with torch.no_grad():
         wanted_logits = wanted.eval()(IDS % 31).logits
     for out in folders:
