@@ -7,6 +7,7 @@ router, which has every kind of tensor that an adapter file can have.
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import pickle
 import re
@@ -42,7 +43,15 @@ TWICE = "Already found a `peft_config` attribute"
 
 
 def adapter(kind, **changes):
-    return trained(**{**KINDS[kind], **changes})
+    """A trained adapter of a kind; it is trained once."""
+    if "base" in changes:
+        return trained(**{**KINDS[kind], **changes})
+    return copy.deepcopy(_trained_once(kind, tuple(changes.items())))
+
+
+@functools.cache
+def _trained_once(kind, changes):
+    return trained(**KINDS[kind], **dict(changes))
 
 
 def state(model, name="default"):
@@ -484,7 +493,7 @@ def test_an_adapter_of_one_block_does_not_lose_anothers_router():
 
 
 def test_one_trains_while_the_other_only_serves():
-    model = trained()
+    model = adapter("experts")
     model.add_adapter("second", make_settings(projections=["down"], r_target=3))
     model.base_model.set_adapter(["default", "second"])
     model.base_model.set_requires_grad("default", False)
@@ -552,11 +561,19 @@ def test_mixed_batches_are_refused(call):
 
 
 def test_weighted_combinations_are_refused():
-    model = trained()
+    model = adapter("experts")
     model.add_adapter("second", make_settings())
     with pytest.raises(drlora.ConfigError, match=r"set_adapter\(\['default', 'second'\]\) adds"):
         model.add_weighted_adapter(["default", "second"], [0.5, 0.5], "both")
     assert list(model.peft_config) == ["default", "second"]
+
+
+def test_conversion_to_another_start_is_refused(tmp_path):
+    with pytest.raises(drlora.ConfigError, match="path_initial_model_for_weight_conversion is for"):
+        adapter("experts").save_pretrained(
+            tmp_path / "out", path_initial_model_for_weight_conversion=str(tmp_path / "start")
+        )
+    assert not list(tmp_path.rglob("*.safetensors"))
 
 
 OTHERS = {
@@ -571,7 +588,7 @@ OTHERS = {
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
 def test_an_adapter_of_another_size_is_refused(tmp_path, other, low_cpu_mem_usage):
     changes, message = OTHERS[other]
-    trained().save_pretrained(tmp_path)
+    adapter("experts").save_pretrained(tmp_path)
     with pytest.raises(drlora.DrLoraError, match=message):
         PeftModel.from_pretrained(
             make_model(**changes), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage
@@ -579,7 +596,7 @@ def test_an_adapter_of_another_size_is_refused(tmp_path, other, low_cpu_mem_usag
 
 
 def test_transformers_own_load_adapter_refuses_another_size(tmp_path):
-    trained().save_pretrained(tmp_path)
+    adapter("experts").save_pretrained(tmp_path)
     with pytest.raises(RuntimeError, match="size|shape|mismatch"):
         make_model(hidden_size=64).load_adapter(str(tmp_path))
 
@@ -613,7 +630,7 @@ def test_a_file_and_settings_that_disagree_about_the_router_are_refused(tmp_path
         save_file({k: v for k, v in tensors.items() if ".gate." not in k}, path)
         match = "gate.weight"
     else:
-        trained().save_pretrained(tmp_path)
+        adapter("experts").save_pretrained(tmp_path)
         save_file(tensors, path)
         match = "gate.weight is .* in the file"
     with pytest.raises(Exception, match=match):

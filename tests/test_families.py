@@ -364,6 +364,24 @@ def test_growth_of_a_module_list_keeps_the_function(kind):
     torch.testing.assert_close(model(**make_batch()).logits, before, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("saved", ["fused", "list"])
+def test_an_adapter_stays_with_the_layout_of_its_experts(saved, tmp_path):
+    """Mixtral's experts as they are now and as they were, in blocks of the same name and size."""
+
+    def mixtral(layout):
+        base = make_model("mixtral", num_local_experts=6)
+        for layer in base.model.layers if layout == "list" else []:
+            layer.mlp = SoftmaxBlock()
+        return base
+
+    config = drlora.DrLoraConfig(r_init=2, r_target=4, r_max=8, p_grow=0.5)
+    get_peft_model(mixtral(saved), config).save_pretrained(tmp_path)
+    other = {"fused": "list", "list": "fused"}[saved]
+    with pytest.raises(drlora.ConfigError, match=r"match nothing .*\(fused, or in a ModuleList\)"):
+        PeftModel.from_pretrained(mixtral(other), tmp_path)
+    PeftModel.from_pretrained(mixtral(saved), tmp_path)
+
+
 def test_a_module_list_that_is_routed_otherwise_is_refused():
     model = OldModel(SoftmaxBlock())
     model.mlp.temperature = 1.3

@@ -83,7 +83,9 @@ def find_blocks(model: nn.Module) -> list[MoEBlock]:
     """
     modules = dict(model.named_modules())
     blocks: list[MoEBlock] = []
+    owners: dict[nn.Parameter, str] = {}
     for name, module, family in _experts_modules(modules):
+        _refuse_shared_weights(name, module, owners)
         block = _describe(name, module, family, modules)
         if any(block.name == other.name for other in blocks):  # two kinds of experts in one block
             block = replace(block, name=block.experts_name)
@@ -123,6 +125,17 @@ def _experts_modules(modules: dict[str, nn.Module]) -> Iterator[tuple[str, nn.Mo
         else:
             continue
         done.append(f"{name}.")
+
+
+def _refuse_shared_weights(name: str, module: nn.Module, owners: dict[nn.Parameter, str]) -> None:
+    """Two modules on one weight would get two adapters, and a merge would add up both."""
+    for parameter in module.parameters():
+        other = owners.setdefault(parameter, name)
+        if other != name:
+            raise ConfigError(
+                f"the experts module {name} ({type(module).__name__}) cannot be adapted: its "
+                f"weights are also those of {other}, so an adapter of its own could not be merged."
+            )
 
 
 def _not_understood(name: str, module: nn.Module) -> str:

@@ -30,7 +30,8 @@ def choose_blocks(model: nn.Module, config: DrLoraConfig) -> list[MoEBlock]:
         if missing or not config.experts:
             raise ConfigError(
                 f"experts={missing or config.experts} match nothing in {type(model).__name__}; "
-                f"its experts modules are {sorted(found)}. Was the adapter made for another model?"
+                f"its experts modules are {sorted(found)}. Was the adapter made for another model? "
+                f"Or for code that keeps its experts otherwise (fused, or in a ModuleList)?"
             )
         blocks = [block for block in blocks if block.experts_name in config.experts]
     blocks = [_as_adapted(block) for block in blocks]

@@ -201,6 +201,13 @@ class DrLoraModel(LoraModel):
         )
 
     @classmethod
+    def _convert_state_dict_for_initial_model(cls, *args: Any, **kwargs: Any) -> NoReturn:
+        raise ConfigError(
+            "path_initial_model_for_weight_conversion is for LoRA that starts by changing the base "
+            "model (PiSSA, OLoRA, CorDA); a DR-LoRA adapter never does. Leave it out."
+        )
+
+    @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         named = f"{_CONTAINER}{adapter_name}."
         if named in key:

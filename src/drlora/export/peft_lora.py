@@ -7,6 +7,7 @@ Names and files are left to PEFT, which also makes the model that is compared.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -69,6 +70,20 @@ def attach(base: PreTrainedModel, updates: Updates) -> PeftModel:
     assert filled == {*updates.experts, *updates.linears, *updates.modules}
     _refuse_unreadable(model)
     return model
+
+
+def refuse_if_not_readable(base: PreTrainedModel, updates: Updates) -> None:
+    """Refuse before anything is computed what `attach` would refuse, on a model without weights.
+
+    Raises:
+        CheckpointError: if PEFT would not find the tensors again in the file that it writes.
+    """
+    base_class: Any = type(base)
+    with torch.device("meta"):
+        skeleton = base_class(copy.deepcopy(base.config))
+        model = get_peft_model(skeleton, make_config(updates, base))
+    assert isinstance(model, PeftModel)
+    _refuse_unreadable(model)
 
 
 def _refuse_unreadable(model: PeftModel) -> None:

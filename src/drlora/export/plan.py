@@ -92,7 +92,8 @@ def make_plan(model: PeftModel, format: str, rank: str = "padded") -> ExportPlan
 
     Raises:
         ConfigError: if the format or the rank is not known, or the model cannot have the format.
-        CheckpointError: if the adapter holds NaN or infinite weights.
+        CheckpointError: if the adapter holds NaN or infinite weights, or PEFT would not read its
+            own LoRA on this model back.
     """
     for name, value, choices in (("format", format, FORMATS), ("rank", rank, RANKS)):
         if value not in choices:
@@ -116,6 +117,7 @@ def make_plan(model: PeftModel, format: str, rank: str = "padded") -> ExportPlan
         notes += per_expert.notes(updates, base)
         size = _bytes(per_expert.make_tensors(updates, base))
     else:
+        peft_lora.refuse_if_not_readable(base, updates)
         size = peft_lora.size_bytes(updates)
     return ExportPlan(
         format, adapter, updates.rank, owned, size, ADAPTER_FILES, tuple(notes), updates
