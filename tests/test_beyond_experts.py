@@ -338,3 +338,46 @@ def test_settings_of_a_recipe_reach_the_ordinary_layers():
     for wanted in ("all-linear", ["q_proj"]):
         config = make_adapter_config({**SETTINGS, "target_modules": wanted, "target_rank": 2})
         assert config.target_modules == wanted and config.target_rank == 2
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:TypedStorage:UserWarning",
+                            "ignore:TorchaoLoraLinear was instantiated:UserWarning")  # fmt: skip
+@pytest.mark.parametrize("targets", [None, ATTENTION], ids=["experts", "attention too"])
+def test_quantised_attention_beside_the_experts(targets, tmp_path):
+    """Like the model with the rounded weights: torchao's int8 weights, where it is installed."""
+    quantization = pytest.importorskip("torchao.quantization")
+
+    def adapted(dequantise=False):
+        base = make_model()
+        linear = [
+            module for name, module in base.named_modules()
+            if "self_attn." in name and isinstance(module, torch.nn.Linear)
+        ]  # fmt: skip
+        quantization.quantize_(
+            base, quantization.Int8WeightOnlyConfig(), filter_fn=lambda m, _: m in linear
+        )
+        assert len(linear) == 8 and {m.weight.qdata.dtype for m in linear} == {torch.int8}
+        for module in linear if dequantise else []:
+            module.weight = torch.nn.Parameter(module.weight.dequantize())
+        torch.manual_seed(0)
+        return get_peft_model(base, make_settings(target_modules=targets))
+
+    model, twin = adapted(), adapted(dequantise=True)
+    for each in (model, twin):
+        for index, parameter in enumerate(trainable(each)):
+            torch.manual_seed(index)
+            parameter.data.normal_(std=0.1)
+        each.train()(**make_batch()).loss.backward()
+    torch.testing.assert_close(logits(model), logits(twin), rtol=1e-4, atol=1e-4)
+    for one, other in zip(trainable(model), trainable(twin), strict=True):
+        assert (one.grad - other.grad).norm() <= 1e-4 * other.grad.norm()
+
+    model = adapted()
+    before = logits(model)
+    train(model).save_pretrained(tmp_path)
+    assert not torch.equal(logits(model), before)
+    loaded = PeftModel.from_pretrained(adapted().unload(), tmp_path)
+    assert torch.equal(logits(loaded), logits(model))
+    if targets is None:  # with LoRA on them, PEFT would have to quantise the sum anew
+        merged = loaded.merge_and_unload()
+        torch.testing.assert_close(logits(merged), logits(model), rtol=1e-4, atol=1e-4)
