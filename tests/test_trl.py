@@ -49,6 +49,11 @@ def vowels(completions, **_):
     return [float(sum(c in "aeiou" for c in text)) + len(text) % 5 for text in completions]
 
 
+def tiny_model():
+    """One layer: what is tested is how often and with what TRL calls it."""
+    return make_model(vocab_size=len(make_tokenizer()), num_hidden_layers=1)
+
+
 class Tokens(TrainerCallback):
     """Notes what the meters hold at each optimizer step, before it is used: E sums and a count."""
 
@@ -65,7 +70,7 @@ def make_trainer(kind, folder, *, model=None, config=None, callbacks=(), data=No
     tokenizer = make_tokenizer()
     peft_config = None
     if model is None:
-        model = make_model(vocab_size=len(tokenizer))
+        model = tiny_model()
         peft_config = config or drlora.DrLoraConfig(**SETTINGS)
     settings = dict(
         output_dir=str(folder), max_steps=STEPS, learning_rate=1e-2, warmup_steps=1, report_to=[],
@@ -99,7 +104,7 @@ def losses_of(trainer):
 
 def wrapped_model(**settings):
     config = drlora.DrLoraConfig(**{**SETTINGS, **settings})
-    return get_peft_model(make_model(vocab_size=len(make_tokenizer())), config)
+    return get_peft_model(tiny_model(), config)
 
 
 @pytest.mark.parametrize(
@@ -134,7 +139,7 @@ def test_a_run_grows_saves_and_resumes_exactly(kind, given, tmp_path):
     assert logs[0] == logs[1] != ""
 
     straight.save_model(str(tmp_path / "saved"))
-    base = make_model(vocab_size=len(make_tokenizer()))
+    base = tiny_model()
     loaded = PeftModel.from_pretrained(base, tmp_path / "saved")
     ids = torch.randint(3, 20, (1, 8))
     with torch.no_grad():
@@ -217,7 +222,7 @@ def test_assistant_only_loss_counts_what_the_model_reads(tmp_path):
     )
     torch.manual_seed(0)
     trainer = trl.SFTTrainer(
-        make_model(vocab_size=len(tokenizer)),
+        tiny_model(),
         args=trl.SFTConfig(
             str(tmp_path), num_train_epochs=1, per_device_train_batch_size=2, report_to=[],
             assistant_only_loss=True, use_cpu=True, bf16=False, disable_tqdm=True,
@@ -249,9 +254,7 @@ def test_evaluation_in_bfloat16_and_the_best_model_at_the_end(kind, tmp_path):
         return
     best = torch.tensor([entry["eval_loss"] for entry in evaluated]).argmin().item()
     assert trainer.state.best_model_checkpoint.endswith(f"-{evaluated[best]['step']}")
-    saved = PeftModel.from_pretrained(
-        make_model(vocab_size=len(make_tokenizer())), trainer.state.best_model_checkpoint
-    )
+    saved = PeftModel.from_pretrained(tiny_model(), trainer.state.best_model_checkpoint)
     ranks = {name: layer.adapter("default").ranks()
              for name, layer in adapted_layers(saved, "default").items()}  # fmt: skip
     assert dynamics_of(trainer).ranks() == ranks
@@ -268,7 +271,7 @@ def test_the_reference_of_a_trained_adapter_is_that_adapter(kind, tmp_path):
     first = make_trainer("sft", tmp_path / "first")
     first.train()
     first.save_model(str(tmp_path / "sft"))
-    base = make_model(vocab_size=len(make_tokenizer()))
+    base = tiny_model()
     model = PeftModel.from_pretrained(base, tmp_path / "sft", is_trainable=True)
     trainer = make_trainer(kind, tmp_path / kind, model=model)
     ids = torch.randint(3, 20, (2, 8))
@@ -296,7 +299,7 @@ def test_without_a_trained_adapter_the_reference_is_the_base(kind, tmp_path):
     trainer = make_trainer(kind, tmp_path, save_strategy="no")
     ids = torch.randint(3, 20, (2, 8))
     with torch.no_grad():
-        wanted = make_model(vocab_size=len(make_tokenizer()))(ids).logits
+        wanted = tiny_model()(ids).logits
     trainer.train()
     assert list(trainer.model.peft_config) == ["default"] and trainer.ref_model is None
     with trl.trainer.utils.use_adapter(trainer.model, None), torch.no_grad():
