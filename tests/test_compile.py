@@ -199,7 +199,7 @@ def test_settings_that_reach_into_the_graph(changes):
 def test_growth_does_not_recompile():
     """More events than dynamo's limit of recompilations, beyond which it would run eagerly.
 
-    test_callback.py has growth in a compiled Trainer on more families.
+    test_callback.py has growth in a compiled Trainer, on GPT-OSS too.
     """
     events = dynamo.config.recompile_limit + 3
     runs = []
