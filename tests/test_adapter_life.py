@@ -30,6 +30,8 @@ from peft.utils import ModulesToSaveWrapper
 from safetensors.torch import load_file, save_file
 from tiny import make_batch, make_model
 from tiny_adapter import logits, make_settings, train, trained
+from tiny_config import tiny_config
+from transformers import GptOssConfig, GptOssForCausalLM
 
 import drlora
 from drlora.inject import adapted_layers
@@ -608,6 +610,25 @@ def test_an_adapter_of_another_architecture_is_refused(tmp_path, family):
         PeftModel.from_pretrained(make_model(), tmp_path)
     with pytest.raises(drlora.ConfigError, match=f"one for '{family}', the model is a 'olmoe'"):
         make_model().load_adapter(str(tmp_path))
+
+
+@pytest.mark.parametrize("projections", [["gate_up", "down"], ["up", "down"]])
+def test_an_adapter_of_another_order_of_gate_and_up_is_refused(tmp_path, projections):
+    """Shapes would fit. Factors of gate or of up alone go where these lie, in either order."""
+    model = trained(projections=projections)
+    config = model.peft_config["default"]
+    assert config.gate_up_order == "halves"
+    gpt_oss = GptOssForCausalLM(tiny_config(GptOssConfig))
+    assert get_peft_model(gpt_oss, make_settings()).peft_config["default"].gate_up_order == (
+        "interleaved"
+    )
+    config.gate_up_order = "interleaved"
+    model.save_pretrained(tmp_path)
+    if "gate_up" not in projections:
+        PeftModel.from_pretrained(make_model(), tmp_path)
+        return
+    with pytest.raises(drlora.ConfigError, match="trained with gate and up as interleaved"):
+        PeftModel.from_pretrained(make_model(), tmp_path)
 
 
 def test_a_file_whose_blocks_are_named_as_in_another_layout_is_refused(tmp_path):

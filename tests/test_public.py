@@ -63,6 +63,7 @@ SETTINGS = {
     "modules_to_save": None,
     "experts": None,
     "base_model_type": None,
+    "gate_up_order": None,
 }
 GRANT_FIELDS = [
     "step", "block", "projection", "expert", "granted", "rank", "routing", "importance", "saliency",

@@ -123,6 +123,8 @@ class DrLoraConfig(PeftConfig):
         experts: full names of the adapted experts modules; filled in at injection.
         base_model_type: the model's `model_type`; filled in at injection, and compared when the
             adapter is loaded.
+        gate_up_order: how gate and up lie in the fused matrix, `halves` or `interleaved`; filled in
+            and compared likewise, since a version of transformers may change it.
 
     Raises:
         ConfigError: naming the setting, its value and the way out.
@@ -166,6 +168,7 @@ class DrLoraConfig(PeftConfig):
     modules_to_save: list[str] | None = None
     experts: list[str] | None = None
     base_model_type: str | None = None
+    gate_up_order: str | None = None
 
     def __post_init__(self) -> None:
         self.peft_type = DRLORA

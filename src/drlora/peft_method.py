@@ -55,6 +55,7 @@ class DrLoraModel(LoraModel):
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
         _refuse_other_architecture(peft_config, model_config.get("model_type"))
         self._blocks = {b.experts_name: b for b in choose_blocks(self.model, peft_config)}
+        _refuse_other_layout(peft_config, list(self._blocks.values()))
         for name in self._blocks:
             _refuse_mixed_dtypes(name, self.model.get_submodule(name))
         peft_config.experts = list(self._blocks)
@@ -239,6 +240,18 @@ def _refuse_other_architecture(config: DrLoraConfig, model_type: str | None) -> 
             f"{config.base_model_name_or_path!r}), or make a new DrLoraConfig."
         )
     config.base_model_type = model_type
+
+
+def _refuse_other_layout(config: DrLoraConfig, blocks: list[MoEBlock]) -> None:
+    """Factors of the fused matrix have the shapes that the model wants, in either order."""
+    order = "interleaved" if any(block.is_interleaved for block in blocks) else "halves"
+    if "gate_up" in config.projections and config.gate_up_order not in (None, order):
+        raise ConfigError(
+            f"the adapter was trained with gate and up as {config.gate_up_order} of one matrix "
+            f"(gate_up_order), in this model they are {order}: load it with the version of "
+            f"transformers that it was trained with, and export it there as merged."
+        )
+    config.gate_up_order = order
 
 
 def _split_by_active(model: nn.Module, config: DrLoraConfig, blocks: list[MoEBlock]) -> None:
