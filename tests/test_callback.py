@@ -22,6 +22,8 @@ from transformers import (
 
 import drlora
 from drlora.inject import adapted_layers
+from drlora.jsonl import read_lines
+from drlora.progress import MetricsLog
 
 STEPS = 8  # growth after steps 3, 5 and 7
 SETTINGS = dict(r_init=2, r_target=4, r_max=8, p_grow=0.5, grow_every=2, warmup_steps=1,
@@ -118,7 +120,10 @@ def overflows(monkeypatch):
 
 
 def test_skipped_steps_are_not_counted_and_resume_knows_it(overflows, tmp_path):
-    """The Trainer counts them, the optimizer's clock does not; growth goes by the latter."""
+    """The Trainer counts them, the optimizer's clock does not; growth goes by the latter.
+
+    Growth is logged under the Trainer's steps.
+    """
     settings = dict(warmup_steps=2, settle_steps=3, grow_every=1)  # growth after 3, 4 and 5
     overflows.update({4, 6})
     straight = make_trainer(tmp_path / "straight", settings=settings)
@@ -136,15 +141,19 @@ def test_skipped_steps_are_not_counted_and_resume_knows_it(overflows, tmp_path):
     assert all(torch.equal(other.state_dict()[k], v) for k, v in one.state_dict().items())
     logs = [(tmp_path / name / "growth.jsonl").read_text() for name in ("straight", "cut")]
     assert logs[0] == logs[1]
-    assert {json.loads(line)["step"] for line in logs[0].splitlines()} == {3, 4, 5}
+    assert {json.loads(line)["step"] for line in logs[0].splitlines()} == {3, 5, 7}
 
 
-def test_skipped_steps_that_cost_a_growth_event_are_told_about(overflows, tmp_path):
-    overflows.update({2, 3})
-    trainer = make_trainer(tmp_path, save_strategy="no")
-    with pytest.warns(UserWarning, match="2 of 8 steps were skipped"):
-        trainer.train()
-    assert dynamics_of(trainer).budget()[0] < dynamics_of(trainer).budget()[1]
+def test_skipped_steps_cost_no_growth_event_and_are_logged(overflows, tmp_path):
+    """More of them than settle_steps leaves room for."""
+    overflows.update({4, 7, 8})  # the last event is on one of them
+    log = tmp_path / "metrics.jsonl"
+    trainer = make_trainer(tmp_path, save_strategy="no", callbacks=[MetricsLog(log)])
+    trainer.train()
+    dynamics = dynamics_of(trainer)
+    assert dynamics.step == STEPS - 3 and dynamics.budget()[0] == dynamics.budget()[1]
+    counts = [entry.get("skipped_steps", 0) for entry in read_lines(log) if "loss" in entry]
+    assert counts == [0, 0, 0, 1, 1, 1, 2, 3]
 
 
 def test_a_frozen_adapter_is_refused(tmp_path):
@@ -167,12 +176,14 @@ def test_a_new_run_of_the_same_trainer_starts_from_step_zero(tmp_path):
 def test_a_real_grad_scaler_in_a_loop():
     """Scaled until it overflows in float16 autocast: what is skipped leaves no trace in signals."""
     torch.manual_seed(0)
-    model = get_peft_model(make_model(), drlora.DrLoraConfig(**SETTINGS)).train()
+    tries = 200  # of which 8 are to succeed; growth waits for them
+    config = drlora.DrLoraConfig(**{**SETTINGS, "settle_steps": tries + 1})
+    model = get_peft_model(make_model(), config).train()
     optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**126)
-    dynamics = drlora.RankDynamics(model, total_steps=STEPS)
+    dynamics = drlora.RankDynamics(model, total_steps=STEPS + tries)
     skips = 0
-    for step in range(200):
+    for step in range(tries):
         with torch.autocast("cpu", dtype=torch.float16):
             loss = model(**make_batch(step)).loss
         scaler.scale(loss).backward()

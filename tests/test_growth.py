@@ -195,13 +195,6 @@ def test_importance_restarts_after_an_event(reset):
             position += 1
 
 
-def test_a_skipped_step_does_not_count():
-    model, dynamics, optimizer = start()
-    for _ in range(20):
-        assert dynamics.after_optimizer_step(optimizer, skipped=True) == []
-    assert dynamics.step == 0
-
-
 def test_settings_that_cannot_reach_the_budget_are_refused_before_training():
     with pytest.raises(drlora.ConfigError, match="grow_every"):
         start(grow_every=200)

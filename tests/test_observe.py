@@ -140,21 +140,3 @@ def test_a_copied_model_has_its_own_mask():
     mask[:, 6:] = 0
     twin(**batch, attention_mask=mask).loss.backward()
     assert sums(twin)[0][1] == 12 and sums(model)[0][1] == 0
-
-
-def test_poisoned_gradients_leave_the_importance():
-    model = start()
-    dynamics = drlora.RankDynamics(model, total_steps=5)
-    for adapter in dynamics.adapters.values():
-        for pool in adapter.pools.values():
-            pool.lora_B.data.normal_()
-    model(**make_batch()).loss.backward()
-    for adapter in dynamics.adapters.values():
-        for pool in adapter.pools.values():
-            pool.lora_A.grad[0] = float("nan")
-            pool.lora_B.grad[1] = float("inf")
-    dynamics.before_optimizer_step()
-    for adapter in dynamics.adapters.values():
-        for pool in adapter.pools.values():
-            assert torch.isfinite(pool.importance).all()
-            assert (pool.importance[:2] == 0).all() and (pool.importance[2:] > 0).any()

@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -26,6 +27,7 @@ from drlora.errors import ConfigError
 from drlora.inject import active_adapter
 from drlora.jsonl import append_lines, forget_after
 from drlora.starts import needs_ranks, place_ranks
+from drlora.young_rows import unwrap_optimizer
 
 GROWTH_LOG = "growth.jsonl"
 
@@ -52,6 +54,7 @@ class DrLoraCallback(TrainerCallback, ExportableState):
         self.log_dir = log_dir
         self.on_growth = on_growth
         self.dynamics: RankDynamics | None = None
+        self._scale: float | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -70,16 +73,18 @@ class DrLoraCallback(TrainerCallback, ExportableState):
         self.dynamics = RankDynamics(model, state.max_steps, self.adapter)
         _refuse_frozen(self.dynamics)
         self.dynamics.step = self._resumed_step(state)
+        self.dynamics.skipped = state.global_step - self.dynamics.step
         _warn_of_longer_warmup(self.dynamics, args.get_warmup_steps(state.max_steps))
         self._log = Path(self.log_dir or args.output_dir or ".") / GROWTH_LOG
         if state.is_world_process_zero:
-            forget_after(self._log, self.dynamics.step)
+            forget_after(self._log, state.global_step)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Signals, with all gradients in place."""
         assert self.dynamics is not None
+        self._scale = _unscale(kwargs.get("optimizer"))
         self.dynamics.before_optimizer_step()
 
     def on_optimizer_step(
@@ -88,27 +93,38 @@ class DrLoraCallback(TrainerCallback, ExportableState):
         """Growth, between the optimizer's step and the scheduler's."""
         assert self.dynamics is not None
         optimizer = kwargs.get("optimizer")
-        skipped = bool(getattr(optimizer, "step_was_skipped", False))
+        skipped = bool(getattr(optimizer, "step_was_skipped", False)) or (
+            # A fused optimizer skips on the device and accelerate does not hear of it.
+            self._scale is not None and _scaler_of(optimizer).get_scale() < self._scale
+        )
         grants = self.dynamics.after_optimizer_step(optimizer, skipped=skipped)
         if grants and state.is_world_process_zero:
             append_lines(self._log, [asdict(grant) for grant in grants])
         if grants and self.on_growth is not None:
             self.on_growth(grants)
 
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Tell the callbacks that follow, such as the CLI's metrics, of steps that went wrong."""
+        if self.dynamics is not None and logs is not None:
+            counts = {
+                "skipped_steps": self.dynamics.skipped,
+                "poisoned_steps": self.dynamics.poisoned_steps,
+            }
+            logs.update({name: count for name, count in counts.items() if count})
+
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Say so if skipped steps kept the last events from being reached."""
+        """Warn of steps with gradients that were not finite, if no event did."""
         assert self.dynamics is not None
-        events = self.dynamics.event_steps
-        if state.global_step >= state.max_steps and events and self.dynamics.step < events[-1]:
-            warnings.warn(
-                f"{state.global_step - self.dynamics.step} of {state.global_step} steps were "
-                f"skipped because of overflowing gradients, so growth ended before its last event "
-                f"and part of the budget is not spent; raise settle_steps="
-                f"{self.dynamics.config.settle_steps} to leave room for them, or use bf16.",
-                stacklevel=2,
-            )
+        self.dynamics.warn_of_poison()
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps: steps in which the optimizer stepped."""
@@ -144,9 +160,26 @@ class DrLoraCallback(TrainerCallback, ExportableState):
         states = cast("dict[str, Any]", state.stateful_callbacks or {})
         saved = states.get(type(self).__name__, [])
         for entry in reversed(saved if isinstance(saved, list) else [saved]):
-            if entry["args"].get("adapter") == self.adapter and entry["attributes"]["step"]:
+            if entry["args"].get("adapter") == self.adapter and (
+                entry["attributes"]["step"] is not None
+            ):
                 return entry["attributes"]["step"]
         return state.global_step
+
+
+def _scaler_of(optimizer: object) -> Any:
+    """The GradScaler of accelerate's optimizer, None without one."""
+    return getattr(optimizer, "scaler", None)
+
+
+def _unscale(optimizer: object) -> float | None:
+    """Unscale the gradients, which only clipping has done, and return the scale they had."""
+    scaler = _scaler_of(optimizer)
+    if scaler is None or not scaler.is_enabled():
+        return None
+    with suppress(RuntimeError):  # unscaled already
+        scaler.unscale_(unwrap_optimizer(optimizer))
+    return scaler.get_scale()
 
 
 def _refuse_frozen(dynamics: RankDynamics) -> None:

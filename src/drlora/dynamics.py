@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from drlora.config import DrLoraConfig
 from drlora.errors import CheckpointError, ConfigError
-from drlora.growth import Grant, Growth
+from drlora.growth import Grant, Growth, Moment
 from drlora.inject import active_adapter, adapted_layers
 from drlora.layer import ExpertsAdapter, RankPool
 from drlora.saliency import RANK_IMPORTANCES, ema, routed_share
@@ -40,6 +40,7 @@ class RankDynamics:
 
     Attributes:
         step: optimizer steps taken so far.
+        skipped: steps that a GradScaler left out so far.
 
     Raises:
         ConfigError: if the model has no such adapter, or the settings cannot reach the budget.
@@ -50,6 +51,7 @@ class RankDynamics:
         self.config = _config_of(model, self.adapter_name)
         self.total_steps = total_steps
         self.step = 0
+        self.skipped = 0
         self.adapters: dict[str, ExpertsAdapter] = {
             name: layer.adapter(self.adapter_name)
             for name, layer in adapted_layers(model, self.adapter_name).items()
@@ -60,22 +62,47 @@ class RankDynamics:
         self._router_parameters = list(_router_parameters(model, self.adapters, self.adapter_name))
         self._hooks = [p.register_hook(self._hold_router) for p in self._router_parameters]
         self._clocks = OwnClocks()
+        # Counted on the device, so that an ordinary step does not make the host wait.
+        self._poisoned: Tensor | bool = False
+        self._poisoned_steps: Tensor | int = 0
+        self._told_of_poison = False
 
     @property
     def event_steps(self) -> tuple[int, ...]:
         """The steps after which ranks grow."""
         return self.growth.groups[0].plan.event_steps
 
+    @property
+    def run_step(self) -> int:
+        """All steps of the run so far, the skipped ones included."""
+        return self.step + self.skipped
+
+    @property
+    def plan_step(self) -> int:
+        """How far the plan of growth is.
+
+        Skipped steps hold it up by at most `settle_steps`; after that it goes on without them, so
+        that every event takes place within `total_steps` steps, skipped or not.
+        """
+        return self.step + max(0, self.skipped - self.config.settle_steps)
+
+    @property
+    def poisoned_steps(self) -> int:
+        """Steps that the optimizer took with gradients that were not finite, since this object was
+        made; reading it waits for the device.
+        """
+        return int(self._poisoned_steps)
+
     @torch.no_grad()
     def before_optimizer_step(self) -> None:
         """Take the signals of this step; call it when all gradients are in place, once a step.
 
         Under gradient accumulation that is after the last backward pass, under a GradScaler after
-        `unscale_`. Gradients that are not finite leave the averages as they were.
+        `unscale_`. If the gradient of any row is not finite, the importance of all rows stays as it
+        was: clipping has turned the other gradients of such a step into zeros.
         """
         self._update_frequencies()
-        for pool in self._pools():
-            self._update_importance(pool)
+        self._update_importances()
         if self.step < self.warmup_steps:
             for parameter in self._router_parameters:
                 # Not a zero gradient: weight decay and Adam's step count must not run either.
@@ -85,18 +112,43 @@ class RankDynamics:
     def after_optimizer_step(
         self, optimizer: object = None, *, skipped: bool = False
     ) -> list[Grant]:
-        """Count the step and, if it is an event, grow; call it before the scheduler steps.
+        """Count the step and, if the plan has an event, grow; call it before the scheduler steps.
 
         Args:
             optimizer: the optimizer that stepped; its Adam moments correct the updates of young
                 rows. Without it they keep the shared step count.
-            skipped: whether a GradScaler skipped the step; then it does not count.
+            skipped: whether a GradScaler left the step out. It does not count then, until more
+                than `settle_steps` are skipped: then the plan goes on without them.
 
         Returns:
             The changes of rank in this step, empty if it was no event.
         """
+        before = self.plan_step
         if skipped:
+            self.skipped += 1
+        else:
+            self._count_step(optimizer)
+        if self.plan_step == before:
             return []
+        now = Moment(self.plan_step, self.step, self.run_step)
+        grants = self.growth.event(now, optimizer)
+        if grants:
+            self.warn_of_poison()
+        return grants
+
+    def warn_of_poison(self) -> None:
+        """Say, once, that the optimizer took steps with gradients that were not finite."""
+        if not self._told_of_poison and self.poisoned_steps:
+            self._told_of_poison = True
+            warnings.warn(
+                f"{self.poisoned_steps} of the {self.step} steps so far had gradients that are NaN "
+                f"or infinite. They were left out of the importance of ranks, but the optimizer "
+                f"took them, and the weights may be NaN now.",
+                stacklevel=3,
+            )
+
+    def _count_step(self, optimizer: object) -> None:
+        """A step that the optimizer took."""
         if self.step == 0:
             # Births of an earlier run that the adapter was saved from; its optimizer is not this.
             for pool in self._pools():
@@ -106,7 +158,7 @@ class RankDynamics:
         inner = unwrap_optimizer(optimizer)
         if self.config.young_rows == "own" and is_adam(inner):
             self._clocks.correct(inner, self._pools(), self.step)
-        return self.growth.event(self.step, optimizer)
+        self._poisoned_steps = self._poisoned_steps + self._poisoned
 
     def release(self) -> None:
         """Let go of the model: nothing of this object acts on it any more."""
@@ -125,9 +177,8 @@ class RankDynamics:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything that growth depends on, as tensors: step, owners and running averages."""
-        return {"step": torch.tensor(self.step)} | {
-            key: buffer.detach().clone() for key, buffer in self._buffers()
-        }
+        steps = {"step": torch.tensor(self.step), "skipped": torch.tensor(self.skipped)}
+        return steps | {key: buffer.detach().clone() for key, buffer in self._buffers()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Continue from `state_dict()`.
@@ -137,8 +188,8 @@ class RankDynamics:
                 is changed then.
         """
         buffers = dict(self._buffers())
-        if set(state) != {"step", *buffers}:
-            odd = sorted(set(state) ^ {"step", *buffers})[:4]
+        odd = sorted((set(state) ^ {"step", *buffers}) - {"skipped"})[:4]
+        if odd:
             raise CheckpointError(
                 f"the state belongs to another adapter: {odd} do not match. Make RankDynamics for "
                 f"the model and configuration that the state was saved with."
@@ -154,6 +205,7 @@ class RankDynamics:
         for pool in self._pools():
             pool.read_owners()
         self.step = int(state["step"])
+        self.skipped = int(state.get("skipped", 0))  # states of version 0.1 do not have it
 
     def _pools(self) -> list[RankPool]:
         return [pool for a in self.adapters.values() for pool in a.rank_pools.values()]
@@ -181,13 +233,32 @@ class RankDynamics:
             adapter.frequency.copy_(ema(adapter.frequency, share_E, self.config.beta))
             adapter.meter.reset()
 
-    def _update_importance(self, pool: RankPool) -> None:
-        if pool.lora_A.grad is None or pool.lora_B.grad is None:
+    def _update_importances(self) -> None:
+        """g of every row, unless the step is poisoned: then of none."""
+        measured = [
+            (pool, s_R) for pool in self._pools() if (s_R := self._measure(pool)) is not None
+        ]
+        self._poisoned = False
+        if not measured:
             return
+        device = measured[0][1].device
+        largest_P = torch.stack([s_R.amax().to(device) for _, s_R in measured])
+        self._poisoned = ~largest_P.isfinite().all()
+        for pool, s_R in measured:
+            s_R.masked_fill_(self._poisoned.to(s_R.device), float("nan"))
+            self._update_importance(pool, s_R)
+
+    def _measure(self, pool: RankPool) -> Tensor | None:
+        """(R,) s of this step; None without gradients."""
+        if pool.lora_A.grad is None or pool.lora_B.grad is None:
+            return None
         measure = RANK_IMPORTANCES[self.config.rank_importance]
         importance_R = measure(pool.lora_A, pool.lora_A.grad, pool.lora_B, pool.lora_B.grad)
         if hasattr(importance_R, "full_tensor"):  # sharded parameters (FSDP2)
             importance_R = importance_R.full_tensor()
+        return importance_R
+
+    def _update_importance(self, pool: RankPool, importance_R: Tensor) -> None:
         pool.importance.copy_(ema(pool.importance, importance_R, self.config.beta))
         if pool.uncertainty is not None:
             deviation_R = (importance_R - pool.importance).abs_()

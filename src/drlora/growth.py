@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -37,7 +38,7 @@ class Grant:
 
     `projection` names the projections that grew together, joined by "+"; `granted` is negative
     where ranks were taken away; `rank` is the rank after the grant; `routing`, `importance` and
-    `saliency` are f, g and S just before it.
+    `saliency` are f, g and S just before it. `step` counts skipped steps too, as the Trainer does.
     """
 
     step: int
@@ -49,6 +50,20 @@ class Grant:
     routing: float
     importance: float
     saliency: float
+
+
+class Moment(NamedTuple):
+    """Where a run is. All three are the same unless a GradScaler skipped steps.
+
+    Attributes:
+        plan: the step of the plan of growth.
+        taken: steps that the optimizer took, its own count.
+        run: all steps of the run; no two events have the same.
+    """
+
+    plan: int
+    taken: int
+    run: int
 
 
 @dataclass(frozen=True)
@@ -77,7 +92,9 @@ class Member:
         """(E,) g_i: the mean over the rows that the expert owns in all of the pools."""
         sums = [expert_sums(p.importance, p.owner, self.num_experts) for p in self.pools]
         counts = torch.tensor(self.ranks(), device=sums[0].device) * len(self.pools)
-        return sum(sums[1:], start=sums[0]) / counts.clamp(min=1)
+        mean_E = sum(sums[1:], start=sums[0]) / counts.clamp(min=1)
+        # Averages after a large spike are finite, but a sum of them need not be.
+        return mean_E.clamp(max=torch.finfo(mean_E.dtype).max)
 
     def row_scores(self) -> Tensor:
         """(R,) what rows are kept for, summed over the pools."""
@@ -171,34 +188,35 @@ class Growth:
         moved = sum(abs(sum(g.ranks()) - g.plan.start) for g in self.groups)
         return moved / planned if planned else 1.0
 
-    def event(self, step: int, optimizer: object) -> list[Grant]:
-        """What happens after `step`; nothing, unless it is an event."""
+    def event(self, now: Moment, optimizer: object) -> list[Grant]:
+        """What happens now; nothing, unless the plan has an event."""
         return [
             grant
             for group in self.groups
-            if (number := group.plan.event_number(step))
-            for grant in self._change(group, number, step, unwrap_optimizer(optimizer))
+            if (number := group.plan.event_number(now.plan))
+            for grant in self._change(group, number, now, unwrap_optimizer(optimizer))
         ]
 
-    def _change(self, group: Group, event: int, step: int, optimizer: object) -> list[Grant]:
-        signals, before = group.signals(self.config, step), group.ranks()
+    def _change(self, group: Group, event: int, now: Moment, optimizer: object) -> list[Grant]:
+        signals, before = group.signals(self.config, now.run), group.ranks()
         saliency_E = RULES[self.config.saliency](signals).tolist()
         if not any(saliency_E):
             self._warn_once(
-                f"{group.members[0].block}: at step {step} no expert has any saliency, so ranks go "
-                f"by expert number. Was the model in training mode, and before_optimizer_step "
-                f"called before the gradients were cleared?"
+                "saliency",
+                f"{group.members[0].block}: at step {now.run} no expert has any saliency, so ranks "
+                f"go by expert number. Was the model in training mode, and before_optimizer_step "
+                f"called before the gradients were cleared?",
             )
         if self.config.allocation == "prune":
             excess = sum(before) - group.plan.owned(event)
-            self._release(group, self._least_important(group, excess), step, optimizer)
+            self._release(group, self._least_important(group, excess), now, optimizer)
         else:
             taken = self._take_back(group, event, saliency_E)
             if any(taken):
-                self._release(group, self._weakest_of(group, taken), step, optimizer)
+                self._release(group, self._weakest_of(group, taken), now, optimizer)
             grants = self._share_out(group, event, saliency_E, taken)
-            self._grant(group, grants, step, optimizer)
-        return list(_grants(group, step, before, signals, saliency_E))
+            self._grant(group, grants, now, optimizer)
+        return list(_grants(group, now.run, before, signals, saliency_E))
 
     def _take_back(self, group: Group, event: int, saliency_E: list[float]) -> list[int]:
         """(experts of the group,) ranks that are to move to others."""
@@ -238,12 +256,12 @@ class Growth:
             reserved=reserved,
         )
 
-    def _grant(self, group: Group, grants: list[int], step: int, optimizer: object) -> None:
+    def _grant(self, group: Group, grants: list[int], now: Moment, optimizer: object) -> None:
         for member, granted in group.split(grants):
             for pool in member.pools:
-                rows = pool.grant(granted, step)
+                rows = pool.grant(granted, now.taken)
                 self._restart_importance(pool, granted)
-                self._start_rows(pool, rows, step, optimizer)
+                self._start_rows(pool, rows, now, optimizer)
 
     def _least_important(self, group: Group, count: int) -> list[list[int]]:
         """For each member the rows to free, if `count` ranks go, whosever they are."""
@@ -263,14 +281,16 @@ class Growth:
             freed.append(sorted(rows))
         return freed
 
-    def _release(self, group: Group, freed: list[list[int]], step: int, optimizer: object) -> None:
+    def _release(
+        self, group: Group, freed: list[list[int]], now: Moment, optimizer: object
+    ) -> None:
         for member, rows in zip(group.members, freed, strict=True):
             for pool in member.pools if rows else ():
                 index = torch.tensor(rows, dtype=torch.int64, device=pool.owner.device)
-                pool.release(index, step)
+                pool.release(index, now.run)
                 _forget(pool, index, optimizer)
 
-    def _start_rows(self, pool: RankPool, rows: Tensor, step: int, optimizer: object) -> None:
+    def _start_rows(self, pool: RankPool, rows: Tensor, now: Moment, optimizer: object) -> None:
         """Claimed rows begin like those of a new adapter, whatever weight decay did to them."""
         if not isinstance(optimizer, torch.optim.Optimizer) or not len(rows):
             return
@@ -282,7 +302,7 @@ class Growth:
             ):
                 self._warn_unknown(optimizer)
         if decays_weights(optimizer.param_groups):
-            pool.redraw(rows, step)
+            pool.redraw(rows, now.run)
         if self.config.young_a == "gradient":
             self._point_rows(pool, rows, optimizer)
 
@@ -292,8 +312,9 @@ class Growth:
         gradient = state.get("exp_avg", state.get("momentum_buffer", pool.lora_A.grad))
         if not isinstance(gradient, Tensor) or gradient.shape != pool.lora_A.shape:
             self._warn_once(
+                "young_a",
                 f"young_a='gradient' found no gradient of rows in {type(optimizer).__name__}: "
-                f"young rows of A stay random."
+                f"young rows of A stay random.",
             )
             return
         point_along_gradient(pool.lora_A, gradient, pool.owner, rows, pool.row_norm)
@@ -313,13 +334,13 @@ class Growth:
     def _warn_unknown(self, optimizer: object) -> None:
         if type(optimizer).__name__ != "SGD":
             self._warn_once(
+                "optimizer",
                 f"{type(optimizer).__name__} has no second moment per element (exp_avg_sq): with "
                 f"young_rows={self.config.young_rows!r} rows that wake up late are treated as "
-                f"with 'shared', and may take larger first steps."
+                f"with 'shared', and may take larger first steps.",
             )
 
-    def _warn_once(self, message: str) -> None:
-        kind = message.split(":")[-1]
+    def _warn_once(self, kind: str, message: str) -> None:
         if kind not in self._warned:
             warnings.warn(message, stacklevel=6)
         self._warned.add(kind)

@@ -41,6 +41,8 @@ def point_along_gradient(
 ) -> None:
     """Put just claimed rows of `lora_A` along the gradient; those that find no direction stay.
 
+    Experts whose gradient or rows are not finite have none.
+
     Args:
         lora_A: (R, I), may be sharded by rows.
         gradient: (R, I), of the loss or an average of it, sharded alike.
@@ -56,6 +58,8 @@ def point_along_gradient(
     for expert in owner_cpu_R[young_R].unique().tolist():
         own_R = owner_cpu_R == expert
         old, new = (own_R & ~young_R).nonzero().squeeze(1), (own_R & young_R).nonzero().squeeze(1)
+        if not (a_RI[old].isfinite().all() and grad_RI[old].isfinite().all()):
+            continue
         found_NI = missing_directions(a_RI[old], grad_RI[old], len(new))
         wanted_RI[new[: len(found_NI)]] = found_NI * norm
     held, target = held_rows(lora_A, rows), local_part(lora_A)

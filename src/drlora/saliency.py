@@ -25,7 +25,7 @@ from torch import Tensor
 def ema(previous: Tensor, value: Tensor, beta: float) -> Tensor:
     """`beta * previous + (1 - beta) * value`; entries of `value` that are not finite are skipped.
 
-    A poisoned step (infinite or NaN gradients) thus leaves the average as it was.
+    So a step without tokens, or with NaN among the router's weights, leaves the average as it was.
     """
     updated = torch.lerp(value, previous, beta)
     return torch.where(torch.isfinite(value), updated, previous)
