@@ -6,7 +6,7 @@ program. Nothing that the tests or an earlier program did is in there, and drlor
 
 from __future__ import annotations
 
-import multiprocessing
+import multiprocessing.forkserver
 import os
 import runpy
 import sys
@@ -16,7 +16,6 @@ from pathlib import Path
 _IMPORTED = ["torch", "transformers.trainer", "transformers.models.olmoe.modeling_olmoe", "peft",
              "accelerate", "datasets", "safetensors.torch", "numpy"]  # fmt: skip
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(_IMPORTED)
 
 
 def start_python(command: list[str], printed: Path, folder: Path | None = None,
@@ -28,9 +27,18 @@ def start_python(command: list[str], printed: Path, folder: Path | None = None,
         folder: the working directory.
         environment: variables to set.
     """
+    _use_own_server()
     process = _context.Process(target=_run, args=(command, printed, folder, environment))
     process.start()
     return process
+
+
+def _use_own_server() -> None:
+    """End the server that a tested `drlora compare` started, drlora in it: there is only one."""
+    server = multiprocessing.forkserver._forkserver  # type: ignore[attr-defined]
+    if server._preload_modules != _IMPORTED:
+        server._stop()
+        server.set_forkserver_preload(_IMPORTED)
 
 
 def finish(process: BaseProcess, printed: Path, timeout: float = 240) -> str:
