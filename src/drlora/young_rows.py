@@ -268,7 +268,7 @@ class OwnClocks:
         key = like.device, torch.promote_types(like.dtype, torch.float32)
         if key not in self._scratch:
             size = _CPU_BLOCK if like.device.type == "cpu" else _ACCELERATOR_BLOCK
-            size = max(size, like[0].numel())
+            size = max(size, math.prod(like.shape[1:]))
             self._scratch[key] = torch.empty(2, size, device=key[0], dtype=key[1])
         return self._scratch[key]
 
@@ -302,7 +302,8 @@ def correct_young_rows(
         return
     second = state["max_exp_avg_sq" if group.get("amsgrad") else "exp_avg_sq"]
     local, chosen = slice(start - first, stop - first), slice(start - span.start, stop - span.start)
-    rows = max(1, buffer.shape[1] // parameter[0].numel())
+    # By shape: to index a sharded parameter is a collective, which not all processes come to.
+    rows = max(1, buffer.shape[1] // math.prod(parameter.shape[1:]))
     scale, eps = clock.fractions()
     lr = group["lr"]
     for weight, moment, square, own_scale, own_eps in zip(
