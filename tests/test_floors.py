@@ -15,8 +15,10 @@ MAX_LINES = 400
 
 # Modules and subpackages of drlora by floor, lowest first. `report` stands for report/* as well.
 FLOORS: tuple[frozenset[str], ...] = (
-    frozenset({"config", "errors", "methods", "peft_type", "ranks"}),
-    frozenset({"allocator", "ops", "row_directions", "saliency", "schedule", "young_rows"}),
+    frozenset({"config", "errors", "files", "methods", "peft_type", "ranks"}),
+    frozenset(
+        {"allocator", "ops", "processes", "row_directions", "saliency", "schedule", "young_rows"}
+    ),
     frozenset({"blocks", "families", "inject", "layer", "observe", "ordinary", "rank_pool"}),
     frozenset(
         {"checkpoint", "dynamics", "export", "growth", "import_lora", "peft_method", "starts"}
@@ -32,6 +34,7 @@ FLOORS: tuple[frozenset[str], ...] = (
             "data",
             "embedded",
             "evaluate",
+            "event_log",
             "evaluate_run",
             "export_run",
             "sources",
@@ -39,6 +42,7 @@ FLOORS: tuple[frozenset[str], ...] = (
             "jsonl",
             "measure",
             "progress",
+            "rank_metrics",
             "recipe",
             "report",
             "rundir",
@@ -57,7 +61,7 @@ ORDER_WITHIN: dict[int, tuple[frozenset[str], ...]] = {
     # PEFT config, so it needs PEFT's name of it, and can be made by a method's name.
     0: (
         frozenset({"errors", "peft_type"}),
-        frozenset({"methods"}),
+        frozenset({"files", "methods"}),
         frozenset({"config", "ranks"}),
     ),
     # The schedule tries the allocator out in advance, to refuse settings that miss the budget.

@@ -3,7 +3,7 @@
     Trainer(model=peft_model, ..., callbacks=[drlora.DrLoraCallback()])
 
 The callback owns a RankDynamics over the Trainer's steps, and writes `growth.jsonl`, one line a
-grant, into the output directory. Ranks and statistics are buffers of the adapter, so the Trainer's
+grant, and `events.jsonl` (drlora.event_log) into the output directory. Ranks and statistics are buffers of the adapter, so the Trainer's
 own checkpoints carry them and `resume_from_checkpoint` continues them; the step count, which a
 GradScaler can leave behind the Trainer's, is kept in the checkpoint's `trainer_state.json`.
 """
@@ -19,13 +19,15 @@ from pathlib import Path
 from typing import Any, cast
 
 from torch import Tensor
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from drlora.dynamics import Grant, RankDynamics
 from drlora.errors import ConfigError
+from drlora.event_log import EVENT_LOG, EventLog
 from drlora.inject import active_adapter
 from drlora.jsonl import append_lines, forget_after
+from drlora.rank_metrics import RankLog
 from drlora.starts import needs_ranks, place_ranks
 from drlora.young_rows import unwrap_optimizer
 
@@ -37,7 +39,7 @@ class DrLoraCallback(TrainerCallback, ExportableState):
 
     Args:
         adapter: name of the DR-LoRA adapter; by default the model's active one.
-        log_dir: where `growth.jsonl` goes; by default the Trainer's output directory.
+        log_dir: where `growth.jsonl` and `events.jsonl` go; by default the Trainer's output directory.
         on_growth: called after each event with its grants.
 
     Attributes:
@@ -76,8 +78,11 @@ class DrLoraCallback(TrainerCallback, ExportableState):
         self.dynamics.skipped = state.global_step - self.dynamics.step
         _warn_of_longer_warmup(self.dynamics, args.get_warmup_steps(state.max_steps))
         self._log = Path(self.log_dir or args.output_dir or ".") / GROWTH_LOG
+        self._events = EventLog(self._log.with_name(EVENT_LOG), self.dynamics)
+        self._rank_log = RankLog(self.dynamics)
         if state.is_world_process_zero:
             forget_after(self._log, state.global_step)
+            self._events.forget_after(state.global_step)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -85,7 +90,8 @@ class DrLoraCallback(TrainerCallback, ExportableState):
         """Signals, with all gradients in place."""
         assert self.dynamics is not None
         self._scale = _unscale(kwargs.get("optimizer"))
-        self.dynamics.before_optimizer_step()
+        with self._rank_log.timed():
+            self.dynamics.before_optimizer_step()
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -97,9 +103,12 @@ class DrLoraCallback(TrainerCallback, ExportableState):
             # A fused optimizer skips on the device and accelerate does not hear of it.
             self._scale is not None and _scaler_of(optimizer).get_scale() < self._scale
         )
-        grants = self.dynamics.after_optimizer_step(optimizer, skipped=skipped)
+        with self._rank_log.timed():
+            grants = self.dynamics.after_optimizer_step(optimizer, skipped=skipped)
+        self._rank_log.has_changed |= bool(grants)
         if grants and state.is_world_process_zero:
             append_lines(self._log, [asdict(grant) for grant in grants])
+            self._events.write_event()
         if grants and self.on_growth is not None:
             self.on_growth(grants)
 
@@ -111,20 +120,36 @@ class DrLoraCallback(TrainerCallback, ExportableState):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Tell the callbacks that follow, such as the CLI's metrics, of steps that went wrong."""
+        """Tell the callbacks that follow of ranks, and of steps that went wrong."""
         if self.dynamics is not None and logs is not None:
             counts = {
                 "skipped_steps": self.dynamics.skipped,
                 "poisoned_steps": self.dynamics.poisoned_steps,
             }
             logs.update({name: count for name, count in counts.items() if count})
+            if "loss" in logs:
+                logs.update(self._rank_log.entries())
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Warn of steps with gradients that were not finite, if no event did."""
+        """Log what is known of experts now, and warn of steps with gradients that were not finite,
+        if no event did.
+        """
         assert self.dynamics is not None
+        if state.is_world_process_zero and state.global_step >= state.max_steps:
+            self._events.write_end()
         self.dynamics.warn_of_poison()
+
+    def log_first(self, trainer: Trainer) -> None:
+        """Go before the trainer's other callbacks, so that all of them log the rank metrics.
+
+        The Trainer puts TensorBoard, W&B, MLflow and the like before the callbacks it is given, and
+        what these add to a log entry would come too late.
+        """
+        callbacks = trainer.callback_handler.callbacks
+        callbacks.remove(self)
+        callbacks.insert(0, self)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps: steps in which the optimizer stepped."""

@@ -140,6 +140,14 @@ class Group:
             yield member, values[end - member.num_experts : end]
 
 
+class Scored(NamedTuple):
+    """Experts that share a budget, what was known of them, and the score of each."""
+
+    group: Group
+    signals: Signals
+    saliency_E: list[float]
+
+
 def make_groups(
     adapters: Mapping[str, ExpertsAdapter], config: DrLoraConfig, total_steps: int
 ) -> list[Group]:
@@ -172,6 +180,7 @@ class Growth:
 
     Attributes:
         groups: what shares a budget.
+        scored: what the latest event knew of all experts, one entry a group, before it changed any.
     """
 
     def __init__(
@@ -179,6 +188,7 @@ class Growth:
     ) -> None:
         self.config = config
         self.groups = make_groups(adapters, config, total_steps)
+        self.scored: list[Scored] = []
         self._warned: set[str] = set()
 
     @property
@@ -188,8 +198,13 @@ class Growth:
         moved = sum(abs(sum(g.ranks()) - g.plan.start) for g in self.groups)
         return moved / planned if planned else 1.0
 
+    def is_event(self, plan_step: int) -> bool:
+        """Whether the plan of any group has an event there."""
+        return any(group.plan.event_number(plan_step) for group in self.groups)
+
     def event(self, now: Moment, optimizer: object) -> list[Grant]:
         """What happens now; nothing, unless the plan has an event."""
+        self.scored = []
         return [
             grant
             for group in self.groups
@@ -197,9 +212,15 @@ class Growth:
             for grant in self._change(group, number, now, unwrap_optimizer(optimizer))
         ]
 
+    def score(self, group: Group, step: int) -> Scored:
+        """What is known of the experts of a group at a step of the run."""
+        signals = group.signals(self.config, step)
+        return Scored(group, signals, RULES[self.config.saliency](signals).tolist())
+
     def _change(self, group: Group, event: int, now: Moment, optimizer: object) -> list[Grant]:
-        signals, before = group.signals(self.config, now.run), group.ranks()
-        saliency_E = RULES[self.config.saliency](signals).tolist()
+        scored = self.score(group, now.run)
+        self.scored.append(scored)
+        signals, saliency_E, before = scored.signals, scored.saliency_E, group.ranks()
         if not any(saliency_E):
             self._warn_once(
                 "saliency",

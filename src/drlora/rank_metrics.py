@@ -1,0 +1,88 @@
+"""Where the ranks are, in a few numbers for the Trainer's log, and what finding them cost.
+
+rank_mean           mean rank of an expert
+rank_gini           Gini coefficient of the ranks of a block's experts, mean over blocks
+rank_top_share      share of a block's ranks that its top tenth of experts has, mean over blocks
+budget_spent        share of the stored rows that experts own
+dynamics_share      share of the time since training began that observing and growing took
+rank_gini/layer_03, rank_top_share/layer_03         of one block, after its ranks have changed
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from drlora.dynamics import RankDynamics
+
+TOP = 0.1
+
+
+def gini(values: ArrayLike) -> float:
+    """Gini coefficient of values >= 0: 0 if all are equal, (n - 1) / n if one has everything."""
+    sorted_N = np.sort(np.asarray(values, dtype=float))
+    total = sorted_N.sum()
+    if not total:
+        return 0.0
+    n = len(sorted_N)
+    return float((2 * np.arange(1, n + 1) - n - 1) @ sorted_N / (n * total))
+
+
+def top_share(values: ArrayLike) -> float:
+    """Share of the sum that the largest tenth (at least one) of the values have."""
+    sorted_N = np.sort(np.asarray(values, dtype=float))[::-1]
+    total = sorted_N.sum()
+    return float(sorted_N[: max(1, round(TOP * len(sorted_N)))].sum() / total) if total else 0.0
+
+
+class RankLog:
+    """The entries of one run.
+
+    Attributes:
+        seconds: host time spent inside `timed`. On a GPU the work goes on after that.
+    """
+
+    def __init__(self, dynamics: RankDynamics) -> None:
+        self.dynamics = dynamics
+        self.seconds = 0.0
+        self.has_changed = True
+        self._started = time.perf_counter()
+        self._known: dict[str, float] = {}
+
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        """Count the time of what is done inside."""
+        begun = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds += time.perf_counter() - begun
+
+    def entries(self) -> dict[str, float]:
+        """What is to be logged now; the values of single blocks only after a change."""
+        entries: dict[str, float] = {}
+        if self.has_changed:
+            layers = [_mean_ranks(projections) for projections in self.dynamics.ranks().values()]
+            ginis, shares = [gini(row) for row in layers], [top_share(row) for row in layers]
+            owned, stored = self.dynamics.budget()
+            self._known = {
+                "rank_mean": float(np.mean(np.concatenate(layers))),
+                "rank_gini": float(np.mean(ginis)),
+                "rank_top_share": float(np.mean(shares)),
+                "budget_spent": owned / stored,
+            }
+            for number, (unequal, share) in enumerate(zip(ginis, shares, strict=True)):
+                entries[f"rank_gini/layer_{number:02}"] = unequal
+                entries[f"rank_top_share/layer_{number:02}"] = share
+            self.has_changed = False
+        elapsed = time.perf_counter() - self._started
+        return {**self._known, "dynamics_share": self.seconds / elapsed, **entries}
+
+
+def _mean_ranks(projections: dict[str, Sequence[int]]) -> np.ndarray:
+    """(E,) mean over the projections."""
+    return np.mean([row for row in projections.values()], axis=0)
