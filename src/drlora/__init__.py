@@ -15,7 +15,7 @@ from drlora import peft_method as _peft_method
 from drlora.callback import DrLoraCallback
 from drlora.config import DrLoraConfig
 from drlora.dynamics import Grant, RankDynamics
-from drlora.errors import CheckpointError, ConfigError, DataError, DrLoraError
+from drlora.errors import CheckpointError, ConfigError, DataError, DrLoraError, SyncError
 from drlora.import_lora import load_peft_lora
 from drlora.starts import place_ranks, rank_map, ranks_from_routing, start_ranks
 

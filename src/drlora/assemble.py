@@ -224,6 +224,7 @@ def load_base_model(recipe: NamesModel) -> PreTrainedModel:
             dtype="auto" if recipe.dtype == "auto" else getattr(torch, recipe.dtype),
             trust_remote_code=recipe.trust_remote_code,
             output_loading_info=True,
+            use_safetensors=True,
         )
     missing = sorted(report["missing_keys"])
     if missing:
@@ -287,7 +288,8 @@ def load_adapter(model: PreTrainedModel, folder: str) -> PeftModel:
             warnings.filterwarnings("error", message="Found missing adapter keys")
             # Of per-expert adapters; PEFT has already used these patterns up when it says so.
             warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys")
-            return PeftModel.from_pretrained(model, folder)
+            # Made without memory: what is missing in the file, or of another shape, takes none.
+            return PeftModel.from_pretrained(model, folder, low_cpu_mem_usage=True)
     except DrLoraError as error:
         raise CheckpointError(f"the adapter in {folder} cannot be used: {error}") from error
     except (SafetensorError, OSError, ValueError, KeyError, RuntimeError, UserWarning) as error:

@@ -16,7 +16,6 @@ import warnings
 from collections.abc import Iterator, Mapping
 
 import torch
-import torch.distributed as dist
 from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
@@ -26,6 +25,7 @@ from drlora.errors import CheckpointError, ConfigError
 from drlora.growth import Grant, Growth, Moment
 from drlora.inject import active_adapter, adapted_layers
 from drlora.layer import ExpertsAdapter, RankPool
+from drlora.processes import add_up, refuse_differing
 from drlora.saliency import RANK_IMPORTANCES, ema, routed_share
 from drlora.young_rows import OwnClocks, is_adam, parameter_groups, unwrap_optimizer
 
@@ -66,6 +66,7 @@ class RankDynamics:
         self._poisoned: Tensor | bool = False
         self._poisoned_steps: Tensor | int = 0
         self._told_of_poison = False
+        self._has_agreed = False
 
     @property
     def event_steps(self) -> tuple[int, ...]:
@@ -122,16 +123,23 @@ class RankDynamics:
 
         Returns:
             The changes of rank in this step, empty if it was no event.
+
+        Raises:
+            SyncError: at the first step and at every event, if the processes of the run differ in
+                ranks or in what decides them.
         """
         before = self.plan_step
         if skipped:
             self.skipped += 1
         else:
             self._count_step(optimizer)
-        if self.plan_step == before:
+        if not self._has_agreed:
+            self._agree()
+        if self.plan_step == before or not self.growth.is_event(self.plan_step):
             return []
-        now = Moment(self.plan_step, self.step, self.run_step)
-        grants = self.growth.event(now, optimizer)
+        self._agree()
+        grants = self.growth.event(Moment(self.plan_step, self.step, self.run_step), optimizer)
+        self._agree()
         if grants:
             self.warn_of_poison()
         return grants
@@ -159,6 +167,28 @@ class RankDynamics:
         if self.config.young_rows == "own" and is_adam(inner):
             self._clocks.correct(inner, self._pools(), self.step)
         self._poisoned_steps = self._poisoned_steps + self._poisoned
+
+    def _agree(self) -> None:
+        """Refuse to go on if the processes have come apart.
+
+        The owners are those of the host, which decide what is computed: under DDP the buffers are
+        sent out anew by the first process at every step, and a difference would not show there.
+        """
+        pools, adapters = self._pools(), list(self.adapters.values())
+        refuse_differing(
+            self.run_step,
+            {
+                "steps": [torch.tensor([self.step, self.skipped])],
+                "ranks": [torch.from_numpy(pool.book.owner_R) for pool in pools],
+                "routing statistics": [adapter.frequency for adapter in adapters],
+                "rank importance": [
+                    s for p in pools for s in (p.importance, p.uncertainty) if s is not None
+                ],
+                "births and seeds of rows": [b for p in pools for b in (p.birth, p.seed)],
+            },
+            adapters[0].frequency.device,
+        )
+        self._has_agreed = True
 
     def release(self) -> None:
         """Let go of the model: nothing of this object acts on it any more."""
@@ -224,8 +254,7 @@ class RankDynamics:
         sums = torch.cat(
             [torch.cat([a.meter.sum_E, a.meter.num_tokens[None]]).to(device) for a in adapters]
         )
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(sums)
+        add_up(sums)
         for adapter, sums_E1 in zip(
             adapters, sums.split([a.block.num_experts + 1 for a in adapters]), strict=True
         ):

@@ -13,5 +13,9 @@ class DataError(DrLoraError, ValueError):
     """Data that is missing, malformed or not of a known form."""
 
 
+class SyncError(DrLoraError, RuntimeError):
+    """Processes of one run that no longer hold the same ranks or statistics."""
+
+
 class CheckpointError(DrLoraError, ValueError):
     """A checkpoint or adapter that is missing, incomplete or does not fit the model."""

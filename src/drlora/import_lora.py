@@ -9,7 +9,6 @@ are free. What the model computes is unchanged.
 from __future__ import annotations
 
 import copy
-import json
 import math
 import warnings
 from pathlib import Path
@@ -27,6 +26,7 @@ from drlora.errors import CheckpointError, ConfigError
 from drlora.export.factors import Factors
 from drlora.export.peft_lora import read
 from drlora.export.updates import PARAMETERS, Updates, base_of, seen_transposed
+from drlora.files import read_adapter_config
 from drlora.inject import adapted_layers
 from drlora.layer import DrLoraExperts
 from drlora.rank_pool import RankPool
@@ -117,10 +117,7 @@ def refuse_other_files(folder: Path) -> None:
                 f"{folder} holds no PEFT LoRA: it has no {name} (weights in other formats than "
                 f"safetensors are not read)."
             )
-    try:
-        kind = json.loads((folder / "adapter_config.json").read_text("utf-8")).get("peft_type")
-    except (ValueError, AttributeError) as error:
-        raise CheckpointError(f"{folder}/adapter_config.json is not valid: {error}") from error
+    kind = read_adapter_config(folder, WEIGHTS).get("peft_type")
     if kind != "LORA":
         raise CheckpointError(
             f"the adapter in {folder} is of type {kind!r}; LORA can be continued."

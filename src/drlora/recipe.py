@@ -22,7 +22,7 @@ from transformers import TrainingArguments
 from drlora.config import DrLoraConfig, preset_settings
 from drlora.data.layout import KNOWN_COLUMNS
 from drlora.errors import ConfigError
-from drlora.settings import check_type, read_yaml, refuse_unknown, set_in, split_override
+from drlora.settings import check_type, read_settings, refuse_unknown
 
 ROLES = ("train", "eval", "test")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -200,10 +200,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         ConfigError: naming the setting, its value and the way out.
     """
-    tree = read_yaml(Path(path))
-    for override in overrides:
-        set_in(tree, *split_override(override))
-    return recipe_from(tree)
+    return recipe_from(read_settings(path, overrides))
 
 
 def recipe_from(tree: dict[str, Any]) -> Recipe:

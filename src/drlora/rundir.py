@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from drlora.errors import CheckpointError, ConfigError
 from drlora.jsonl import finite
 from drlora.recipe import Recipe, recipe_from
-from drlora.settings import read_yaml
+from drlora.settings import read_settings
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class RunDir:
         """
         if not self.config.is_file():
             raise CheckpointError(f"{self.path} is no run directory: it has no config.yaml.")
-        return recipe_from(read_yaml(self.config))
+        return recipe_from(read_settings(self.config))
 
     def newest_checkpoint(self) -> Path | None:
         """The complete checkpoint of the latest step, if there is one."""

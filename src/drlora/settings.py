@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import re
 import types
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin
@@ -15,14 +16,18 @@ from typing import Any, Union, get_args, get_origin
 import yaml
 
 from drlora.errors import ConfigError
+from drlora.files import read_text, shown
+
+LARGEST_YAML_BYTES = 256 * 2**10
+MOST_VALUES = 20_000
 
 
 class _Loader(yaml.SafeLoader):
     """YAML as people write it: `1e-4` is a number, and a key may stand only once."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        twice = sorted({str(key) for key in keys if keys.count(key) > 1})
+        keys = Counter(str(self.construct_object(key, deep=True)) for key, _ in node.value)
+        twice = sorted(key for key, count in keys.items() if count > 1)
         if twice:
             raise yaml.constructor.ConstructorError(
                 None, None, f"{twice[0]} is set twice", node.start_mark
@@ -45,29 +50,47 @@ def parse_yaml(text: str, where: str) -> Any:
         ConfigError: naming `where` and the line of the fault.
     """
     try:
-        return yaml.load(text, Loader=_Loader)
+        value = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error)
         raise ConfigError(f"{where}{line} is not valid YAML: {problem}.") from error
+    except (ValueError, TypeError, RecursionError, AttributeError) as error:
+        # Dates that are none, numbers of too many digits, nesting that is too deep.
+        raise ConfigError(f"{where} is not valid YAML: {error}.") from error
+    _refuse_too_many_values(value, where)
+    return value
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in the YAML file `path`.
+def _refuse_too_many_values(value: Any, where: str) -> None:
+    """With aliases a few lines can stand for more values than fit into memory."""
+    waiting, seen = [value], 0
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, (list, tuple, set)):
+            waiting.extend(one)
+        elif isinstance(one, dict):
+            waiting.extend(one)
+            waiting.extend(one.values())
+        seen += 1
+        if seen + len(waiting) > MOST_VALUES:
+            raise ConfigError(f"{where} stands for more than {MOST_VALUES} values.")
+
+
+def read_settings(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The mapping in a YAML file, with `key=value` overrides (dotted keys) on top.
 
     Raises:
-        ConfigError: if there is no such file, or it holds no mapping.
+        ConfigError: if there is no such file, or it holds no mapping, or an override is none.
     """
-    try:
-        text = path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise ConfigError(f"{path} cannot be read: {reason}.") from error
-    value = parse_yaml(text, str(path))
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path} must hold `setting: value` lines, not {_shown(value)}.")
-    return value
+    text = read_text(Path(path), LARGEST_YAML_BYTES, ConfigError)
+    tree = parse_yaml(text, str(path))
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} must hold `setting: value` lines, not {shown(tree)}.")
+    for override in overrides:
+        set_in(tree, *split_override(override))
+    return tree
 
 
 def split_override(text: str) -> tuple[list[str], Any]:
@@ -136,7 +159,7 @@ def check_type(value: Any, wanted: Any, name: str) -> Any:
     if wanted is int and isinstance(value, float) and value.is_integer():
         return int(value)
     if not _fits(value, wanted):
-        raise ConfigError(f"{name}={_shown(value)} must be {_described(wanted)}.")
+        raise ConfigError(f"{name}={shown(value, 80)} must be {_described(wanted)}.")
     return value
 
 
@@ -174,8 +197,3 @@ def _described(wanted: Any) -> str:
     if origin is list:
         return f"a list ({_described(arguments[0])} each)"
     return _NAMES.get(origin or wanted, str(wanted))
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

@@ -9,17 +9,17 @@ An export says which run it came from; where that is still there, its data and s
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from drlora.errors import CheckpointError
 from drlora.export import RECORD
+from drlora.files import read_adapter_config, read_json, shown
 from drlora.recipe import DataSection, EvaluationSection, Recipe
 from drlora.rundir import RunDir
 
 WEIGHTS = "adapter_model.safetensors"
+KINDS = ("DRLORA", "LORA")
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,7 @@ def find_source(folder: Path, model: str | None = None, trust_remote_code: bool 
                 f"{folder} has no {WEIGHTS}: the run is not finished. Continue it with: "
                 f"{run.resume_command}"
             )
+        read_adapter_config(folder, WEIGHTS)
         return _of_run(folder, "DRLORA", recipe, model, trust_remote_code)
     if (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
         return _of_model(folder, trust_remote_code)
@@ -71,55 +72,49 @@ def find_source(folder: Path, model: str | None = None, trust_remote_code: bool 
             raise CheckpointError(
                 f"{folder} is neither a run directory nor a saved adapter: it has no {name}."
             )
-    said = read_json(folder / "adapter_config.json")
-    kind = str(said.get("peft_type"))
+    said = read_adapter_config(folder, WEIGHTS)
+    kind = said.get("peft_type")
+    if kind not in KINDS:
+        raise CheckpointError(
+            f"the adapter in {folder} is of type {shown(kind)}; {' and '.join(KINDS)} can be read."
+        )
     run_recipe = _recipe_of_export(folder)
     if run_recipe is not None:
         return _of_run(folder, kind, run_recipe, model, trust_remote_code)
     base = model or said.get("base_model_name_or_path")
-    if not base:
+    if not base or not isinstance(base, str):
         raise CheckpointError(
             f"the adapter in {folder} does not say what its base model is; name it with --model."
         )
     return Source(folder, kind, base, None, "auto", trust_remote_code)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-        CheckpointError: if it holds anything else.
-    """
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} must hold one JSON object.")
-    return value
-
-
 def _of_run(
     folder: Path, kind: str, recipe: Recipe, model: str | None, trust_remote_code: bool
 ) -> Source:
-    return Source(
-        folder,
-        kind,
-        model or recipe.model,
-        recipe.tokenizer,
-        recipe.dtype,
-        trust_remote_code or recipe.trust_remote_code,
-        recipe.data,
-        recipe.evaluation,
+    _refuse_trust_on_hearsay(recipe, folder, trust_remote_code)
+    source = Source(
+        folder, kind, model or recipe.model, recipe.tokenizer, recipe.dtype, trust_remote_code
     )
+    return replace(source, data=recipe.data, evaluation=recipe.evaluation)
 
 
 def _of_model(folder: Path, trust_remote_code: bool) -> Source:
+    source = Source(folder, None, str(folder), None, "auto", trust_remote_code)
     recipe = _recipe_of_export(folder)
     if recipe is None:
-        return Source(folder, None, str(folder), None, "auto", trust_remote_code)
-    trust = trust_remote_code or recipe.trust_remote_code
-    return Source(folder, None, str(folder), None, "auto", trust, recipe.data, recipe.evaluation)
+        return source
+    _refuse_trust_on_hearsay(recipe, folder, trust_remote_code)
+    return replace(source, data=recipe.data, evaluation=recipe.evaluation)
+
+
+def _refuse_trust_on_hearsay(recipe: Recipe, folder: Path, trust_remote_code: bool) -> None:
+    """A folder may come from somebody else; that its config.yaml trusts code is not enough."""
+    if recipe.trust_remote_code and not trust_remote_code:
+        raise CheckpointError(
+            f"the run of {folder} was made with trust_remote_code: true; code that comes with a "
+            f"model runs only where you say so too, with --trust-remote-code."
+        )
 
 
 def _recipe_of_export(folder: Path) -> Recipe | None:

@@ -12,7 +12,6 @@ owns more rows than it has, E * r_target.
 from __future__ import annotations
 
 import heapq
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -20,20 +19,20 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from peft import PeftModel
 from torch import Tensor
 
 from drlora.config import DrLoraConfig
 from drlora.errors import CheckpointError, ConfigError
+from drlora.files import read_json, shown
 from drlora.inject import active_adapter, adapted_layers
 from drlora.layer import ExpertsAdapter
+from drlora.processes import add_up
 from drlora.rank_pool import RankPool
 from drlora.ranks import FREE
 from drlora.saliency import routed_share
 
 RankMap = Mapping[str, Mapping[str, Sequence[int]]]
-_LARGEST_FILE_BYTES = 64 * 2**20
 
 
 def rank_map(model: PeftModel) -> dict[str, dict[str, list[int]]]:
@@ -205,31 +204,24 @@ def read_rank_map(path: str | Path) -> dict[str, dict[str, list[int]]]:
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"there is no rank map {path}.")
-    size = path.stat().st_size
-    if size > _LARGEST_FILE_BYTES:
-        raise CheckpointError(f"{path} is no rank map: it has {size} bytes.")
-    try:
-        found = json.loads(path.read_text("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"the rank map {path} is not valid JSON: {error}") from error
-    return _checked(found, str(path))
+    return _checked(read_json(path), str(path))
 
 
 def _checked(found: Any, where: str) -> dict[str, dict[str, list[int]]]:
     """`found` if it is of the form of a rank map."""
     form = f"{where} is no rank map {{block: {{projection: [rank, ...]}}}}"
     if not isinstance(found, Mapping) or not found:
-        raise CheckpointError(f"{form}: it is a {type(found).__name__} of {str(found)[:40]!r}.")
+        raise CheckpointError(f"{form}: it is a {type(found).__name__} of {shown(found)}.")
     for block, projections in found.items():
         if not isinstance(projections, Mapping) or not projections:
-            raise CheckpointError(f"{form}: {block!r} holds {str(projections)[:40]!r}.")
+            raise CheckpointError(f"{form}: {block!r} holds {shown(projections)}.")
         for projection, ranks in projections.items():
             if not isinstance(ranks, (list, tuple)):
-                raise CheckpointError(f"{form}: {block}, {projection} holds {str(ranks)[:40]!r}.")
+                raise CheckpointError(f"{form}: {block}, {projection} holds {shown(ranks)}.")
             for rank in ranks:
                 if isinstance(rank, bool) or not isinstance(rank, int):
                     raise CheckpointError(
-                        f"{form}: a rank of {block}, {projection} is {str(rank)[:40]!r}."
+                        f"{form}: a rank of {block}, {projection} is {shown(rank)}."
                     )
     return {block: {p: list(r) for p, r in inner.items()} for block, inner in found.items()}
 
@@ -320,9 +312,8 @@ def _routed_shares(
             module.training = training
     if not count:
         raise ConfigError("routing was to be counted over no batch; give a few of the training's.")
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        for total_E1 in sums:  # also makes processes agree that saw the same batches
-            dist.all_reduce(total_E1)
+    for total_E1 in sums:
+        add_up(total_E1)  # also makes processes agree that saw the same batches
     return [routed_share(total_E1[:-1], total_E1[-1]).tolist() for total_E1 in sums]
 
 

@@ -21,7 +21,7 @@ from typing import Any
 from drlora.compare.metrics import METRICS
 from drlora.errors import ConfigError
 from drlora.recipe import Recipe
-from drlora.settings import check_type, read_yaml, refuse_unknown, set_in, split_override
+from drlora.settings import check_type, read_settings, refuse_unknown, set_in
 
 Settings = dict[str, Any]
 SPLIT_ROLES = {"dev": "eval", "test": "test"}
@@ -157,10 +157,7 @@ def load_plan(path: str | Path, overrides: Sequence[str] = ()) -> Plan:
     Raises:
         ConfigError: naming the setting, its value and the way out.
     """
-    tree = read_yaml(Path(path))
-    for override in overrides:
-        set_in(tree, *split_override(override))
-    return plan_from({"name": Path(path).stem, **tree})
+    return plan_from({"name": Path(path).stem, **read_settings(path, overrides)})
 
 
 def plan_from(tree: dict[str, Any]) -> Plan:

@@ -19,6 +19,8 @@ from typing import Any
 from drlora.compare.cells import Cell, compare_cells, deciding, places, tune_cells
 from drlora.compare.metrics import METRICS, items_of, value_of
 from drlora.compare.plan import Plan, Settings
+from drlora.errors import CheckpointError
+from drlora.files import read_json
 from drlora.jsonl import finite
 
 Place = tuple[str, str, str]
@@ -60,7 +62,7 @@ class Folder:
         files = _by_key(self.cells)
         found = {}
         for cell in cells:
-            result = read_json(files[cell.key]) if cell.key in files else None
+            result = read_result(files[cell.key]) if cell.key in files else None
             if result is not None and _agrees(result["recipe"], cell):
                 found[cell.key] = result
         return found
@@ -68,7 +70,7 @@ class Folder:
     def failures(self, cells: Iterable[Cell]) -> dict[str, Result]:
         """Key -> error of those of `cells` that failed."""
         files = _by_key(self.failed)
-        read = {cell.key: read_json(files[cell.key]) for cell in cells if cell.key in files}
+        read = {cell.key: read_result(files[cell.key]) for cell in cells if cell.key in files}
         return {key: failure for key, failure in read.items() if failure is not None}
 
 
@@ -201,13 +203,12 @@ def _is_at_edge(value: Any, tried: list) -> bool:
     return are_numbers and len(tried) > 1 and value in (min(tried), max(tried))
 
 
-def read_json(path: Path) -> Result | None:
+def read_result(path: Path) -> Result | None:
     """The object in a file; None if it is damaged."""
     try:
-        value = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
+        return read_json(path)
+    except CheckpointError:
         return None
-    return value if isinstance(value, dict) else None
 
 
 def write_result(path: Path, result: Mapping[str, Any]) -> None:

@@ -20,7 +20,7 @@ import torch
 import transformers
 from rich.console import Console
 
-from drlora.compare.results import read_json, write_result
+from drlora.compare.results import read_result, write_result
 from drlora.errors import CheckpointError, ConfigError
 from drlora.jsonl import read_lines
 from drlora.measure import Measurement
@@ -109,7 +109,7 @@ def _train(recipe: Recipe) -> TrainResult:
 def _harvest(outcome: TrainResult, labels: dict[str, Any]) -> dict[str, Any]:
     """The result of a cell, from its run."""
     run = outcome.run
-    found = read_json(run.result)
+    found = read_result(run.result)
     assert found is not None
     for measured in (found["before"], found["after"]):
         (measured.get("match") or {}).pop("samples", None)

@@ -16,7 +16,6 @@ from peft import (
     PeftModel,
     get_peft_model,
     get_peft_model_state_dict,
-    set_peft_model_state_dict,
 )
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
@@ -26,7 +25,7 @@ from transformers import PreTrainedModel
 
 from drlora.errors import CheckpointError
 from drlora.export.factors import Factors
-from drlora.export.updates import Updates, linear_updates, trained_modules
+from drlora.export.updates import Updates, linear_updates, trained_modules, unread_keys
 
 # Ordinary LoRA on such a linear layer is targeted as a parameter: of these names PEFT makes the
 # fused experts when it translates configurations that were written for transformers 4.
@@ -91,12 +90,11 @@ def _refuse_unreadable(model: PeftModel) -> None:
 
     Loading then leaves those layers as if they were new, with nothing but a warning.
     """
-    report: Any = set_peft_model_state_dict(model, get_peft_model_state_dict(model))
-    missing = [key for key in report.missing_keys if ".lora_" in key or "modules_to_save" in key]
-    if missing or report.unexpected_keys:
+    missing, unexpected = unread_keys(model, get_peft_model_state_dict(model))
+    if missing or unexpected:
         raise CheckpointError(
             f"PEFT does not read back its own LoRA on {type(model.get_base_model()).__name__}: it "
-            f"renames {missing[:1]} to {report.unexpected_keys[:1]}. Nothing was written; use the "
+            f"renames {missing[:1]} to {unexpected[:1]}. Nothing was written; use the "
             f"format merged."
         )
 

@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import re
 import warnings
-from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.transformers_weight_conversion import (
     _MODEL_TO_CONVERSION_PATTERN,
     _MOE_FUSED_TARGETS,
@@ -25,7 +24,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from drlora.errors import CheckpointError, ConfigError
 from drlora.export.peft_lora import make_config as make_peft_config
-from drlora.export.updates import Updates
+from drlora.export.updates import Updates, unread_keys
 
 _ROOT = "base_model.model."
 _EXPERT_KEY = re.compile(r"\.experts\.\d+\.\w+\.weight$")
@@ -99,12 +98,11 @@ def read_back(base: PreTrainedModel, updates: Updates) -> PeftModel:
         warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys", RuntimeWarning)
         model = get_peft_model(base, config)
     assert isinstance(model, PeftModel)
-    report: Any = set_peft_model_state_dict(model, tensors)
-    missing = [key for key in report.missing_keys if ".lora_" in key or "modules_to_save" in key]
-    if missing or report.unexpected_keys:
+    missing, unexpected = unread_keys(model, tensors)
+    if missing or unexpected:
         raise CheckpointError(
             f"PEFT does not read back the per-expert layout of {type(base).__name__}: missing "
-            f"{missing[:2]}, unexpected {report.unexpected_keys[:2]}. Nothing was written; use the "
+            f"{missing[:2]}, unexpected {unexpected[:2]}. Nothing was written; use the "
             f"format peft or merged."
         )
     return model

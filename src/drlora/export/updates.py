@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import Any, cast
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from peft.utils import ModulesToSaveWrapper
@@ -77,6 +77,13 @@ def collect_updates(model: PeftModel, adapter: str, all_matrices: bool = False) 
                 name = _parameter_name(layer, matrix)
                 experts[name] = factors.transposed() if seen_transposed(layer, matrix) else factors
     return Updates(experts, linear_updates(inner, adapter), trained_modules(inner, adapter))
+
+
+def unread_keys(model: PeftModel, tensors: dict[str, Tensor]) -> tuple[list[str], list[str]]:
+    """Put `tensors` into the adapter as PEFT does; (missing, unexpected) keys where it does not."""
+    report: Any = set_peft_model_state_dict(model, tensors)
+    missing = [key for key in report.missing_keys if ".lora_" in key or "modules_to_save" in key]
+    return missing, list(report.unexpected_keys)
 
 
 def base_of(model: PeftModel, adapter: str) -> PreTrainedModel:
