@@ -438,7 +438,7 @@ def test_an_adapter_without_a_run(tmp_path, capsys):
         ("no adapter", ["neither a run directory nor a saved adapter"]),
         ("unfinished", ["the run is not finished", "--resume"]),
         ("another type", ["of type 'LORA'", "only DR-LoRA"]),
-        ("truncated", ["cannot be"]),
+        ("truncated", ["is no whole safetensors file"]),
         ("no json", ["adapter_config.json is not valid JSON"]),
         ("bad data", ["missing.jsonl"]),
     ],

@@ -157,10 +157,10 @@ class TestPeftLora:
         weights, config = tmp_path / "adapter_model.safetensors", tmp_path / "adapter_config.json"
         base, match = make_model(), {
             "other size": "cannot be loaded into Olmoe.*another model",
-            "truncated": "cannot be loaded",
+            "truncated": "no whole safetensors file",
             "missing": "no adapter_model.safetensors",
             "type": "of type 'DRLORA'",
-            "no json": "not valid",
+            "no json": "one JSON object",
         }[damage]  # fmt: skip
         if damage == "other size":
             base = make_model(num_experts=5)
@@ -354,7 +354,7 @@ class TestStartRanks:
     def test_a_file_that_is_not_there_or_too_large(self, tmp_path, monkeypatch):
         with pytest.raises(CheckpointError, match="no rank map"):
             drlora.start_ranks(fresh(), tmp_path / "ranks.json")
-        monkeypatch.setattr("drlora.starts._LARGEST_FILE_BYTES", 3)
+        monkeypatch.setattr("drlora.files.LARGEST_JSON_BYTES", 3)
         (tmp_path / "ranks.json").write_text("{   }")
         with pytest.raises(CheckpointError, match="5 bytes"):
             drlora.start_ranks(fresh(), tmp_path / "ranks.json")

@@ -204,7 +204,7 @@ def read_rank_map(path: str | Path) -> dict[str, dict[str, list[int]]]:
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"there is no rank map {path}.")
-    return _checked(read_json(path), str(path))
+    return _checked(read_json(path, "the rank map"), str(path))
 
 
 def _checked(found: Any, where: str) -> dict[str, dict[str, list[int]]]:

@@ -118,7 +118,7 @@ def _harvest(outcome: TrainResult, labels: dict[str, Any]) -> dict[str, Any]:
     return {
         **labels,
         **found,
-        **_memory(),
+        **peak_memory(),
         "machine": _machine(),
         "curve": _curve(run),
         "items": _items(outcome.after),
@@ -145,7 +145,7 @@ def _curve(run: RunDir) -> list[list[float]]:
     return logged[::-1][::stride][::-1]
 
 
-def _memory() -> dict[str, int]:
+def peak_memory() -> dict[str, int]:
     """Most memory that this process held, in bytes."""
     unit = 1 if sys.platform == "darwin" else 1024
     found = {"peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
