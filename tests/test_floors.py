@@ -38,6 +38,7 @@ FLOORS: tuple[frozenset[str], ...] = (
             "evaluate_run",
             "export_run",
             "sources",
+            "heat_map",
             "inspection",
             "jsonl",
             "measure",

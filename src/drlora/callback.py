@@ -3,9 +3,10 @@
     Trainer(model=peft_model, ..., callbacks=[drlora.DrLoraCallback()])
 
 The callback owns a RankDynamics over the Trainer's steps, and writes `growth.jsonl`, one line a
-grant, and `events.jsonl` (drlora.event_log) into the output directory. Ranks and statistics are buffers of the adapter, so the Trainer's
-own checkpoints carry them and `resume_from_checkpoint` continues them; the step count, which a
-GradScaler can leave behind the Trainer's, is kept in the checkpoint's `trainer_state.json`.
+grant, and `events.jsonl` (see drlora.event_log) into the output directory. Ranks and statistics are
+buffers of the adapter, so the Trainer's own checkpoints carry them and `resume_from_checkpoint`
+continues them; the step count, which a GradScaler can leave behind the Trainer's, is kept in the
+checkpoint's `trainer_state.json`.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ class DrLoraCallback(TrainerCallback, ExportableState):
 
     Args:
         adapter: name of the DR-LoRA adapter; by default the model's active one.
-        log_dir: where `growth.jsonl` and `events.jsonl` go; by default the Trainer's output directory.
+        log_dir: where `growth.jsonl` and `events.jsonl` go; by default the Trainer's output
+            directory.
         on_growth: called after each event with its grants.
 
     Attributes:
@@ -90,6 +92,7 @@ class DrLoraCallback(TrainerCallback, ExportableState):
         """Signals, with all gradients in place."""
         assert self.dynamics is not None
         self._scale = _unscale(kwargs.get("optimizer"))
+        self._rank_log.count_tokens()
         with self._rank_log.timed():
             self.dynamics.before_optimizer_step()
 

@@ -4,6 +4,7 @@
     drlora eval RUN|EXPORT [--split SPLIT] [--data FILE]
     drlora inspect MODEL [key=value ...] [--steps N]
     drlora export RUN --format peft|per-expert|merged -o DIR [--rank auto] [--dry-run]
+    drlora report RUN [RUN ...] [-o FILE] [--format html|png|svg|md]
     drlora compare PLAN.yaml [key=value ...] [--jobs N] [--dry-run] [--retry-failed]
 
 Exit codes: 0 done, 1 a run of a comparison failed, 2 something to put right (one message on
@@ -30,6 +31,8 @@ from drlora.export import FORMATS, RANKS
 from drlora.export_run import export_run, print_plan
 from drlora.inspection import inspect_model, print_inspection
 from drlora.recipe import load_recipe, make_adapter_config
+from drlora.report import FORMATS as REPORT_FORMATS
+from drlora.report import write_report
 from drlora.rundir import RunDir
 from drlora.settings import split_override
 from drlora.summary import print_summary
@@ -65,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_inspect(verbs, common)
     _add_export(verbs, common)
     _add_compare(verbs, common)
+    _add_report(verbs, common)
     return parser
 
 
@@ -128,6 +132,19 @@ def _add_compare(verbs: argparse._SubParsersAction, common: argparse.ArgumentPar
     verb.add_argument("--dry-run", action="store_true", help="print the cells, run nothing")
     verb.add_argument("--json", action="store_true", help="print JSON")
     verb.set_defaults(verb=_compare)
+
+
+def _add_report(verbs: argparse._SubParsersAction, common: argparse.ArgumentParser) -> None:
+    verb = verbs.add_parser(
+        "report", parents=[common], help="write a page on one or several runs, to look at"
+    )
+    verb.add_argument("runs", nargs="+", metavar="RUN", help="a run directory")
+    verb.add_argument("-o", "--output", metavar="FILE", help="default: report.html in the run")
+    verb.add_argument(
+        "--format", choices=REPORT_FORMATS, help="default: what FILE ends in, else html"
+    )
+    verb.add_argument("--json", action="store_true", help="print JSON")
+    verb.set_defaults(verb=_write_report)
 
 
 def _train(arguments: argparse.Namespace) -> int:
@@ -205,6 +222,12 @@ def _compare(arguments: argparse.Namespace) -> int:
         retry_failed=arguments.retry_failed,
         as_json=arguments.json,
     )
+
+
+def _write_report(arguments: argparse.Namespace) -> int:
+    path = write_report(arguments.runs, arguments.output, arguments.format)
+    print(json.dumps({"report": str(path)}) if arguments.json else path)
+    return 0
 
 
 def _quiet() -> None:

@@ -5,6 +5,7 @@ rank_gini           Gini coefficient of the ranks of a block's experts, mean ove
 rank_top_share      share of a block's ranks that its top tenth of experts has, mean over blocks
 budget_spent        share of the stored rows that experts own
 dynamics_share      share of the time since training began that observing and growing took
+tokens_per_second   real tokens that were learned from, of all processes, since the last entry
 rank_gini/layer_03, rank_top_share/layer_03         of one block, after its ranks have changed
 """
 
@@ -15,7 +16,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
+import torch.distributed as dist
 from numpy.typing import ArrayLike
+from torch import Tensor
 
 from drlora.dynamics import RankDynamics
 
@@ -52,6 +55,14 @@ class RankLog:
         self.has_changed = True
         self._started = time.perf_counter()
         self._known: dict[str, float] = {}
+        # Counted on the device, so that an ordinary step does not make the host wait.
+        self._tokens: Tensor | float = 0.0
+        self._counted_since = self._started
+
+    def count_tokens(self) -> None:
+        """Count the tokens of a step; call it before the dynamics take their signals."""
+        meter = next(iter(self.dynamics.adapters.values())).meter
+        self._tokens = self._tokens + meter.num_tokens.detach()
 
     @contextmanager
     def timed(self) -> Iterator[None]:
@@ -79,8 +90,16 @@ class RankLog:
                 entries[f"rank_gini/layer_{number:02}"] = unequal
                 entries[f"rank_top_share/layer_{number:02}"] = share
             self.has_changed = False
-        elapsed = time.perf_counter() - self._started
-        return {**self._known, "dynamics_share": self.seconds / elapsed, **entries}
+        share = self.seconds / (time.perf_counter() - self._started)
+        speed = {"dynamics_share": share, "tokens_per_second": self._tokens_per_second()}
+        return {**self._known, **speed, **entries}
+
+    def _tokens_per_second(self) -> float:
+        processes = dist.get_world_size() if dist.is_initialized() else 1
+        now = time.perf_counter()
+        speed = processes * float(self._tokens) / (now - self._counted_since)
+        self._tokens, self._counted_since = 0.0, now
+        return speed
 
 
 def _mean_ranks(projections: dict[str, Sequence[int]]) -> np.ndarray:

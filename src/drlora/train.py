@@ -7,6 +7,8 @@ result.before.loss.loss, result.after.loss.loss, result.ranks
 from __future__ import annotations
 
 import platform
+import resource
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -225,6 +227,7 @@ def _make_trainer(job: _Job, model: PeftModel, console: Console, stop: StopOnInt
         callbacks=[growth, MetricsLog(job.run.metrics), _Share(growth, progress), progress, stop],
     )
     trainer.remove_callback(PrinterCallback)
+    growth.log_first(trainer)
     return trainer
 
 
@@ -312,10 +315,20 @@ def _to_json(result: TrainResult, job: _Job, model: PreTrainedModel | PeftModel)
         },
         "seed": job.arguments.seed,
         "device": str(job.arguments.device),
+        **peak_memory(),
         "threads": torch.get_num_threads(),
         "versions": versions(),
         "config": job.recipe.to_dict(),
     }
+
+
+def peak_memory() -> dict[str, int]:
+    """Most memory that this process held, in bytes; on a GPU what torch allocated there too."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    found = {"peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    if torch.cuda.is_available():
+        found["peak_gpu_memory_bytes"] = torch.cuda.max_memory_allocated()
+    return found
 
 
 def versions() -> dict[str, str]:

@@ -6,7 +6,6 @@ import math
 import multiprocessing
 import os
 import platform
-import resource
 import shutil
 import sys
 import threading
@@ -26,7 +25,7 @@ from drlora.jsonl import read_lines
 from drlora.measure import Measurement
 from drlora.recipe import Recipe, recipe_from
 from drlora.rundir import RunDir
-from drlora.train import TrainResult, train
+from drlora.train import TrainResult, peak_memory, train
 
 CURVE_POINTS = 50
 EXIT_FAILED = 1
@@ -143,15 +142,6 @@ def _curve(run: RunDir) -> list[list[float]]:
     ]
     stride = -(-len(logged) // CURVE_POINTS) or 1
     return logged[::-1][::stride][::-1]
-
-
-def peak_memory() -> dict[str, int]:
-    """Most memory that this process held, in bytes."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    found = {"peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
-    if torch.cuda.is_available():
-        found["peak_gpu_memory_bytes"] = torch.cuda.max_memory_allocated()
-    return found
 
 
 def _machine() -> dict[str, Any]:

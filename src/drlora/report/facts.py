@@ -1,0 +1,212 @@
+"""What a report says in words and numbers: one row a fact, one column a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+
+from drlora.rank_metrics import gini, top_share
+from drlora.report.read import RankMap, RunRecord
+
+NONE = "–"
+Row = tuple[str, list[str]]
+
+
+def title(runs: Sequence[RunRecord]) -> str:
+    """`DR-LoRA run NAME`, or how many runs."""
+    return f"DR-LoRA run {runs[0].name}" if len(runs) == 1 else f"{len(runs)} DR-LoRA runs"
+
+
+def lead(run: RunRecord) -> str:
+    """The run in one sentence or two."""
+    data = (run.recipe.get("data") or {}).get("train")
+    what = f"{_model(run)} on {data}" if data else _model(run)
+    parts = [f"{what}, {run.steps:,} steps."]
+    losses = [_held_out(run, kind) for kind in ("before", "after")]
+    if None not in losses:
+        parts.append(f"Held-out loss went from {losses[0]:.4f} to {losses[1]:.4f}.")
+    ranks = [row for rank_map in run.maps for row in rank_map.final()]
+    highest, lowest = max(map(max, ranks)), min(map(min, ranks))
+    parts.append(
+        f"Ranks range from {lowest} to {highest}; the top tenth of a layer's experts holds "
+        f"{fmean(map(top_share, ranks)):.0%} of its ranks."
+        if highest > lowest
+        else f"Every expert has rank {highest}."
+    )
+    return " ".join(parts)
+
+
+def table(runs: Sequence[RunRecord], facts: dict[str, Callable[[RunRecord], str]]) -> list[Row]:
+    """The facts that are known of at least one run."""
+    rows = [(name, [fact(run) for run in runs]) for name, fact in facts.items()]
+    return [row for row in rows if any(value != NONE for value in row[1])]
+
+
+def _model(run: RunRecord) -> str:
+    return str(run.recipe.get("model") or run.adapter.get("base_model_name_or_path") or "a model")
+
+
+def _held_out(run: RunRecord, kind: str) -> float | None:
+    return ((run.measured(kind) or {}).get("loss") or {}).get("loss")
+
+
+def _loss(kind: str) -> Callable[[RunRecord], str]:
+    return lambda run: NONE if (loss := _held_out(run, kind)) is None else f"{loss:.4f}"
+
+
+def _match(kind: str) -> Callable[[RunRecord], str]:
+    def fact(run: RunRecord) -> str:
+        found = (run.measured(kind) or {}).get("match")
+        if not found:
+            return NONE
+        return f"{found['accuracy']:.1%} ({found['correct']} of {found['total']})"
+
+    return fact
+
+
+def _setting(*path: str) -> Callable[[RunRecord], str]:
+    def fact(run: RunRecord) -> str:
+        value: Any = run.recipe
+        for key in path:
+            value = (value or {}).get(key)
+        return NONE if value is None else str(value)
+
+    return fact
+
+
+def _adapter(*names: str) -> Callable[[RunRecord], str]:
+    def fact(run: RunRecord) -> str:
+        values = [run.adapter.get(name) for name in names]
+        return NONE if None in values else " / ".join(map(_shown, values))
+
+    return fact
+
+
+def _shown(value: Any) -> str:
+    return "+".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _result(key: str, show: Callable[[Any], str]) -> Callable[[RunRecord], str]:
+    return lambda run: NONE if run.result.get(key) is None else show(run.result[key])
+
+
+def _count(value: float) -> str:
+    return f"{value:,.0f}"
+
+
+def _mib(value: float) -> str:
+    return f"{value / 2**20:,.0f} MiB"
+
+
+def _shape(run: RunRecord) -> str:
+    experts = sorted(set(run.maps[0].experts))
+    return f"{len(run.maps[0].blocks)} blocks of {' or '.join(map(str, experts))} experts"
+
+
+def _spent(run: RunRecord) -> str:
+    budget = run.result.get("budget")
+    return f"{budget['spent']:,} of {budget['stored']:,}" if budget else NONE
+
+
+def _over_blocks(measure: Callable[[Any], float], show: str) -> Callable[[RunRecord], str]:
+    def fact(run: RunRecord) -> str:
+        return show.format(fmean(measure(row) for m in run.maps for row in m.final()))
+
+    return fact
+
+
+def _range(run: RunRecord) -> str:
+    rows = [row for rank_map in run.maps for row in rank_map.final()]
+    mean = fmean(rank for row in rows for rank in row)
+    return f"{min(map(min, rows))} / {mean:.2f} / {max(map(max, rows))}"
+
+
+def _routing(run: RunRecord) -> str:
+    last = last_routing(run.maps[0])
+    return NONE if last is None else f"{fmean(map(gini, last)):.2f}"
+
+
+def last_routing(rank_map: RankMap) -> list[list[float]] | None:
+    """block -> routing frequency of each expert when it was last written; None if never."""
+    if not rank_map.known_at:
+        return None
+    rows = rank_map.signals["routing"][-1]
+    return [np.nan_to_num(row[:n]).tolist() for row, n in zip(rows, rank_map.experts, strict=True)]
+
+
+def _events(run: RunRecord) -> str:
+    return f"{len(run.maps[0].events)}" if run.maps[0].events else NONE
+
+
+def _last(key: str, show: Callable[[float], str]) -> Callable[[RunRecord], str]:
+    def fact(run: RunRecord) -> str:
+        found = [e[key] for e in run.logs if e.get(key) is not None]
+        return show(found[-1]) if found else NONE
+
+    return fact
+
+
+def _speed(run: RunRecord) -> str:
+    found = [e["tokens_per_second"] for e in run.logs if e.get("tokens_per_second")]
+    return f"{fmean(found):,.0f}" if found else NONE
+
+
+def _wrong(run: RunRecord) -> str:
+    entry = run.logs[-1] if run.logs else {}
+    found = [
+        f"{entry[k]} {k.split('_')[0]}" for k in ("skipped_steps", "poisoned_steps") if k in entry
+    ]
+    return ", ".join(found) or NONE
+
+
+SUMMARY: dict[str, Callable[[RunRecord], str]] = {
+    "Model": _model,
+    "Training data": _setting("data", "train"),
+    "Method": _setting("method"),
+    "Steps": lambda run: _count(run.steps),
+    "Held-out loss before": _loss("before"),
+    "Held-out loss after": _loss("after"),
+    "Exact match before": _match("before"),
+    "Exact match after": _match("after"),
+    "Last training loss": _last("loss", lambda value: f"{value:.4f}"),
+    "MoE blocks": _shape,
+    "Growth events": _events,
+    "Ranks spent": _spent,
+    "Rank min / mean / max": _range,
+    "Gini coefficient of ranks": _over_blocks(gini, "{:.2f}"),
+    "Gini coefficient of routing": _routing,
+    "Top tenth's share of ranks": _over_blocks(top_share, "{:.0%}"),
+}
+
+COST: dict[str, Callable[[RunRecord], str]] = {
+    "Training time": _result("seconds", lambda value: f"{value:,.0f} s"),
+    "Time a step": lambda run: (
+        f"{run.result['seconds'] / run.result['steps']:.3f} s" if run.result.get("steps") else NONE
+    ),
+    "Tokens a second": _speed,
+    "Observing and growing": _last("dynamics_share", lambda value: f"{value:.1%} of the time"),
+    "Peak memory": _result("peak_memory_bytes", _mib),
+    "Peak GPU memory": _result("peak_gpu_memory_bytes", _mib),
+    "Trainable parameters": _result("trainable_parameters", _count),
+    "Stored parameters": _result("stored_parameters", _count),
+    "All parameters": _result("total_parameters", _count),
+    "Steps that went wrong": _wrong,
+}
+
+SETUP: dict[str, Callable[[RunRecord], str]] = {
+    "r_init / r_target / r_max": _adapter("r_init", "r_target", "r_max"),
+    "lora_alpha": _adapter("lora_alpha"),
+    "Projections": _adapter("projections"),
+    "Rank for each": _adapter("rank_per"),
+    "beta / gamma / p_grow": _adapter("beta", "gamma", "p_grow"),
+    "grow_every / settle_steps": _adapter("grow_every", "settle_steps"),
+    "Saliency": _adapter("saliency"),
+    "Router": _adapter("router"),
+    "Learning rate": _setting("training", "learning_rate"),
+    "Batch size a device": _setting("training", "per_device_train_batch_size"),
+    "Seed": _result("seed", str),
+    "Device": _result("device", str),
+}

@@ -1,0 +1,52 @@
+"""`drlora report`: read the runs, write the report in the format that was asked for."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from drlora.errors import ConfigError
+from drlora.report.markdown import markdown
+from drlora.report.page import page
+from drlora.report.read import RunRecord, read_run
+
+FORMATS = ("html", "png", "svg", "md")
+
+
+def write_report(
+    folders: Sequence[str | os.PathLike[str]],
+    output: str | os.PathLike[str] | None = None,
+    format: str | None = None,
+) -> Path:
+    """Write the report of these runs; returns the file.
+
+    Args:
+        folders: run directories, or folders with an adapter and its growth.jsonl.
+        output: the file; by default `report` with the format's ending, in the first run's folder.
+        format: one of FORMATS; by default what `output` ends in, else html.
+
+    Raises:
+        ConfigError: if the format is not known.
+        CheckpointError: if a folder holds no run, or files that do not fit each other.
+    """
+    ending = Path(output).suffix.removeprefix(".").lower() if output else ""
+    format = format or (ending if ending in FORMATS else "html")
+    if format not in FORMATS:
+        raise ConfigError(f"format={format!r} is not known; choose one of {list(FORMATS)}.")
+    runs = [read_run(Path(folder)) for folder in folders]
+    path = Path(output) if output else Path(folders[0]) / f"report.{format}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    _write(runs, temporary, format)
+    os.replace(temporary, path)
+    return path
+
+
+def _write(runs: Sequence[RunRecord], path: Path, format: str) -> None:
+    if format in ("png", "svg"):
+        from drlora.report.figures import draw_report  # matplotlib takes a second to import
+
+        draw_report(runs, path, format)
+    else:
+        path.write_text(page(runs) if format == "html" else markdown(runs), "utf-8")
