@@ -109,9 +109,9 @@
     charts[id].setOption({
       animation: false,
       textStyle: { color: c.ink, fontFamily: "system-ui, sans-serif" },
+      ...option,
       tooltip: { renderMode: "richText", confine: true, backgroundColor: c.paper,
         borderColor: c.soft, textStyle: { color: c.ink }, ...option.tooltip },
-      ...option,
     }, true);
     at(id).setAttribute("aria-label", label);
     return charts[id];
@@ -158,7 +158,7 @@
       tooltip: { trigger: "axis", valueFormatter: show },
       xAxis: axis({ type: "value", name: "step", nameGap: 24, min: 0,
         max: Math.max(...data.runs.map((one) => one.steps)), splitLine: { show: false } }),
-      yAxis: [axis({ type: "log", logBase: 10, name: "nats a token", nameGap: 40, min: lowestLoss() }),
+      yAxis: [axis({ type: "log", logBase: 2, name: "nats a token", nameGap: 40, min: lowestLoss() }),
         { type: "value", min: 0, max: 1, show: false }],
       series: [...series, eventMarks(map())],
     }, first && last ? `Loss over steps. Held out: ${show(first[1])} at step ${first[0]}, ` +
@@ -486,6 +486,7 @@
     playing = playing ? 0 : 1;
     at("play").textContent = playing ? "Stop" : "Play";
     at("play").setAttribute("aria-pressed", String(Boolean(playing)));
+    for (const id of ["now", "chosen"]) at(id).setAttribute("aria-live", playing ? "off" : "polite");
     if (!playing) return;
     const m = map(), wait = Math.max(60, Math.min(500, 10000 / (m.events.length + 1)));
     if (state.time === m.events.length) setTime(0);
