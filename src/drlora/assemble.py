@@ -32,6 +32,7 @@ from drlora.config import DrLoraConfig
 from drlora.data import EncodedData, encode_examples, load_examples
 from drlora.embedded import resolve_model
 from drlora.errors import CheckpointError, ConfigError, DataError, DrLoraError
+from drlora.files import first_line
 from drlora.import_lora import load_peft_lora, refuse_other_files
 from drlora.inject import choose_blocks
 from drlora.recipe import DataSection, Recipe
@@ -292,9 +293,9 @@ def load_adapter(model: PreTrainedModel, folder: str) -> PeftModel:
             return PeftModel.from_pretrained(model, folder, low_cpu_mem_usage=True)
     except DrLoraError as error:
         raise CheckpointError(f"the adapter in {folder} cannot be used: {error}") from error
-    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError, UserWarning) as error:
+    except Exception as error:  # whatever PEFT makes of a file that it does not understand
         raise CheckpointError(
-            f"the adapter in {folder} cannot be loaded: {_first_line(error)}. It is incomplete or "
+            f"the adapter in {folder} cannot be loaded: {first_line(error)}. It is incomplete or "
             f"damaged; train it again, or copy it again from where it came."
         ) from error
 
@@ -310,9 +311,4 @@ def _told(what: str, way_out: str) -> Iterator[None]:
     except DrLoraError:
         raise
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        raise ConfigError(f"{what}: {_first_line(error)}. {way_out}".strip()) from error
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__).rstrip(".")
+        raise ConfigError(f"{what}: {first_line(error)}. {way_out}".strip()) from error

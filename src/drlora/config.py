@@ -16,6 +16,7 @@ from typing import Any
 from peft import PeftConfig, TaskType
 
 from drlora.errors import ConfigError
+from drlora.files import shown
 from drlora.methods import method_settings
 from drlora.peft_type import DRLORA
 
@@ -34,7 +35,8 @@ ROUTING_SIGNALS = ("topk_weight", "probability", "count")
 SALIENCIES = ("product", "routing", "importance", "random")
 RANK_IMPORTANCES = ("product", "sensitivity")
 ALLOCATIONS = ("grow", "prune")
-STARTS = ("uniform", "routing", "hot")
+STARTS = ("uniform", "routing", "hot", "gradient")
+START_A = ("random", "gradient")
 BUDGET_SCOPES = ("layer", "model")
 IMPORTANCE_RESETS = ("grown", "all")
 ROUTER_MODES = ("frozen", "train")
@@ -84,9 +86,13 @@ class DrLoraConfig(PeftConfig):
             in AdaLoRA: the ranks of least importance go, whosever they are.
         start: how ranks are placed before the first step: `uniform` gives every expert r_init;
             `routing` gives them r_init on average, in proportion to how tokens are routed; `hot`
-            gives as much to the experts that are used most, and none to the others
+            gives as much to the experts that are used most, and none to the others; `gradient`
+            gives it to the strongest directions of the gradient, whose ever they are
             (`drlora.place_ranks`; the callback and `drlora train` call it).
-        start_batches: batches that the routing is counted over.
+        start_a: rows of A that experts own at the start are `random`, or lie along the strongest
+            directions of the `gradient` of their expert's weight (`drlora.probe`).
+        start_a_scale: length of such rows, over that of a random one.
+        start_batches: batches that routing is counted and gradients are taken over.
         hot_fraction: share of a block's experts that `hot` takes, in (0, 1].
         budget_scope: whether each `layer` has its own budget, or all layers of the `model` compete
             for one; then a layer may need up to E * r_max rows, and so many are stored.
@@ -149,6 +155,8 @@ class DrLoraConfig(PeftConfig):
     rank_importance: str = "product"
     allocation: str = "grow"
     start: str = "uniform"
+    start_a: str = "random"
+    start_a_scale: float = 1.0
     start_batches: int = 8
     hot_fraction: float = 0.25
     budget_scope: str = "layer"
@@ -205,6 +213,11 @@ class DrLoraConfig(PeftConfig):
         """Whether any rank is left to grant after the start."""
         return self.r_init < self.r_target
 
+    @property
+    def starts_from_data(self) -> bool:
+        """Whether experts own nothing until `drlora.place_ranks` has seen a few batches."""
+        return self.start != "uniform" or self.start_a != "random"
+
     def pool_rows(self, num_experts: int) -> int:
         """Rows that a block of `num_experts` experts stores for each projection."""
         largest = self.r_max if self.budget_scope == "model" else self.r_target
@@ -256,6 +269,8 @@ class DrLoraConfig(PeftConfig):
         _in_range(self, "settle_steps", 0, None)
         if not 0 < _number(self, "hot_fraction") <= 1:
             raise ConfigError(f"hot_fraction={self.hot_fraction} must lie in (0, 1].")
+        if not 0 < _number(self, "start_a_scale") < math.inf:
+            raise ConfigError(f"start_a_scale={self.start_a_scale} must be greater than 0.")
         for name in ("layer_floor", "move_share"):
             if not 0 <= _number(self, name) <= 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must lie in [0, 1].")
@@ -295,7 +310,13 @@ class DrLoraConfig(PeftConfig):
         _one_of(self, "router", ROUTER_MODES)
         _one_of(self, "young_rows", YOUNG_ROWS)
         _one_of(self, "young_a", YOUNG_A)
+        _one_of(self, "start_a", START_A)
         _one_of(self, "engine", ENGINES)
+        for name in ("use_rslora", "split_by_active", "use_dora"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name}={shown(getattr(self, name))} must be true or false.")
+        for name in ("projections", "target_modules", "modules_to_save", "experts"):
+            _check_names(self, name)
         if isinstance(self.projections, str):
             self.projections = [self.projections]
         chosen = list(self.projections)
@@ -359,6 +380,15 @@ def _names(names: Iterable[str]) -> list[str]:
                 f"'all-linear'; {name!r} is no name."
             )
     return found
+
+
+def _check_names(config: DrLoraConfig, name: str) -> None:
+    value = getattr(config, name)
+    if value is None and name != "projections":
+        return
+    collections = (str, list, tuple, set, frozenset)
+    if not isinstance(value, collections) or not all(isinstance(one, str) for one in value):
+        raise ConfigError(f"{name}={shown(value)} must be a list of names.")
 
 
 def _number(config: DrLoraConfig, name: str) -> float:

@@ -64,6 +64,12 @@ def shown(value: Any, longest: int = 60) -> str:
     return text if len(text) <= longest else text[: longest - 3] + "..."
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, without its full stop; its type if it says nothing."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__).rstrip(".")
+
+
 def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """Name -> shape of the tensors in a safetensors file, by its header alone.
 

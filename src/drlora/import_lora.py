@@ -17,7 +17,6 @@ import torch
 from peft import PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -26,7 +25,7 @@ from drlora.errors import CheckpointError, ConfigError
 from drlora.export.factors import Factors
 from drlora.export.peft_lora import read
 from drlora.export.updates import PARAMETERS, Updates, base_of, seen_transposed
-from drlora.files import read_adapter_config
+from drlora.files import first_line, read_adapter_config
 from drlora.inject import adapted_layers
 from drlora.layer import DrLoraExperts
 from drlora.rank_pool import RankPool
@@ -52,10 +51,10 @@ def load_peft_lora(
         CheckpointError: if the LoRA is missing, damaged, or was made for another model.
         ConfigError: if it cannot be continued with these settings.
     """
-    if config is not None and config.start != "uniform":
+    if config is not None and config.starts_from_data:
         raise ConfigError(
-            f"start={config.start!r}: the ranks of a LoRA that is continued are its own; leave "
-            f"start out."
+            f"start={config.start!r}, start_a={config.start_a!r}: a LoRA that is continued has "
+            f"ranks and rows of its own; leave these settings out."
         )
     updates = _read_lora(model, Path(folder))
     rank = max(rank for factors in updates.experts.values() for rank in factors.ranks)
@@ -92,10 +91,10 @@ def _read_lora(model: PreTrainedModel, folder: Path) -> Updates:
             # PEFT converts rank_pattern itself, applies it, and then says that it matched nothing.
             warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys")
             loaded = PeftModel.from_pretrained(model, folder)
-    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError, UserWarning) as error:
+    except Exception as error:  # whatever PEFT makes of a file that it does not understand
         raise CheckpointError(
             f"the LoRA in {folder} cannot be loaded into {type(model).__name__}: "
-            f"{str(error).splitlines()[0]} Was it made for another model?"
+            f"{first_line(error)}. Was it made for another model?"
         ) from error
     updates = read(loaded)
     base_of(loaded, "default")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+from drlora.writing import move_into_place
 
 
 def append_lines(path: Path, entries: Iterable[dict[str, Any]]) -> None:
@@ -18,22 +19,26 @@ def append_lines(path: Path, entries: Iterable[dict[str, Any]]) -> None:
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The entries of a log, none if it is not there; a line that a crash cut off is left out."""
+    """The entries of a log, none if it is not there; what is no JSON object is left out.
+
+    Such as a line that a crash cut off.
+    """
     if path.exists():
-        for line in path.read_text("utf-8").splitlines():
-            entry = _parse(line)
-            if entry is not None:
-                yield entry
+        with path.open("rb") as lines:
+            for line in lines:
+                entry = _parse(line)
+                if entry is not None:
+                    yield entry
 
 
 def forget_after(path: Path, step: int) -> None:
     """Drop the entries that a run resumed at `step` will write again."""
     if not path.exists():
         return
-    kept = [line for line in path.read_text("utf-8").splitlines() if _step_of(line) <= step]
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(line + "\n" for line in kept), "utf-8")
-    os.replace(temporary, path)
+    with path.open("rb") as lines, temporary.open("wb") as kept:
+        kept.writelines(line for line in lines if _step_of(line) <= step)
+    move_into_place(temporary, path)
 
 
 def finite(value: Any) -> Any:
@@ -45,14 +50,14 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _step_of(line: str) -> float:
-    entry = _parse(line)
-    return math.inf if entry is None else entry.get("step", math.inf)
+def _step_of(line: bytes) -> float:
+    step = (_parse(line) or {}).get("step")
+    return step if isinstance(step, (int, float)) and not math.isnan(step) else math.inf
 
 
-def _parse(line: str) -> dict[str, Any] | None:
+def _parse(line: bytes) -> dict[str, Any] | None:
     try:
         entry = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return entry if isinstance(entry, dict) else None

@@ -11,8 +11,9 @@ from transformers import PreTrainedTokenizerBase
 
 from drlora.assemble import Examples
 from drlora.data import Collator
-from drlora.errors import DataError
+from drlora.errors import CheckpointError, DataError
 from drlora.evaluate import LossResult, MatchResult, evaluate_loss, exact_match
+from drlora.files import shown
 from drlora.recipe import EvaluationSection
 
 
@@ -42,12 +43,19 @@ class Measurement:
 
 
 def measurement_from(values: dict[str, Any]) -> Measurement:
-    """The measurement that `to_dict` gave, without its samples."""
-    match = values["match"]
-    return Measurement(
-        LossResult(**values["loss"]),
-        MatchResult(**{**match, "samples": ()}) if match else None,
-    )
+    """The measurement that `to_dict` gave, without its samples.
+
+    Raises:
+        CheckpointError: if `values` are no measurement.
+    """
+    try:
+        match = values["match"]
+        return Measurement(
+            LossResult(**values["loss"]),
+            MatchResult(**{**match, "samples": ()}) if match else None,
+        )
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{shown(values)} is no measurement: {error}.") from error
 
 
 def measure(

@@ -122,4 +122,8 @@ def _recipe_of_export(folder: Path) -> Recipe | None:
     if not (folder / RECORD).is_file():
         return None
     run = RunDir(Path(str(read_json(folder / RECORD).get("adapter"))))
-    return run.read_config() if run.config.is_file() else None
+    try:
+        is_there = run.config.is_file()
+    except (OSError, ValueError):  # no path at all
+        return None
+    return run.read_config() if is_there else None
