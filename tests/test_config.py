@@ -21,7 +21,7 @@ BAD = {
     "word": (dict(beta="high"), "beta='high' must be a number"),
     "p_grow": (dict(p_grow=1.5), r"p_grow=1.5 must lie in \(0, 1\]"),
     "no growth": (dict(r_init=2, r_target=4, r_max=6), r"floor\(0.1 \* 4\) = 0; raise .* 0.25"),
-    "grow_every": (dict(grow_every=0), "grow_every=0 must be at least 1 step"),
+    "grow_every": (dict(grow_every=0), "grow_every=0 must be a whole number of steps, at least 1"),
     "projections": (dict(projections=["gate_up", "up"]), r"\['gate_up', 'up'\] is not understood"),
     "projection": (dict(projections=["sideways"]), r"\['sideways'\] is not understood"),
     "signal": (dict(routing_signal="vibes"), "routing_signal='vibes' is not known; choose one of"),

@@ -15,13 +15,31 @@ MAX_LINES = 400
 
 # Modules and subpackages of drlora by floor, lowest first. `report` stands for report/* as well.
 FLOORS: tuple[frozenset[str], ...] = (
-    frozenset({"config", "errors", "files", "methods", "peft_type", "ranks"}),
+    frozenset({"config", "errors", "files", "methods", "peft_type", "ranks", "writing"}),
     frozenset(
-        {"allocator", "ops", "processes", "row_directions", "saliency", "schedule", "young_rows"}
+        {
+            "allocator",
+            "ops",
+            "placement",
+            "processes",
+            "row_directions",
+            "saliency",
+            "schedule",
+            "young_rows",
+        }
     ),
     frozenset({"blocks", "families", "inject", "layer", "observe", "ordinary", "rank_pool"}),
     frozenset(
-        {"checkpoint", "dynamics", "export", "growth", "import_lora", "peft_method", "starts"}
+        {
+            "checkpoint",
+            "dynamics",
+            "export",
+            "growth",
+            "import_lora",
+            "peft_method",
+            "probe",
+            "starts",
+        }
     ),
     frozenset(
         {
@@ -40,8 +58,11 @@ FLOORS: tuple[frozenset[str], ...] = (
             "sources",
             "heat_map",
             "inspection",
+            "inspection_text",
             "jsonl",
             "measure",
+            "memory_plan",
+            "model_card",
             "progress",
             "rank_metrics",
             "recipe",
@@ -78,7 +99,11 @@ ORDER_WITHIN: dict[int, tuple[frozenset[str], ...]] = {
     ),
     # An import is an export read backwards: one knows PEFT's layout, the other uses it.
     # The life of ranks is made of events.
-    3: (frozenset({"export", "growth"}), frozenset({"dynamics", "import_lora"})),
+    # Ranks are placed by what a probe finds.
+    3: (
+        frozenset({"export", "growth", "probe"}),
+        frozenset({"dynamics", "import_lora", "starts"}),
+    ),
 }
 
 # They depend on the package; the package never depends on them.

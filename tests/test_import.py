@@ -21,7 +21,7 @@ from drlora.cli import main
 from drlora.errors import CheckpointError, ConfigError
 from drlora.export import apply_plan, make_plan
 from drlora.inject import adapted_layers
-from drlora.starts import proportional_ranks
+from drlora.placement import proportional_ranks
 
 GROWTH = dict(p_grow=0.5, grow_every=2, warmup_steps=1, settle_steps=1)
 
@@ -136,7 +136,7 @@ class TestPeftLora:
             ({}, {"projections": ["up", "down"]}, ConfigError, "leave out a part of gate_up"),
             ({}, {"projections": ["gate_up"]}, ConfigError, "leave out a part of down"),
             ({}, {"target_modules": ["q_proj"]}, ConfigError, "no other layers than experts"),
-            ({}, {"start": "routing"}, ConfigError, "start='routing'.*leave start out"),
+            ({}, {"start": "routing"}, ConfigError, "start='routing'.*leave these settings out"),
             ({"target_modules": ["q_proj"]}, {"target_modules": ["q_proj"]}, ConfigError,
              "decided by the LoRA"),
             ({"target_modules": ["q_proj"], "target_parameters": None}, {}, ConfigError,

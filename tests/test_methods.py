@@ -15,12 +15,11 @@ from tiny_run import save_all
 
 import drlora
 from drlora import ConfigError, DrLoraConfig
-from drlora.config import RANK_IMPORTANCES, SALIENCIES, STARTS
+from drlora.config import CHOICES
 from drlora.inject import adapted_layers
 from drlora.methods import METHODS
 from drlora.recipe import load_recipe
-from drlora.saliency import RANK_IMPORTANCES as MEASURES
-from drlora.saliency import RULES, Signals
+from drlora.saliency import RANK_IMPORTANCES, RULES, Signals
 from drlora.starts import RULES as START_RULES
 from drlora.train import train
 
@@ -38,7 +37,7 @@ def start(method, seed=0, base=None, **changes):
     else:
         config = DrLoraConfig(**{**SETTINGS, **SETTINGS_BESIDE[method], **changes})
     model = get_peft_model(base or make_model(), config)
-    if config.start != "uniform":
+    if config.starts_from_data:
         drlora.place_ranks(model, [make_batch(seed) for seed in range(3)])
     dynamics = drlora.RankDynamics(model, TOTAL)
     return model, dynamics, make_optimizer(model, config)
@@ -66,6 +65,7 @@ SETTINGS_BESIDE = {  # what has no name of its own
     "floor": dict(budget_scope="model", layer_floor=0.5),
     "moving": dict(move_share=0.25),
     "gradient": dict(young_a="gradient"),
+    "probed": dict(start="gradient", start_a="gradient"),
 }
 
 
@@ -290,8 +290,9 @@ def test_random_growth_ignores_statistics_and_follows_the_seed():
 
 
 def test_rules_and_their_names():
-    assert set(MEASURES) == set(RANK_IMPORTANCES)
-    assert set(RULES) == set(SALIENCIES) and set(START_RULES) | {"uniform"} == set(STARTS)
+    assert set(RANK_IMPORTANCES) == set(CHOICES["rank_importance"])
+    assert set(RULES) == set(CHOICES["saliency"])
+    assert set(START_RULES) == set(CHOICES["start"])
     f, g, ranks = torch.tensor([0.5, 0.25]), torch.tensor([3.0, 8.0]), torch.tensor([1, 3])
     signals = Signals(f, g, ranks, gamma=2.0, seed=1)
     assert RULES["product"](signals).tolist() == [1.5 / 4, 2.0 / 16]

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import drlora.allocator
+import drlora.placement
 import drlora.ranks
 import drlora.row_directions
-import drlora.starts
 from drlora.ranks import FREE, RankBook
 
 
@@ -65,7 +65,7 @@ def test_negative_grants_and_foreign_owners_are_refused():
 
 @pytest.mark.parametrize(
     "module",
-    [drlora.ranks, drlora.allocator, drlora.row_directions, drlora.starts],
+    [drlora.ranks, drlora.allocator, drlora.row_directions, drlora.placement],
     ids=lambda m: m.__name__,
 )
 def test_docstring_examples(module):

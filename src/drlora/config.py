@@ -30,19 +30,22 @@ PROJECTION_SETS = (
     ("up",),
     ("down",),
 )
-RANK_PER = ("expert", "projection")
-ROUTING_SIGNALS = ("topk_weight", "probability", "count")
-SALIENCIES = ("product", "routing", "importance", "random")
-RANK_IMPORTANCES = ("product", "sensitivity")
-ALLOCATIONS = ("grow", "prune")
-STARTS = ("uniform", "routing", "hot", "gradient")
-START_A = ("random", "gradient")
-BUDGET_SCOPES = ("layer", "model")
-IMPORTANCE_RESETS = ("grown", "all")
-ROUTER_MODES = ("frozen", "train")
-YOUNG_ROWS = ("inherit", "own", "shared")
-YOUNG_A = ("random", "gradient")
-ENGINES = ("auto", "naive", "loop", "grouped", "triton")
+# Setting -> what it may be.
+CHOICES: dict[str, tuple[str, ...]] = {
+    "rank_per": ("expert", "projection"),
+    "routing_signal": ("topk_weight", "probability", "count"),
+    "saliency": ("product", "routing", "importance", "random"),
+    "rank_importance": ("product", "sensitivity"),
+    "allocation": ("grow", "prune"),
+    "start": ("uniform", "routing", "hot", "gradient"),
+    "start_a": ("random", "gradient"),
+    "budget_scope": ("layer", "model"),
+    "importance_reset": ("grown", "all"),
+    "router": ("frozen", "train"),
+    "young_rows": ("inherit", "own", "shared"),
+    "young_a": ("random", "gradient"),
+    "engine": ("auto", "naive", "loop", "grouped", "triton"),
+}
 
 PRESETS: dict[str, dict[str, Any]] = {
     # OLMoE-1B-7B: 38,000 steps, batch 16, lr 2e-5 linear, weight decay 0.
@@ -183,9 +186,11 @@ class DrLoraConfig(PeftConfig):
         if self.task_type is None:
             self.task_type = TaskType.CAUSAL_LM
         super().__post_init__()
+        for name, choices in CHOICES.items():
+            _one_of(self, name, choices)
         self._check_ranks()
         self._check_numbers()
-        self._check_choices()
+        self._check_names()
         if self.lora_alpha is None:
             self.lora_alpha = 2.0 * self.r_target
         self._check_targets()
@@ -247,7 +252,6 @@ class DrLoraConfig(PeftConfig):
                 f"r_init={self.r_init} must be at least 1: an expert without a rank has no "
                 f"gradient to be judged by, so it would never be chosen to grow."
             )
-        _one_of(self, "allocation", ALLOCATIONS)
         if self.allocation == "prune":
             if not self.r_target <= self.r_init <= self.r_max:
                 raise ConfigError(
@@ -269,24 +273,20 @@ class DrLoraConfig(PeftConfig):
         _in_range(self, "settle_steps", 0, None)
         if not 0 < _number(self, "hot_fraction") <= 1:
             raise ConfigError(f"hot_fraction={self.hot_fraction} must lie in (0, 1].")
-        if not 0 < _number(self, "start_a_scale") < math.inf:
-            raise ConfigError(f"start_a_scale={self.start_a_scale} must be greater than 0.")
         for name in ("layer_floor", "move_share"):
             if not 0 <= _number(self, name) <= 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must lie in [0, 1].")
-        if not 0 < _number(self, "b_lr_ratio") < math.inf:
-            raise ConfigError(f"b_lr_ratio={self.b_lr_ratio} must be greater than 0.")
+        for name in ("start_a_scale", "b_lr_ratio"):
+            if not 0 < _number(self, name) < math.inf:
+                raise ConfigError(f"{name}={getattr(self, name)} must be greater than 0.")
         if self.lora_alpha is not None and not 0 < _number(self, "lora_alpha") < math.inf:
             raise ConfigError(f"lora_alpha={self.lora_alpha} must be greater than 0.")
         if not 0 < _number(self, "p_grow") <= 1:
             raise ConfigError(f"p_grow={self.p_grow} must lie in (0, 1].")
-        if isinstance(self.grow_every, bool) or not isinstance(self.grow_every, int):
-            raise ConfigError(f"grow_every={self.grow_every!r} must be a whole number of steps.")
-        if self.grow_every < 1:
-            raise ConfigError(f"grow_every={self.grow_every} must be at least 1 step.")
-        batches = self.start_batches
-        if isinstance(batches, bool) or not isinstance(batches, int) or batches < 1:
-            raise ConfigError(f"start_batches={batches!r} must be a whole number of at least 1.")
+        for name, unit in (("grow_every", "steps"), ("start_batches", "batches")):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{name}={value!r} must be a whole number of {unit}, at least 1.")
         if (self.grows or self.move_share) and self.grant_cap < 1:
             room = self.r_max - self.r_init
             if not room:
@@ -299,24 +299,12 @@ class DrLoraConfig(PeftConfig):
                 f"floor({self.p_grow} * {room}) = 0; raise p_grow to at least {1 / room:.3g}."
             )
 
-    def _check_choices(self) -> None:
-        _one_of(self, "rank_per", RANK_PER)
-        _one_of(self, "routing_signal", ROUTING_SIGNALS)
-        _one_of(self, "saliency", SALIENCIES)
-        _one_of(self, "rank_importance", RANK_IMPORTANCES)
-        _one_of(self, "start", STARTS)
-        _one_of(self, "budget_scope", BUDGET_SCOPES)
-        _one_of(self, "importance_reset", IMPORTANCE_RESETS)
-        _one_of(self, "router", ROUTER_MODES)
-        _one_of(self, "young_rows", YOUNG_ROWS)
-        _one_of(self, "young_a", YOUNG_A)
-        _one_of(self, "start_a", START_A)
-        _one_of(self, "engine", ENGINES)
+    def _check_names(self) -> None:
         for name in ("use_rslora", "split_by_active", "use_dora"):
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name}={shown(getattr(self, name))} must be true or false.")
+            if not isinstance(value := getattr(self, name), bool):
+                raise ConfigError(f"{name}={shown(value)} must be true or false.")
         for name in ("projections", "target_modules", "modules_to_save", "experts"):
-            _check_names(self, name)
+            _refuse_other_than_names(self, name)
         if isinstance(self.projections, str):
             self.projections = [self.projections]
         chosen = list(self.projections)
@@ -382,7 +370,7 @@ def _names(names: Iterable[str]) -> list[str]:
     return found
 
 
-def _check_names(config: DrLoraConfig, name: str) -> None:
+def _refuse_other_than_names(config: DrLoraConfig, name: str) -> None:
     value = getattr(config, name)
     if value is None and name != "projections":
         return

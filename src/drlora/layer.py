@@ -9,7 +9,8 @@ DrLoraExperts                 wraps the model's experts module, same call
 
 from __future__ import annotations
 
-from typing import Any, cast
+import math
+from typing import Any, NamedTuple, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
@@ -26,6 +27,32 @@ from drlora.ops.parts import MATRICES
 from drlora.rank_pool import RankPool, in_float32
 
 
+class ProbeRows(NamedTuple):
+    """Rows that add nothing to a projection and whose gradient is a sketch of the experts' own.
+
+    Attributes:
+        a_RI: (E * P, I) zeros, a leaf that asks for a gradient.
+        b_RO: (E * P, O) random, of mean square 1 / P.
+        offsets: E + 1, where each expert's P rows begin.
+    """
+
+    a_RI: Tensor
+    b_RO: Tensor
+    offsets: tuple[int, ...]
+
+    @classmethod
+    def beside(cls, pool: RankPool, rows: int) -> ProbeRows:
+        """`rows` rows for each expert of `pool`, drawn from its seed alone."""
+        count = pool.book.num_experts * rows
+        generator = torch.Generator().manual_seed(int(pool.seed))
+        b_RO = torch.randn(count, pool.lora_B.shape[1], generator=generator) / math.sqrt(rows)
+        device, dtype = pool.owner.device, pool.lora_A.dtype
+        a_RI = torch.zeros(
+            count, pool.lora_A.shape[1], device=device, dtype=dtype, requires_grad=True
+        )
+        return cls(a_RI, b_RO.to(device, dtype), tuple(range(0, count + 1, rows)))
+
+
 class ExpertsAdapter(nn.Module):
     """One adapter on one block's experts.
 
@@ -33,6 +60,7 @@ class ExpertsAdapter(nn.Module):
         pools: projection -> RankPool.
         frequency: (E,) float32 buffer, the routing frequency f.
         meter: routing sums of the optimizer step under way.
+        probes: projection -> ProbeRows, only while `drlora.probe` is at work.
     """
 
     frequency: Tensor
@@ -42,7 +70,7 @@ class ExpertsAdapter(nn.Module):
         self.config = config
         self.block = block
         # Any other start needs data, and then an expert owns nothing until ranks are placed.
-        rank = config.r_init if config.start == "uniform" else 0
+        rank = 0 if config.starts_from_data else config.r_init
         self.pools = nn.ModuleDict(
             {
                 projection: RankPool(
@@ -57,6 +85,7 @@ class ExpertsAdapter(nn.Module):
         )
         self.register_buffer("frequency", torch.zeros(block.num_experts))
         self.meter = RoutingMeter(block.num_experts)
+        self.probes: dict[str, ProbeRows] = {}
 
     @property
     def rank_pools(self) -> dict[str, RankPool]:
@@ -71,6 +100,10 @@ class ExpertsAdapter(nn.Module):
             a_RI, b_RO = pool(dtype)
             offsets, scaling = pool.offsets, self.config.scaling
             result.append(LoraPiece(matrix, start, a_RI, b_RO, offsets, scaling, step))
+        for projection, probe in self.probes.items():
+            matrix, start, step = self.block.place_of(projection)
+            a_RI, b_RO = probe.a_RI.to(dtype), probe.b_RO.to(dtype)
+            result.append(LoraPiece(matrix, start, a_RI, b_RO, probe.offsets, 1.0, step))
         return result
 
     def traced_pieces(self, dtype: torch.dtype) -> list[TracedPiece]:
@@ -81,6 +114,11 @@ class ExpertsAdapter(nn.Module):
             a_RI, b_RO = pool.all_rows(dtype)
             bounds, scaling = pool.offset_E1, self.config.scaling
             result.append(TracedPiece(matrix, start, a_RI, b_RO, bounds, scaling, step))
+        for projection, probe in self.probes.items():
+            matrix, start, step = self.block.place_of(projection)
+            a_RI, b_RO = probe.a_RI.to(dtype), probe.b_RO.to(dtype)
+            bounds = torch.tensor(probe.offsets, device="cpu")
+            result.append(TracedPiece(matrix, start, a_RI, b_RO, bounds, 1.0, step))
         return result
 
     def _apply(self, fn: Any, recurse: bool = True) -> ExpertsAdapter:

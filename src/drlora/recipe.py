@@ -177,13 +177,15 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise ConfigError(f"dtype={self.dtype!r} is not known; choose one of {list(DTYPES)}.")
-        rule = self.adapter.get("start", "uniform")
+        placing = {"start": "uniform", "start_a": "random"}
         for name in ("start_from", "start_ranks"):
-            if getattr(self, name) and rule != "uniform":
-                raise ConfigError(
-                    f"{name}={getattr(self, name)!r} and adapter.start={rule!r} contradict each "
-                    f"other; keep one."
-                )
+            for setting, nothing in placing.items():
+                rule = self.adapter.get(setting, nothing)
+                if getattr(self, name) and rule != nothing:
+                    raise ConfigError(
+                        f"{name}={getattr(self, name)!r} and adapter.{setting}={rule!r} contradict "
+                        f"each other; keep one."
+                    )
 
     def adapter_config(self) -> DrLoraConfig:
         """A new DrLoraConfig of the section `adapter`."""
@@ -243,7 +245,7 @@ def make_adapter_config(settings: dict[str, Any], method: str | None = None) -> 
         for key, value in settings.items()
         if key != "preset"
     }
-    preset = settings.get("preset")
+    preset = check_type(settings.get("preset"), str | None, "adapter.preset")
     given = {**preset_settings(preset), **changes} if preset else changes
     return DrLoraConfig.for_method(method, **given) if method else DrLoraConfig(**given)
 

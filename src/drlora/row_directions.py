@@ -66,6 +66,22 @@ def point_along_gradient(
     target[held.local] = wanted_RI[rows[held.chosen].cpu()].to(target)
 
 
+@torch.no_grad()
+def lay_rows(lora_A: Tensor, owner_R: Tensor, rows_EDI: Tensor) -> None:
+    """Write each expert's directions into the rows of `lora_A` that it owns, in their order.
+
+    Args:
+        lora_A: (R, I), may be sharded by rows.
+        owner_R: (R,) the expert of each row, -1 for none.
+        rows_EDI: (E, D, I); rows of an expert beyond its D stay as they are.
+    """
+    target = local_part(lora_A)
+    for expert, rows_DI in enumerate(rows_EDI):
+        own = (owner_R == expert).nonzero().squeeze(1)[: len(rows_DI)]
+        held = held_rows(lora_A, own)
+        target[held.local] = rows_DI[: len(own)][held.chosen].to(target)
+
+
 def _whole(tensor: Tensor) -> Tensor:
     """All rows, in float32 on the CPU: small, and the same on all processes."""
     full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -11,9 +11,8 @@ owns more rows than it has, E * r_target.
 
 from __future__ import annotations
 
-import heapq
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +26,12 @@ from drlora.errors import CheckpointError, ConfigError
 from drlora.files import read_json, shown
 from drlora.inject import active_adapter, adapted_layers
 from drlora.layer import ExpertsAdapter
+from drlora.placement import hot_ranks, proportional_ranks, strongest_ranks
+from drlora.probe import Directions, probe_gradients
 from drlora.processes import add_up
 from drlora.rank_pool import RankPool
 from drlora.ranks import FREE
+from drlora.row_directions import lay_rows
 from drlora.saliency import routed_share
 
 RankMap = Mapping[str, Mapping[str, Sequence[int]]]
@@ -104,11 +106,12 @@ def ranks_from_routing(
 def place_ranks(
     model: PeftModel, batches: Iterable[Mapping[str, Tensor]], adapter: str | None = None
 ) -> None:
-    """Place the ranks of a new adapter as its setting `start` says; a loop calls it once.
+    """Place the ranks of a new adapter as its settings `start` and `start_a` say, once.
 
     Args:
         model: carries a DR-LoRA adapter that owns no row yet.
-        batches: a few batches of the training data, on any device.
+        batches: a few batches of the training data, on any device; with labels if a gradient is
+            to be taken.
         adapter: its name; by default the model's active adapter.
 
     Raises:
@@ -121,78 +124,86 @@ def place_ranks(
     device = next(iter(adapters.values())).frequency.device
     # Dropout must not move the generator, which the order of the data may depend on.
     with torch.random.fork_rng([] if device.type == "cpu" else [device]):
-        shares = _routed_shares(model, list(adapters.values()), batches)
-    for found, share_E in zip(adapters.values(), shares, strict=True):
-        ranks_E = RULES[config.start](share_E, config)
-        for pool in found.rank_pools.values():
+        evidence = _evidence(model, adapters, config, list(batches))
+    for block, found in adapters.items():
+        ranks_E = RULES[config.start](evidence[block], config)
+        for projection, pool in found.rank_pools.items():
             pool.grant(ranks_E, step=0)
+            if config.start_a == "gradient":
+                rows_EDI = evidence[block].directions[projection].rows_EDI
+                lay_rows(pool.lora_A, pool.owner, rows_EDI * pool.row_norm * config.start_a_scale)
+
+
+def _evidence(
+    model: PeftModel,
+    adapters: Mapping[str, ExpertsAdapter],
+    config: DrLoraConfig,
+    batches: list[Mapping[str, Tensor]],
+) -> dict[str, Evidence]:
+    """What the settings need to know of each block."""
+    shares = [[0.0] * adapter.block.num_experts for adapter in adapters.values()]
+    if config.start in ("routing", "hot"):
+        shares = _routed_shares(model, list(adapters.values()), batches)
+    directions: Mapping[str, Mapping[str, Directions]] = {}
+    if "gradient" in (config.start, config.start_a):
+        directions = probe_gradients(model, adapters, batches, config.r_max)
+    return {
+        block: Evidence(share_E, directions.get(block, {}))
+        for block, share_E in zip(adapters, shares, strict=True)
+    }
 
 
 def needs_ranks(model: PeftModel, adapter: str | None = None) -> bool:
-    """Whether no expert owns a row yet: `start` asks for `place_ranks`."""
+    """Whether no expert owns a row yet: `start` or `start_a` asks for `place_ranks`."""
     adapters = _adapters(model, adapter).values()
     return not any(sum(ranks) for found in adapters for ranks in found.ranks().values())
 
 
-def _by_routing(share_E: Sequence[float], config: DrLoraConfig) -> list[int]:
-    return proportional_ranks(share_E, len(share_E) * config.r_init, config.r_max)
+@dataclass(frozen=True)
+class Evidence:
+    """What is known of the experts of one block before the first step.
+
+    Attributes:
+        share_E: (E,) share of routing; zeros unless the rule `needs_routing`.
+        directions: of the gradient, by projection; empty unless they were asked for.
+    """
+
+    share_E: list[float]
+    directions: Mapping[str, Directions]
 
 
-def _hot_only(share_E: Sequence[float], config: DrLoraConfig) -> list[int]:
-    return hot_ranks(share_E, len(share_E) * config.r_init, config.hot_fraction, config.r_max)
+def _uniform(found: Evidence, config: DrLoraConfig) -> list[int]:
+    return [config.r_init] * len(found.share_E)
 
 
-# The setting `start` -> from the experts' shares of routing, (E,), to their ranks.
-RULES: dict[str, Callable[[Sequence[float], DrLoraConfig], list[int]]] = {
+def _by_routing(found: Evidence, config: DrLoraConfig) -> list[int]:
+    return proportional_ranks(found.share_E, len(found.share_E) * config.r_init, config.r_max)
+
+
+def _hot_only(found: Evidence, config: DrLoraConfig) -> list[int]:
+    total = len(found.share_E) * config.r_init
+    return hot_ranks(found.share_E, total, config.hot_fraction, config.r_max)
+
+
+def _by_gradient(found: Evidence, config: DrLoraConfig) -> list[int]:
+    """By the part of the squared gradient that a direction holds, which is what a small step along
+    it gains; projections count alike."""
+    parts = []
+    for _, strength_ED in found.directions.values():
+        energy_ED = strength_ED.double().cpu().square()
+        parts.append(energy_ED / energy_ED.sum().clamp(min=torch.finfo(torch.float64).tiny))
+    width = min(part.shape[1] for part in parts)
+    worth_ED = sum((part[:, :width] for part in parts[1:]), start=parts[0][:, :width])
+    return strongest_ranks(worth_ED.tolist(), len(worth_ED) * config.r_init, config.r_max)
+
+
+# The setting `start` -> from what is known of a block's experts to their ranks.
+RULES: dict[str, Callable[[Evidence, DrLoraConfig], list[int]]] = {
+    "uniform": _uniform,
     "routing": _by_routing,
     "hot": _hot_only,
+    "gradient": _by_gradient,
 }
-
-
-def hot_ranks(share_E: Sequence[float], total: int, fraction: float, r_max: int) -> list[int]:
-    """`total` ranks, evenly over the `fraction` of experts with most share; 0 for the others.
-
-    At least one expert is hot; their number is rounded up. What does not divide goes to the
-    hottest; ties go to the lower expert number.
-
-        >>> hot_ranks([0.1, 0.5, 0.3, 0.1], total=9, fraction=0.5, r_max=5)
-        [0, 5, 4, 0]
-
-    Raises:
-        ConfigError: if they would pass `r_max`.
-    """
-    count = math.ceil(fraction * len(share_E) - 1e-9)
-    if total > count * r_max:
-        raise ConfigError(
-            f"hot_fraction={fraction} leaves {count} of {len(share_E)} experts for {total} ranks, "
-            f"more than r_max={r_max} for each; raise r_max to {math.ceil(total / count)}."
-        )
-    hottest = sorted(range(len(share_E)), key=lambda e: (-share_E[e], e))[:count]
-    ranks = [0] * len(share_E)
-    for place, expert in enumerate(hottest):
-        ranks[expert] = total // count + (place < total % count)
-    return ranks
-
-
-def proportional_ranks(share_E: Sequence[float], total: int, r_max: int) -> list[int]:
-    """`total` ranks in proportion to `share_E`, each between 1 and `r_max`.
-
-    One rank after the other goes to the expert with the most share for each rank it has (D'Hondt);
-    ties go to the smaller rank, then to the lower expert number.
-
-        >>> proportional_ranks([0.1, 0.6, 0.3], total=9, r_max=5)
-        [1, 5, 3]
-    """
-    assert len(share_E) <= total <= len(share_E) * r_max
-    ranks = [1] * len(share_E)
-    queue = [(-share, 1, expert) for expert, share in enumerate(share_E)] if r_max > 1 else []
-    heapq.heapify(queue)
-    for _ in range(total - len(ranks)):
-        _, _, expert = heapq.heappop(queue)
-        ranks[expert] += 1
-        if ranks[expert] < r_max:
-            heapq.heappush(queue, (-share_E[expert] / ranks[expert], ranks[expert], expert))
-    return ranks
 
 
 def read_rank_map(path: str | Path) -> dict[str, dict[str, list[int]]]:

@@ -1,0 +1,127 @@
+"""What experts would learn first, found in a few batches before the first step.
+
+The gradient G (O, I) of an expert's frozen weight tells along which directions a low-rank update
+lowers the loss soonest. G is never formed: beside each expert stands a probe of P rows with A = 0
+and B random. The model computes what it did, and the gradient of the probe's A is B^T G, a random
+sketch of the rows of G (Halko, Martinsson and Tropp, arXiv 0909.4061). Its right singular vectors
+approximate those of G, its singular values their strength. That costs as much as training LoRA of
+rank P for so many batches, without an optimizer.
+
+To start A along these directions is the idea of LoRA-GA (arXiv 2407.05000), which forms G and
+changes the base weights; ranks by what the gradient says is that of GoRA (arXiv 2502.12171).
+Neither knows experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from peft import PeftModel
+from torch import Tensor
+
+from drlora.errors import ConfigError
+from drlora.layer import ExpertsAdapter, ProbeRows
+
+# More rows than directions wanted, since a sketch of exactly as many misses part of them.
+OVERSAMPLING = 8
+
+
+class Directions(NamedTuple):
+    """Those of the gradient of one block's projection.
+
+    Attributes:
+        rows_EDI: (E, D, I) float32, orthonormal for each expert, the strongest first.
+        strength_ED: (E, D) float32, the gradient's norm along each, falling.
+    """
+
+    rows_EDI: Tensor
+    strength_ED: Tensor
+
+
+def probe_gradients(
+    model: PeftModel,
+    adapters: Mapping[str, ExpertsAdapter],
+    batches: Iterable[Mapping[str, Tensor]],
+    count: int,
+) -> dict[str, dict[str, Directions]]:
+    """Block -> projection -> the strongest directions of each expert's gradient.
+
+    The gradient is that of the model's own loss, averaged over the batches, in training mode.
+    Nothing of the model changes, and no gradient is left behind. All processes get the same.
+
+    Args:
+        model: carries the adapters.
+        adapters: block -> adapter.
+        batches: what the model is called with, labels included.
+        count: directions wanted for an expert; fewer where a matrix is narrower.
+
+    Raises:
+        ConfigError: if there is no batch, or a batch gives no loss, or none that is finite.
+    """
+    with _probes(adapters, count + OVERSAMPLING) as probes:
+        leaves = [probe.a_RI for of_block in probes.values() for probe in of_block.values()]
+        sketches = _gradients(model, leaves, batches)
+        found: dict[str, dict[str, Directions]] = {}
+        for block, of_block in probes.items():
+            found[block] = {}
+            for projection, probe in of_block.items():
+                sketch_EPI = sketches.pop(0).view(len(probe.offsets) - 1, -1, probe.a_RI.shape[1])
+                _, strength_EP, rows_EPI = torch.linalg.svd(sketch_EPI, full_matrices=False)
+                found[block][projection] = Directions(rows_EPI[:, :count], strength_EP[:, :count])
+    return found
+
+
+@contextmanager
+def _probes(
+    adapters: Mapping[str, ExpertsAdapter], num_rows: int
+) -> Iterator[dict[str, dict[str, ProbeRows]]]:
+    """Probes beside the experts of all adapters, of `num_rows` rows where the matrix is as wide."""
+    try:
+        for adapter in adapters.values():
+            for projection, pool in adapter.rank_pools.items():
+                rows = min(num_rows, pool.lora_A.shape[1], pool.lora_B.shape[1])
+                adapter.probes[projection] = ProbeRows.beside(pool, rows)
+        yield {block: dict(adapter.probes) for block, adapter in adapters.items()}
+    finally:
+        for adapter in adapters.values():
+            adapter.probes.clear()
+
+
+def _gradients(
+    model: PeftModel, leaves: list[Tensor], batches: Iterable[Mapping[str, Tensor]]
+) -> list[Tensor]:
+    """Of the mean loss of the batches in `leaves`, float32, the same on all processes."""
+    sums = [torch.zeros(leaf.shape, device=leaf.device) for leaf in leaves]
+    seen = torch.zeros(2, device=leaves[0].device)  # batches, and those that could be used
+    modes = {module: module.training for module in model.modules()}
+    model.train()
+    try:
+        for batch in batches:
+            loss = model(**{key: value.to(leaves[0].device) for key, value in batch.items()}).loss
+            if loss is None:
+                raise ConfigError(
+                    f"a gradient was to be taken of a batch of {sorted(batch)}, but the model "
+                    f"gives no loss for it; give batches with labels."
+                )
+            gradients = torch.autograd.grad(loss, leaves)
+            usable = all(bool(gradient.isfinite().all()) for gradient in gradients)
+            for total, gradient in zip(sums, gradients if usable else (), strict=usable):
+                total += gradient
+            seen += torch.tensor([1.0, float(usable)], device=seen.device)
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        for total in [*sums, seen]:
+            dist.all_reduce(total)
+    batches_seen, used = seen.tolist()
+    if not used:
+        raise ConfigError(
+            f"the gradient was to be averaged over {int(batches_seen)} batches, of which none had "
+            f"a finite one; give a few of the training's, or look at the data."
+        )
+    return [total / used for total in sums]

@@ -1,0 +1,200 @@
+"""Probes find the experts' gradient and leave no trace; ranks and rows follow what they find."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from peft import get_peft_model
+from tiny import make_batch, make_model, trainable
+
+import drlora
+from drlora import ConfigError, DrLoraConfig
+from drlora.inject import adapted_layers
+from drlora.placement import strongest_ranks
+from drlora.probe import probe_gradients
+
+RANKS = dict(r_init=2, r_target=3, r_max=8, p_grow=0.5)
+
+
+def adapted(seed=0, **settings):
+    torch.manual_seed(seed)
+    return get_peft_model(make_model(), DrLoraConfig(**{**RANKS, **settings}))
+
+
+def adapters_of(model):
+    return {n: layer.adapter("default") for n, layer in adapted_layers(model, "default").items()}
+
+
+def true_gradients(seed, batches):
+    """Block -> projection -> (E, O, I), from the base model itself."""
+    torch.manual_seed(seed)
+    model = make_model().train()
+    for batch in batches:
+        (model(**batch).loss / len(batches)).backward()
+    return {
+        f"model.layers.{number}.mlp": {
+            "gate_up": layer.mlp.experts.gate_up_proj.grad,
+            "down": layer.mlp.experts.down_proj.grad,
+        }
+        for number, layer in enumerate(model.model.layers)
+    }
+
+
+def few_tokens(seed):
+    """So few that no expert's gradient has more directions than a probe has rows."""
+    return {key: value[:1, :5] for key, value in make_batch(seed).items()}
+
+
+@pytest.mark.parametrize("engine", ["naive", "loop", "grouped"])
+def test_a_probe_spans_the_gradient_of_every_expert(engine):
+    batches = [few_tokens(1), few_tokens(2)]
+    model = adapted(engine=engine)
+    found = probe_gradients(model, adapters_of(model), batches, count=12)
+    for block, projections in true_gradients(0, batches).items():
+        for projection, g_EOI in projections.items():
+            rows_EDI, strength_ED = found[block][projection]
+            missed_EOI = g_EOI - g_EOI @ rows_EDI.mT @ rows_EDI
+            assert missed_EOI.norm() < 1e-4 * g_EOI.norm()
+            assert rows_EDI.shape[:2] == strength_ED.shape == (6, 12)
+            unit = torch.eye(12).expand(6, 12, 12)
+            torch.testing.assert_close(rows_EDI @ rows_EDI.mT, unit, atol=1e-4, rtol=0)
+            assert bool((strength_ED.diff(dim=1) <= 0).all())
+
+
+def test_the_strongest_directions_hold_most_of_the_gradient():
+    """What a random sketch with 8 rows more than asked for is expected to keep."""
+    batches = [make_batch(seed) for seed in range(3)]
+    model = adapted()
+    found = probe_gradients(model, adapters_of(model), batches, count=8)
+    for block, projections in true_gradients(0, batches).items():
+        for projection, g_EOI in projections.items():
+            best = torch.linalg.svdvals(g_EOI)[:, :8].square().sum(1)
+            rows_EDI, strength_ED = found[block][projection]
+            kept = (g_EOI @ rows_EDI.mT).square().sum((1, 2))
+            assert bool((kept >= 0.85 * best).all())
+            torch.testing.assert_close(strength_ED.square().sum(1), best, rtol=0.5, atol=0)
+
+
+def test_gate_and_up_apart_have_directions_of_their_own():
+    batches = [few_tokens(1)]
+    model = adapted(projections=["gate", "up", "down"])
+    found = probe_gradients(model, adapters_of(model), batches, count=8)
+    for block, projections in true_gradients(0, batches).items():
+        halves = dict(zip(("gate", "up"), projections["gate_up"].chunk(2, dim=1), strict=True))
+        for projection, g_EOI in halves.items():
+            rows_EDI = found[block][projection].rows_EDI
+            assert (g_EOI - g_EOI @ rows_EDI.mT @ rows_EDI).norm() < 1e-4 * g_EOI.norm()
+
+
+def test_probing_leaves_no_trace():
+    model, batch = adapted(start="gradient", start_a="gradient", lora_dropout=0.1), make_batch()
+    model.eval()
+    before, state = model(**batch).logits, torch.get_rng_state()
+    drlora.place_ranks(model, [batch])
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(model(**batch).logits, before) and not model.training
+    assert all(p.grad is None for p in model.parameters())
+    assert not any(adapter.probes for adapter in adapters_of(model).values())
+    assert not any(adapter.frequency.any() for adapter in adapters_of(model).values())
+
+
+def test_rows_start_along_the_gradient():
+    batches = [make_batch(seed) for seed in range(2)]
+    model = adapted(start_a="gradient", start_a_scale=3.0)
+    directions = probe_gradients(model, adapters_of(model), batches, count=8)
+    random_A = {n: a.rank_pools["down"].lora_A.clone() for n, a in adapters_of(model).items()}
+    drlora.place_ranks(model, batches)
+    for block, adapter in adapters_of(model).items():
+        pool = adapter.rank_pools["down"]
+        assert pool.book.ranks().tolist() == [2] * 6
+        for expert in range(6):
+            own = pool.lora_A[pool.owner == expert]
+            wanted = directions[block]["down"].rows_EDI[expert, :2] * pool.row_norm * 3
+            torch.testing.assert_close(own.detach(), wanted)
+        free = pool.owner < 0
+        assert bool(free.any()) and torch.equal(pool.lora_A[free], random_A[block][free])
+
+
+def test_ranks_go_to_the_strongest_directions():
+    batches = [make_batch(seed) for seed in range(2)]
+    model = adapted(start="gradient")
+    directions = probe_gradients(model, adapters_of(model), batches, count=8)
+    drlora.place_ranks(model, batches)
+    for block, adapter in adapters_of(model).items():
+        energy = [d.strength_ED.square() for d in directions[block].values()]
+        worth = sum(e / e.sum() for e in energy)
+        for projection in ("gate_up", "down"):
+            ranks = adapter.ranks()[projection]
+            assert sum(ranks) == 12 and ranks == strongest_ranks(worth.tolist(), 12, 8)
+        assert max(ranks) > 2
+
+
+def test_what_was_placed_trains_on():
+    model = adapted(start="gradient", start_a="gradient", grow_every=2, warmup_steps=1,
+                    settle_steps=1)  # fmt: skip
+    with pytest.raises(ConfigError, match="start_a='gradient', but no ranks are placed"):
+        drlora.RankDynamics(model, 9)
+    batch = make_batch()
+    drlora.place_ranks(model, [batch])
+    dynamics = drlora.RankDynamics(model.train(), 9)
+    optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
+    losses = []
+    for _ in range(9):
+        loss = model(**batch).loss
+        loss.backward()
+        dynamics.before_optimizer_step()
+        optimizer.step()
+        dynamics.after_optimizer_step(optimizer)
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    assert all(sum(r) == 18 for block in dynamics.ranks().values() for r in block.values())
+
+
+def test_a_batch_whose_gradient_is_not_finite_is_left_out():
+    bad = make_batch(1)
+    model = adapted()
+    embedding = model.get_input_embeddings()
+    good = probe_gradients(model, adapters_of(model), [make_batch(0)], count=4)
+
+    def spoil(module, args, output):
+        return output * float("nan") if torch.equal(args[0], bad["input_ids"]) else output
+
+    handle = embedding.register_forward_hook(spoil)
+    found = probe_gradients(model, adapters_of(model), [bad, make_batch(0)], count=4)
+    for block, projections in good.items():
+        for projection, directions in projections.items():
+            assert torch.equal(found[block][projection].strength_ED, directions.strength_ED)
+    with pytest.raises(ConfigError, match="over 1 batches, of which none had a finite one"):
+        probe_gradients(model, adapters_of(model), [bad], count=4)
+    handle.remove()
+
+
+@pytest.mark.parametrize(
+    ("batches", "match"),
+    [([], "over 0 batches"), ([{"input_ids": torch.tensor([[1, 2, 3]])}], "gives no loss")],
+)
+def test_batches_that_give_no_gradient_are_refused(batches, match):
+    model = adapted(start_a="gradient")
+    with pytest.raises(ConfigError, match=match):
+        drlora.place_ranks(model, batches)
+    assert not any(adapter.probes for adapter in adapters_of(model).values())
+
+
+@given(
+    st.lists(st.lists(st.floats(0, 9), min_size=1, max_size=6), min_size=1, max_size=8),
+    st.integers(1, 7),
+    st.floats(0, 1),
+)
+def test_strongest_ranks(worth, r_max, fullness):
+    width = min(map(len, worth))
+    worth = [sorted(row[:width], reverse=True) for row in worth]
+    total = len(worth) + int(fullness * len(worth) * (r_max - 1))
+    ranks = strongest_ranks(worth, total, r_max)
+    assert sum(ranks) == total and min(ranks) >= 1 and max(ranks) <= r_max
+    padded = [row + [0.0] * r_max for row in worth]
+    taken = [padded[e][n] for e, rank in enumerate(ranks) for n in range(1, rank)]
+    left = [padded[e][n] for e, rank in enumerate(ranks) for n in range(rank, r_max)]
+    assert not taken or not left or min(taken) >= max(left)
