@@ -11,7 +11,8 @@ from transformers import OlmoeConfig
 
 from drlora.cli import main
 from drlora.config import DrLoraConfig
-from drlora.inspection import inspect_model, print_inspection
+from drlora.inspection import inspect_model
+from drlora.inspection_text import print_inspection
 
 
 @pytest.fixture(scope="module")

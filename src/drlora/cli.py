@@ -29,7 +29,8 @@ from drlora.errors import DrLoraError
 from drlora.evaluate_run import evaluate_run
 from drlora.export import FORMATS, RANKS
 from drlora.export_run import export_run, print_plan
-from drlora.inspection import inspect_model, print_inspection
+from drlora.inspection import inspect_model
+from drlora.inspection_text import print_inspection
 from drlora.recipe import load_recipe, make_adapter_config
 from drlora.report import FORMATS as REPORT_FORMATS
 from drlora.report import write_report

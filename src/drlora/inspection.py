@@ -8,19 +8,15 @@ Only the model's config is read; the model itself is built without memory for it
 from __future__ import annotations
 
 import copy
-import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from operator import itemgetter
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from peft import get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
-from rich.console import Console
-from rich.table import Table
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from drlora.assemble import load_architecture, model_on_meta
@@ -28,18 +24,20 @@ from drlora.blocks import MoEBlock, active_experts
 from drlora.config import DrLoraConfig
 from drlora.errors import ConfigError
 from drlora.inject import choose_blocks
+from drlora.memory_plan import TOKENS, Beside, adapter_parameters, memory_plan, stored_rank
 from drlora.ops.parts import MATRICES
 from drlora.recipe import DTYPES
 from drlora.schedule import GrowthPlan, plan_growth
 
-GB = 1e9
-# A trained adapter number in float32: itself, its gradient, Adam's two moments.
-TRAINED_BYTES = 4 * 4
-EVENTS_SHOWN = 12
+EARLY, LATE, FEW_EVENTS = 0.6, 0.95, 4
 
 
 def inspect_model(
-    model: str, config: DrLoraConfig, steps: int | None = None, dtype: str | None = None
+    model: str,
+    config: DrLoraConfig,
+    steps: int | None = None,
+    dtype: str | None = None,
+    tokens: int = TOKENS,
 ) -> dict[str, Any]:
     """Blocks, parameters, memory and growth plan, as plain values.
 
@@ -48,11 +46,13 @@ def inspect_model(
         config: the adapter to plan for.
         steps: optimizer steps of a run; without it there is no growth plan.
         dtype: of the base weights; by default what the model's config says.
+        tokens: of a forward and backward pass, padding included, that activations are kept for.
 
     Returns:
         A JSON-ready mapping: `blocks`, `parameters`, `adapter` (trained parameters if every expert
-        had a rank, and those `beside` the experts, which are part of them), `memory_gb`, and with
-        `steps` `growth`. A plan that cannot spend the budget has `reached: false` and the reason.
+        had a rank, as many as the rows that are `stored`, and those `beside` the experts, which are
+        part of all of these), `memory_gb` (see drlora.memory_plan), and with `steps` `growth` and
+        `warnings`. A plan that cannot spend the budget has `reached: false` and the reason.
 
     Raises:
         ConfigError: if there is no such model, it has no MoE blocks, or `dtype` is not known.
@@ -70,36 +70,21 @@ def inspect_model(
         "blocks": described,
         "parameters": parameters,
         "adapter": _adapter(blocks, config, beside),
-        "memory_gb": _memory(parameters["total"], blocks, config, beside, weights_dtype),
+        "memory_gb": memory_plan(
+            parameters["total"],
+            blocks,
+            described,
+            architecture,
+            config,
+            beside,
+            weights_dtype,
+            tokens,
+        ),
     }
     if steps is not None:
         found["growth"] = _growth(blocks, config, steps)
+        found["warnings"] = growth_warnings(found["growth"], config)
     return found
-
-
-@dataclass(frozen=True)
-class Beside:
-    """What is trained beside the experts, in numbers.
-
-    Attributes:
-        ordinary_lora: A and B on `target_modules`, of `layers` linear layers.
-        modules_to_save: modules that are trained in full, in the dtype of the model.
-        routers: trained in float32.
-    """
-
-    layers: int
-    ordinary_lora: int
-    modules_to_save: int
-    routers: int
-
-
-def adapter_parameters(blocks: Sequence[MoEBlock], config: DrLoraConfig, rank: int) -> int:
-    """Numbers in A and B if every expert had `rank`."""
-    return sum(
-        block.num_experts * rank * sum(block.shape_of(projection))
-        for block in blocks
-        for projection in config.projections
-    )
 
 
 def _block(
@@ -141,7 +126,8 @@ def _parameters(skeleton: PreTrainedModel, blocks: Sequence[MoEBlock]) -> dict[s
 
 
 def _adapter(blocks: Sequence[MoEBlock], config: DrLoraConfig, beside: Beside) -> dict[str, Any]:
-    ranks = {name: getattr(config, name) for name in ("r_init", "r_target", "r_max")}
+    ranks: dict[str, float] = {n: getattr(config, n) for n in ("r_init", "r_target", "r_max")}
+    ranks["stored"] = stored_rank(config)
     also = beside.ordinary_lora + beside.modules_to_save + beside.routers
     return {
         "projections": list(config.projections),
@@ -153,30 +139,6 @@ def _adapter(blocks: Sequence[MoEBlock], config: DrLoraConfig, beside: Beside) -
             for name, rank in ranks.items()
         },
         "beside": asdict(beside),
-    }
-
-
-def _memory(
-    num_weights: int,
-    blocks: Sequence[MoEBlock],
-    config: DrLoraConfig,
-    beside: Beside,
-    dtype: torch.dtype,
-) -> dict[str, Any]:
-    """GB (1e9 bytes) of weights and of what training keeps for the adapter; no activations."""
-    weights = num_weights * dtype.itemsize
-    # Of a module that is trained in full the frozen one stays too; all four are in its dtype.
-    saved = beside.modules_to_save * 4 * dtype.itemsize
-    also = (beside.ordinary_lora + beside.routers) * TRAINED_BYTES + saved
-
-    def trained(rank: int) -> float:
-        return (adapter_parameters(blocks, config, rank) * TRAINED_BYTES + also) / GB
-
-    return {
-        "dtype": str(dtype).removeprefix("torch."),
-        "weights": weights / GB,
-        "adapter_at_budget": trained(config.r_target),
-        "adapter_at_r_max_everywhere": trained(config.r_max),
     }
 
 
@@ -202,13 +164,46 @@ def _growth(blocks: Sequence[MoEBlock], config: DrLoraConfig, steps: int) -> dic
     full = [event["step"] for event in curve if event["mean_rank"] == config.r_target]
     return {
         **common,
+        "start_rank": config.r_init,
         "events": len(plan.event_steps),
         "quota_module_ranks": plan.quota,
         "cap_ranks": config.grant_cap,
         "reached": True,
         "reached_at_step": full[0] if full else 0,
+        "reached_at_share": (full[0] if full else 0) / steps,
         "mean_ranks": curve,
     }
+
+
+def growth_warnings(growth: dict[str, Any], config: DrLoraConfig) -> list[str]:
+    """What is unlikely to be wanted, in words, with the way out."""
+    if not growth["reached"] or not growth["mean_ranks"]:
+        return []
+    found = []
+    steps, at = growth["steps"], growth["reached_at_step"]
+    verb = "pruning is over" if config.allocation == "prune" else "the budget is reached"
+    if at < EARLY * steps:
+        spacing = max(config.grow_every + 1, math.ceil(0.75 * steps / growth["events"]))
+        found.append(
+            f"{verb} at {at / steps:.0%} of the run, and what is learned later changes no rank: "
+            f"raise grow_every to about {spacing}, or lower settle_steps ({config.settle_steps})."
+        )
+    if at > LATE * steps:
+        found.append(
+            f"{verb} at {at / steps:.0%} of the run, which leaves {steps - at} steps to learn with "
+            f"all ranks: lower grow_every, or raise settle_steps ({config.settle_steps})."
+        )
+    if growth["events"] < FEW_EVENTS:
+        found.append(
+            f"there are only {growth['events']} events, so ranks follow little of what is "
+            f"observed: lower grow_every ({config.grow_every}) or settle_steps."
+        )
+    if growth["warmup_steps"] > config.grow_every * growth["events"]:
+        found.append(
+            f"the warm-up takes {growth['warmup_steps']} steps, longer than all growth: lower "
+            f"warmup_steps."
+        )
+    return found
 
 
 def _curve(plan: GrowthPlan, config: DrLoraConfig, num_experts: int) -> list[dict[str, Any]]:
@@ -217,72 +212,3 @@ def _curve(plan: GrowthPlan, config: DrLoraConfig, num_experts: int) -> list[dic
         {"step": step, "mean_rank": config.r_init + plan.due(event) / num_experts}
         for event, step in enumerate(plan.event_steps, start=1)
     ]
-
-
-def print_inspection(found: dict[str, Any], console: Console | None = None) -> None:
-    """Show what `inspect_model` found."""
-    console = console or Console(highlight=False, soft_wrap=True)
-    parameters, adapter, memory = found["parameters"], found["adapter"], found["memory_gb"]
-    console.print(
-        f"{found['model']} ({found['architecture']}): {parameters['total']:,} parameters, "
-        f"{parameters['experts']:,} of them in experts"
-    )
-    console.print(_block_table(found["blocks"]))
-    console.print(f"adapter on {', '.join(adapter['projections'])} of every expert:")
-    for name in ("r_init", "r_target", "r_max"):
-        row = adapter[name]
-        console.print(f"  {name:8} {row['rank']:4}  {row['parameters']:>15,} parameters")
-    _print_beside(adapter["beside"], console)
-    console.print(f"  budget   {adapter['budget_ranks']:,} ranks over all layers and projections")
-    console.print(
-        f"memory without activations: weights {memory['weights']:.2f} GB ({memory['dtype']}), "
-        f"adapter{'' if adapter['beside']['modules_to_save'] else ' in float32'} with gradients "
-        f"and Adam moments {memory['adapter_at_budget']:.2f} GB "
-        f"(r_max for every expert would be {memory['adapter_at_r_max_everywhere']:.2f} GB)"
-    )
-    if "growth" in found:
-        _print_growth(found["growth"], console)
-
-
-def _print_beside(beside: dict[str, int], console: Console) -> None:
-    if beside["layers"]:
-        lora = f"{beside['ordinary_lora']:,} in LoRA on {beside['layers']} other layers"
-        console.print(f"    of them {lora}")
-    if beside["routers"]:
-        console.print(f"    of them {beside['routers']:,} in routers")
-    if beside["modules_to_save"]:
-        console.print(f"    of them {beside['modules_to_save']:,} in modules trained in full")
-
-
-def _block_table(blocks: list[dict[str, Any]]) -> Table:
-    """One row for each run of blocks of the same shape."""
-    table = Table(title=f"{len(blocks)} MoE blocks", box=None, pad_edge=False)
-    for name in ("blocks", "experts", "top-k", "gate_up (E, 2I, H)", "down (E, H, I)"):
-        table.add_column(name)
-    shape = itemgetter("experts", "top_k", "hidden_size", "expert_width")
-    for (e, k, h, i), run in itertools.groupby(blocks, key=shape):
-        names = [block["name"] for block in run]
-        label = names[0] if len(names) == 1 else f"{names[0]} ... {names[-1]}"
-        shapes = (str((e, 2 * i, h)), str((e, h, i)))
-        table.add_row(label, str(e), str(k or "?"), *shapes)
-    return table
-
-
-def _print_growth(growth: dict[str, Any], console: Console) -> None:
-    console.print(f"growth over {growth['steps']:,} steps:")
-    if not growth["reached"]:
-        console.print(f"  the budget is not reached: {growth['reason']}")
-        return
-    console.print(
-        f"  {growth['events']} events, quota {growth['quota_module_ranks']} module ranks a layer "
-        f"and event, cap {growth['cap_ranks']} ranks an expert and event"
-    )
-    for event in _thinned(growth["mean_ranks"]):
-        console.print(f"  after step {event['step']:6}: mean rank {event['mean_rank']:.2f}")
-    console.print(f"  the budget is reached at step {growth['reached_at_step']:,}")
-
-
-def _thinned(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """At most about EVENTS_SHOWN of them, the first and the last included."""
-    stride = max(1, -(-len(events) // EVENTS_SHOWN))
-    return events[::stride] + ([events[-1]] if (len(events) - 1) % stride else [])

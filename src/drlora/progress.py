@@ -80,13 +80,12 @@ class ShowProgress(TrainerCallback):
     def __init__(self, console: Console) -> None:
         self.console = console
         self.dynamics: RankDynamics | None = None
-        self.loss = ""  # nothing was logged yet
+        self.note = ""  # nothing was logged yet
         self.tenth = 0
         self.bar = Progress(
-            TextColumn("training"),
-            BarColumn(),
+            BarColumn(14),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[loss]}"),
+            TextColumn("{task.fields[note]}"),
             TimeRemainingColumn(),
             console=console,
             disable=not console.is_terminal,
@@ -97,7 +96,7 @@ class ShowProgress(TrainerCallback):
     ) -> None:
         """Start at the step that the run resumes from."""
         self.task = self.bar.add_task(
-            "training", total=state.max_steps, completed=state.global_step, loss=self.loss
+            "training", total=state.max_steps, completed=state.global_step, note=self.note
         )
         self.bar.start()
 
@@ -105,7 +104,7 @@ class ShowProgress(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Move the bar."""
-        self.bar.update(self.task, completed=state.global_step, loss=self.loss)
+        self.bar.update(self.task, completed=state.global_step, note=self.note)
 
     def on_log(
         self,
@@ -115,14 +114,15 @@ class ShowProgress(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Keep the loss for the bar, or print it in one of a few lines."""
-        if "loss" not in (logs or {}):
+        """Keep the numbers for the bar, or print the loss in one of a few lines."""
+        if logs is None or "loss" not in logs:
             return
-        self.loss = f"loss {(logs or {})['loss']:.3f}"
+        self.note = bar_note(logs)
         tenth = PLAIN_LINES * state.global_step // state.max_steps
         if not self.console.is_terminal and tenth > self.tenth:
             self.tenth = tenth
-            self.console.print(f"step {state.global_step}/{state.max_steps}, {self.loss}")
+            loss = f"loss {logs['loss']:.3f}"
+            self.console.print(f"step {state.global_step}/{state.max_steps}, {loss}")
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -136,8 +136,24 @@ class ShowProgress(TrainerCallback):
             self.console.print(growth_line(grants, self.dynamics))
 
 
+def bar_note(logs: dict[str, Any]) -> str:
+    """`loss 1.234 lr 2.0e-04 3,210 tokens/s rank 12.5`, as far as it was logged."""
+    shown = {
+        "loss": "loss {:.3f}",
+        "learning_rate": "lr {:.1e}",
+        "tokens_per_second": "{:,.0f} tokens/s",
+        "rank_mean": "rank {:.1f}",
+    }
+    return " ".join(text.format(logs[key]) for key, text in shown.items() if key in logs)
+
+
 def growth_line(grants: list[Grant], dynamics: RankDynamics) -> str:
-    """`step 120: 24 ranks to 9 experts, the largest now has 12; 40 % of the growth is done`."""
+    """`step 120: 24 ranks to 9 experts, most to 3.7 +5, 0.1 +4, 2.9 +4; the largest has 12; 40 % of
+    the growth is done`; 3.7 is expert 7 of the fourth layer.
+    """
+    layers = {block: number for number, block in enumerate(dynamics.adapters)}
+    top = sorted((g for g in grants if g.granted > 0), key=lambda g: -g.granted)[:3]
+    most = ", ".join(f"{layers[g.block]}.{g.expert} +{g.granted}" for g in top)
     changes = [
         f"{sum(abs(g.granted) for g in some)} rank{'s' * (len(some) > 1)} {word} {len(some)} "
         f"expert{'s' * (len(some) > 1)}"
@@ -146,6 +162,6 @@ def growth_line(grants: list[Grant], dynamics: RankDynamics) -> str:
     ]
     kind = "pruning" if dynamics.config.allocation == "prune" else "growth"
     return (
-        f"step {grants[0].step}: {', '.join(changes)}, the largest has "
-        f"{max(g.rank for g in grants)}; {dynamics.growth.done_share:.0%} of the {kind} is done"
+        f"step {grants[0].step}: {', '.join(changes)}{most and f', most to {most}'}; the largest "
+        f"has {max(g.rank for g in grants)}; {dynamics.growth.done_share:.0%} of the {kind} is done"
     )

@@ -7,8 +7,11 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
+from drlora.heat_map import print_heat_map
 from drlora.measure import Measurement
 from drlora.train import Ranks, TrainResult
+
+MOST_IN_TABLE = 32  # experts of a layer
 
 
 def print_summary(result: TrainResult, console: Console) -> None:
@@ -17,7 +20,7 @@ def print_summary(result: TrainResult, console: Console) -> None:
     if result.after is not None:
         for line in compare(result.before, result.after):
             console.print(line)
-    console.print(rank_table(result.ranks))
+    print_ranks(result.ranks, console)
     console.print(budget_line(result))
     console.print(
         f"{result.trainable_parameters:,} trainable parameters ({result.stored_parameters:,} "
@@ -25,6 +28,27 @@ def print_summary(result: TrainResult, console: Console) -> None:
     )
     if result.after is not None:
         console.print(f"the run is in {result.run.path}")
+
+
+def print_ranks(ranks: Ranks, console: Console) -> None:
+    """A map on a terminal, and of many experts anywhere; else a table with every rank."""
+    maps = _maps(ranks)
+    if not console.is_terminal and max(map(len, next(iter(maps.values())))) <= MOST_IN_TABLE:
+        console.print(rank_table(ranks))
+        return
+    for label, rows in maps.items():
+        console.print(f"ranks, {label}")
+        print_heat_map(rows, console)
+
+
+def _maps(ranks: Ranks) -> dict[str, list[Sequence[int]]]:
+    """Projections that share ranks, joined by "+" -> the ranks of each layer."""
+    found: dict[str, list[Sequence[int]]] = {}
+    together = all(len(_rows(projections)) == 1 for projections in ranks.values())
+    for projections in ranks.values():
+        for label, row in _rows(projections) if together else projections.items():
+            found.setdefault(label, []).append(row)
+    return found
 
 
 def compare(before: Measurement, after: Measurement) -> list[str]:

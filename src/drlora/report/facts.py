@@ -13,6 +13,7 @@ from drlora.report.read import RankMap, RunRecord
 
 NONE = "–"
 Row = tuple[str, list[str]]
+Facts = dict[str, Callable[[RunRecord], str]]
 
 
 def title(runs: Sequence[RunRecord]) -> str:
@@ -39,7 +40,7 @@ def lead(run: RunRecord) -> str:
     return " ".join(parts)
 
 
-def table(runs: Sequence[RunRecord], facts: dict[str, Callable[[RunRecord], str]]) -> list[Row]:
+def table(runs: Sequence[RunRecord], facts: Facts) -> list[Row]:
     """The facts that are known of at least one run."""
     rows = [(name, [fact(run) for run in runs]) for name, fact in facts.items()]
     return [row for row in rows if any(value != NONE for value in row[1])]
@@ -162,7 +163,7 @@ def _wrong(run: RunRecord) -> str:
     return ", ".join(found) or NONE
 
 
-SUMMARY: dict[str, Callable[[RunRecord], str]] = {
+SUMMARY: Facts = {
     "Model": _model,
     "Training data": _setting("data", "train"),
     "Method": _setting("method"),
@@ -181,7 +182,7 @@ SUMMARY: dict[str, Callable[[RunRecord], str]] = {
     "Top tenth's share of ranks": _over_blocks(top_share, "{:.0%}"),
 }
 
-COST: dict[str, Callable[[RunRecord], str]] = {
+COST: Facts = {
     "Training time": _result("seconds", lambda value: f"{value:,.0f} s"),
     "Time a step": lambda run: (
         f"{run.result['seconds'] / run.result['steps']:.3f} s" if run.result.get("steps") else NONE
@@ -196,7 +197,7 @@ COST: dict[str, Callable[[RunRecord], str]] = {
     "Steps that went wrong": _wrong,
 }
 
-SETUP: dict[str, Callable[[RunRecord], str]] = {
+SETUP: Facts = {
     "r_init / r_target / r_max": _adapter("r_init", "r_target", "r_max"),
     "lora_alpha": _adapter("lora_alpha"),
     "Projections": _adapter("projections"),
