@@ -2,7 +2,7 @@
 
     drlora train RECIPE.yaml [key=value ...] [--resume]
     drlora eval RUN|EXPORT [--split SPLIT] [--data FILE]
-    drlora inspect MODEL [key=value ...] [--steps N]
+    drlora inspect MODEL [key=value ...] [--steps N] [--tokens N]
     drlora export RUN --format peft|per-expert|merged -o DIR [--rank auto] [--dry-run]
     drlora report RUN [RUN ...] [-o FILE] [--format html|png|svg|md]
     drlora compare PLAN.yaml [key=value ...] [--jobs N] [--dry-run] [--retry-failed]
@@ -25,12 +25,14 @@ import transformers
 from rich.console import Console
 
 from drlora.compare import compare
-from drlora.errors import DrLoraError
+from drlora.errors import CheckpointError, DrLoraError
 from drlora.evaluate_run import evaluate_run
 from drlora.export import FORMATS, RANKS
 from drlora.export_run import export_run, print_plan
+from drlora.files import refuse_links_out
 from drlora.inspection import inspect_model
 from drlora.inspection_text import print_inspection
+from drlora.memory_plan import TOKENS
 from drlora.recipe import load_recipe, make_adapter_config
 from drlora.report import FORMATS as REPORT_FORMATS
 from drlora.report import write_report
@@ -100,6 +102,9 @@ def _add_inspect(verbs: argparse._SubParsersAction, common: argparse.ArgumentPar
     verb.add_argument("overrides", nargs="*", metavar="key=value", help="r_target=16, preset=...")
     verb.add_argument("--steps", type=int, metavar="N", help="show the growth plan of N steps")
     verb.add_argument("--dtype", help="of the weights; by default what they are stored in")
+    verb.add_argument(
+        "--tokens", type=int, default=TOKENS, metavar="N", help="of a batch, for activations"
+    )
     verb.add_argument("--json", action="store_true", help="print JSON")
     verb.set_defaults(verb=_inspect)
 
@@ -152,10 +157,17 @@ def _train(arguments: argparse.Namespace) -> int:
     console = Console(highlight=False, soft_wrap=True)
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     run = RunDir(Path(recipe.output_dir))
+    if arguments.resume:
+        refuse_links_out(run.path)
     try:
         result = train(recipe, arguments.resume, console)
     except KeyboardInterrupt:
         return _report(_way_on(run, "interrupted"), EXIT_INTERRUPTED)
+    except (CheckpointError, OSError) as error:
+        if arguments.debug or not run.config.is_file() or run.result.is_file():
+            raise
+        # Such as a full disk: what is there stays good.
+        return _report(_way_on(run, f"error: {error}"), EXIT_BAD_INPUT)
     if result.interrupted:
         what = f"interrupted at step {result.steps}; a checkpoint is saved"
         return _report(_way_on(run, what), EXIT_INTERRUPTED)
@@ -188,7 +200,9 @@ def _inspect(arguments: argparse.Namespace) -> int:
         path, value = split_override(override)
         settings[".".join(path).removeprefix("adapter.")] = value
     config = make_adapter_config(settings, settings.pop("method", None))
-    found = inspect_model(arguments.model, config, arguments.steps, arguments.dtype)
+    found = inspect_model(
+        arguments.model, config, arguments.steps, arguments.dtype, arguments.tokens
+    )
     if arguments.json:
         print(json.dumps(found, indent=2))
     else:

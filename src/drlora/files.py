@@ -64,6 +64,30 @@ def shown(value: Any, longest: int = 60) -> str:
     return text if len(text) <= longest else text[: longest - 3] + "..."
 
 
+def local_path(name: str) -> Path | None:
+    """The file or folder that `name` stands for, if there is one; a hub's name stands for none."""
+    try:
+        path = Path(name).expanduser()
+        return path if path.exists() else None
+    except (OSError, ValueError, RuntimeError):  # too long, with a null byte, of an unknown user
+        return None
+
+
+def refuse_links_out(folder: Path) -> None:
+    """Refuse a folder that is to be written to and holds links to files that are not its own.
+
+    Raises:
+        CheckpointError: naming the link.
+    """
+    home = folder.resolve()
+    for path in folder.rglob("*"):
+        if path.is_symlink() and not path.resolve().is_relative_to(home):
+            raise CheckpointError(
+                f"{path} leads out of the run, to {path.resolve()}; what is written to the run "
+                f"would land there. Put the file or folder itself in its place."
+            )
+
+
 def first_line(error: BaseException) -> str:
     """The first line of what an error says, without its full stop; its type if it says nothing."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

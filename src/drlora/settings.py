@@ -18,7 +18,7 @@ import yaml
 from drlora.errors import ConfigError
 from drlora.files import read_text, shown
 
-LARGEST_YAML_BYTES = 256 * 2**10
+LARGEST_YAML_BYTES = 128 * 2**10
 MOST_VALUES = 20_000
 
 

@@ -20,6 +20,7 @@ from drlora.compare.plan import SPLIT_ROLES, Plan, Settings, merged
 from drlora.data.load import EMBEDDED_FOLDER, EMBEDDED_PREFIX
 from drlora.embedded import resolve_model
 from drlora.errors import ConfigError
+from drlora.files import local_path
 from drlora.recipe import Recipe, recipe_from
 
 KEY_LENGTH = 12
@@ -156,7 +157,7 @@ def deciding(recipe: dict[str, Any]) -> dict[str, Any]:
     found["data"] = dict(recipe["data"])
     for section, keys in ((found, ("model", "tokenizer")), (found["data"], ("train", "eval"))):
         for key in keys:
-            if Path(section[key] or "").expanduser().exists():
+            if section[key] and local_path(section[key]):
                 del section[key]
     return found
 
@@ -193,7 +194,9 @@ def _data_path(source: str, split: str) -> str:
 
 def _contents(source: str) -> str:
     """A hash of a local file or of the files in a local folder; of anything else, its name."""
-    path = Path(source).expanduser()
+    path = local_path(source)
+    if path is None:
+        return source
     if path.is_file():
         return _digest(path, path.stat().st_mtime_ns)
     if path.is_dir():

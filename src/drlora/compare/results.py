@@ -9,7 +9,6 @@ runs/                   cells under way; never committed
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from drlora.compare.plan import Plan, Settings
 from drlora.errors import CheckpointError
 from drlora.files import read_json
 from drlora.jsonl import finite
+from drlora.writing import write_at_once
 
 Place = tuple[str, str, str]
 """(model, task, method)."""
@@ -63,7 +63,7 @@ class Folder:
         found = {}
         for cell in cells:
             result = read_result(files[cell.key]) if cell.key in files else None
-            if result is not None and _agrees(result["recipe"], cell):
+            if result is not None and _is_of(cell, result):
                 found[cell.key] = result
         return found
 
@@ -214,14 +214,22 @@ def read_result(path: Path) -> Result | None:
 def write_result(path: Path, result: Mapping[str, Any]) -> None:
     """Write an object at once or not at all, one line a top-level entry."""
     lines = [f"{json.dumps(k)}: {json.dumps(v)}" for k, v in finite(dict(result)).items()]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text("{\n" + ",\n".join(lines) + "\n}\n", "utf-8")
-    os.replace(temporary, path)
+    write_at_once(path, "{\n" + ",\n".join(lines) + "\n}\n")
 
 
 def _by_key(folder: Path) -> dict[str, Path]:
     return {path.stem.rpartition("-")[2]: path for path in sorted(folder.glob("*.json"))}
+
+
+def _is_of(cell: Cell, result: Result) -> bool:
+    """Whether `result` is one, and of this cell; a damaged one is run again."""
+    try:
+        for metric in METRICS:
+            value_of(metric, result["after"])
+            items_of(metric, result)
+        return _agrees(result["recipe"], cell)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return False
 
 
 def _agrees(written: Mapping[str, Any], cell: Cell) -> bool:

@@ -14,6 +14,7 @@ from datasets.exceptions import DatasetsError
 
 from drlora.data.layout import Layout, check_record, choose_layout
 from drlora.errors import DataError
+from drlora.files import local_path
 
 EMBEDDED_PREFIX = "embedded:"
 EMBEDDED_FOLDER = Path(__file__).resolve().parents[1] / "embedded" / "tasks"
@@ -42,7 +43,7 @@ def load_examples(
     """
     if source.startswith(EMBEDDED_PREFIX):
         return _load_file(_embedded_file(source, split), split, columns)
-    path = Path(source).expanduser()
+    path = _expanded(source)
     if _is_file_name(source, path):
         if _base(split) != "train":
             raise DataError(
@@ -56,9 +57,16 @@ def _base(split: str) -> str:
     return split.partition("[")[0]
 
 
+def _expanded(source: str) -> Path:
+    try:
+        return Path(source).expanduser()
+    except RuntimeError as error:
+        raise DataError(f"{source!r}: {error}; write the folder out") from error
+
+
 def _is_file_name(source: str, path: Path) -> bool:
     return (
-        path.is_file()
+        (path.is_file() if local_path(source) else False)
         or path.suffix in READERS
         or path.suffix in OTHER_FILE_SUFFIXES
         or source.startswith(("/", "./", "../", "~"))
@@ -86,13 +94,20 @@ def _load_file(path: Path, split: str, columns: Mapping[str, str] | None) -> dat
     if READERS[path.suffix] == "json":
         _check_json(path, columns)
     return _read(
-        lambda: datasets.load_dataset(
-            READERS[path.suffix], data_files={_base(split): str(path)}, split=split
-        ),
+        lambda: _load_whole(path, split),
         str(path),
         f"is it empty, or not really a {path.suffix} file?",
         columns,
     )
+
+
+def _load_whole(path: Path, split: str) -> datasets.Dataset:
+    found = datasets.load_dataset(
+        READERS[path.suffix], data_files={_base(split): str(path)}, split=split
+    )
+    if path.suffix == ".parquet":  # its text may be none; that of JSON was read already
+        found.data.table.validate(full=True)
+    return found
 
 
 def _load_hub(
