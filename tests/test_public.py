@@ -18,12 +18,16 @@ NAMES = {
     "DrLoraError",
     "Grant",
     "RankDynamics",
+    "SyncError",
     "__version__",
+    "adapter_state",
     "load_peft_lora",
+    "newest_checkpoint",
     "place_ranks",
     "rank_map",
     "ranks_from_routing",
     "start_ranks",
+    "write_checkpoint",
 }
 SETTINGS = {
     "r_init": 8,

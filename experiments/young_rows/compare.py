@@ -106,11 +106,10 @@ def _table(runs: list[dict]) -> list[dict]:
 
 def _write(path: Path, runs: list[dict]) -> None:
     from drlora.train import versions
+    from drlora.writing import write_at_once
 
     content = {"settings": SETTINGS, "versions": versions(), "table": _table(runs), "runs": runs}
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
-    os.replace(temporary, path)
+    write_at_once(path, json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":

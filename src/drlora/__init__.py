@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from drlora import peft_method as _peft_method
 from drlora.callback import DrLoraCallback
+from drlora.checkpoint import adapter_state, newest_checkpoint, write_checkpoint
 from drlora.config import DrLoraConfig
 from drlora.dynamics import Grant, RankDynamics
 from drlora.errors import CheckpointError, ConfigError, DataError, DrLoraError, SyncError
@@ -32,10 +33,14 @@ __all__ = [
     "DrLoraError",
     "Grant",
     "RankDynamics",
+    "SyncError",
     "__version__",
+    "adapter_state",
     "load_peft_lora",
+    "newest_checkpoint",
     "place_ranks",
     "rank_map",
     "ranks_from_routing",
     "start_ranks",
+    "write_checkpoint",
 ]

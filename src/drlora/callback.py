@@ -22,14 +22,18 @@ from typing import Any, cast
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from drlora.checkpoint import seal
 from drlora.dynamics import Grant, RankDynamics
 from drlora.errors import ConfigError
 from drlora.event_log import EVENT_LOG, EventLog
 from drlora.inject import active_adapter
 from drlora.jsonl import append_lines, forget_after
+from drlora.processes import wait_for_all
 from drlora.rank_metrics import RankLog
 from drlora.starts import needs_ranks, place_ranks
+from drlora.writing import sync
 from drlora.young_rows import unwrap_optimizer
 
 GROWTH_LOG = "growth.jsonl"
@@ -115,6 +119,17 @@ class DrLoraCallback(TrainerCallback, ExportableState):
         if grants and self.on_growth is not None:
             self.on_growth(grants)
 
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Give the checkpoint its manifest, and bring the logs up to it to the disk."""
+        wait_for_all()  # each process has files of its own in it
+        if state.is_world_process_zero:
+            for log in (self._log, self._events.path):
+                if log.exists():
+                    sync(log)
+            seal(Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+
     def on_log(
         self,
         args: TrainingArguments,
@@ -171,7 +186,8 @@ class DrLoraCallback(TrainerCallback, ExportableState):
         data = train_dataloader.dataset
         if not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
             raise ConfigError(
-                f"start={config.start!r} cannot look into a {type(data).__name__}; call "
+                f"start={config.start!r}, start_a={config.start_a!r}: cannot look into a "
+                f"{type(data).__name__}; call "
                 f"drlora.place_ranks(model, batches) before training."
             )
         size = args.per_device_train_batch_size

@@ -14,6 +14,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from drlora.dynamics import Grant, RankDynamics
 from drlora.jsonl import append_lines
+from drlora.processes import are_several
+from drlora.writing import sync
 
 PLAIN_LINES = 10
 
@@ -33,11 +35,22 @@ class MetricsLog(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """One line: step, kind, and what the Trainer logged."""
+        if not state.is_world_process_zero:
+            return
         append_lines(self.path, [{"step": state.global_step, "kind": "log", **(logs or {})}])
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """What lies before a checkpoint is to outlive it."""
+        if state.is_world_process_zero and self.path.exists():
+            sync(self.path)
 
 
 class StopOnInterrupt(TrainerCallback):
     """Ctrl-C ends the training after the step under way, with a checkpoint; twice ends it at once.
+
+    Of several processes, which would hear of it at different steps, it ends all at once.
 
     Use it as a context around `trainer.train()`.
 
@@ -50,7 +63,8 @@ class StopOnInterrupt(TrainerCallback):
         self.interrupted = False
 
     def __enter__(self) -> StopOnInterrupt:
-        self._is_main = threading.current_thread() is threading.main_thread()
+        is_main_thread = threading.current_thread() is threading.main_thread()
+        self._is_main = is_main_thread and not are_several()
         if self._is_main:
             self._before = signal.signal(signal.SIGINT, self._note)
         return self

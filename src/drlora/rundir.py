@@ -11,20 +11,25 @@ result.json                    the outcome; the mark of a finished run
 from __future__ import annotations
 
 import json
-import os
-import zipfile
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
-from safetensors import SafetensorError, safe_open
+from filelock import FileLock, Timeout
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
+from drlora.checkpoint import newest_checkpoint
 from drlora.errors import CheckpointError, ConfigError
 from drlora.jsonl import finite
 from drlora.recipe import Recipe, recipe_from
 from drlora.settings import read_settings
+from drlora.writing import move_into_place, write_at_once
+
+LOCK = ".lock"  # held by the process that trains, and gone with it
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,7 @@ class RunDir:
     @property
     def adapter(self) -> Path:
         """The weights of the trained adapter."""
-        return self.path / "adapter_model.safetensors"
+        return self.path / SAFETENSORS_WEIGHTS_NAME
 
     @property
     def resume_command(self) -> str:
@@ -111,42 +116,56 @@ class RunDir:
             raise CheckpointError(f"{self.path} is no run directory: it has no config.yaml.")
         return recipe_from(read_settings(self.config))
 
-    def newest_checkpoint(self) -> Path | None:
-        """The complete checkpoint of the latest step, if there is one."""
-        complete = [c for c in self.checkpoints.glob("checkpoint-*") if _is_complete(c)]
-        return max(complete, key=checkpoint_step, default=None)
+    def newest_checkpoint(self, on_skip: Callable[[str], Any] = lambda reason: None) -> Path | None:
+        """The whole checkpoint of the latest step; `on_skip` is told of those passed over."""
+        return newest_checkpoint(self.checkpoints, on_skip)
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep other processes out of the run while the block lasts, or this process does.
 
-def checkpoint_step(folder: Path) -> int:
-    """The step N of `checkpoint-N`."""
-    return int(folder.name.rpartition("-")[2])
+        Raises:
+            ConfigError: if another process is in it.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.path / LOCK, timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise ConfigError(
+                f"another process is training in {self.path} now; wait for it, or choose another "
+                f"output_dir."
+            ) from None
+        try:
+            yield
+        finally:
+            lock.release()
+            (self.path / LOCK).unlink(missing_ok=True)
+            if not any(self.path.iterdir()):
+                self.path.rmdir()  # the run never began
 
+    def write_adapter(self, save: Callable[[Path], Any]) -> None:
+        """Put in place what `save(folder)` writes, file by file and the weights last.
 
-def _is_complete(checkpoint: Path) -> bool:
-    """Whether nothing was cut off when it was written."""
-    try:
-        with safe_open(checkpoint / "adapter_model.safetensors", "pt"):
-            json.loads((checkpoint / "trainer_state.json").read_text("utf-8"))
-    except (OSError, ValueError, SafetensorError):
-        return False
-    return zipfile.is_zipfile(checkpoint / "optimizer.pt")
+        So where the weights are, all is there.
+        """
+        temporary = self.path / ".adapter.partial"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        save(temporary)
+        for path in sorted(temporary.iterdir(), key=lambda p: p.name == SAFETENSORS_WEIGHTS_NAME):
+            move_into_place(path, self.path / path.name)
+        temporary.rmdir()
 
 
 def write_yaml(path: Path, value: Any) -> None:
     """Write `value` to `path` at once or not at all."""
-    _write(path, yaml.safe_dump(value, sort_keys=False, allow_unicode=True))
+    write_at_once(path, yaml.safe_dump(value, sort_keys=False, allow_unicode=True))
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` to `path` at once or not at all."""
-    _write(path, json.dumps(finite(value), indent=2, ensure_ascii=False) + "\n")
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, "utf-8")
-    os.replace(temporary, path)
+    write_at_once(path, json.dumps(finite(value), indent=2, ensure_ascii=False) + "\n")
 
 
 def _differences(old: Any, new: Any, name: str = "") -> Iterator[str]:

@@ -10,6 +10,7 @@ import platform
 import resource
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -22,6 +23,7 @@ import transformers
 from peft import PeftModel
 from peft.optimizers import create_loraplus_optimizer
 from rich.console import Console
+from safetensors import SafetensorError
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -48,16 +50,21 @@ from drlora.assemble import (
     vocabulary_size,
 )
 from drlora.callback import DrLoraCallback
+from drlora.checkpoint import adapter_state, checkpoint_step
 from drlora.config import DrLoraConfig
 from drlora.data import Collator
+from drlora.errors import CheckpointError
+from drlora.files import first_line
 from drlora.inject import adapted_layers
 from drlora.jsonl import append_lines, forget_after, read_lines
 from drlora.measure import Measurement, measure, measurement_from
 from drlora.methods import METHODS
+from drlora.model_card import write_card_if_possible
+from drlora.processes import is_main, on_main
 from drlora.progress import MetricsLog, ShowProgress, StopOnInterrupt
 from drlora.rank_pool import RankPool
 from drlora.recipe import Recipe
-from drlora.rundir import RunDir, checkpoint_step, write_json, write_yaml
+from drlora.rundir import RunDir, write_json, write_yaml
 
 Ranks = dict[str, dict[str, list[int]]]
 
@@ -102,6 +109,7 @@ class _Job:
     train: Examples
     held_out: Examples
     total_steps: int
+    checkpoint: Path | None
 
 
 def train(recipe: Recipe, resume: bool = False, console: Console | None = None) -> TrainResult:
@@ -115,26 +123,41 @@ def train(recipe: Recipe, resume: bool = False, console: Console | None = None) 
     Raises:
         DrLoraError: before anything is trained, with what is wrong and the way out.
     """
-    console = console or Console()
     run = RunDir(Path(recipe.output_dir))
-    if resume:
-        run.refuse_resume_of(recipe)
-    else:
-        run.refuse_second_run()
-    job = _prepare(recipe, run)
-    if recipe.method:
-        console.print(f"method {recipe.method}: {METHODS[recipe.method].summary}")
-    base = load_base_model(recipe)
-    set_seed(job.arguments.seed)
-    model = add_adapter(base, recipe, run.newest_checkpoint()).to(job.arguments.device)
-    write_yaml(run.config, recipe.to_dict())
-    return _run(job, model, console)
+    arguments = training_arguments(recipe, run)  # from here on several processes know each other
+    console = (console or Console()) if is_main() else Console(quiet=True)
+    with ExitStack() as stack:
+        on_main(lambda: _enter(run, recipe, resume, stack))
+        checkpoint = on_main(lambda: run.newest_checkpoint(console.print))
+        job = prepare(recipe, run, arguments, checkpoint)
+        if recipe.method:
+            console.print(f"method {recipe.method}: {METHODS[recipe.method].summary}")
+        base = load_base_model(recipe)
+        set_seed(job.arguments.seed)
+        model = add_adapter(base, recipe, checkpoint).to(job.arguments.device)
+        on_main(lambda: write_yaml(run.config, recipe.to_dict()))
+        return _run(job, model, console)
 
 
-def _prepare(recipe: Recipe, run: RunDir) -> _Job:
+def _enter(run: RunDir, recipe: Recipe, resume: bool, stack: ExitStack) -> None:
+    """Hold the run directory until `stack` is closed, if it is fit for what is wanted."""
+
+    def refuse() -> None:
+        if resume:
+            run.refuse_resume_of(recipe)
+        else:
+            run.refuse_second_run()
+
+    refuse()
+    stack.enter_context(run.held())
+    refuse()  # another run may have begun, or ended, meanwhile
+
+
+def prepare(
+    recipe: Recipe, run: RunDir, arguments: TrainingArguments, checkpoint: Path | None
+) -> _Job:
     """Everything that can be checked without the weights, in the order of its cost."""
-    arguments = training_arguments(recipe, run)
-    if run.newest_checkpoint() is None:
+    if checkpoint is None:
         check_start(recipe)
     architecture = load_architecture(recipe.model, recipe.trust_remote_code)
     skeleton = model_on_meta(architecture, recipe.trust_remote_code)
@@ -147,23 +170,22 @@ def _prepare(recipe: Recipe, run: RunDir) -> _Job:
     )
     total_steps = count_steps(arguments, len(train.encoded.dataset))
     check_growth(skeleton, recipe.adapter_config(), total_steps)
-    return _Job(recipe, run, arguments, tokenizer, train, held_out, total_steps)
+    return _Job(recipe, run, arguments, tokenizer, train, held_out, total_steps, checkpoint)
 
 
 def _run(job: _Job, model: PeftModel, console: Console) -> TrainResult:
-    checkpoint = job.run.newest_checkpoint()
-    forget_after(job.run.metrics, checkpoint_step(checkpoint) if checkpoint else 0)
+    checkpoint = job.checkpoint
+    on_main(lambda: forget_after(job.run.metrics, checkpoint_step(checkpoint) if checkpoint else 0))
     before = _measure_before(job, model)
     console.print(f"before: {before}")
     if checkpoint:
         console.print(f"continuing from {checkpoint}")
     started = time.monotonic()
-    steps, interrupted = _fit(job, model, checkpoint, console)
+    steps, interrupted = _fit(job, model, console)
     seconds = time.monotonic() - started
     after = None
     if not interrupted:
-        model.save_pretrained(str(job.run.path))
-        job.tokenizer.save_pretrained(str(job.run.path))
+        _save(job, model)
         after = _measure_and_log(job, model, "after", steps)
     stored = sum(p.numel() for p in model.parameters() if p.requires_grad)
     result = TrainResult(
@@ -179,28 +201,39 @@ def _run(job: _Job, model: PeftModel, console: Console) -> TrainResult:
         interrupted=interrupted,
     )
     if not interrupted:
-        write_json(job.run.result, _to_json(result, job, model))
+        on_main(lambda: write_json(job.run.result, _to_json(result, job, model)))
+        on_main(lambda: write_card_if_possible(job.run.path))  # now with the results
     return result
+
+
+def _save(job: _Job, model: PeftModel) -> None:
+    """The trained adapter and the tokenizer; from all processes, by the main one."""
+    state = adapter_state(model)
+
+    def write(folder: Path) -> None:
+        model.save_pretrained(str(folder), state_dict=state)
+        job.tokenizer.save_pretrained(str(folder))
+
+    on_main(lambda: job.run.write_adapter(write))
 
 
 def _measure_before(job: _Job, model: PeftModel) -> Measurement:
     """The measurement at step 0; a resumed run has it in its metrics."""
-    for entry in read_lines(job.run.metrics):
-        if entry.get("kind") == "before":
-            return measurement_from(entry)
-    return _measure_and_log(job, model, "before", 0)
+    entries = (e for e in read_lines(job.run.metrics) if e.get("kind") == "before")
+    found = on_main(lambda: next(entries, None))
+    return measurement_from(found) if found else _measure_and_log(job, model, "before", 0)
 
 
 def _measure_and_log(job: _Job, model: PeftModel, kind: str, step: int) -> Measurement:
     found = measure(model, job.tokenizer, job.held_out, job.recipe.evaluation)
-    append_lines(job.run.metrics, [{"step": step, "kind": kind, **found.to_dict()}])
+    entry = {"step": step, "kind": kind, **found.to_dict()}
+    on_main(lambda: append_lines(job.run.metrics, [entry]))
     return found
 
 
-def _fit(
-    job: _Job, model: PeftModel, checkpoint: Path | None, console: Console
-) -> tuple[int, bool]:
+def _fit(job: _Job, model: PeftModel, console: Console) -> tuple[int, bool]:
     """Train to the end, or until Ctrl-C; returns the steps taken and whether it was that."""
+    checkpoint = job.checkpoint
     if checkpoint and checkpoint_step(checkpoint) >= job.total_steps:
         # The run ended between its last step and its result; the Trainer would take one step more.
         model.load_adapter(str(checkpoint), model.active_adapter, is_trainable=True)
@@ -232,7 +265,20 @@ def _make_trainer(job: _Job, model: PeftModel, console: Console, stop: StopOnInt
 
 
 class _Trainer(Trainer):
-    """The Trainer, with LoRA+'s parameter groups where the adapter asks for them."""
+    """The Trainer, with LoRA+'s parameter groups where the adapter asks for them.
+
+    What goes wrong in writing a checkpoint, it tells in one sentence.
+    """
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, SafetensorError, RuntimeError) as error:  # the last one is torch.save's
+            raise CheckpointError(
+                f"the checkpoint of step {self.state.global_step} could not be written to "
+                f"{self.args.output_dir}: {first_line(error)}. Is the disk full, or the folder "
+                f"read-only?"
+            ) from error
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """PEFT's helper makes the groups; otherwise all is as in transformers."""
