@@ -13,12 +13,12 @@ from collections.abc import Iterable
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
-from peft import PeftConfig, TaskType
+from peft import TaskType
 
 from drlora.errors import ConfigError
 from drlora.files import shown
 from drlora.methods import method_settings
-from drlora.peft_type import DRLORA
+from drlora.peft_type import DRLORA, SavedConfig
 
 PROJECTION_SETS = (
     ("gate_up", "down"),
@@ -56,7 +56,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 @dataclass
-class DrLoraConfig(PeftConfig):
+class DrLoraConfig(SavedConfig):
     """Settings of one DR-LoRA adapter.
 
     Args:

@@ -7,8 +7,8 @@ backward pass, for each token, in the dtype of the weights:
     experts                     K (2 H + 5 I + rank of the adapter for each projection)
     logits                      vocabulary x (dtype + 2 x 4 bytes), as the loss is in float32
 
-`docs/report.md` says how far it is from what was measured. Gradient checkpointing keeps H a layer and
-one layer's activations instead.
+`docs/report.md` says how far it is from what was measured. Gradient checkpointing keeps H a layer
+and one layer's activations instead.
 """
 
 from __future__ import annotations

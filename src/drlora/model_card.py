@@ -16,7 +16,6 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from drlora import __version__
 from drlora.errors import DrLoraError
 from drlora.report.facts import COST, SETUP, SUMMARY, lead
 from drlora.report.markdown import plain, ranks_as_text, tables
@@ -111,6 +110,8 @@ def _results(run: RunRecord) -> list[EvalResult]:
 
 
 def _text(run: RunRecord) -> str:
+    from drlora import __version__  # the package itself registers what is here
+
     base = _base(run) or "BASE_MODEL"
     where = "" if _base(run) else ", with the base model's name or folder for `BASE_MODEL`"
     parts = [

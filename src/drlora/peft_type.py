@@ -1,4 +1,4 @@
-"""Adds `DRLORA` to PEFT's closed list of methods.
+"""Adds `DRLORA` to PEFT's closed list of methods, and a word when an adapter is saved.
 
 PEFT registers methods through `register_peft_method`, but only names that are members of its
 `PeftType` enumeration. The member is added here, through the enumeration's private maps, once, at
@@ -7,7 +7,10 @@ import. Tried with PEFT 0.21.2 on Python 3.11; tests/test_peft.py notices when i
 
 from __future__ import annotations
 
-from peft import PeftType
+from collections.abc import Callable
+from typing import Any
+
+from peft import PeftConfig, PeftType
 
 _NAME = "DRLORA"
 
@@ -28,3 +31,17 @@ def _add_member() -> PeftType:
 
 
 DRLORA = _add_member()
+
+
+AFTER_SAVE: list[Callable[[str], None]] = []
+"""Called with the folder of an adapter that has just been saved; model cards are written so."""
+
+
+class SavedConfig(PeftConfig):
+    """A configuration that says when it was saved, which PEFT does last of all that it saves."""
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """As PEFT does, with AFTER_SAVE called at the end."""
+        super().save_pretrained(save_directory, **kwargs)
+        for act in AFTER_SAVE:
+            act(save_directory)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -25,7 +26,7 @@ def lead(run: RunRecord) -> str:
     """The run in one sentence or two."""
     data = (run.recipe.get("data") or {}).get("train")
     what = f"{_model(run)} on {data}" if data else _model(run)
-    parts = [f"{what}, {run.steps:,} steps."]
+    parts = [f"{what}, {run.steps:,} steps." if run.steps else f"{what}."]
     losses = [_held_out(run, kind) for kind in ("before", "after")]
     if None not in losses:
         parts.append(f"Held-out loss went from {losses[0]:.4f} to {losses[1]:.4f}.")
@@ -47,7 +48,9 @@ def table(runs: Sequence[RunRecord], facts: Facts) -> list[Row]:
 
 
 def _model(run: RunRecord) -> str:
-    return str(run.recipe.get("model") or run.adapter.get("base_model_name_or_path") or "a model")
+    """The model's name; of one in a folder, the folder's."""
+    found = str(run.recipe.get("model") or run.adapter.get("base_model_name_or_path") or "a model")
+    return Path(found).name if Path(found).is_absolute() else found
 
 
 def _held_out(run: RunRecord, kind: str) -> float | None:
@@ -167,7 +170,7 @@ SUMMARY: Facts = {
     "Model": _model,
     "Training data": _setting("data", "train"),
     "Method": _setting("method"),
-    "Steps": lambda run: _count(run.steps),
+    "Steps": lambda run: _count(run.steps) if run.steps else NONE,
     "Held-out loss before": _loss("before"),
     "Held-out loss after": _loss("after"),
     "Exact match before": _match("before"),

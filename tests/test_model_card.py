@@ -1,0 +1,118 @@
+"""The model card beside a saved adapter: front matter that the hub reads, no own card lost."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+from peft import get_peft_model
+from tiny import make_model
+
+import drlora
+from drlora.model_card import MARK, write_card
+from drlora.report.read import read_run
+
+HOSTILE = 'a: "b"\n---\n# <script>alert(1)</script> | `x`'
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Path:
+    """An adapter saved by PEFT alone."""
+    folder = tmp_path_factory.mktemp("saved") / "adapter"
+    model = get_peft_model(make_model(), drlora.DrLoraConfig(r_init=2, r_target=3, r_max=6))
+    model.save_pretrained(folder)
+    return folder
+
+
+def add_run(folder: Path, **recipe) -> Path:
+    """The files of a run beside an adapter."""
+    ranks = {
+        block: {"gate_up": row, "down": row} for block, row in zip(*_final(folder), strict=True)
+    }
+    measured = {
+        "loss": {"loss": 1.25, "perplexity": 3.49, "target_tokens": 7},
+        "match": {"accuracy": 0.5, "correct": 1, "total": 2},
+    }
+    result = {"before": measured, "after": measured, "ranks": ranks, "steps": 12, "seconds": 3.5}
+    (folder / "result.json").write_text(json.dumps(result))
+    (folder / "config.yaml").write_text(yaml.safe_dump(recipe))
+    return folder
+
+
+def _final(folder: Path):
+    rank_map = read_run(folder).maps[0]
+    return rank_map.blocks, rank_map.final()
+
+
+def test_a_saved_adapter_has_a_card_that_the_hub_reads(saved):
+    card = ModelCard.load(saved / "README.md")
+    assert card.data.library_name == "peft"
+    assert card.data.pipeline_tag == "text-generation"
+    assert {"drlora", "mixture-of-experts"} <= set(card.data.tags)
+    assert "[More Information Needed]" not in card.text
+    for part in (MARK, "Every expert has rank 2", "2 / 3 / 6", "import drlora", "drlora export"):
+        assert part in card.text, part
+
+
+def test_the_card_of_a_run_has_its_results(saved, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (folder / name).write_bytes((saved / name).read_bytes())
+    adapter = json.loads((folder / "adapter_config.json").read_text())
+    add_run(folder, model="allenai/OLMoE", data={"train": "openai/gsm8k"}, adapter=adapter)
+    adapter["base_model_name_or_path"] = "allenai/OLMoE"
+    (folder / "config.yaml").write_text(
+        yaml.safe_dump(
+            {"model": "allenai/OLMoE", "data": {"train": "openai/gsm8k"}, "adapter": adapter}
+        )
+    )
+    assert write_card(folder) == folder / "README.md"
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.base_model == "allenai/OLMoE"
+    assert card.data.datasets == ["openai/gsm8k"]
+    found = {r.metric_type: r.metric_value for r in card.data.eval_results}
+    assert found == {"loss": 1.25, "exact_match": 0.5}
+    assert 'from_pretrained("allenai/OLMoE")' in card.text
+
+
+def test_hostile_names_stay_values(saved, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (folder / name).write_bytes((saved / name).read_bytes())
+    adapter = json.loads((folder / "adapter_config.json").read_text())
+    adapter["base_model_name_or_path"] = HOSTILE
+    add_run(folder, model=HOSTILE, data={"train": HOSTILE}, adapter=adapter)
+    write_card(folder)
+    card = ModelCard.load(folder / "README.md")
+    assert set(card.data.to_dict()) == {
+        "library_name", "pipeline_tag", "tags", "model-index"
+    }  # fmt: skip
+    (result, _) = card.data.eval_results
+    assert result.dataset_type == HOSTILE
+    assert "<script>" not in card.text.replace("\\<script\\>", "")
+
+
+def test_somebodys_own_card_stays(saved):
+    path = saved / "README.md"
+    path.write_text("# My adapter\n\nMy words.\n")
+    assert write_card(saved) is None
+    assert path.read_text() == "# My adapter\n\nMy words.\n"
+    path.write_text(f"{MARK}\n# Ours\n")
+    assert write_card(saved) == path
+    assert "Ours" not in path.read_text()
+
+
+def test_saving_again_keeps_the_text_of_an_own_card(saved):
+    """PEFT itself adds tags to it, as to any card."""
+    path = saved / "README.md"
+    path.write_text("---\nlicense: mit\n---\n# My adapter\n\nMy words.\n")
+    model = get_peft_model(make_model(), drlora.DrLoraConfig(r_init=2, r_target=3, r_max=6))
+    model.save_pretrained(saved)
+    card = ModelCard.load(path)
+    assert card.data.license == "mit"
+    assert "# My adapter\n\nMy words." in card.text
