@@ -64,7 +64,7 @@ SETTINGS_BESIDE = {  # what has no name of its own
     "placed": dict(start="routing"),
     "floor": dict(budget_scope="model", layer_floor=0.5),
     "moving": dict(move_share=0.25),
-    "gradient": dict(young_a="gradient"),
+    "young": dict(young_a="gradient"),
     "probed": dict(start="gradient", start_a="gradient"),
 }
 
@@ -99,13 +99,13 @@ def test_every_method_trains_at_the_budget_resumes_exactly_and_loads(method, tmp
     torch.testing.assert_close(merged, wanted, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("method", ["lora", "rslora"])
+@pytest.mark.parametrize("method", ["lora", "rslora", "lora-gradient"])
 def test_uniform_methods_give_every_expert_the_same_rank_for_good(method):
     before, after = run(method)
     assert before == after
     assert {r for block in after.values() for ranks in block.values() for r in ranks} == {4}
     scale = DrLoraConfig.for_method(method, **SETTINGS).scaling
-    assert scale == {"lora": 8 / 4, "rslora": 8 / 4**0.5}[method]
+    assert scale == 8 / 4**0.5 if method == "rslora" else 8 / 4
 
 
 def test_static_ranks_follow_routing_and_never_change():
@@ -114,6 +114,16 @@ def test_static_ranks_follow_routing_and_never_change():
     model = get_peft_model(make_model(), DrLoraConfig(**SETTINGS))
     batches = [make_batch(seed) for seed in range(3)]
     assert before == drlora.ranks_from_routing(model, batches, mean_rank=4)
+    assert max(r for block in before.values() for r in block["down"]) > 4
+
+
+def test_gradient_ranks_follow_the_probe_and_never_change():
+    before, after = run("gradient")
+    assert before == after and before != run("static")[0]
+    settings = {**SETTINGS, "r_init": 4, "start": "gradient"}
+    model = get_peft_model(make_model(), DrLoraConfig(**settings))
+    drlora.place_ranks(model, [make_batch(seed) for seed in range(3)])
+    assert drlora.rank_map(model) == before
     assert max(r for block in before.values() for r in block["down"]) > 4
 
 
@@ -231,7 +241,7 @@ def test_moving_takes_the_weakest_ranks_of_the_less_salient_half(r_init):
 
 
 def test_young_rows_of_a_can_point_where_the_gradient_does_and_a_does_not():
-    model, dynamics, optimizer = start("gradient", p_grow=0.34)  # at most 2 ranks, as many as old
+    model, dynamics, optimizer = start("young", p_grow=0.34)  # at most 2 ranks, as many as old
     plain_loop(model, dynamics, optimizer, range(2))
     model.train()(**make_batch(2)).loss.backward()
     dynamics.before_optimizer_step()

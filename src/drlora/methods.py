@@ -49,7 +49,11 @@ _DR_LORA: Settings = dict(
     budget_scope="layer",
     move_share=0.0,
     young_a="random",
+    start_a="random",
 )
+# Rows of A as found by a probe, and their length: the same for all methods that have them, chosen on
+# the development tasks (docs/methods.md).
+_ALONG_GRADIENT: Settings = dict(start_a="gradient", start_a_scale=3.0)
 
 
 def _uniform(given: Mapping[str, Any]) -> Settings:
@@ -93,6 +97,11 @@ METHODS: dict[str, Method] = {
         "arXiv 2402.12354",
         lambda given: {**_uniform(given), "b_lr_ratio": 16.0},
     ),
+    "lora-gradient": Method(
+        "LoRA, A starts along the gradient that a few batches give each expert",
+        "after arXiv 2407.05000 (LoRA-GA), by a probe",
+        lambda given: {**_uniform(given), **_ALONG_GRADIENT},
+    ),
     "lora-active": Method(
         "LoRA of rank r_target / (experts a token uses): a smaller budget",
         "LoRA Without Regret, Thinking Machines Lab 2025",
@@ -112,6 +121,16 @@ METHODS: dict[str, Method] = {
         "ranks in proportion to how often tokens use the experts, placed before the first step",
         f"control for {_PAPER}",
         lambda given: {**_DR_LORA, "r_init": given["r_target"], "start": "routing"},
+    ),
+    "gradient": Method(
+        "ranks and rows of A along the gradient that a few batches give each expert, then fixed",
+        "after arXiv 2502.12171 (GoRA) and 2407.05000 (LoRA-GA), by a probe",
+        lambda given: {
+            **_DR_LORA,
+            "r_init": given["r_target"],
+            "start": "gradient",
+            **_ALONG_GRADIENT,
+        },
     ),
     "random": Method(
         "growth as in DR-LoRA, to experts drawn at random",
