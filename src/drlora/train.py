@@ -60,7 +60,6 @@ from drlora.jsonl import append_lines, forget_after, read_lines
 from drlora.measure import Measurement, measure, measurement_from
 from drlora.methods import METHODS
 from drlora.model_card import write_card_if_possible
-from drlora.model_card import write_card_if_possible
 from drlora.processes import is_main, on_main
 from drlora.progress import MetricsLog, ShowProgress, StopOnInterrupt
 from drlora.rank_pool import RankPool
@@ -203,7 +202,6 @@ def _run(job: _Job, model: PeftModel, console: Console) -> TrainResult:
     )
     if not interrupted:
         on_main(lambda: write_json(job.run.result, _to_json(result, job, model)))
-        on_main(lambda: write_card_if_possible(job.run.path))  # now with the results
         on_main(lambda: write_card_if_possible(job.run.path))  # now with the results
     return result
 
