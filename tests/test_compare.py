@@ -30,6 +30,7 @@ def save_plan(folder: Path, **changes) -> Path:
     save_examples(folder / "test.jsonl", count=36, start=30)
     recipe["training"] |= {"max_steps": 6, "save_steps": 2}
     recipe["adapter"] |= {"p_grow": 1.0}
+    recipe["evaluation"] |= {"before": False}
     data = {**recipe["data"], "test": str(folder / "test.jsonl")}
     plan = {
         "output_dir": str(folder / "results"),
@@ -64,7 +65,8 @@ def times(folder: Path) -> dict[str, int]:
 def finished(tmp_path_factory) -> Path:
     """The folder of a plan that was run with tuning; tests that change it put it back."""
     folder = tmp_path_factory.mktemp("compare")
-    plan = save_plan(folder, tune=tuned())
+    loss_only = {"evaluation": {"exact_match": False}}
+    plan = save_plan(folder, tune=tuned(settings=loss_only))
     assert main(["compare", str(plan), "--jobs", "2"]) == 0
     return folder
 
@@ -81,14 +83,18 @@ def test_each_run_leaves_one_result_with_what_it_was_made_of(finished):
         assert result["peak_memory_bytes"] > 50 * 2**20
         assert result["wall_seconds"] > result["seconds"] > 0
         assert [step for step, _ in result["curve"]] == [1, 2, 3, 4, 5, 6]
-        assert "samples" not in result["after"]["match"]
         after, items = result["after"], result["items"]
+        assert result["before"] is None
         nats = sum(items["loss_centinats"]) / 100
         assert nats == pytest.approx(
             after["loss"]["loss"] * after["loss"]["target_tokens"], abs=0.1
         )
-        assert len(items["is_correct"]) == after["match"]["total"]
-        assert items["is_correct"].count("1") == after["match"]["correct"]
+        if result["stage"] == "tune":  # as its settings say
+            assert after["match"] is None and items["is_correct"] == ""
+        else:
+            assert "samples" not in after["match"]
+            assert len(items["is_correct"]) == after["match"]["total"]
+            assert items["is_correct"].count("1") == after["match"]["correct"]
         assert {"drlora", "torch", "python"} <= result["versions"].keys()
         ranks = [r for block in result["ranks"].values() for row in block.values() for r in row]
         assert sum(ranks) == 3 * len(ranks)
@@ -113,9 +119,9 @@ def test_methods_are_compared_at_the_best_of_their_grid(finished):
         for result in own:
             if result["stage"] == "compare":
                 assert result["recipe"]["training"]["learning_rate"] == best
-                assert result["after"]["loss"]["target_tokens"] == 6 * 5  # the test file's
-            else:
-                assert result["before"]["match"]["total"] == 4  # the dev file's
+                assert result["after"]["loss"]["target_tokens"] == 6 * 5
+            held_out = Path(result["recipe"]["data"]["eval"]).name
+            assert held_out == ("test.jsonl" if result["stage"] == "compare" else "eval.jsonl")
 
 
 def test_a_finished_plan_runs_nothing_again(finished, capsys):

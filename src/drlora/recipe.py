@@ -125,6 +125,7 @@ class EvaluationSection:
         exact_match_examples: examples for exact match, from the front.
         max_new_tokens: longest answer, in tokens.
         batch_size: examples at once.
+        before: whether the untrained model is measured too, at step 0.
     """
 
     loss_examples: int | None = None
@@ -132,6 +133,7 @@ class EvaluationSection:
     exact_match_examples: int = 100
     max_new_tokens: int = 32
     batch_size: int = 16
+    before: bool = True
 
     def __post_init__(self) -> None:
         for name in ("loss_examples", "exact_match_examples", "max_new_tokens", "batch_size"):

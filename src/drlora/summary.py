@@ -51,8 +51,10 @@ def _maps(ranks: Ranks) -> dict[str, list[Sequence[int]]]:
     return found
 
 
-def compare(before: Measurement, after: Measurement) -> list[str]:
+def compare(before: Measurement | None, after: Measurement) -> list[str]:
     """`held-out loss 3.1 -> 0.9` and, where it was measured, exact match."""
+    if before is None:
+        return [f"after: {after}"]
     lines = [
         f"held-out loss      {before.loss.loss:.4f} -> {after.loss.loss:.4f}   "
         f"(perplexity {before.loss.perplexity:.2f} -> {after.loss.perplexity:.2f})"

@@ -75,7 +75,8 @@ class TrainResult:
 
     Attributes:
         run: the run directory.
-        before, after: held-out measurements; `after` is None if the run was interrupted.
+        before: held-out measurement at step 0, None if the recipe does without.
+        after: the same at the end, None if the run was interrupted.
         ranks: block -> projection -> rank of each expert.
         budget: spent and stored ranks, and the factors of the stored ones.
         trainable_parameters: numbers in rows that experts own at the end, and in all else that is
@@ -87,7 +88,7 @@ class TrainResult:
     """
 
     run: RunDir
-    before: Measurement
+    before: Measurement | None
     after: Measurement | None
     ranks: Ranks
     budget: dict[str, Any]
@@ -177,7 +178,8 @@ def _run(job: _Job, model: PeftModel, console: Console) -> TrainResult:
     checkpoint = job.checkpoint
     on_main(lambda: forget_after(job.run.metrics, checkpoint_step(checkpoint) if checkpoint else 0))
     before = _measure_before(job, model)
-    console.print(f"before: {before}")
+    if before:
+        console.print(f"before: {before}")
     if checkpoint:
         console.print(f"continuing from {checkpoint}")
     started = time.monotonic()
@@ -217,8 +219,10 @@ def _save(job: _Job, model: PeftModel) -> None:
     on_main(lambda: job.run.write_adapter(write))
 
 
-def _measure_before(job: _Job, model: PeftModel) -> Measurement:
+def _measure_before(job: _Job, model: PeftModel) -> Measurement | None:
     """The measurement at step 0; a resumed run has it in its metrics."""
+    if not job.recipe.evaluation.before:
+        return None
     entries = (e for e in read_lines(job.run.metrics) if e.get("kind") == "before")
     found = on_main(lambda: next(entries, None))
     return measurement_from(found) if found else _measure_and_log(job, model, "before", 0)
@@ -345,7 +349,7 @@ def _budget(model: PeftModel, ranks: Ranks) -> dict[str, Any]:
 def _to_json(result: TrainResult, job: _Job, model: PreTrainedModel | PeftModel) -> dict[str, Any]:
     assert result.after is not None
     return {
-        "before": result.before.to_dict(),
+        "before": result.before.to_dict() if result.before else None,
         "after": result.after.to_dict(),
         "budget": result.budget,
         "ranks": result.ranks,

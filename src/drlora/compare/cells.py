@@ -79,6 +79,7 @@ def make_cell(
         plan.methods[method],
         tuned,
         {"training.seed": seed},
+        plan.tune.settings if stage == TUNE and plan.tune else {},
     )
     split = plan.tune.split if stage == TUNE and plan.tune else plan.split
     recipe = _measured_on(recipe_from(tree), SPLIT_ROLES[split])

@@ -41,12 +41,14 @@ class Tune:
         seeds: training seeds, other than the compared ones.
         split: what the points are measured on, `dev` or `test`.
         metric: what decides.
+        settings: of a recipe, nested or dotted, that these runs have otherwise than the compared.
     """
 
     grid: dict[str, list]
     seeds: list[int]
     split: str = "dev"
     metric: str = "loss"
+    settings: dict = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _check_split(self.split, "tune.split")

@@ -111,7 +111,7 @@ def _harvest(outcome: TrainResult, labels: dict[str, Any]) -> dict[str, Any]:
     found = read_result(run.result)
     assert found is not None
     for measured in (found["before"], found["after"]):
-        (measured.get("match") or {}).pop("samples", None)
+        ((measured or {}).get("match") or {}).pop("samples", None)
     config = found.pop("config")
     config.pop("output_dir")
     return {
