@@ -44,12 +44,14 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset(
         {
             "__main__",
+            "arguments",
             "assemble",
             "callback",
             "choices",
             "cli",
             "compare",
             "data",
+            "dry_run",
             "embedded",
             "evaluate",
             "event_log",

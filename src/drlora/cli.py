@@ -1,11 +1,14 @@
 """The command line: verbs, arguments, and errors as one message.
 
-    drlora train RECIPE.yaml [key=value ...] [--resume]
+    drlora train RECIPE.yaml [key=value ...] [--resume] [--dry-run]
     drlora eval RUN|EXPORT [--split SPLIT] [--data FILE]
     drlora inspect MODEL [key=value ...] [--steps N] [--tokens N]
     drlora export RUN --format peft|per-expert|merged -o DIR [--rank auto] [--dry-run]
     drlora report RUN [RUN ...] [-o FILE] [--format html|png|svg|md]
     drlora compare PLAN.yaml [key=value ...] [--jobs N] [--dry-run] [--retry-failed]
+
+Every verb takes --json and --help (with examples). `drlora --print-completion bash` writes a
+completion script, where shtab is installed.
 
 Exit codes: 0 done, 1 a run of a comparison failed, 2 something to put right (one message on
 standard error), 130 interrupted.
@@ -14,27 +17,28 @@ standard error), 130 interrupted.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import datasets
 import transformers
 from rich.console import Console
 
+from drlora.arguments import Parser, make_parser
 from drlora.compare import compare
-from drlora.errors import CheckpointError, DrLoraError
+from drlora.dry_run import dry_run, print_dry_run
+from drlora.errors import CheckpointError, ConfigError, DrLoraError
 from drlora.evaluate_run import evaluate_run
-from drlora.export import FORMATS, RANKS
-from drlora.export_run import export_run, print_plan
-from drlora.files import refuse_links_out
+from drlora.export_run import ExportResult, export_run, print_plan
+from drlora.files import read_json, refuse_links_out
 from drlora.inspection import inspect_model
 from drlora.inspection_text import print_inspection
-from drlora.memory_plan import TOKENS
 from drlora.recipe import load_recipe, make_adapter_config
-from drlora.report import FORMATS as REPORT_FORMATS
 from drlora.report import write_report
 from drlora.rundir import RunDir
 from drlora.settings import split_override
@@ -47,118 +51,73 @@ EXIT_INTERRUPTED = 130
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments = _parse(parser, argv)
+    shell = arguments.print_completion
+    if shell is None and not hasattr(arguments, "verb"):
+        parser.error("which verb? invalid choice: ''")
     _quiet()
     try:
-        return arguments.verb(arguments)
+        return _print_completion(parser, shell) if shell else arguments.verb(arguments)
     except KeyboardInterrupt:
         return _report("interrupted", EXIT_INTERRUPTED)
     except (DrLoraError, OSError) as error:
-        if arguments.debug:
+        if getattr(arguments, "debug", False):
             raise
         return _report(f"error: {error}", EXIT_BAD_INPUT)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="drlora", description="Fine-tune Mixture-of-Experts language models with DR-LoRA."
+def _parse(parser: Parser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """As argparse does, but `key=value` may stand after options too."""
+    arguments, left = parser.parse_known_args(argv)
+    late = [word for word in left if "=" in word and not word.startswith("-")]
+    if hasattr(arguments, "overrides"):
+        arguments.overrides += late
+        left = [word for word in left if word not in late]
+    if left:
+        parser.error(f"unrecognized arguments: {' '.join(left)}")
+    return arguments
+
+
+def _parser() -> Parser:
+    return make_parser(
+        {
+            "train": _train,
+            "eval": _eval,
+            "inspect": _inspect,
+            "export": _export,
+            "compare": _compare,
+            "report": _write_report,
+        }
     )
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
-    _add_train(verbs, common)
-    _add_eval(verbs, common)
-    _add_inspect(verbs, common)
-    _add_export(verbs, common)
-    _add_compare(verbs, common)
-    _add_report(verbs, common)
-    return parser
 
 
-def _add_train(verbs: argparse._SubParsersAction, common: argparse.ArgumentParser) -> None:
-    verb = verbs.add_parser("train", parents=[common], help="fine-tune as a recipe says")
-    verb.add_argument("recipe", metavar="RECIPE.yaml")
-    verb.add_argument("overrides", nargs="*", metavar="key=value", help="training.max_steps=100")
-    verb.add_argument("--resume", action="store_true", help="continue the run in output_dir")
-    verb.set_defaults(verb=_train)
-
-
-def _add_eval(verbs: argparse._SubParsersAction, common: argparse.ArgumentParser) -> None:
-    verb = verbs.add_parser("eval", parents=[common], help="measure a run or an export on data")
-    verb.add_argument("run", metavar="RUN", help="a run, or a folder with an adapter or a model")
-    verb.add_argument("--split", default="eval", help="train, eval, test or a split's name")
-    verb.add_argument("--data", metavar="FILE", help="other data than the recipe's")
-    verb.add_argument("--model", help="the base model, where it is not where the adapter says")
-    verb.add_argument("--trust-remote-code", action="store_true")
-    verb.add_argument("--json", action="store_true", help="print JSON")
-    verb.set_defaults(verb=_eval)
-
-
-def _add_inspect(verbs: argparse._SubParsersAction, common: argparse.ArgumentParser) -> None:
-    verb = verbs.add_parser(
-        "inspect", parents=[common], help="blocks, experts, memory and growth plan of a model"
-    )
-    verb.add_argument("model", metavar="MODEL", help="embedded, a folder, a config.json, or a name")
-    verb.add_argument("overrides", nargs="*", metavar="key=value", help="r_target=16, preset=...")
-    verb.add_argument("--steps", type=int, metavar="N", help="show the growth plan of N steps")
-    verb.add_argument("--dtype", help="of the weights; by default what they are stored in")
-    verb.add_argument(
-        "--tokens", type=int, default=TOKENS, metavar="N", help="of a batch, for activations"
-    )
-    verb.add_argument("--json", action="store_true", help="print JSON")
-    verb.set_defaults(verb=_inspect)
-
-
-def _add_export(verbs: argparse._SubParsersAction, common: argparse.ArgumentParser) -> None:
-    verb = verbs.add_parser(
-        "export", parents=[common], help="write an adapter for PEFT, serving engines or as a model"
-    )
-    verb.add_argument("run", metavar="RUN", help="a run directory, or a folder with an adapter")
-    verb.add_argument("--format", required=True, choices=FORMATS)
-    verb.add_argument("-o", "--output", required=True, metavar="DIR", help="a new or empty folder")
-    verb.add_argument("--rank", default="padded", choices=RANKS, help="auto: as small as it gets")
-    verb.add_argument("--dry-run", action="store_true", help="print the plan, write nothing")
-    verb.add_argument("--model", help="the base model, where it is not where the adapter says")
-    verb.add_argument("--data", metavar="FILE", help="examples to compare logits on")
-    verb.add_argument("--max-shard-size", metavar="5GB", help="of one file of merged weights")
-    verb.add_argument("--trust-remote-code", action="store_true")
-    verb.set_defaults(verb=_export)
-
-
-def _add_compare(verbs: argparse._SubParsersAction, common: argparse.ArgumentParser) -> None:
-    verb = verbs.add_parser(
-        "compare", parents=[common], help="run a plan of models, tasks, methods and seeds"
-    )
-    verb.add_argument("plan", metavar="PLAN.yaml")
-    verb.add_argument("overrides", nargs="*", metavar="key=value", help="seeds=[1,2]")
-    verb.add_argument("--jobs", type=int, metavar="N", help="runs at once; default: one a core")
-    verb.add_argument("--threads", type=int, metavar="N", help="threads of each run")
-    verb.add_argument("--retry-failed", action="store_true", help="run failed cells again")
-    verb.add_argument("--only-page", action="store_true", help="write the page, run nothing")
-    verb.add_argument("--dry-run", action="store_true", help="print the cells, run nothing")
-    verb.add_argument("--json", action="store_true", help="print JSON")
-    verb.set_defaults(verb=_compare)
-
-
-def _add_report(verbs: argparse._SubParsersAction, common: argparse.ArgumentParser) -> None:
-    verb = verbs.add_parser(
-        "report", parents=[common], help="write a page on one or several runs, to look at"
-    )
-    verb.add_argument("runs", nargs="+", metavar="RUN", help="a run directory")
-    verb.add_argument("-o", "--output", metavar="FILE", help="default: report.html in the run")
-    verb.add_argument(
-        "--format", choices=REPORT_FORMATS, help="default: what FILE ends in, else html"
-    )
-    verb.add_argument("--json", action="store_true", help="print JSON")
-    verb.set_defaults(verb=_write_report)
+def _print_completion(parser: Parser, shell: str) -> int:
+    try:
+        shtab: Any = importlib.import_module("shtab")
+    except ImportError:
+        raise ConfigError(
+            "a completion script needs the package shtab: pip install 'drlora[completion]'"
+        ) from None
+    if shell not in shtab.SUPPORTED_SHELLS:
+        raise ConfigError(f"--print-completion {shell}: choose one of {shtab.SUPPORTED_SHELLS}.")
+    print(shtab.complete(parser, shell))
+    return 0
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, stderr=arguments.json)
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     run = RunDir(Path(recipe.output_dir))
     if arguments.resume:
         refuse_links_out(run.path)
+    if arguments.dry_run:
+        found = dry_run(recipe)
+        if arguments.json:
+            print(json.dumps(found, indent=2))
+        else:
+            print_dry_run(found, console)
+        return 0
     try:
         result = train(recipe, arguments.resume, console)
     except KeyboardInterrupt:
@@ -172,6 +131,8 @@ def _train(arguments: argparse.Namespace) -> int:
         what = f"interrupted at step {result.steps}; a checkpoint is saved"
         return _report(_way_on(run, what), EXIT_INTERRUPTED)
     print_summary(result, console)
+    if arguments.json:
+        print(json.dumps({"run": str(run.path), **read_json(run.result)}, indent=2))
     return 0
 
 
@@ -222,8 +183,18 @@ def _export(arguments: argparse.Namespace) -> int:
         trust_remote_code=arguments.trust_remote_code,
         max_shard_size=arguments.max_shard_size,
     )
+    if arguments.json:
+        print(json.dumps(_export_to_json(result, arguments.output), indent=2))
+        return 0
     print_plan(result, arguments.output, Console(highlight=False, soft_wrap=True, markup=False))
     return 0
+
+
+def _export_to_json(result: ExportResult, output: str) -> dict[str, Any]:
+    found = {**result.plan.to_dict(), "output": None, "logits": None}
+    if result.difference is not None:
+        found |= {"output": output, "logits": str(result.difference)}
+    return found
 
 
 def _compare(arguments: argparse.Namespace) -> int:

@@ -1,0 +1,180 @@
+"""The command line's verbs and what may be said to them, each with examples.
+
+`make_parser` knows no more of a verb than its name; cli.py says what it does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn
+
+from drlora.export import FORMATS, RANKS
+from drlora.memory_plan import TOKENS
+from drlora.report import FORMATS as REPORT_FORMATS
+
+Action = Callable[[argparse.Namespace], int]
+
+TRAIN = """examples:
+  drlora train recipes/embedded.yaml
+  drlora train recipes/own-data.yaml model=path/to/model training.max_steps=500 --dry-run
+  drlora train runs/own-data/config.yaml --resume
+"""
+EVAL = """examples:
+  drlora eval runs/own-data
+  drlora eval runs/own-data --split test --json
+  drlora eval out/peft --data held-out.jsonl
+"""
+INSPECT = """examples:
+  drlora inspect embedded --steps 800
+  drlora inspect allenai/OLMoE-1B-7B-0924 preset=paper-v5 --steps 3750
+  drlora inspect path/to/config.json r_target=32 r_max=64 --json
+"""
+EXPORT = """examples:
+  drlora export runs/own-data --format peft -o out/peft --dry-run
+  drlora export runs/own-data --format merged -o out/merged --max-shard-size 5GB
+"""
+COMPARE = """examples:
+  drlora compare experiments/quick.yaml --dry-run
+  drlora compare experiments/quick.yaml 'seeds=[1, 2]' --jobs 2
+"""
+REPORT = """examples:
+  drlora report runs/own-data
+  drlora report runs/one runs/two -o both.html
+  drlora report runs/own-data --format md
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """Says which word was probably meant."""
+
+    def error(self, message: str) -> NoReturn:
+        """One message on standard error, and exit code 2.
+
+        Raises:
+            SystemExit: always.
+        """
+        word = message.partition("invalid choice: '")[2].partition("'")[0]
+        if "unrecognized arguments: " in message:
+            word = message.partition("unrecognized arguments: ")[2].split(" ")[0]
+        near = difflib.get_close_matches(word, _words(self), n=1) if word else []
+        hint = f"; did you mean {near[0]}?" if near else ""
+        self.exit(2, f"error: {message}{hint}\n(drlora --help shows what there is)\n")
+
+
+def _words(parser: argparse.ArgumentParser) -> list[str]:
+    """Verbs, options and choices of a parser and of its verbs."""
+    found: list[str] = []
+    for action in parser._actions:
+        found += action.option_strings
+        found += [str(choice) for choice in action.choices or ()]
+        if isinstance(action, argparse._SubParsersAction):
+            for verb in action.choices.values():
+                found += _words(verb)
+    return found
+
+
+def make_parser(actions: Mapping[str, Action]) -> Parser:
+    """The parser of all verbs.
+
+    Args:
+        actions: verb -> what carries it out and returns the exit code.
+    """
+    parser = Parser(
+        prog="drlora",
+        description="Fine-tune Mixture-of-Experts language models with DR-LoRA.",
+        epilog="drlora VERB --help shows the verb's options and examples.",
+    )
+    parser.add_argument(
+        "--print-completion", metavar="SHELL", help="a completion script for bash, zsh or tcsh"
+    )
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB")
+    for name, (help_text, examples, add_options) in VERBS.items():
+        verb = verbs.add_parser(
+            name,
+            help=help_text,
+            description=help_text[0].upper() + help_text[1:] + ".",
+            epilog=examples,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        add_options(verb)
+        verb.add_argument("--json", action="store_true", help="print JSON")
+        verb.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        verb.set_defaults(verb=actions[name])
+    return parser
+
+
+def _train(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("recipe", metavar="RECIPE.yaml")
+    verb.add_argument("overrides", nargs="*", metavar="key=value", help="training.max_steps=100")
+    verb.add_argument("--resume", action="store_true", help="continue the run in output_dir")
+    _dry_run(verb, "check everything but the weights and print the plan")
+
+
+def _eval(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("run", metavar="RUN", help="a run, or a folder with an adapter or a model")
+    verb.add_argument("--split", default="eval", help="train, eval, test or a split's name")
+    verb.add_argument("--data", metavar="FILE", help="other data than the recipe's")
+    _base_model(verb)
+
+
+def _inspect(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("model", metavar="MODEL", help="embedded, a folder, a config.json, or a name")
+    verb.add_argument("overrides", nargs="*", metavar="key=value", help="r_target=16, preset=...")
+    verb.add_argument("--steps", type=int, metavar="N", help="show the growth plan of N steps")
+    verb.add_argument("--dtype", help="of the weights; by default what they are stored in")
+    verb.add_argument(
+        "--tokens", type=int, default=TOKENS, metavar="N", help="of a batch, for activations"
+    )
+
+
+def _export(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("run", metavar="RUN", help="a run directory, or a folder with an adapter")
+    verb.add_argument("--format", required=True, choices=FORMATS)
+    verb.add_argument("-o", "--output", required=True, metavar="DIR", help="a new or empty folder")
+    verb.add_argument("--rank", default="padded", choices=RANKS, help="auto: as small as it gets")
+    _dry_run(verb, "print the plan, write nothing")
+    verb.add_argument("--data", metavar="FILE", help="examples to compare logits on")
+    verb.add_argument("--max-shard-size", metavar="5GB", help="of one file of merged weights")
+    _base_model(verb)
+
+
+def _compare(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("plan", metavar="PLAN.yaml")
+    verb.add_argument("overrides", nargs="*", metavar="key=value", help="seeds=[1,2]")
+    verb.add_argument("--jobs", type=int, metavar="N", help="runs at once; default: one a core")
+    verb.add_argument("--threads", type=int, metavar="N", help="threads of each run")
+    verb.add_argument("--retry-failed", action="store_true", help="run failed cells again")
+    verb.add_argument("--only-page", action="store_true", help="write the page, run nothing")
+    _dry_run(verb, "print the cells, run nothing")
+
+
+def _report(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("runs", nargs="+", metavar="RUN", help="a run directory")
+    verb.add_argument("-o", "--output", metavar="FILE", help="default: report.html in the run")
+    verb.add_argument(
+        "--format", choices=REPORT_FORMATS, help="default: what FILE ends in, else html"
+    )
+
+
+def _dry_run(verb: argparse.ArgumentParser, what: str) -> None:
+    verb.add_argument("--dry-run", action="store_true", help=what)
+
+
+def _base_model(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--model", help="the base model, where it is not where the adapter says")
+    verb.add_argument(
+        "--trust-remote-code", action="store_true", help="run code that comes with the model"
+    )
+
+
+# Verb -> what it does, examples, its options.
+VERBS: dict[str, tuple[str, str, Callable[[Any], None]]] = {
+    "train": ("fine-tune as a recipe says", TRAIN, _train),
+    "eval": ("measure a run or an export on data", EVAL, _eval),
+    "inspect": ("blocks, experts, memory and growth plan of a model", INSPECT, _inspect),
+    "export": ("write an adapter for PEFT, serving engines or as a model", EXPORT, _export),
+    "compare": ("run a plan of models, tasks, methods and seeds", COMPARE, _compare),
+    "report": ("write a page on one or several runs, to look at", REPORT, _report),
+}
