@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,8 @@ from tiny import make_model
 
 import drlora
 from drlora.model_card import MARK, write_card
-from drlora.report.read import read_run
 
+SETTINGS = dict(r_init=2, r_target=3, r_max=6, p_grow=0.5)
 HOSTILE = 'a: "b"\n---\n# <script>alert(1)</script> | `x`'
 
 
@@ -22,29 +23,27 @@ HOSTILE = 'a: "b"\n---\n# <script>alert(1)</script> | `x`'
 def saved(tmp_path_factory) -> Path:
     """An adapter saved by PEFT alone."""
     folder = tmp_path_factory.mktemp("saved") / "adapter"
-    model = get_peft_model(make_model(), drlora.DrLoraConfig(r_init=2, r_target=3, r_max=6))
+    model = get_peft_model(make_model(), drlora.DrLoraConfig(**SETTINGS))
     model.save_pretrained(folder)
     return folder
 
 
-def add_run(folder: Path, **recipe) -> Path:
-    """The files of a run beside an adapter."""
-    ranks = {
-        block: {"gate_up": row, "down": row} for block, row in zip(*_final(folder), strict=True)
-    }
+def make_run(saved: Path, folder: Path, model: str, data: str) -> Path:
+    """A finished run with that adapter."""
+    folder.mkdir()
+    shutil.copy(saved / "adapter_model.safetensors", folder)
+    adapter = json.loads((saved / "adapter_config.json").read_text())
+    adapter["base_model_name_or_path"] = model
+    (folder / "adapter_config.json").write_text(json.dumps(adapter))
+    recipe = {"model": model, "data": {"train": data}, "adapter": adapter}
+    (folder / "config.yaml").write_text(yaml.safe_dump(recipe))
     measured = {
         "loss": {"loss": 1.25, "perplexity": 3.49, "target_tokens": 7},
         "match": {"accuracy": 0.5, "correct": 1, "total": 2},
     }
-    result = {"before": measured, "after": measured, "ranks": ranks, "steps": 12, "seconds": 3.5}
+    result = {"before": measured, "after": measured, "steps": 12, "seconds": 3.5}
     (folder / "result.json").write_text(json.dumps(result))
-    (folder / "config.yaml").write_text(yaml.safe_dump(recipe))
     return folder
-
-
-def _final(folder: Path):
-    rank_map = read_run(folder).maps[0]
-    return rank_map.blocks, rank_map.final()
 
 
 def test_a_saved_adapter_has_a_card_that_the_hub_reads(saved):
@@ -58,18 +57,7 @@ def test_a_saved_adapter_has_a_card_that_the_hub_reads(saved):
 
 
 def test_the_card_of_a_run_has_its_results(saved, tmp_path):
-    folder = tmp_path / "run"
-    folder.mkdir()
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        (folder / name).write_bytes((saved / name).read_bytes())
-    adapter = json.loads((folder / "adapter_config.json").read_text())
-    add_run(folder, model="allenai/OLMoE", data={"train": "openai/gsm8k"}, adapter=adapter)
-    adapter["base_model_name_or_path"] = "allenai/OLMoE"
-    (folder / "config.yaml").write_text(
-        yaml.safe_dump(
-            {"model": "allenai/OLMoE", "data": {"train": "openai/gsm8k"}, "adapter": adapter}
-        )
-    )
+    folder = make_run(saved, tmp_path / "run", "allenai/OLMoE", "openai/gsm8k")
     assert write_card(folder) == folder / "README.md"
     card = ModelCard.load(folder / "README.md")
     assert card.data.base_model == "allenai/OLMoE"
@@ -80,13 +68,7 @@ def test_the_card_of_a_run_has_its_results(saved, tmp_path):
 
 
 def test_hostile_names_stay_values(saved, tmp_path):
-    folder = tmp_path / "run"
-    folder.mkdir()
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        (folder / name).write_bytes((saved / name).read_bytes())
-    adapter = json.loads((folder / "adapter_config.json").read_text())
-    adapter["base_model_name_or_path"] = HOSTILE
-    add_run(folder, model=HOSTILE, data={"train": HOSTILE}, adapter=adapter)
+    folder = make_run(saved, tmp_path / "run", HOSTILE, HOSTILE)
     write_card(folder)
     card = ModelCard.load(folder / "README.md")
     assert set(card.data.to_dict()) == {
@@ -111,7 +93,7 @@ def test_saving_again_keeps_the_text_of_an_own_card(saved):
     """PEFT itself adds tags to it, as to any card."""
     path = saved / "README.md"
     path.write_text("---\nlicense: mit\n---\n# My adapter\n\nMy words.\n")
-    model = get_peft_model(make_model(), drlora.DrLoraConfig(r_init=2, r_target=3, r_max=6))
+    model = get_peft_model(make_model(), drlora.DrLoraConfig(**SETTINGS))
     model.save_pretrained(saved)
     card = ModelCard.load(path)
     assert card.data.license == "mit"

@@ -169,8 +169,7 @@ def growth_line(grants: list[Grant], dynamics: RankDynamics) -> str:
     top = sorted((g for g in grants if g.granted > 0), key=lambda g: -g.granted)[:3]
     most = ", ".join(f"{layers[g.block]}.{g.expert} +{g.granted}" for g in top)
     changes = [
-        f"{sum(abs(g.granted) for g in some)} rank{'s' * (len(some) > 1)} {word} {len(some)} "
-        f"expert{'s' * (len(some) > 1)}"
+        f"{_count(sum(abs(g.granted) for g in some), 'rank')} {word} {_count(len(some), 'expert')}"
         for word, sign in (("to", 1), ("taken from", -1))
         if (some := [g for g in grants if g.granted * sign > 0])
     ]
@@ -179,3 +178,8 @@ def growth_line(grants: list[Grant], dynamics: RankDynamics) -> str:
         f"step {grants[0].step}: {', '.join(changes)}{most and f', most to {most}'}; the largest "
         f"has {max(g.rank for g in grants)}; {dynamics.growth.done_share:.0%} of the {kind} is done"
     )
+
+
+def _count(number: int, what: str) -> str:
+    """`1 rank`, `2 ranks`."""
+    return f"{number} {what}{'s' * (number != 1)}"
