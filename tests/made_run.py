@@ -29,7 +29,6 @@ def make_run(
     blocks = [f"model.layers.{layer}.mlp" for layer in range(layers)]
     popularity_LE = random.dirichlet(np.full(experts, 0.6), size=layers)
     ranks_LE = np.full((layers, experts), 8)
-    quota = -(-8 * experts // events)
     growth, known = [], []
     stride = -(-events // MOST_EVENTS)
     for event in range(1, events + 2):
@@ -52,7 +51,7 @@ def make_run(
                 for layer, block in enumerate(blocks)
             ]
         for layer, block in enumerate(blocks if not is_end else []):
-            due = min(8 * experts, quota * event) - int(ranks_LE[layer].sum() - 8 * experts)
+            due = 8 * experts * event // events - int(ranks_LE[layer].sum() - 8 * experts)
             grants = allocate(
                 saliency_LE[layer].tolist(), ranks=ranks_LE[layer].tolist(), quota=due, cap=5,
                 r_max=64,

@@ -17,7 +17,8 @@
   // ---- reading the data
 
   function integers(column) {
-    const bytes = Uint8Array.from(atob(column.data), (c) => c.charCodeAt(0));
+    const text = atob(column.data), bytes = new Uint8Array(text.length);
+    for (let i = 0; i < text.length; i++) bytes[i] = text.charCodeAt(i);
     return new TYPES[column.type](bytes.buffer);
   }
 
@@ -25,8 +26,11 @@
   function numbers(column) {
     const unknown = column.type === "u1" ? 255 : 65535;
     const unit = Math.log(column.high / column.low) / (unknown - 2);
-    return Float64Array.from(integers(column), (code) =>
-      code === 0 ? 0 : code === unknown ? NaN : column.low * Math.exp(unit * (code - 1)));
+    const codes = integers(column), values = new Float64Array(codes.length);
+    codes.forEach((code, i) => {
+      if (code) values[i] = code === unknown ? NaN : column.low * Math.exp(unit * (code - 1));
+    });
+    return values;
   }
 
   // Ranks at the start and after each event, and the signals, of one map; read when first asked for.
@@ -47,9 +51,13 @@
     }
     map.columns = columns;
     map.known = Object.fromEntries(SIGNALS.map((name) => [name, numbers(map.signals[name])]));
-    map.highest = map.history.reduce((most, ranks) => ranks.reduce((a, b) => Math.max(a, b), most), 0);
-    map.lowest = map.history.reduce((least, ranks) =>
-      ranks.reduce((a, b) => (b >= 0 && b < a ? b : a), least), Infinity);
+    map.lowest = Infinity;
+    map.highest = 0;
+    for (const ranks of map.history)
+      for (const rank of ranks) {
+        if (rank > map.highest) map.highest = rank;
+        if (rank >= 0 && rank < map.lowest) map.lowest = rank;
+      }
     return map;
   }
 
@@ -72,14 +80,17 @@
 
   function layerValues(m, values, layer) {
     const first = layer * m.width;
-    return Array.from(values.slice(first, first + m.experts[layer]));
+    return values.subarray(first, first + m.experts[layer]);
   }
 
   function gini(values) {
-    const sorted = values.map((v) => v || 0).sort((a, b) => a - b), n = sorted.length;
-    const total = sorted.reduce((a, b) => a + b, 0);
-    if (!total) return 0;
-    return sorted.reduce((sum, v, i) => sum + (2 * (i + 1) - n - 1) * v, 0) / (n * total);
+    const sorted = Float64Array.from(values).sort(), n = sorted.length;
+    let total = 0, weighted = 0;
+    sorted.forEach((value, i) => {
+      total += value || 0;
+      weighted += (2 * (i + 1) - n - 1) * (value || 0);
+    });
+    return total ? weighted / (n * total) : 0;
   }
 
   function meanGini(m, values) {
@@ -391,7 +402,7 @@
   function drawConcentration() {
     const m = map(), c = look(), steps = [0, ...m.events, run().steps];
     const ranks = m.history.map((row) => meanGini(m, row));
-    const routing = m.known_at.map((_, row) => meanGini(m, m.known.routing.slice(row * m.cells, (row + 1) * m.cells)));
+    const routing = m.known_at.map((_, row) => meanGini(m, m.known.routing.subarray(row * m.cells, (row + 1) * m.cells)));
     draw("gini", { grid: { ...GRID, top: 34 }, legend: { textStyle: { color: c.ink }, top: 0 },
       tooltip: { trigger: "axis", valueFormatter: show }, xAxis: stepAxis(), yAxis: axis({ type: "value", min: 0 }),
       series: [
@@ -468,7 +479,7 @@
     drawOther();
     choose(state.layer, state.expert);
     listGrants();
-    drawConcentration();
+    setTimeout(drawConcentration);  // far down the page: after what is seen first
   }
 
   function setRun(number) {
