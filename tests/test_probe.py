@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft import get_peft_model
 from tiny import make_batch, make_model, trainable
+from transformers import Trainer, TrainingArguments
 
 import drlora
 from drlora import ConfigError, DrLoraConfig
@@ -20,7 +21,7 @@ RANKS = dict(r_init=2, r_target=3, r_max=8, p_grow=0.5)
 
 def adapted(seed=0, **settings):
     torch.manual_seed(seed)
-    return get_peft_model(make_model(), DrLoraConfig(**{**RANKS, **settings}))
+    return get_peft_model(make_model(), DrLoraConfig(**{**RANKS, **settings})).train()
 
 
 def adapters_of(model):
@@ -98,6 +99,35 @@ def test_probing_leaves_no_trace():
     assert all(p.grad is None for p in model.parameters())
     assert not any(adapter.probes for adapter in adapters_of(model).values())
     assert not any(adapter.frequency.any() for adapter in adapters_of(model).values())
+    assert not any(adapter.meter.num_tokens for adapter in adapters_of(model).values())
+
+
+@pytest.mark.parametrize("method", ["static", "gradient"])
+def test_probing_in_the_trainer_under_reentrant_checkpointing(method, tmp_path):
+    torch.manual_seed(0)
+    config = DrLoraConfig.for_method(method, r_init=2, r_target=2, r_max=8)
+    model = get_peft_model(make_model(), config)
+    data = [{key: value[0] for key, value in make_batch(seed).items()} for seed in range(4)]
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=1, per_device_train_batch_size=2, report_to=[],
+        use_cpu=True, disable_tqdm=True, activation_checkpointing=True,
+        activation_checkpointing_kwargs={"use_reentrant": True},
+    )  # fmt: skip
+    callback = drlora.DrLoraCallback()
+    Trainer(model, arguments, train_dataset=data, callbacks=[callback]).train()
+    assert {sum(r) for block in callback.dynamics.ranks().values() for r in block.values()} == {12}
+    assert all(adapter.frequency.any() for adapter in adapters_of(model).values())
+
+
+def test_gradients_that_were_there_stay():
+    model = adapted()
+    model(**make_batch(0)).loss.backward()
+    before = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    counted = {name: a.meter.sum_E.clone() for name, a in adapters_of(model).items()}
+    drlora.ranks_from_routing(model, [make_batch(1)])
+    assert before and all(dict(model.named_parameters())[n].grad is g for n, g in before.items())
+    for name, adapter in adapters_of(model).items():
+        assert torch.equal(adapter.meter.sum_E, counted[name])
 
 
 def test_rows_start_along_the_gradient():

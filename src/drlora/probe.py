@@ -14,17 +14,17 @@ Neither knows experts.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from peft import PeftModel
 from torch import Tensor
 
 from drlora.errors import ConfigError
 from drlora.layer import ExpertsAdapter, ProbeRows
+from drlora.processes import add_up
 
 # More rows than directions wanted, since a sketch of exactly as many misses part of them.
 OVERSAMPLING = 8
@@ -89,6 +89,7 @@ def _probes(
     finally:
         for adapter in adapters.values():
             adapter.probes.clear()
+            adapter.meter.reset()  # which counted what the probes saw
 
 
 def _gradients(
@@ -97,27 +98,13 @@ def _gradients(
     """Of the mean loss of the batches in `leaves`, float32, the same on all processes."""
     sums = [torch.zeros(leaf.shape, device=leaf.device) for leaf in leaves]
     seen = torch.zeros(2, device=leaves[0].device)  # batches, and those that could be used
-    modes = {module: module.training for module in model.modules()}
-    model.train()
-    try:
-        for batch in batches:
-            loss = model(**{key: value.to(leaves[0].device) for key, value in batch.items()}).loss
-            if loss is None:
-                raise ConfigError(
-                    f"a gradient was to be taken of a batch of {sorted(batch)}, but the model "
-                    f"gives no loss for it; give batches with labels."
-                )
-            gradients = torch.autograd.grad(loss, leaves)
-            usable = all(bool(gradient.isfinite().all()) for gradient in gradients)
-            for total, gradient in zip(sums, gradients if usable else (), strict=usable):
-                total += gradient
-            seen += torch.tensor([1.0, float(usable)], device=seen.device)
-    finally:
-        for module, training in modes.items():
-            module.training = training
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        for total in [*sums, seen]:
-            dist.all_reduce(total)
+    for gradients in gradients_of_batches(model, leaves, batches, _loss):
+        usable = all(bool(gradient.isfinite().all()) for gradient in gradients)
+        for total, gradient in zip(sums, gradients if usable else (), strict=usable):
+            total += gradient
+        seen += torch.tensor([1.0, float(usable)], device=seen.device)
+    for total in [*sums, seen]:
+        add_up(total)
     batches_seen, used = seen.tolist()
     if not used:
         raise ConfigError(
@@ -125,3 +112,50 @@ def _gradients(
             f"a finite one; give a few of the training's, or look at the data."
         )
     return [total / used for total in sums]
+
+
+def _loss(output: Any) -> Tensor:
+    if output.get("loss") is None:
+        raise ConfigError(
+            "a gradient was to be taken, but the model gives no loss for a batch; give batches "
+            "with labels."
+        )
+    return output.loss
+
+
+def gradients_of_batches(
+    model: PeftModel,
+    leaves: list[Tensor],
+    batches: Iterable[Mapping[str, Tensor]],
+    objective: Callable[[Any], Tensor],
+) -> Iterator[list[Tensor]]:
+    """The gradient of `objective(model(**batch))` in `leaves`, batch by batch, in training mode.
+
+    By `backward`, since reentrant checkpointing knows nothing else; every other gradient that the
+    model has is put back as it was.
+
+    Raises:
+        ConfigError: if checkpointing keeps a gradient from the leaves.
+    """
+    modes = {module: module.training for module in model.modules()}
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    kept = [(tensor, tensor.grad) for tensor in (*trained, *leaves)]
+    model.train()
+    try:
+        for batch in batches:
+            for tensor, _ in kept:
+                tensor.grad = None
+            moved = {key: value.to(leaves[0].device) for key, value in batch.items()}
+            objective(model(**moved)).backward()
+            gradients = [leaf.grad for leaf in leaves if leaf.grad is not None]
+            if len(gradients) < len(leaves):
+                raise ConfigError(
+                    "gradients do not reach the experts: with reentrant checkpointing call "
+                    "model.enable_input_require_grads(), or set use_reentrant=False."
+                )
+            yield gradients
+    finally:
+        for tensor, gradient in kept:
+            tensor.grad = gradient
+        for module, training in modes.items():
+            module.training = training

@@ -27,7 +27,7 @@ from drlora.files import read_json, shown
 from drlora.inject import active_adapter, adapted_layers
 from drlora.layer import ExpertsAdapter
 from drlora.placement import hot_ranks, proportional_ranks, strongest_ranks
-from drlora.probe import Directions, probe_gradients
+from drlora.probe import Directions, gradients_of_batches, probe_gradients
 from drlora.processes import add_up
 from drlora.rank_pool import RankPool
 from drlora.ranks import FREE
@@ -300,32 +300,24 @@ def _routed_shares(
 ) -> list[list[float]]:
     """For each block the share of routing that each expert gets.
 
-    The meters count in the backward pass and hand their sums out as gradients, so asking for these
-    alone gives the sums and touches nothing else.
+    The meters count in the backward pass and hand their sums out as gradients.
     """
     tallies = [adapter.meter.tally_E1 for adapter in adapters]
     sums = [torch.zeros_like(tally_E1) for tally_E1 in tallies]
-    modes = {module: module.training for module in model.modules()}
-    model.train()
-    device = adapters[0].frequency.device
     count = 0
-    try:
-        for batch in batches:
-            moved = {key: value.to(device) for key, value in batch.items()}
-            logits = model(**moved).logits
-            for total_E1, sum_E1 in zip(
-                sums, torch.autograd.grad(logits.float().sum(), tallies), strict=True
-            ):
-                total_E1 += sum_E1
-            count += 1
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    for gradients in gradients_of_batches(model, tallies, batches, _sum_of_logits):
+        for total_E1, sum_E1 in zip(sums, gradients, strict=True):
+            total_E1 += sum_E1
+        count += 1
     if not count:
         raise ConfigError("routing was to be counted over no batch; give a few of the training's.")
     for total_E1 in sums:
         add_up(total_E1)  # also makes processes agree that saw the same batches
     return [routed_share(total_E1[:-1], total_E1[-1]).tolist() for total_E1 in sums]
+
+
+def _sum_of_logits(output: Any) -> Tensor:
+    return output.logits.float().sum()
 
 
 def _adapters(model: PeftModel, name: str | None = None) -> dict[str, ExpertsAdapter]:
