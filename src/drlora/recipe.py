@@ -13,6 +13,7 @@ from __future__ import annotations
 import typing
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -228,7 +229,7 @@ def recipe_from(tree: dict[str, Any]) -> Recipe:
 def adapter_settings() -> dict[str, Any]:
     """Setting of the section `adapter` -> its type."""
     peft_names = {f.name for f in fields(PeftConfig)}
-    hints = typing.get_type_hints(DrLoraConfig)
+    hints = _hints(DrLoraConfig)
     return {f.name: hints[f.name] for f in fields(DrLoraConfig) if f.name not in peft_names}
 
 
@@ -259,7 +260,7 @@ def _adapter(settings: dict[str, Any], training: dict[str, Any], method: Any) ->
 
 
 def _training(settings: dict[str, Any]) -> dict[str, Any]:
-    known = typing.get_type_hints(TrainingArguments)
+    known = _hints(TrainingArguments)
     names = {f.name for f in fields(TrainingArguments)}
     refuse_unknown(settings, names, "training", _homes(), COMMON_TRAINING)
     for key in settings:
@@ -290,7 +291,7 @@ def _section(tree: dict[str, Any], key: str) -> dict[str, Any]:
 def _build(kind: Any, settings: dict[str, Any], section: str) -> Any:
     """A section's dataclass, its names and types checked first."""
     _refuse_unknown_in(settings, kind, section)
-    hints = typing.get_type_hints(kind)
+    hints = _hints(kind)
     prefix = f"{section}." if section else ""
     for required in ("model", "output_dir") if kind is Recipe else ("train",):
         if required in hints and not settings.get(required):
@@ -307,6 +308,12 @@ def _refuse_unknown_in(settings: dict[str, Any], kind: Any, section: str) -> Non
     refuse_unknown(settings, [f.name for f in fields(kind)], section, _homes())
 
 
+@cache
+def _hints(kind: Any) -> dict[str, Any]:
+    return typing.get_type_hints(kind)
+
+
+@cache
 def _homes() -> dict[str, str]:
     """Setting -> its dotted name, to say where one belongs that stands in the wrong place."""
     homes = {f.name: f"training.{f.name}" for f in fields(TrainingArguments)}
