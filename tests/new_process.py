@@ -27,13 +27,13 @@ def start_python(command: list[str], printed: Path, folder: Path | None = None,
         folder: the working directory.
         environment: variables to set.
     """
-    _use_own_server()
+    use_own_server()
     process = _context.Process(target=_run, args=(command, printed, folder, environment))
     process.start()
     return process
 
 
-def _use_own_server() -> None:
+def use_own_server() -> None:
     """End the server that a tested `drlora compare` started, drlora in it: there is only one."""
     server = multiprocessing.forkserver._forkserver  # type: ignore[attr-defined]
     if server._preload_modules != _IMPORTED:

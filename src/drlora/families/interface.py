@@ -29,8 +29,8 @@ class InterfaceExperts(Family):
         if getattr(module, "_is_expert_parallel", False):
             return (
                 "it is expert-parallel, so each process holds other experts and would train "
-                "another adapter; load the model without expert parallelism (data parallelism, "
-                "FSDP and ZeRO work)"
+                "another adapter; load the model without expert parallelism (data parallelism "
+                "and FSDP2 work)"
             )
         names = _parameter_names(module)
         absent = [name for name in names if not isinstance(getattr(module, name, None), Tensor)]
