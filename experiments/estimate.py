@@ -1,0 +1,134 @@
+"""What recipes and plans of large models would need on one 80 GB GPU: estimates, not measured.
+
+    python experiments/estimate.py            prints the lines
+    python experiments/estimate.py --write    puts them into recipes/ and experiments/paper/
+
+Memory is what `drlora inspect` computes for the recipe's micro-batch. Time is arithmetic:
+
+    operations a token = 4 x active weights (forward, and backward to the inputs alone)
+                       + 2 x active weights with checkpointing + 6 x active adapter weights
+
+over PEAK x UTILISATION, with every example as long as max_length, so short examples take less.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from drlora.compare.cells import compare_cells, places
+from drlora.compare.plan import load_plan
+from drlora.config import DrLoraConfig
+from drlora.inspection import inspect_model
+from drlora.recipe import Recipe, load_recipe
+
+ROOT = Path(__file__).parents[1]
+PEAK = 989e12  # dense bfloat16 operations a second of an H100 SXM, as its maker says
+UTILISATION = 0.25  # assumed: of a grouped MoE step with short examples, not measured
+DOLLARS_AN_HOUR = 2.5  # assumed
+GPU_GB = 80
+# File -> the config that stands for its model, which is on the hub.
+CONFIGS = {
+    **{f"recipes/paper/{task}.yaml": "olmoe-1b-7b"
+       for task in ("gsm8k", "humaneval", "ifeval", "medmcqa", "wmt", "ledgar")},
+    "recipes/qwen3-30b-a3b.yaml": "qwen3-30b-a3b",
+    "recipes/gpt-oss-20b.yaml": "gpt-oss-20b",
+    "experiments/paper/olmoe.yaml": "olmoe-1b-7b",
+    "experiments/paper/qwen1.5-moe.yaml": "qwen1.5-moe-a2.7b",
+    "experiments/paper/llama-moe-like.yaml": "llama-moe-like-3.5b",
+}  # fmt: skip
+
+
+def config_of(file: str) -> str:
+    """Path of the config.json that stands for the model of a recipe or plan."""
+    return str(ROOT / "recipes" / "models" / f"{CONFIGS[file]}.json")
+
+
+def micro_batch_tokens(recipe: Recipe) -> int:
+    """Tokens of one forward and backward pass, if all examples have `max_length`."""
+    return recipe.training["per_device_train_batch_size"] * (recipe.data.max_length or 1024)
+
+
+@cache
+def _inspected(config: str, settings: str, dtype: str, tokens: int) -> dict[str, Any]:
+    return inspect_model(config, DrLoraConfig(**json.loads(settings)), None, dtype, tokens)
+
+
+def inspected(recipe: Recipe, config: str) -> dict[str, Any]:
+    """What `drlora inspect` says of the recipe's adapter on the model of `config`."""
+    dtype = "bfloat16" if recipe.dtype == "auto" else recipe.dtype
+    return _inspected(config, json.dumps(recipe.adapter), dtype, micro_batch_tokens(recipe))
+
+
+def memory_gb(recipe: Recipe, config: str) -> float:
+    """All that is counted: weights, adapter with gradients and moments, activations."""
+    found = inspected(recipe, config)["memory_gb"]
+    checkpoints = recipe.training.get("gradient_checkpointing")
+    activations = "activations_with_checkpointing" if checkpoints else "activations"
+    return found["weights"] + found["adapter_at_budget"] + found[activations]
+
+
+def hours(recipe: Recipe, config: str) -> float:
+    """Hours of the run's steps on one GPU; measurements before and after not included."""
+    found = inspected(recipe, config)
+    blocks, weights = found["blocks"], found["parameters"]
+    share = sum((b["top_k"] or 1) / b["experts"] for b in blocks) / len(blocks)
+    active = weights["total"] - weights["experts"] * (1 - share)
+    adapter = found["adapter"]["r_target"]["parameters"] * share
+    factor = 6 if recipe.training.get("gradient_checkpointing") else 4
+    training = recipe.training
+    tokens = micro_batch_tokens(recipe) * training["gradient_accumulation_steps"]
+    operations = training["max_steps"] * tokens * (factor * active + 6 * adapter)
+    return operations / (PEAK * UTILISATION) / 3600
+
+
+def recipe_line(file: str) -> str:
+    """The line of a recipe."""
+    recipe, config = load_recipe(ROOT / file), config_of(file)
+    return (
+        f"# Estimate, not measured: {memory_gb(recipe, config):.0f} GB of {GPU_GB} GB, "
+        f"{hours(recipe, config):.1f} hours on one H100 (experiments/estimate.py)."
+    )
+
+
+def plan_line(file: str) -> str:
+    """The line of a plan."""
+    plan, config = load_plan(ROOT / file), config_of(file)
+    cells = compare_cells(plan, {place: {} for place in places(plan)})
+    # All methods have drlora's budget, so its run of a task stands for theirs.
+    ours = {cell.task: cell.recipe for cell in cells if cell.method == "drlora"}
+    total = sum(hours(ours[cell.task], config) for cell in cells)
+    most = max(memory_gb(recipe, config) for recipe in ours.values())
+    return (
+        f"# Estimate, not measured: {len(cells)} runs, {total:,.0f} H100 hours, "
+        f"{total * DOLLARS_AN_HOUR:,.0f} dollars, {most:.0f} GB at most (experiments/estimate.py)."
+    )
+
+
+def lines() -> Iterator[tuple[str, str]]:
+    """(file, its line)."""
+    for file in CONFIGS:
+        yield file, (recipe_line if file.startswith("recipes/") else plan_line)(file)
+
+
+def main() -> None:
+    """Print the lines, or write them into their files."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--write", action="store_true")
+    arguments = parser.parse_args()
+    for file, line in lines():
+        print(f"{file}: {line[2:]}")
+        if arguments.write:
+            text = (ROOT / file).read_text("utf-8").splitlines()
+            marks = ("# Estimate, not measured:", "# @")
+            (at,) = (i for i, old in enumerate(text) if old.startswith(marks))
+            text[at] = line
+            (ROOT / file).write_text("\n".join(text) + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    main()
