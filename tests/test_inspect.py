@@ -1,18 +1,20 @@
 """`drlora inspect`: figures of models that are too large to load, from their config alone."""
 
 import json
+import re
 
 import pytest
 import torch
 from peft import get_peft_model
 from tiny import make_model
 from tiny_run import save_model_folder
-from transformers import OlmoeConfig
+from transformers import AutoModelForCausalLM, OlmoeConfig
 
 from drlora.cli import main
 from drlora.config import DrLoraConfig
+from drlora.embedded import model_folder
 from drlora.inspection import inspect_model
-from drlora.inspection_text import print_inspection
+from drlora.inspection_text import CHART_HEIGHT, growth_chart, print_inspection
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +108,7 @@ def test_text_for_people(olmoe, capsys):
         "16 MoE blocks",
         "404,750,336 parameters",
         "of them 2,097,152 in routers",
-        "13.84 GB (bfloat16)",
+        "weights 13.84 (bfloat16)",
         "6.48 GB (r_max for every expert would be 12.92 GB)",
         "183 events, quota 23 module ranks",
         "cap 9 ranks",
@@ -170,3 +172,83 @@ def test_bad_input(olmoe, capsys, arguments, part):
     arguments = [str(olmoe) if word == "MODEL" else word for word in arguments]
     assert main(["inspect", *arguments]) == 2
     assert part in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "rank"),
+    [
+        ("drlora", {}, 3),
+        ("drlora-global", {}, 8),  # a layer may fill up to r_max everywhere
+        ("adalora", {}, 5),  # begins with 1.5 r_target and prunes
+        ("hot", {"hot_fraction": 0.5}, 3),
+    ],
+)
+def test_stored_rows_are_those_of_the_method(tmp_path, method, settings, rank):
+    folder = save_model_folder(tmp_path / "model")
+    given = dict(r_init=1, r_target=3, r_max=8, p_grow=0.5, **settings)
+    config = DrLoraConfig.for_method(method, **given)
+    found = inspect_model(str(folder), config)
+    model = get_peft_model(make_model("olmoe"), config)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert found["adapter"]["stored"] == {"rank": rank, "parameters": trained}
+    memory = found["memory_gb"]
+    assert sum(memory["parts"].values()) == pytest.approx(16 * trained / 1e9)
+    assert memory["adapter_at_budget"] == pytest.approx(16 * trained / 1e9)
+    for row in memory["by_rank"]:
+        total = memory["weights"] + row["trained"] + memory["activations"]
+        assert row["total"] == pytest.approx(total)
+
+
+def test_activations_are_what_autograd_keeps():
+    config = DrLoraConfig(r_init=8, r_target=16, r_max=32, engine="grouped")
+    base = AutoModelForCausalLM.from_pretrained(model_folder(), dtype="float32")
+    model = get_peft_model(base, config)
+    ids = torch.arange(4 * 64).reshape(4, 64)
+    storages = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = model(input_ids=ids, labels=ids).loss
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = sum(s.nbytes() for pointer, s in storages.items() if pointer not in own)
+    loss.backward()
+    memory = inspect_model("embedded", config, dtype="float32", tokens=ids.numel())["memory_gb"]
+    # The logits and their gradient are there at the peak, but kept is only the softmax.
+    at_peak = ids.numel() * model.config.vocab_size * 8
+    assert memory["activations"] * 1e9 - at_peak == pytest.approx(kept, rel=0.2)
+    assert memory["activations_with_checkpointing"] < memory["activations"]
+
+
+@pytest.mark.parametrize(
+    ("steps", "settings", "said"),
+    [
+        (1000, dict(grow_every=10, settle_steps=600), "reached at 34% .* raise grow_every"),
+        (1000, dict(grow_every=98, settle_steps=0), "leaves .* steps to learn"),
+        (500, dict(grow_every=150, settle_steps=20, p_grow=0.5), "only 3 events"),
+        (1000, dict(grow_every=40, settle_steps=200), None),
+    ],
+)
+def test_warnings_in_words(tmp_path, steps, settings, said, capsys):
+    folder = save_model_folder(tmp_path / "model")
+    config = DrLoraConfig(**{**dict(r_init=8, r_target=16, r_max=64, warmup_steps=20), **settings})
+    found = inspect_model(str(folder), config, steps)
+    assert len(found["warnings"]) == (said is not None)
+    if said:
+        assert re.search(said, found["warnings"][0]), found["warnings"]
+    print_inspection(found)
+    assert ("warning: " in capsys.readouterr().out) == bool(said)
+
+
+def test_the_plan_as_a_chart():
+    events = [{"step": 40 + 10 * n, "mean_rank": 8.0 + n} for n in range(1, 9)]
+    lines = growth_chart({"start_rank": 8, "steps": 240, "mean_ranks": events})
+    assert len(lines) == CHART_HEIGHT + 1
+    assert lines[0].startswith("    16 ") and lines[0].endswith("█")
+    heights = [sum(row[7:].ljust(60)[i] != " " for row in lines[:-1]) for i in range(60)]
+    assert heights == sorted(heights) and heights[0] == 3 and heights[-1] == CHART_HEIGHT
+    assert "step 0" in lines[-1] and "240" in lines[-1]
+    assert growth_chart({"start_rank": 8, "steps": 240, "mean_ranks": []}) == []

@@ -1,14 +1,14 @@
 """How much memory a run needs: weights, adapter, gradients, optimizer, activations.
 
-All but the activations are counted. Those are an estimate of what a decoder layer keeps for the
-backward pass, for each token, in the dtype of the weights:
+All but the activations are counted. Those are an estimate of what is kept of each token for the
+backward pass, in the dtype of the weights, with fused attention and the grouped engine:
 
-    attention and norms         14 H        projections, their inputs and outputs
-    experts                     K (2 H + 5 I + rank of the adapter for each projection)
+    a layer, but for experts    8 H
+    its experts                 K (2 H + 4 I + rank of the adapter for each projection)
     logits                      vocabulary x (dtype + 2 x 4 bytes), as the loss is in float32
 
-`docs/report.md` says how far it is from what was measured. Gradient checkpointing keeps H a layer
-and one layer's activations instead.
+The loop engine of the CPU keeps less. With gradient checkpointing H of each layer is kept, and all
+of one layer.
 """
 
 from __future__ import annotations
@@ -130,8 +130,8 @@ def _activations(
     text = architecture.get_text_config()
     layers = getattr(text, "num_hidden_layers", len(described))
     hidden, width = described[0]["hidden_size"], described[0]["expert_width"]
-    experts = active * (2 * hidden + 5 * width + len(config.projections) * config.r_target)
-    a_layer = (14 * hidden + experts) * dtype.itemsize
+    experts = active * (2 * hidden + 4 * width + len(config.projections) * config.r_target)
+    a_layer = (8 * hidden + experts) * dtype.itemsize
     logits = getattr(text, "vocab_size", 0) * (dtype.itemsize + 2 * NUMBER_BYTES)
     checkpointed = layers * hidden * dtype.itemsize + a_layer
     return tokens * (layers * a_layer + logits), tokens * (checkpointed + logits)
