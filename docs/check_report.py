@@ -2,10 +2,11 @@
 
 python docs/check_report.py RUN [--images FOLDER] [--axe axe.min.js] [--chromium chromium]
 
-Needs `pip install playwright` and a Chromium (Debian: apt-get install chromium); for accessibility the
-file axe.min.js of the npm package axe-core. Checked at 1280 and 390 pixels, in light and in dark: no
-message on the console, nothing asked of a network, no scrolling sideways, the slider changes the map, choosing an
-expert shows its curves, no serious or critical fault found by axe-core; and the time until it is ready.
+Needs `pip install playwright` and a Chromium (Debian: apt-get install chromium); for accessibility
+the file axe.min.js of the npm package axe-core. Checked at 1280 and 390 pixels, in light and dark:
+no message on the console, nothing asked of a network, no scrolling sideways, the slider changes
+the map, choosing an expert shows its curves, axe-core finds no serious or critical fault; and the
+time until it is ready.
 """
 
 from __future__ import annotations
@@ -97,12 +98,10 @@ def choose_expert(page: Page) -> dict[str, Any]:
 
 
 def axe_faults(page: Page, axe: Path) -> dict[str, Any]:
-    """What axe-core finds; run in the page without its security policy's knowledge of scripts."""
+    """What axe-core finds."""
     page.evaluate(axe.read_text("utf-8"))
     violations = page.evaluate("async () => (await axe.run()).violations")
-    named = [
-        f"{v['impact']}: {v['id']} ({v['nodes'][0]['html'][:80]})" for v in violations
-    ]
+    named = [f"{v['impact']}: {v['id']} ({v['nodes'][0]['html'][:80]})" for v in violations]
     serious = [n for n in named if n.startswith(("serious", "critical"))]
     return {"serious": serious, "other": [n for n in named if n not in serious]}
 
@@ -119,7 +118,9 @@ def main() -> None:
         options.images.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
         page_file = write_report(options.runs, Path(folder) / "report.html")
-        browser = playwright.chromium.launch(executable_path=options.chromium, args=["--no-sandbox"])
+        browser = playwright.chromium.launch(
+            executable_path=options.chromium, args=["--no-sandbox"]
+        )
         views = [check(browser, page_file, w, s, options) for w in WIDTHS for s in SCHEMES]
         size = page_file.stat().st_size
         found = {"bytes": size, "chromium": browser.version, "views": views}

@@ -64,7 +64,7 @@ def inspect_model(
     parameters = _parameters(skeleton, blocks)
     described = [_block(block, architecture, skeleton) for block in blocks]
     beside = _beside(skeleton, config)
-    found = {
+    found: dict[str, Any] = {
         "model": model,
         "architecture": type(skeleton).__name__,
         "blocks": described,

@@ -17,7 +17,7 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCardData
 
 from drlora.errors import DrLoraError
-from drlora.report.facts import COST, SETUP, SUMMARY, lead
+from drlora.report.facts import COST, SETUP, SUMMARY, lead, training_data
 from drlora.report.markdown import plain, ranks_as_text, tables
 from drlora.report.read import RunRecord, read_run
 
@@ -69,21 +69,16 @@ def _base(run: RunRecord) -> str | None:
     return found if is_name and found != "embedded" else None
 
 
-def _data_name(run: RunRecord) -> str | None:
-    found = (run.recipe.get("data") or {}).get("train")
-    return found if isinstance(found, str) and found else None
-
-
 def _front_matter(run: RunRecord) -> ModelCardData:
-    base, data = _base(run), _data_name(run)
+    base, data = _base(run), training_data(run)
     tags = ["drlora", "lora", "mixture-of-experts"]
-    is_hub_data = data and _HUB_NAME.fullmatch(data) and "/" in data and not Path(data).exists()
+    on_hub = data if data and "/" in data and _HUB_NAME.fullmatch(data) else None
     return ModelCardData(
         library_name="peft",
         pipeline_tag="text-generation",
         base_model=base,
         tags=[*tags, f"base_model:adapter:{base}"] if base else tags,
-        datasets=[data] if is_hub_data else None,
+        datasets=[on_hub] if on_hub and not Path(on_hub).exists() else None,
         model_name=run.name,
         eval_results=_results(run) or None,
     )
@@ -95,7 +90,7 @@ def _results(run: RunRecord) -> list[EvalResult]:
         "loss": (found.get("loss") or {}).get("loss"),
         "exact_match": (found.get("match") or {}).get("accuracy"),
     }
-    data = _data_name(run) or "held-out data"
+    data = training_data(run) or "held-out data"
     return [
         EvalResult(
             task_type="text-generation",

@@ -12,7 +12,7 @@ rank_gini/layer_03, rank_top_share/layer_03         of one block, after its rank
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -102,6 +102,6 @@ class RankLog:
         return speed
 
 
-def _mean_ranks(projections: dict[str, Sequence[int]]) -> np.ndarray:
+def _mean_ranks(projections: Mapping[str, Sequence[int]]) -> np.ndarray:
     """(E,) mean over the projections."""
     return np.mean([row for row in projections.values()], axis=0)

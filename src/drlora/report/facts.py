@@ -24,7 +24,7 @@ def title(runs: Sequence[RunRecord]) -> str:
 
 def lead(run: RunRecord) -> str:
     """The run in one sentence or two."""
-    data = (run.recipe.get("data") or {}).get("train")
+    data = training_data(run)
     what = f"{_model(run)} on {data}" if data else _model(run)
     parts = [f"{what}, {run.steps:,} steps." if run.steps else f"{what}."]
     losses = [_held_out(run, kind) for kind in ("before", "after")]
@@ -50,7 +50,18 @@ def table(runs: Sequence[RunRecord], facts: Facts) -> list[Row]:
 def _model(run: RunRecord) -> str:
     """The model's name; of one in a folder, the folder's."""
     found = str(run.recipe.get("model") or run.adapter.get("base_model_name_or_path") or "a model")
-    return Path(found).name if Path(found).is_absolute() else found
+    return _without_folder(found)
+
+
+def training_data(run: RunRecord) -> str | None:
+    """The data's name; of a file with a full path, the file's."""
+    found = (run.recipe.get("data") or {}).get("train")
+    return _without_folder(found) if isinstance(found, str) and found else None
+
+
+def _without_folder(name: str) -> str:
+    """Where somebody's files lie is nothing for a page that is shown around."""
+    return Path(name).name if Path(name).is_absolute() else name
 
 
 def _held_out(run: RunRecord, kind: str) -> float | None:
@@ -168,7 +179,7 @@ def _wrong(run: RunRecord) -> str:
 
 SUMMARY: Facts = {
     "Model": _model,
-    "Training data": _setting("data", "train"),
+    "Training data": lambda run: training_data(run) or NONE,
     "Method": _setting("method"),
     "Steps": lambda run: _count(run.steps) if run.steps else NONE,
     "Held-out loss before": _loss("before"),

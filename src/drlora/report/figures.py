@@ -37,7 +37,8 @@ def draw_report(runs: Sequence[RunRecord], path: Path, format: str) -> None:
         maps = [(run, rank_map) for run in runs for rank_map in run.maps]
         figure = Figure(figsize=(9, 3.0 + height * len(maps)), layout="constrained")
         figure.set_facecolor(PAPER)
-        top, bottom = figure.subfigures(2, 1, height_ratios=[3.0, height * len(maps)])
+        parts: Any = figure.subfigures(2, 1, height_ratios=[3.0, height * len(maps)])
+        top, bottom = parts
         loss, concentration, scatter = top.subplots(1, 3)
         _loss(loss, runs)
         _gini(concentration, runs)

@@ -247,16 +247,16 @@ def _map(
     number_of = {step: number for number, step in enumerate(events, start=1)}
     change = np.zeros((len(events) + 1, *shape), dtype=np.int64)
     change[0] = NO_EXPERT
-    for block, ranks in start.items():
-        change[0, place[block], : len(ranks)] = ranks
+    for number, ranks in enumerate(start.values()):
+        change[0, number, : len(ranks)] = ranks
     grants = []
     for entry in growth:
         event, block, expert = number_of[entry["step"]], place[entry["block"]], entry["expert"]
         if not 0 <= expert < experts[block]:
             raise IndexError(f"{entry['block']} has {experts[block]} experts, but {expert} grew")
         change[event, block, expert] += entry["granted"]
-        signals = tuple(float(entry.get(name) or 0.0) for name in SIGNALS)
-        grants.append(Granted(event, block, expert, int(entry["granted"]), signals))
+        f, g, saliency = (float(entry.get(name) or 0.0) for name in SIGNALS)
+        grants.append(Granted(event, block, expert, int(entry["granted"]), (f, g, saliency)))
     known_at = tuple(sorted({entry["step"] for entry in known}))
     return RankMap(
         projection,
