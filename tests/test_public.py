@@ -46,6 +46,8 @@ SETTINGS = {
     "routing_signal": "topk_weight",
     "saliency": "product",
     "start": "uniform",
+    "start_a": "random",
+    "start_a_scale": 1.0,
     "rank_importance": "product",
     "allocation": "grow",
     "start_batches": 8,
