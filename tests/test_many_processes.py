@@ -11,9 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from accelerate import FullyShardedDataParallelPlugin
+from accelerate.commands.config.config_args import load_config_from_file
 from new_process import finish, start_python
 from safetensors.torch import load_file
 from tiny_run import save_all
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeDecoderLayer
 from two_processes import CUT, ROWS, SHORT, TOTAL, Job
 
 HERE = Path(__file__).parent
@@ -148,3 +152,28 @@ def test_drlora_train_in_two_processes_writes_once(tmp_path):
         "rng_state_0.pth", "rng_state_1.pth"}  # fmt: skip
     assert "before:" in printed[0].read_text() and "before:" not in printed[1].read_text()
     assert not (run / ".lock").exists()
+
+
+def test_the_page_of_many_processes(tmp_path, monkeypatch):
+    """accelerate takes its configurations, and its table is what the script makes (looked at for the smallest)."""
+    monkeypatch.syspath_prepend(HERE.parent / "docs")
+    import make_memory
+
+    page = make_memory.PAGE.read_text("utf-8")
+    blocks = [block.split("```")[0] for block in page.split("```yaml\n")[1:]]
+    processes = []
+    for number, block in enumerate(blocks):
+        path = tmp_path / f"{number}.yaml"
+        path.write_text(block)
+        config = load_config_from_file(str(path))
+        assert config.to_dict().items() >= yaml.safe_load(block).items()
+        processes.append(config.num_processes)
+    assert processes == [1, 8, 64]
+    sharded = yaml.safe_load(blocks[-1])["fsdp_config"]
+    for name, value in sharded.items():
+        monkeypatch.setenv(name.upper(), str(value))
+    plugin = FullyShardedDataParallelPlugin()
+    assert plugin.fsdp_version == 2 and not plugin.cpu_ram_efficient_loading
+    assert sharded["fsdp_transformer_layer_cls_to_wrap"] == Qwen3MoeDecoderLayer.__name__
+    shown = page.split(make_memory.BEGIN)[1].split(make_memory.END)[0].splitlines()
+    assert set(make_memory.table("OLMoE-1B-7B").splitlines()) <= set(shown)

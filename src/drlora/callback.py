@@ -128,7 +128,7 @@ class DrLoraCallback(TrainerCallback, ExportableState):
             for log in (self._log, self._events.path):
                 if log.exists():
                     sync(log)
-            seal(Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+            seal(Path(args.output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
 
     def on_log(
         self,

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
-from peft.utils import ModulesToSaveWrapper
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapper
 from rich.console import Console
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -31,7 +31,7 @@ from drlora.errors import CheckpointError, ConfigError, DrLoraError
 from drlora.export import Difference, ExportPlan, apply_plan, make_plan, refuse_full_folder
 from drlora.layer import DrLoraExperts
 from drlora.recipe import default_split
-from drlora.sources import WEIGHTS, Source, find_source
+from drlora.sources import Source, find_source
 
 EXAMPLES, BATCH_SIZE, MAX_TOKENS = 8, 2, 128
 
@@ -128,7 +128,7 @@ def _adapter_without_base(source: Source) -> PeftModel:
     )
     try:
         config = DrLoraConfig.from_pretrained(str(source.folder))
-        tensors = load_file(source.folder / WEIGHTS)
+        tensors = load_file(source.folder / SAFETENSORS_WEIGHTS_NAME)
     except (SafetensorError, OSError, ValueError, TypeError) as error:
         raise CheckpointError(f"the adapter in {source.folder} cannot be read: {error}") from error
     config.base_model_name_or_path = None  # the base may be named otherwise by now

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from peft import PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
-from peft.utils import ModulesToSaveWrapper
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapper
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -29,8 +29,6 @@ from drlora.files import first_line, read_adapter_config
 from drlora.inject import adapted_layers
 from drlora.layer import DrLoraExperts
 from drlora.rank_pool import RankPool
-
-WEIGHTS = "adapter_model.safetensors"
 
 
 def load_peft_lora(
@@ -110,13 +108,13 @@ def refuse_other_files(folder: Path) -> None:
     """Raises:
     CheckpointError: if `folder` does not hold the two files of a LoRA.
     """
-    for name in ("adapter_config.json", WEIGHTS):
+    for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
         if not (folder / name).is_file():
             raise CheckpointError(
                 f"{folder} holds no PEFT LoRA: it has no {name} (weights in other formats than "
                 f"safetensors are not read)."
             )
-    kind = read_adapter_config(folder, WEIGHTS).get("peft_type")
+    kind = read_adapter_config(folder, SAFETENSORS_WEIGHTS_NAME).get("peft_type")
     if kind != "LORA":
         raise CheckpointError(
             f"the adapter in {folder} is of type {kind!r}; LORA can be continued."

@@ -56,10 +56,9 @@ def on_main(ask: Callable[[], Found]) -> Found:
         except (DrLoraError, OSError) as error:
             answer[1] = error
     dist.broadcast_object_list(answer, src=0)
-    found, error = answer
-    if error is not None:
-        raise error
-    return found
+    if answer[1] is not None:
+        raise answer[1]
+    return answer[0]
 
 
 def refuse_differing(
@@ -97,5 +96,5 @@ def _digest(tensors: Iterable[Tensor]) -> int:
     """63 bits of a hash of their bytes."""
     found = hashlib.blake2b(digest_size=8)
     for tensor in tensors:
-        found.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+        found.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return int.from_bytes(found.digest(), "big") >> 1

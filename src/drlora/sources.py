@@ -12,13 +12,14 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+
 from drlora.errors import CheckpointError
 from drlora.export import RECORD
 from drlora.files import read_adapter_config, read_json, shown
 from drlora.recipe import DataSection, EvaluationSection, Recipe
 from drlora.rundir import RunDir
 
-WEIGHTS = "adapter_model.safetensors"
 KINDS = ("DRLORA", "LORA")
 
 
@@ -60,19 +61,19 @@ def find_source(folder: Path, model: str | None = None, trust_remote_code: bool 
         recipe = run.read_config()
         if not run.adapter.is_file():
             raise CheckpointError(
-                f"{folder} has no {WEIGHTS}: the run is not finished. Continue it with: "
-                f"{run.resume_command}"
+                f"{folder} has no {SAFETENSORS_WEIGHTS_NAME}: the run is not finished. Continue it "
+                f"with: {run.resume_command}"
             )
-        read_adapter_config(folder, WEIGHTS)
+        read_adapter_config(folder, SAFETENSORS_WEIGHTS_NAME)
         return _of_run(folder, "DRLORA", recipe, model, trust_remote_code)
-    if (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
+    if (folder / "config.json").is_file() and not (folder / CONFIG_NAME).is_file():
         return _of_model(folder, trust_remote_code)
-    for name in ("adapter_config.json", WEIGHTS):
+    for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
         if not (folder / name).is_file():
             raise CheckpointError(
                 f"{folder} is neither a run directory nor a saved adapter: it has no {name}."
             )
-    said = read_adapter_config(folder, WEIGHTS)
+    said = read_adapter_config(folder, SAFETENSORS_WEIGHTS_NAME)
     kind = said.get("peft_type")
     if kind not in KINDS:
         raise CheckpointError(

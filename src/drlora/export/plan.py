@@ -23,6 +23,7 @@ import peft
 import torch
 import transformers
 from peft import PeftModel
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -38,8 +39,7 @@ FORMATS = ("peft", "per-expert", "merged")
 RANKS = ("padded", "auto")
 VERSIONS = {module.__name__: module.__version__ for module in (peft, torch, transformers)}
 RECORD = "drlora_export.json"
-WEIGHTS = "adapter_model.safetensors"
-ADAPTER_FILES = ("adapter_config.json", WEIGHTS, RECORD, "README.md")
+ADAPTER_FILES = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, RECORD, "README.md")
 MERGED_FILES = ("config.json", "generation_config.json", "model*.safetensors",
                 "the tokenizer's files", RECORD, "README.md")  # fmt: skip
 
@@ -221,7 +221,7 @@ def _write_weights(
         config = per_expert.make_config(plan.updates, base, tensors)
         config.inference_mode = True
         config.save_pretrained(str(folder))
-        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+        save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
         return
     if plan.format == "peft":
         result.save_pretrained(folder)
