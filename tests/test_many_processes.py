@@ -155,7 +155,7 @@ def test_drlora_train_in_two_processes_writes_once(tmp_path):
 
 
 def test_the_page_of_many_processes(tmp_path, monkeypatch):
-    """accelerate takes its configurations, and its table is what the script makes (looked at for the smallest)."""
+    """accelerate takes its configurations, and its table is the script's (one model looked at)."""
     monkeypatch.syspath_prepend(HERE.parent / "docs")
     import make_memory
 
