@@ -32,6 +32,7 @@ from drlora.embedded import resolve_model
 from drlora.jsonl import forget_after, read_lines
 from drlora.measure import measurement_from
 from drlora.recipe import Recipe, adapter_settings, load_recipe, recipe_from
+from drlora.report import write_report
 from drlora.rundir import RunDir
 from drlora.schedule import plan_growth
 from drlora.sources import find_source
@@ -97,6 +98,8 @@ def make_world(world: Path) -> None:
     _write(world / "export" / "drlora_export.json", {"adapter": str(world / "run"), "rank": 4})
     _write(world / "export" / "config.json", {"model_type": "olmoe"})
     _make_results(world / "results")
+    for file in (Path(__file__).parents[1] / "docs" / "runs" / "embedded").iterdir():
+        shutil.copy(file, world / "report")
 
 
 def _write(path: Path, value: Any) -> None:
@@ -227,6 +230,11 @@ TARGETS: dict[str, Target] = {
     "data": Target("data", ("rows.jsonl", "turns.jsonl", "rows.json", "rows.parquet"), _read_data),
     "run": Target("run", (*_RUN_FILES, *_SAVED), _read_run),
     "export record": Target("export", ("drlora_export.json",), lambda _, f: find_source(f)),
+    "report": Target(
+        "report",
+        ("config.yaml", "growth.jsonl", "metrics.jsonl", "result.json"),
+        lambda _, folder: write_report([folder], folder / "report.html"),
+    ),
     "comparison result": Target("results", ("cell.json",), _read_results),
 }
 

@@ -19,15 +19,15 @@ def append_lines(path: Path, entries: Iterable[dict[str, Any]]) -> None:
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The entries of a log, none if it is not there; what is no JSON object is left out.
+    """The entries of a log, none if it is not there.
 
-    Such as a line that a crash cut off.
+    What is no JSON object with a step is left out, such as a line that a crash cut off.
     """
     if path.exists():
         with path.open("rb") as lines:
             for line in lines:
                 entry = _parse(line)
-                if entry is not None:
+                if entry is not None and math.isfinite(_step_of(line)):
                     yield entry
 
 

@@ -129,7 +129,7 @@ def read_run(folder: Path) -> RunRecord:
     result = _mapping(folder / "result.json")
     try:
         maps = _maps(folder, result)
-    except (KeyError, IndexError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"the files of {folder} do not fit each other: {type(error).__name__}: {error}"
         ) from error

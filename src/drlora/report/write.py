@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from drlora.errors import ConfigError
+from drlora.errors import CheckpointError, ConfigError
 from drlora.report.markdown import markdown
 from drlora.report.page import page
 from drlora.report.read import RunRecord, read_run
@@ -38,7 +38,14 @@ def write_report(
     path = Path(output) if output else Path(folders[0]) / f"report.{format}"
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    _write(runs, temporary, format)
+    try:
+        _write(runs, temporary, format)
+    except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
+        temporary.unlink(missing_ok=True)
+        raise CheckpointError(
+            f"the files of {' or '.join(str(folder) for folder in folders)} are damaged: "
+            f"{type(error).__name__}: {error}"
+        ) from error
     os.replace(temporary, path)
     return path
 
