@@ -280,8 +280,8 @@ class _Trainer(Trainer):
         except (OSError, SafetensorError, RuntimeError) as error:  # the last one is torch.save's
             raise CheckpointError(
                 f"the checkpoint of step {self.state.global_step} could not be written to "
-                f"{self.args.output_dir}: {first_line(error)}. Is the disk full, or the folder "
-                f"read-only?"
+                f"{self.args.output_dir}: {first_line(error)} (is the disk full, or the folder "
+                f"read-only?)"
             ) from error
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
