@@ -22,6 +22,7 @@ from drlora.report.encode import SIGNAL_BYTES, encode_runs, quantise
 from drlora.report.markdown import markdown
 from drlora.report.page import page
 from drlora.report.read import SIGNALS, read_run
+from drlora.report.write import distinct_names, write_report
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>&\u2028|`'\""
 LARGEST_BYTES = 3_000_000
@@ -230,6 +231,15 @@ def test_every_format(run, tmp_path, capsys):
     assert "| | made | other |" in text
     assert "| Held-out loss after | 1.5000 | 1.5000 |" in text
     assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_runs_of_one_name_are_told_apart(run, tmp_path):
+    paths = [Path("/a/seed1/run"), Path("/a/seed2/run"), Path("/a/seed1/run"), Path("/b")]
+    assert distinct_names(paths) == ["seed1/run", "seed2/run", "seed1/run (3)", "b"]
+    assert distinct_names([Path("/a/x"), Path("/a/y")]) == ["x", "y"]
+    twin = make_run(tmp_path / "twin" / "made", layers=3, experts=6, events=2)
+    text = write_report([run, twin], tmp_path / "two.md").read_text()
+    assert f"| | {run.parent.name} made | twin made |" in text.replace("/", " ").replace("\\", "")
 
 
 def test_what_is_no_run_is_said(tmp_path, capsys):

@@ -104,6 +104,12 @@ def _results(run: RunRecord) -> list[EvalResult]:
     ]
 
 
+def _method(run: RunRecord) -> str:
+    """`, method static`, where the recipe names one."""
+    name = run.recipe.get("method")
+    return f", method {plain(str(name))}" if name else ""
+
+
 def _text(run: RunRecord) -> str:
     from drlora import __version__  # the package itself registers what is here
 
@@ -114,9 +120,10 @@ def _text(run: RunRecord) -> str:
         "",
         f"# {plain(run.name)}",
         "",
-        "An adapter for a Mixture-of-Experts model, trained with DR-LoRA "
-        "([arXiv 2601.04823](https://arxiv.org/abs/2601.04823)): LoRA on every expert, whose ranks "
-        f"grew while training. Made with `drlora` {__version__}.",
+        "An adapter on the experts of a Mixture-of-Experts model: LoRA whose ranks can differ "
+        "between experts and grow while training (DR-LoRA, "
+        f"[arXiv 2601.04823](https://arxiv.org/abs/2601.04823)). Made with `drlora` {__version__}"
+        f"{_method(run)}.",
         "",
         plain(lead(run)),
         "",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from drlora.errors import CheckpointError, ConfigError
@@ -34,7 +35,11 @@ def write_report(
     format = format or (ending if ending in FORMATS else "html")
     if format not in FORMATS:
         raise ConfigError(f"format={format!r} is not known; choose one of {list(FORMATS)}.")
-    runs = [read_run(Path(folder)) for folder in folders]
+    paths = [Path(folder).resolve() for folder in folders]
+    runs = [
+        replace(read_run(path), name=name)
+        for path, name in zip(paths, distinct_names(paths), strict=True)
+    ]
     path = Path(output) if output else Path(folders[0]) / f"report.{format}"
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
@@ -48,6 +53,23 @@ def write_report(
         ) from error
     os.replace(temporary, path)
     return path
+
+
+def distinct_names(paths: Sequence[Path]) -> list[str]:
+    """The folders' names, with as many folders above them as it takes to tell them apart.
+
+    >>> distinct_names([Path("/a/seed1/run"), Path("/a/seed2/run")])
+    ['seed1/run', 'seed2/run']
+    """
+    for parts in range(1, max(len(path.parts) for path in paths) + 1):
+        names = ["/".join(path.parts[1:][-parts:]) for path in paths]
+        if len(set(names)) == len(set(paths)):
+            break
+    # One folder given twice is still two columns.
+    return [
+        name if name not in names[:number] else f"{name} ({number + 1})"
+        for number, name in enumerate(names)
+    ]
 
 
 def _write(runs: Sequence[RunRecord], path: Path, format: str) -> None:
