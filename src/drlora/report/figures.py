@@ -10,6 +10,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import StrMethodFormatter
 
 from drlora.rank_metrics import gini
 from drlora.report.facts import last_routing, title
@@ -70,6 +71,8 @@ def _loss(axes: Axes, runs: Sequence[RunRecord]) -> None:
                 axes.plot([step], [found["loss"]["loss"]], "D", color=colour, markersize=4)
     if any(run.logs for run in runs):
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.yaxis.set_minor_formatter(StrMethodFormatter("{x:g}"))
     axes.set_title("Loss (diamonds: held out)", fontsize=9)
     axes.set_xlabel("step")
     if len(runs) > 1:
@@ -109,10 +112,18 @@ def _maps(figure: Any, maps: Sequence[tuple[RunRecord, RankMap]], named: bool) -
     highest = max(m.history.max() for _, m in maps)
     for axes, (run, rank_map) in zip(grid, maps, strict=True):
         ranks = np.ma.masked_equal(rank_map.history[-1], NO_EXPERT)
+        layers, experts = (np.arange(size + 1) - 0.5 for size in ranks.shape)
         image = axes.pcolormesh(
-            ranks, cmap="viridis", vmin=lowest, vmax=highest, rasterized=ranks.size > 4000
+            experts,
+            layers,
+            ranks,
+            cmap="viridis",
+            vmin=lowest,
+            vmax=highest,
+            rasterized=ranks.size > 4000,
         )
         axes.invert_yaxis()
+        axes.locator_params(axis="both", integer=True)
         axes.set_ylabel("layer")
         name = f"{run.name}: " if named else ""
         axes.set_title(_literal(f"{name}final ranks, {rank_map.projection}"), fontsize=9)
