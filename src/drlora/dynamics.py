@@ -301,8 +301,9 @@ class RankDynamics:
 def _refuse_unplaced(config: DrLoraConfig, owned: int) -> None:
     if config.starts_from_data and not owned:
         raise ConfigError(
-            f"start={config.start!r}, start_a={config.start_a!r}, but no ranks are placed yet; call "
-            f"drlora.place_ranks(model, batches) with a few batches of the training data first."
+            f"start={config.start!r}, start_a={config.start_a!r}, but no ranks are placed yet; "
+            f"call drlora.place_ranks(model, batches) with a few batches of the training data "
+            f"first."
         )
 
 
