@@ -51,8 +51,7 @@ _DR_LORA: Settings = dict(
     young_a="random",
     start_a="random",
 )
-# Rows of A as found by a probe, and their length: the same for all methods that have them, chosen on
-# the development tasks (docs/methods.md).
+# Rows of A as found by a probe, and their length: the same for all methods that have them.
 _ALONG_GRADIENT: Settings = dict(start_a="gradient", start_a_scale=3.0)
 
 
