@@ -262,7 +262,7 @@ def test_gradient_checkpointing(use_reentrant):
         ({"target_modules": "q_proj"}, "'q_proj' matches nothing"),
         ({"target_modules": ["self_attn"]}, "self_attn, a OlmoeAttention and no linear layer"),
         ({"target_modules": ["embed_tokens"]}, "embed_tokens, a Embedding .*modules_to_save"),
-        ({"target_modules": ["q_proj", 3]}, "3 is no name"),
+        ({"target_modules": ["q_proj", 3]}, "'q_proj', 3.* must be a list of names"),
         ({"target_modules": ["q_proj"], "target_rank": 0}, "target_rank=0 must be"),
         ({"target_modules": ["q_proj"], "target_alpha": -1}, "target_alpha=-1 must be greater"),
         ({"target_rank": 4}, "target_rank=4 has no effect without target_modules"),

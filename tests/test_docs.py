@@ -17,6 +17,7 @@ import torch
 import transformers
 import yaml
 from peft import PeftModel, get_peft_model
+from safetensors.torch import save_file
 from tiny import make_batch, make_model
 from tiny_run import save_all, save_examples
 
@@ -143,7 +144,8 @@ def names(tmp_path, monkeypatch):
         model=model, config=config, data=data, n=3750, total_steps=3750,
         batches=[make_batch(seed) for seed in range(4)], folder=tmp_path, arguments=arguments,
         Trainer=transformers.Trainer, PeftModel=PeftModel, get_peft_model=get_peft_model,
-        Tensor=torch.Tensor, Signals=object, Family=object,
+        Tensor=torch.Tensor, Signals=object, Family=object, save_file=save_file, step=2,
+        dynamics=drlora.RankDynamics(model, 3750),
     )  # fmt: skip
 
 
