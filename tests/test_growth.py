@@ -230,3 +230,16 @@ def test_the_trained_state_is_the_budgets_to_the_byte_before_and_after_growth():
             kept = [t for p in parameters for t in (p, p.grad, *optimizer.state[p].values())]
             assert sum(t.untyped_storage().nbytes() for t in kept if t.dim()) == wanted
         assert trainable(model) and len(parameters) == len(trainable(model))
+
+
+@pytest.mark.parametrize("mark", ["ds_id", "_hp_mapping"])  # ZeRO-3's, and that of ZeRO-1 and 2
+def test_gradients_that_an_engine_keeps_to_itself_are_not_taken_for_zero(mark):
+    model, dynamics, _ = start()
+    for pool in pools(model):
+        setattr(pool.lora_A, mark, 1)
+    with pytest.raises(drlora.ConfigError, match="DeepSpeed ZeRO keeps the gradients to itself"):
+        dynamics.before_optimizer_step()
+    model, dynamics, _ = start(saliency="routing")
+    for pool in pools(model):
+        setattr(pool.lora_A, mark, 1)
+    dynamics.before_optimizer_step()

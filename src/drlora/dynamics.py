@@ -13,7 +13,7 @@ become grants (allocator) when the plan says so (schedule), and the pools claim 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from peft import PeftModel
@@ -269,6 +269,7 @@ class RankDynamics:
         ]
         self._poisoned = False
         if not measured:
+            _refuse_hidden_gradients(self._pools(), self.config)
             return
         device = measured[0][1].device
         largest_P = torch.stack([s_R.amax().to(device) for _, s_R in measured])
@@ -304,6 +305,17 @@ def _refuse_unplaced(config: DrLoraConfig, owned: int) -> None:
             f"start={config.start!r}, start_a={config.start_a!r}, but no ranks are placed yet; "
             f"call drlora.place_ranks(model, batches) with a few batches of the training data "
             f"first."
+        )
+
+
+def _refuse_hidden_gradients(pools: Iterable[RankPool], config: DrLoraConfig) -> None:
+    """DeepSpeed's ZeRO leaves `.grad` empty; it marks the parameters it took over."""
+    hidden = any(hasattr(pool.lora_A, mark) for pool in pools for mark in ("ds_id", "_hp_mapping"))
+    if hidden and config.grows and config.saliency in ("product", "importance"):
+        raise ConfigError(
+            f"DeepSpeed ZeRO keeps the gradients to itself, so ranks cannot grow by "
+            f"saliency={config.saliency!r}. Train with DDP or FSDP2, grow by saliency='routing', or "
+            f"give every expert its rank at the start (r_init = r_target)."
         )
 
 
