@@ -314,8 +314,8 @@ def _refuse_hidden_gradients(pools: Iterable[RankPool], config: DrLoraConfig) ->
     if hidden and config.grows and config.saliency in ("product", "importance"):
         raise ConfigError(
             f"DeepSpeed ZeRO keeps the gradients to itself, so ranks cannot grow by "
-            f"saliency={config.saliency!r}. Train with DDP or FSDP2, grow by saliency='routing', or "
-            f"give every expert its rank at the start (r_init = r_target)."
+            f"saliency={config.saliency!r}. Train with DDP or FSDP2, grow by saliency='routing', "
+            f"or give every expert its rank at the start (r_init = r_target)."
         )
 
 
