@@ -87,6 +87,17 @@ def test_each_cohort_steps_like_an_adam_of_its_own(make, births, block, monkeypa
         assert (now - plain)[births > 0].abs().min(dim=0).values.max() > 1e-3, "a real difference"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_scattered_rows_are_gathered_with_the_same_result_to_the_bit(make, dtype, monkeypatch):
+    where_they_lie = train(make_pool(APART, dtype), make, OwnClocks())
+    monkeypatch.setattr(young_rows, "_MOST_SPANS", 0)
+    monkeypatch.setattr(young_rows, "_CPU_BLOCK", 21)  # three rows of lora_A at a time
+    gathered = train(make_pool(APART, dtype), make, OwnClocks())
+    for name in ("lora_A", "lora_B"):
+        assert torch.equal(getattr(gathered, name), getattr(where_they_lie, name))
+
+
 def test_in_bfloat16_the_correction_is_rounded_once_a_step():
     make, dtype = OPTIMIZERS["fused"], torch.bfloat16
     found = train(make_pool(BIRTHS, dtype), make, OwnClocks())

@@ -17,7 +17,7 @@ Parameters may be sharded by rows (FSDP2): each process then handles the rows it
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, Protocol, TypeGuard
 
 import numpy as np
@@ -30,6 +30,9 @@ from torch.optim import Adam, AdamW, Optimizer
 
 # Beyond this the two corrections differ by less than 5e-5 and the row is grown up.
 _NEGLIGIBLE_BIAS = 1e-4
+
+# Where young rows lie in more pieces than this they are gathered, corrected together and put back.
+_MOST_SPANS = 3
 
 # Elements corrected at a time: a CPU keeps the buffers in its cache, others save launches.
 _CPU_BLOCK, _ACCELERATOR_BLOCK = 2**18, 2**23
@@ -146,6 +149,10 @@ def inherit_second_moment(
     return bool(moments)
 
 
+# Neighbouring rows, or the numbers of rows wherever they are.
+Rows = range | Tensor
+
+
 class Cohort(NamedTuple):
     """Neighbouring rows `first` to `end - 1` of a pool that were claimed after the same step."""
 
@@ -191,11 +198,11 @@ class Clock(NamedTuple):
         root = math.sqrt(1 - self.beta2**self.step)
         return root / (1 - self.beta1**self.step), self.eps * root
 
-    def own_fractions(self, birth_R: Tensor, span: range) -> tuple[Tensor, Tensor]:
-        """The same at each row's own count t - birth: two float64 columns, one row per row."""
-        age_R1 = self.step - birth_R[span.start : span.stop, None].double()
-        root_R1 = (1 - self.beta2**age_R1).sqrt_()
-        return root_R1 / (1 - self.beta1**age_R1), root_R1 * self.eps
+    def own_fractions(self, birth_N: Tensor) -> tuple[Tensor, Tensor]:
+        """The same at each row's own count t - birth: two float64 columns, (N, 1)."""
+        age_N1 = self.step - birth_N[:, None].double()
+        root_N1 = (1 - self.beta2**age_N1).sqrt_()
+        return root_N1 / (1 - self.beta1**age_N1), root_N1 * self.eps
 
 
 def young_spans(cohorts: Iterable[Cohort], clock: Clock) -> list[range]:
@@ -235,6 +242,7 @@ class OwnClocks:
 
     def __init__(self) -> None:
         self._read: dict[int, tuple[Tensor, int, list[Cohort]]] = {}
+        self._scattered: dict[int, tuple[list[range], Tensor]] = {}
         self._scratch: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
     def correct(self, optimizer: Optimizer, pools: Iterable[Pool], step: int) -> None:
@@ -244,18 +252,31 @@ class OwnClocks:
         """
         groups = parameter_groups(optimizer)
         for number, pool in enumerate(pools):
-            fractions: dict[tuple[range, Clock], tuple[Tensor, Tensor]] = {}
+            fractions: dict[tuple[Rows, Clock], tuple[Tensor, Tensor]] = {}
             for parameter in (pool.lora_A, pool.lora_B):
                 state = optimizer.state.get(parameter)
                 if not state or parameter not in groups:
                     continue
                 clock = Clock.of(groups[parameter], state, step)
-                for span in young_spans(self._cohorts(number, pool.birth), clock):
-                    key = span, clock  # those of lora_A and lora_B are nearly always the same
-                    fractions[key] = fractions.get(key) or clock.own_fractions(pool.birth, span)
+                for rows in self._young(number, pool.birth, clock):
+                    key = rows, clock  # those of lora_A and lora_B are nearly always the same
+                    if key not in fractions:
+                        fractions[key] = clock.own_fractions(pool.birth[_index(rows)])
                     buffer = self._buffer(local_part(parameter))
-                    args = span, clock, fractions[key], buffer
+                    args = rows, clock, fractions[key], buffer
                     correct_young_rows(parameter, state, groups[parameter], *args)
+
+    def _young(self, number: int, birth_R: Tensor, clock: Clock) -> Sequence[Rows]:
+        """The young rows of a pool: a few ranges, or one tensor where they are scattered."""
+        spans = young_spans(self._cohorts(number, birth_R), clock)
+        if len(spans) <= _MOST_SPANS:
+            return spans
+        kept, rows = self._scattered.get(number, ([], birth_R))
+        if kept != spans:  # a copy to the device, so not in every step
+            rows = torch.cat([torch.arange(span.start, span.stop) for span in spans])
+            rows = rows.to(birth_R.device)
+            self._scattered[number] = spans, rows
+        return [rows]
 
     def _cohorts(self, number: int, birth_R: Tensor) -> list[Cohort]:
         seen, version, cohorts = self._read.get(number, (None, 0, []))
@@ -278,7 +299,7 @@ def correct_young_rows(
     parameter: Tensor,
     state: dict,
     group: dict,
-    span: range,
+    rows: Rows,
     clock: Clock,
     own_fractions: tuple[Tensor, Tensor],
     buffer: Tensor,
@@ -288,36 +309,69 @@ def correct_young_rows(
     What the shared count made of them is added back, and what their own makes is subtracted.
 
     Args:
-        parameter: (R, anything), just updated; changed in place in `span`.
+        parameter: (R, anything), just updated; changed in place in `rows`.
         state: the optimizer's state of it, with `exp_avg` and `exp_avg_sq`.
         group: its parameter group, with `lr` as it was at the update.
-        span: which rows.
+        rows: which; a range is changed where it lies, scattered rows are gathered and put back,
+            with the same result to the bit.
         clock: the count that they shared.
         own_fractions: `clock.own_fractions` of these rows.
         buffer: (2, n) scratch space of the precision to compute in, at least a row wide.
     """
-    first, end = _held_range(parameter)
-    start, stop = max(span.start, first), min(span.stop, end)
-    if start >= stop:
-        return
+    local, chosen = _held(parameter, rows)
     second = state["max_exp_avg_sq" if group.get("amsgrad") else "exp_avg_sq"]
-    local, chosen = slice(start - first, stop - first), slice(start - span.start, stop - span.start)
+    weight = local_part(parameter)
+    # Indexing a tensor by a slice gives a view of it, by a tensor a copy.
+    changed = weight[local]
     # By shape: to index a sharded parameter is a collective, which not all processes come to.
-    rows = max(1, buffer.shape[1] // math.prod(parameter.shape[1:]))
-    scale, eps = clock.fractions()
-    lr = group["lr"]
-    for weight, moment, square, own_scale, own_eps in zip(
-        *(local_part(t)[local].split(rows) for t in (parameter, state["exp_avg"], second)),
-        *(t[chosen].to(buffer.dtype).split(rows) for t in own_fractions),
+    at_once = max(1, buffer.shape[1] // math.prod(parameter.shape[1:]))
+    for block, moment, square, own_scale, own_eps in zip(
+        changed.split(at_once),
+        *(local_part(t)[local].split(at_once) for t in (state["exp_avg"], second)),
+        *(t[chosen].to(buffer.dtype).split(at_once) for t in own_fractions),
         strict=True,
     ):
-        shared, own = (flat[: weight.numel()].view(weight.shape) for flat in buffer)
-        torch.sqrt(square.to(buffer.dtype), out=shared)
-        torch.add(shared, own_eps, out=own)
-        torch.div(own_scale, own, out=own)
-        shared.add_(eps).reciprocal_()
-        torch.sub(own, shared, alpha=scale, out=shared)
-        if isinstance(lr, Tensor):
-            weight.sub_(shared.mul_(moment).mul_(lr))
-        else:
-            weight.addcmul_(shared, moment, value=-lr)
+        own = own_scale, own_eps
+        _correct_block(block, moment, square, own, clock, group["lr"], buffer)
+    if isinstance(local, Tensor):
+        weight.index_copy_(0, local, changed)
+
+
+def _correct_block(
+    weight: Tensor,
+    moment: Tensor,
+    square: Tensor,
+    own_fractions: tuple[Tensor, Tensor],
+    clock: Clock,
+    lr: float | Tensor,
+    buffer: Tensor,
+) -> None:
+    """Rows of a parameter, its two moments and their own fractions; `weight` is changed."""
+    (scale, eps), (own_scale, own_eps) = clock.fractions(), own_fractions
+    shared, own = (flat[: weight.numel()].view(weight.shape) for flat in buffer)
+    torch.sqrt(square.to(buffer.dtype), out=shared)
+    torch.add(shared, own_eps, out=own)
+    torch.div(own_scale, own, out=own)
+    shared.add_(eps).reciprocal_()
+    torch.sub(own, shared, alpha=scale, out=shared)
+    if isinstance(lr, Tensor):
+        weight.sub_(shared.mul_(moment).mul_(lr))
+    else:
+        weight.addcmul_(shared, moment, value=-lr)
+
+
+def _index(rows: Rows) -> slice | Tensor:
+    return slice(rows.start, rows.stop) if isinstance(rows, range) else rows
+
+
+def _held(parameter: Tensor, rows: Rows) -> tuple[slice | Tensor, slice | Tensor]:
+    """Of `rows`, those that this process holds: in its shard, and among `rows`."""
+    if isinstance(rows, Tensor):
+        if not isinstance(parameter, DTensor):
+            return rows, slice(None)
+        held = held_rows(parameter, rows)
+        return held.local, held.chosen
+    first, end = _held_range(parameter)
+    start = max(rows.start, first)
+    stop = max(start, min(rows.stop, end))
+    return slice(start - first, stop - first), slice(start - rows.start, stop - rows.start)
