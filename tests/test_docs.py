@@ -205,3 +205,19 @@ def test_code_is_found():
     marked = {name: [b for b in blocks(f"docs/{name}") if b[2]] for name in PAGES}
     counts = {name: len(found) for name, found in marked.items() if found}
     assert counts == {name: count for name, count in NOT_RUN_HERE.items() if name in PAGES}
+
+
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/{name}" for name in PAGES)])
+def test_yaml_and_other_commands(page):
+    """YAML can be read; what make and python are asked for exists."""
+    for language, code, _ in blocks(page):
+        if language == "yaml":
+            assert yaml.safe_load(code), (page, code)
+    text = (ROOT / page).read_text("utf-8")
+    verbs = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text("utf-8"), re.M)
+    for verb in re.findall(r"^ {4,8}make ([a-z]+)", text, re.M):
+        assert verb in verbs, (page, verb)
+    for script in re.findall(r"^ {4,8}(?:\S+=\S+ )*python ([\w/.-]+\.py)", text, re.M):
+        assert (ROOT / script).is_file(), (page, script)
+    for module in re.findall(r"^ {4,8}(?:\S+=\S+ )*python -m (\S+)", text, re.M):
+        assert importlib.util.find_spec(module), (page, module)
