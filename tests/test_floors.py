@@ -55,6 +55,7 @@ FLOORS: tuple[frozenset[str], ...] = (
             "embedded",
             "evaluate",
             "event_log",
+            "figure_style",
             "evaluate_run",
             "export_run",
             "sources",

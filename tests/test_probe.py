@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import get_peft_model
-from tiny import make_batch, make_model, trainable
+from tiny import make_batch, make_model, plain_loop, trainable
 from transformers import Trainer, TrainingArguments
 
 import drlora
@@ -170,15 +170,7 @@ def test_what_was_placed_trains_on():
     drlora.place_ranks(model, [batch])
     dynamics = drlora.RankDynamics(model.train(), 9)
     optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
-    losses = []
-    for _ in range(9):
-        loss = model(**batch).loss
-        loss.backward()
-        dynamics.before_optimizer_step()
-        optimizer.step()
-        dynamics.after_optimizer_step(optimizer)
-        optimizer.zero_grad()
-        losses.append(loss.item())
+    losses = plain_loop(model, dynamics, optimizer, range(9), lambda step: batch)
     assert losses[-1] < losses[0]
     assert all(sum(r) == 18 for block in dynamics.ranks().values() for r in block.values())
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from peft.utils import CONFIG_NAME
 from safetensors import SafetensorError, safe_open
 
 from drlora.errors import CheckpointError, DrLoraError
@@ -122,7 +123,7 @@ def read_adapter_config(folder: Path, weights: str) -> dict[str, Any]:
     Raises:
         CheckpointError: if either is missing or damaged, or they cannot belong together.
     """
-    path = folder / "adapter_config.json"
+    path = folder / CONFIG_NAME
     config = read_json(path)
     shapes = read_shapes(folder / weights)
     largest = max((size for shape in shapes.values() for size in shape), default=0)

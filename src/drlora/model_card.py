@@ -20,6 +20,7 @@ from drlora.errors import DrLoraError
 from drlora.report.facts import COST, SETUP, SUMMARY, lead, training_data
 from drlora.report.markdown import plain, ranks_as_text, tables
 from drlora.report.read import RunRecord, read_run
+from drlora.writing import write_at_once
 
 MARK = (
     "<!-- Written by drlora from the files beside it. Remove this line, and the card is yours. -->"
@@ -38,10 +39,7 @@ def write_card(folder: str | os.PathLike[str]) -> Path | None:
     path = Path(folder) / "README.md"
     if path.is_file() and not _may_replace(path.read_text("utf-8", errors="replace")):
         return None
-    text = card(read_run(Path(folder)))
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, "utf-8")
-    os.replace(temporary, path)
+    write_at_once(path, card(read_run(Path(folder))))
     return path
 
 

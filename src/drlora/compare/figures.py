@@ -20,21 +20,10 @@ from drlora.compare.metrics import METRICS
 from drlora.compare.page import gains_by_task
 from drlora.compare.results import Matrix
 from drlora.compare.statistics import gain, interval
+from drlora.figure_style import COLOURS, INK, PAPER, STYLE
 
-INK, PAPER = "#1f2328", "#ffffff"
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8A8A2B")
 MARKERS = "osD^vP*X<>hp"
 BUDGET_MARK = "@"
-STYLE: Any = {
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "font.size": 9,
-    "svg.fonttype": "path",
-    "svg.hashsalt": "drlora",
-}
 
 
 def draw_figures(matrix: Matrix, folder: Path) -> list[tuple[str, str]]:

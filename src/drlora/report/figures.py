@@ -12,23 +12,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import StrMethodFormatter
 
+from drlora.figure_style import COLOURS, PAPER, STYLE
 from drlora.rank_metrics import gini
 from drlora.report.facts import last_routing, title
 from drlora.report.read import NO_EXPERT, RankMap, RunRecord
 
-INK, PAPER = "#1f2328", "#ffffff"
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 DASHES = ("-", "--", ":", "-.")
-STYLE: Any = {
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "font.size": 9,
-    "svg.fonttype": "path",
-    "svg.hashsalt": "drlora",  # the same run gives the same file
-}
 
 
 def draw_report(runs: Sequence[RunRecord], path: Path, format: str) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
 from drlora.callback import GROWTH_LOG
@@ -121,7 +122,7 @@ def read_run(folder: Path) -> RunRecord:
         CheckpointError: if it holds no run, or files that do not fit each other.
     """
     recipe = _mapping(folder / "config.yaml")
-    adapter = recipe.get("adapter") or _mapping(folder / "adapter_config.json")
+    adapter = recipe.get("adapter") or _mapping(folder / CONFIG_NAME)
     if not adapter:
         raise CheckpointError(
             f"{folder} is no run directory: it has neither config.yaml nor adapter_config.json."
@@ -176,7 +177,7 @@ def _starts(
                     list(entry["ranks"]), earlier, entry["block"], entry["projection"]
                 )
         return ranks
-    final = result.get("ranks") or _ranks_of_adapter(folder / "adapter_model.safetensors")
+    final = result.get("ranks") or _ranks_of_adapter(folder / SAFETENSORS_WEIGHTS_NAME)
     if not final:
         raise CheckpointError(
             f"{folder} does not tell the ranks of its experts yet: there is no {EVENT_LOG}, "

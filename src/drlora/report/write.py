@@ -11,6 +11,7 @@ from drlora.errors import CheckpointError, ConfigError
 from drlora.report.markdown import markdown
 from drlora.report.page import page
 from drlora.report.read import RunRecord, read_run
+from drlora.writing import move_into_place
 
 FORMATS = ("html", "png", "svg", "md")
 
@@ -51,7 +52,7 @@ def write_report(
             f"the files of {' or '.join(str(folder) for folder in folders)} are damaged: "
             f"{type(error).__name__}: {error}"
         ) from error
-    os.replace(temporary, path)
+    move_into_place(temporary, path)
     return path
 
 
