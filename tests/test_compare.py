@@ -1,6 +1,7 @@
 """`drlora compare`: every run of a plan once, whatever stops it, and a page of what came out."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -16,8 +17,8 @@ from tiny_run import save_all, save_examples
 import drlora.train as train_module
 from drlora.cli import main
 from drlora.compare.cells import compare_cells, places, tune_cells
-from drlora.compare.plan import load_plan, plan_from
-from drlora.compare.results import Folder
+from drlora.compare.plan import Tune, load_plan, plan_from
+from drlora.compare.results import Folder, read_matrix, write_result
 from drlora.compare.run import _locked
 from drlora.data import Collator
 
@@ -281,7 +282,9 @@ def test_plans_in_the_repository_can_be_read():
     for path in (Path(__file__).parents[1] / "experiments").glob("*.yaml"):
         plan = load_plan(path)
         if plan.tune:
-            assert len({cell.key for cell in tune_cells(plan)}) == len(tune_cells(plan))
+            points = {place: plan.tune.points() for place in places(plan)}
+            cells = tune_cells(plan, points)
+            assert len({cell.key for cell in cells}) == len(cells)
 
 
 def test_confirmation_tasks_may_have_seeds_of_their_own():
@@ -309,3 +312,66 @@ def test_confirmation_tasks_may_have_seeds_of_their_own():
         ("embedded:kinds", "test"),
         ("embedded:definitions", "test"),
     }
+
+
+def loss_result(cell, loss: float) -> dict:
+    """What a run of the cell would leave, as far as tuning reads it."""
+    return {
+        "after": {"loss": {"loss": loss, "perplexity": 1.0, "target_tokens": 1}, "match": None},
+        "items": {"loss_centinats": [1], "is_correct": ""},
+        "recipe": cell.recipe.to_dict(),
+    }
+
+
+def walk(plan, folder: Folder, loss_at) -> tuple[list[float], object]:
+    """The learning rates tried, in the order in which they come up, and the choice."""
+    tried: list[float] = []
+    while True:
+        matrix = read_matrix(plan, folder)
+        todo = [cell for cell in matrix.tune if cell.key not in matrix.results]
+        if not todo:
+            return tried, matrix.choices[matrix.tune[0].place]
+        for cell in todo:
+            rate = cell.tuned["training.learning_rate"]
+            tried.append(rate)
+            write_result(folder.cell_file(cell), loss_result(cell, loss_at(rate)))
+
+
+@pytest.mark.parametrize(
+    ("loss_at", "tried", "chosen", "at_edge"),
+    [
+        # Best between two that are worse.
+        (lambda rate: abs(math.log2(rate / 0.02)), [0.02, 0.04, 0.01], 0.02, []),
+        # Walks down until one is worse.
+        (lambda rate: abs(math.log2(rate / 0.005)), [0.02, 0.04, 0.01, 0.005, 0.0025], 0.005, []),
+        # Upwards, and a diverged run ends it.
+        (lambda rate: 1 / rate if rate < 0.1 else math.nan, [0.02, 0.04, 0.08, 0.16], 0.08, []),
+        # No further than allowed, and then marked.
+        (lambda rate: rate, [0.02, 0.04, 0.01, 0.005, 0.0025], 0.0025, ["training.learning_rate"]),
+        # If all diverge, there is no direction.
+        (lambda _: math.nan, [0.02, 0.04], 0.02, ["training.learning_rate"]),
+    ],
+)
+def test_a_grid_goes_on_past_the_end_at_which_the_best_lies(
+    tmp_path, loss_at, tried, chosen, at_edge
+):
+    grid = {"training.learning_rate": [0.02, 0.04]}
+    plan = load_plan(save_plan(tmp_path, methods=["lora"], tune=tuned(grid=grid, extend=3)))
+    found, choice = walk(plan, Folder(tmp_path / "results"), loss_at)
+    assert found == tried
+    assert choice.settings == {"training.learning_rate": chosen}
+    assert choice.at_edge == at_edge
+    assert len(choice.means) == len(tried)
+
+
+def test_lists_of_words_flags_and_whole_numbers_are_extended_only_where_it_makes_sense():
+    tune = Tune({"r": [2, 4], "word": ["a", "b"]}, seeds=[7], extend=5)
+    tried = tune.points()
+    assert tune.beyond(tried, {"r": 4, "word": "a"}, "r") == [{"r": 8, "word": "a"}]
+    assert tune.beyond(tried, {"r": 2, "word": "a"}, "r") == [{"r": 1, "word": "a"}]
+    lower = [*tried, {"r": 1, "word": "a"}]
+    assert tune.beyond(lower, {"r": 1, "word": "a"}, "r") == []  # 0.5 is no whole number
+    assert (
+        Tune({"x": [0.0, 1.0]}, [7], extend=5).beyond([{"x": 0.0}, {"x": 1.0}], {"x": 0.0}, "x")
+        == []
+    )

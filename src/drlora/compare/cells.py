@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -86,15 +86,15 @@ def make_cell(
     return Cell(stage, model, task, method, seed, tuned, recipe, key_of(recipe))
 
 
-def tune_cells(plan: Plan) -> list[Cell]:
-    """Every run of the grid."""
+def tune_cells(plan: Plan, points: Mapping[tuple[str, str, str], Sequence[Settings]]) -> list[Cell]:
+    """Every run of the grid, of which each place has its own `points`."""
     if plan.tune is None:
         return []
     return [
         make_cell(plan, TUNE, *place, seed, point)
         for seed in plan.tune.seeds
         for place in places(plan)
-        for point in plan.tune.points()
+        for point in points[place]
     ]
 
 

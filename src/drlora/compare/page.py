@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
 from drlora.compare.metrics import METRICS, Metric
+from drlora.compare.plan import Settings, Tune
 from drlora.compare.results import Folder, Matrix, Place, Result
 from drlora.compare.statistics import (
     Gain,
@@ -226,21 +227,50 @@ def _tuning(matrix: Matrix) -> Iterator[str]:
     yield (
         f"Each method tried the same {len(tune.points())} points on the split `{tune.split}` with "
         f"{'seed' if len(tune.seeds) == 1 else 'seeds'} {', '.join(map(str, tune.seeds))}; the "
-        f"best mean of {metric.title} was used. An asterisk marks a value at an end of its list: "
-        f"a better one may lie outside."
+        f"best mean of {metric.title} was used. {_extended(tune)}An asterisk marks a value at an "
+        f"end of what was tried: a better one may lie outside."
     )
     yield ""
+    points = _all_points(matrix)
     rows = []
     for (model, task, method), choice in matrix.choices.items():
-        tried = [NONE if mean is None else f"{mean:.{metric.digits}f}" for _, mean in choice.means]
+        means = {_point(settings): mean for settings, mean in choice.means}
+        tried = [_tried(means, point, metric.digits) for point in points]
         chosen = ", ".join(
             f"{value}{'*' if key in choice.at_edge else ''}"
             for key, value in choice.settings.items()
         )
         rows.append([model, task, method, chosen, *tried])
-    points = [", ".join(map(str, point.values())) for point in tune.points()]
     keys = ", ".join(tune.grid)
-    yield from _table(["model", "task", "method", f"chosen {keys}", *points], rows)
+    titles = [", ".join(map(str, point)) for point in points]
+    yield from _table(["model", "task", "method", f"chosen {keys}", *titles], rows)
+
+
+def _extended(tune: Tune) -> str:
+    if not tune.extend:
+        return ""
+    return f"While it lay at an end, the next point past it was tried, up to {tune.extend} times. "
+
+
+def _all_points(matrix: Matrix) -> list[tuple]:
+    """The values of every point that was tried somewhere, in order."""
+    found = {_point(p): None for c in matrix.choices.values() for p, _ in c.means}
+    try:
+        return sorted(found)
+    except TypeError:  # words beside numbers
+        return list(found)
+
+
+def _point(settings: Settings) -> tuple:
+    return tuple(v if isinstance(v, (int, float, str)) else str(v) for v in settings.values())
+
+
+def _tried(means: Mapping[tuple, float | None], point: tuple, digits: int) -> str:
+    """The mean at a point: a dash where a run diverged, nothing where it was not tried."""
+    if point not in means:
+        return ""
+    mean = means[point]
+    return NONE if mean is None else f"{mean:.{digits}f}"
 
 
 def _cost(matrix: Matrix) -> Iterator[str]:

@@ -42,6 +42,8 @@ class Tune:
         split: what the points are measured on, `dev` or `test`.
         metric: what decides.
         settings: of a recipe, nested or dotted, that these runs have otherwise than the compared.
+        extend: how many values may be added to a list of numbers, one at a time and in its ratio,
+            while the best lies at its end; for each model, task and method by itself.
     """
 
     grid: dict[str, list]
@@ -49,9 +51,12 @@ class Tune:
     split: str = "dev"
     metric: str = "loss"
     settings: dict = field(default_factory=dict)
+    extend: int = 0
 
     def __post_init__(self) -> None:
         _check_split(self.split, "tune.split")
+        if self.extend < 0:
+            raise ConfigError(f"tune.extend={self.extend} must be 0 or more.")
         refuse_unknown([self.metric], METRICS, "tune.metric")
         _check_seeds(self.seeds, "tune.seeds")
         if not self.grid or not all(isinstance(v, list) and v for v in self.grid.values()):
@@ -64,6 +69,25 @@ class Tune:
         """Every combination: dotted setting -> value."""
         values = itertools.product(*self.grid.values())
         return [dict(zip(self.grid, point, strict=True)) for point in values]
+
+    def beyond(self, tried: Sequence[Settings], best: Settings, key: str) -> list[Settings]:
+        """The next point past the end of `key`'s list that `best` lies at, or none.
+
+        Args:
+            tried: all points so far.
+            best: the best of them, with the smallest or the largest value of `key`.
+            key: a dotted setting of the grid.
+        """
+        values = sorted({point[key] for point in tried})
+        if len(values) - len(set(self.grid[key])) >= self.extend or values[0] <= 0:
+            return []
+        end, inner = values[:2] if best[key] == values[0] else values[:-3:-1]
+        following = float(f"{end * end / inner:.6g}")
+        if isinstance(end, int):
+            if not following.is_integer():
+                return []
+            following = int(following)
+        return [{**best, key: following}]
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,7 @@ class Choice:
     Attributes:
         settings: the chosen point of the grid.
         means: each point with its mean metric; None where a run diverged.
-        at_edge: the tuned settings that lie at an end of their list.
+        at_edge: the tuned settings that lie at an end of what was tried.
     """
 
     settings: Settings
@@ -151,9 +151,7 @@ def read_matrix(plan: Plan, folder: Folder) -> Matrix:
     Raises:
         ConfigError: what is wrong with a recipe that the plan makes.
     """
-    tune = tune_cells(plan)
-    results = folder.results(tune)
-    choices = choose(plan, tune, results)
+    tune, choices, results = _tuning(plan, folder)
     compare = compare_cells(plan, {place: choice.settings for place, choice in choices.items()})
     results |= folder.results(compare)
     failures = {
@@ -163,6 +161,33 @@ def read_matrix(plan: Plan, folder: Folder) -> Matrix:
     }
     total = sum(len(plan.seeds_of(task)) for _, task, _ in places(plan))
     return Matrix(plan, tune, compare, choices, results, failures, total - len(compare))
+
+
+def _tuning(
+    plan: Plan, folder: Folder
+) -> tuple[list[Cell], dict[Place, Choice], dict[str, Result]]:
+    """The tuning cells that can be named, what they chose where they are finished, and results.
+
+    A list of values whose best lies at its end is extended as the plan allows; whoever does must
+    wait for the new cells, so such a place has no choice yet.
+    """
+    points = {place: plan.tune.points() if plan.tune else [] for place in places(plan)}
+    results: dict[str, Result] = {}
+    while True:
+        cells = tune_cells(plan, points)
+        results |= folder.results(cell for cell in cells if cell.key not in results)
+        choices = choose(plan, cells, results)
+        more = {place: _beyond(plan, points[place], choice) for place, choice in choices.items()}
+        if not any(more.values()):
+            return cells, choices, results
+        points |= {place: [*points[place], *new] for place, new in more.items()}
+
+
+def _beyond(plan: Plan, tried: list[Settings], choice: Choice) -> list[Settings]:
+    """Points past the ends at which the choice lies; none if every run diverged."""
+    if plan.tune is None or all(mean is None for _, mean in choice.means):
+        return []
+    return [p for k in choice.at_edge for p in plan.tune.beyond(tried, choice.settings, k)]
 
 
 def choose(plan: Plan, cells: Iterable[Cell], results: Mapping[str, Result]) -> dict[Place, Choice]:
@@ -194,13 +219,14 @@ def _choice(plan: Plan, points: Mapping[str, list[float | None]]) -> Choice:
         known = [value for value in values if value is not None]
         means.append((json.loads(point), fmean(known) if len(known) == len(values) else None))
     best, _ = max(means, key=lambda pair: float("-inf") if pair[1] is None else sign * pair[1])
-    return Choice(best, means, [k for k, v in plan.tune.grid.items() if _is_at_edge(best[k], v)])
+    tried = {key: [point[key] for point, _ in means] for key in best}
+    return Choice(best, means, [k for k, v in tried.items() if _is_at_edge(best[k], v)])
 
 
 def _is_at_edge(value: Any, tried: list) -> bool:
     """Whether a number is the smallest or the largest of several that were tried."""
     are_numbers = all(isinstance(one, (int, float)) for one in tried)
-    return are_numbers and len(tried) > 1 and value in (min(tried), max(tried))
+    return are_numbers and len(set(tried)) > 1 and value in (min(tried), max(tried))
 
 
 def read_result(path: Path) -> Result | None:
