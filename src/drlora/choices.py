@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedTokenizerBase
 
-from drlora.data import Collator, encode_completion
+from drlora.data import Collator, encode_completions
 from drlora.errors import DataError
 
 IGNORED = -100
@@ -43,9 +43,9 @@ def choose(
                 f"{example['prompt']!r} has the choices {example.get('choices')!r}; give every "
                 f"example two or more, or none to any"
             )
-        for choice in example["choices"]:
-            ids, labels = encode_completion(example["prompt"], choice, tokenizer)
-            rows.append({"input_ids": ids, "labels": labels})
+        prompts = [example["prompt"]] * len(example["choices"])
+        encoded = encode_completions(prompts, example["choices"], tokenizer)
+        rows += [{"input_ids": ids, "labels": labels} for ids, labels in encoded]
     collator = Collator(tokenizer)
     nats = torch.cat(
         [

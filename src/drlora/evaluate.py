@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from drlora.choices import choose, summed_losses
-from drlora.data import encode_prompt, pad_token_id
+from drlora.data import encode_prompts, pad_token_id
 from drlora.errors import ConfigError, DataError
 
 IGNORED = -100
@@ -238,7 +238,7 @@ def _generate(
 ) -> list[str]:
     """The first line that the model writes after each prompt, stripped."""
     pad, ends = pad_token_id(tokenizer), _end_tokens(model, tokenizer)
-    input_ids_BL, mask_BL = _pad_left([encode_prompt(text, tokenizer) for text in prompts], pad)
+    input_ids_BL, mask_BL = _pad_left(encode_prompts(prompts, tokenizer), pad)
     length = input_ids_BL.shape[1]
     output = model.generate(
         input_ids=input_ids_BL.to(_device(model)),

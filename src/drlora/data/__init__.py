@@ -8,9 +8,9 @@
 from drlora.data.encode import (
     Collator,
     EncodedData,
-    encode_completion,
+    encode_completions,
     encode_examples,
-    encode_prompt,
+    encode_prompts,
     pad_token_id,
 )
 from drlora.data.layout import Layout, check_record, choose_layout
@@ -22,9 +22,9 @@ __all__ = [
     "Layout",
     "check_record",
     "choose_layout",
-    "encode_completion",
+    "encode_completions",
     "encode_examples",
-    "encode_prompt",
+    "encode_prompts",
     "load_examples",
     "pad_token_id",
 ]
