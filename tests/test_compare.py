@@ -37,7 +37,7 @@ def save_plan(folder: Path, **changes) -> Path:
         "output_dir": str(folder / "results"),
         "models": {"tiny": recipe["model"]},
         "tasks": {"backwards": {"data": data}},
-        "methods": ["lora", "drlora"],
+        "methods": {"lora": {"method": "lora"}, "drlora": {}},
         "seeds": [1, 2],
         "baselines": ["lora"],
         "metrics": ["loss", "exact_match"],
@@ -76,6 +76,8 @@ def test_each_run_leaves_one_result_with_what_it_was_made_of(finished):
     found = results(finished)
     stages = [result["stage"] for result in found.values()]
     assert (stages.count("tune"), stages.count("compare")) == (4, 4)
+    assert {r["method"] for r in found.values()} == {"lora", "drlora"}
+    assert {(r["model"], r["task"]) for r in found.values()} == {("tiny", "backwards")}
     for name, result in found.items():
         assert name.endswith(f"-{result['key']}.json")
         assert result["seed"] in ([7] if result["stage"] == "tune" else [1, 2])

@@ -116,7 +116,8 @@ def _harvest(outcome: TrainResult, labels: dict[str, Any]) -> dict[str, Any]:
     config.pop("output_dir")
     return {
         **labels,
-        **found,
+        # The recipe may name no method, or another one than the plan.
+        **{key: value for key, value in found.items() if key not in labels},
         **peak_memory(),
         "machine": _machine(),
         "curve": _curve(run),
