@@ -17,6 +17,7 @@ from tiny_run import save_all, save_examples
 import drlora.train as train_module
 from drlora.cli import main
 from drlora.compare.cells import compare_cells, places, tune_cells
+from drlora.compare.gains import best_baselines, gains_by_task, relative
 from drlora.compare.plan import Tune, load_plan, plan_from
 from drlora.compare.results import Folder, read_matrix, write_result
 from drlora.compare.run import _locked
@@ -377,3 +378,38 @@ def test_lists_of_words_flags_and_whole_numbers_are_extended_only_where_it_makes
         Tune({"x": [0.0, 1.0]}, [7], extend=5).beyond([{"x": 0.0}, {"x": 1.0}], {"x": 0.0}, "x")
         == []
     )
+
+
+def test_the_best_baseline_is_chosen_for_each_task_and_gains_are_also_in_per_cent(tmp_path):
+    losses = {
+        ("one", "lora"): {1: 2.0, 2: 2.0},
+        ("one", "static"): {1: 3.0, 2: 3.0},
+        ("one", "drlora"): {1: 1.9, 2: 1.7},
+        ("two", "lora"): {1: 9.0, 2: 9.0},
+        ("two", "static"): {1: 8.0, 2: 8.0},
+        ("two", "drlora"): {1: 8.8, 2: 8.8},
+    }
+    path = save_plan(tmp_path, methods=["lora", "static", "drlora"], baselines=["lora", "static"])
+    tree = yaml.safe_load(path.read_text())
+    (task,) = tree["tasks"].values()
+    shorter = {"data": {**task["data"], "limits": {"train": 20}}}
+    path.write_text(yaml.safe_dump(tree | {"tasks": {"one": task, "two": shorter}}))
+    plan, folder = load_plan(path), Folder(tmp_path / "results")
+    for cell in read_matrix(plan, folder).compare:
+        loss = losses[cell.task, cell.method][cell.seed]
+        write_result(folder.cell_file(cell), loss_result(cell, loss))
+    matrix = read_matrix(plan, folder)
+    best = best_baselines(matrix, "loss", "tiny", ["one", "two"])
+    assert best == {"one": "lora", "two": "static"}
+    gains = gains_by_task(matrix, "loss", "tiny", best, "drlora")
+    assert gains["one"] == pytest.approx({1: 0.1, 2: 0.3})
+    assert gains["two"] == pytest.approx({1: -0.8, 2: -0.8})
+    shares = relative(matrix, "loss", "tiny", best, gains)
+    assert shares["one"] == pytest.approx({1: 5.0, 2: 15.0})
+    assert shares["two"] == pytest.approx({1: -10.0, 2: -10.0})
+    # A baseline that lacks a seed is no best one, however good it was on the other.
+    first = {seed: value for seed, value in losses["two", "static"].items() if seed == 1}
+    for cell in matrix.compare:
+        if (cell.task, cell.method) == ("two", "static") and cell.seed not in first:
+            folder.cell_file(cell).unlink()
+    assert best_baselines(read_matrix(plan, folder), "loss", "tiny", ["two"]) == {"two": "lora"}

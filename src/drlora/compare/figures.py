@@ -16,8 +16,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from drlora.compare.gains import gains_by_task
 from drlora.compare.metrics import METRICS
-from drlora.compare.page import gains_by_task
 from drlora.compare.results import Matrix
 from drlora.compare.statistics import gain, interval
 from drlora.figure_style import COLOURS, INK, PAPER, STYLE
@@ -69,7 +69,7 @@ def _gains(matrix: Matrix, metric: str, baseline: str) -> Figure:
         for task, axes in zip(plan.tasks, row, strict=True):
             axes.axvline(0, color=INK, linewidth=0.8)
             for number, method in enumerate(others):
-                pairs = gains_by_task(matrix, metric, model, [task], baseline, method)[task]
+                pairs = gains_by_task(matrix, metric, model, {task: baseline}, method)[task]
                 _gain_row(axes, number, pairs)
             axes.set_yticks(range(len(others)), others if axes is row[0] else [])
             axes.set_ylim(len(others) - 0.5, -0.5)

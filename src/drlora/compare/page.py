@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
+from drlora.compare.gains import best_baselines, gains_by_task, relative
 from drlora.compare.metrics import METRICS, Metric
 from drlora.compare.plan import Settings, Tune
 from drlora.compare.results import Folder, Matrix, Place, Result
 from drlora.compare.statistics import (
     Gain,
     Interval,
-    differences,
     gain,
     interval,
     item_gain,
@@ -22,6 +22,7 @@ from drlora.compare.statistics import (
 
 FIGURES = "figures"
 NONE = "–"
+PER_CENT = Metric("per cent of the baseline", ("", ""), True, digits=2)
 
 
 def write_page(matrix: Matrix, folder: Folder, command: str) -> None:
@@ -127,14 +128,34 @@ def _metric_section(matrix: Matrix, name: str, model: str, tasks: Sequence[str])
             for method in matrix.plan.methods
         ],
     )
+    best = best_baselines(matrix, name, model, tasks)
+    if len(matrix.plan.baselines) > 1 and len(best) == len(tasks):
+        yield from ("Gain over the best baseline of each task, chosen by these same runs:", "")
+        titles = [f"{task} (`{baseline}`)" for task, baseline in best.items()]
+        yield from _gain_table(matrix, name, model, best, matrix.plan.baselines, titles)
     for baseline in matrix.plan.baselines:
         yield from (f"Gain over `{baseline}`:", "")
-        rows = [
-            [method, *_gains(matrix, name, model, tasks, baseline, method)]
-            for method in matrix.plan.methods
-            if method != baseline
-        ]
-        yield from _table(["method", *tasks, *(["mean of tasks"] if len(tasks) > 1 else [])], rows)
+        given = dict.fromkeys(tasks, baseline)
+        yield from _gain_table(matrix, name, model, given, [baseline], tasks)
+
+
+def _gain_table(
+    matrix: Matrix,
+    name: str,
+    model: str,
+    baselines: Mapping[str, str],
+    without: Sequence[str],
+    titles: Sequence[str],
+) -> Iterator[str]:
+    """Rows of all methods but `without`; a column a task, and the means over several tasks."""
+    rows = [
+        [method, *_gains(matrix, name, model, baselines, method)]
+        for method in matrix.plan.methods
+        if method not in without
+    ]
+    means = ["mean of tasks", "mean of tasks, % of the baseline"] if len(titles) > 1 else []
+    if rows:
+        yield from _table(["method", *titles, *means], rows)
 
 
 def _values(matrix: Matrix, name: str, place: Place) -> str:
@@ -142,32 +163,21 @@ def _values(matrix: Matrix, name: str, place: Place) -> str:
     return shown_interval(interval(list(values.values())), METRICS[name]) if values else NONE
 
 
-def gains_by_task(
-    matrix: Matrix, name: str, model: str, tasks: Sequence[str], baseline: str, method: str
-) -> dict[str, dict[int, float]]:
-    """Task -> seed -> gain of the method over the baseline, in the metric's shown unit."""
-    higher = METRICS[name].higher_is_better
-    return {
-        task: differences(
-            matrix.values(name, (model, task, baseline)),
-            matrix.values(name, (model, task, method)),
-            higher,
-        )
-        for task in tasks
-    }
-
-
 def _gains(
-    matrix: Matrix, name: str, model: str, tasks: Sequence[str], baseline: str, method: str
+    matrix: Matrix, name: str, model: str, baselines: Mapping[str, str], method: str
 ) -> list[str]:
     metric = METRICS[name]
-    pairs = gains_by_task(matrix, name, model, tasks, baseline, method)
+    pairs = gains_by_task(matrix, name, model, baselines, method)
     cells = []
     for task, by_seed in pairs.items():
-        places = [(model, task, which) for which in (baseline, method)]
+        places = [(model, task, which) for which in (baselines[task], method)]
         runs = [matrix.items(name, place, by_seed.keys()) for place in places]
         cells.append(shown_gain(gain(by_seed), metric) + _over_items(runs, metric))
-    return [*cells, shown_gain(mean_gain(pairs), metric)] if len(tasks) > 1 else cells
+    if len(pairs) == 1:
+        return cells
+    in_per_cent = relative(matrix, name, model, baselines, pairs)
+    shown = shown_gain(mean_gain(in_per_cent), PER_CENT) if in_per_cent else NONE
+    return [*cells, shown_gain(mean_gain(pairs), metric), shown]
 
 
 def _over_items(runs: Sequence[Sequence[Sequence[float]]], metric: Metric) -> str:
