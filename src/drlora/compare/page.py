@@ -153,7 +153,9 @@ def _gain_table(
         for method in matrix.plan.methods
         if method not in without
     ]
-    means = ["mean of tasks", "mean of tasks, % of the baseline"] if len(titles) > 1 else []
+    means = ["mean of tasks"] if len(titles) > 1 else []
+    if means and _shows_per_cent(name):
+        means.append("mean of tasks, % of the baseline")
     if rows:
         yield from _table(["method", *titles, *means], rows)
 
@@ -175,9 +177,16 @@ def _gains(
         cells.append(shown_gain(gain(by_seed), metric) + _over_items(runs, metric))
     if len(pairs) == 1:
         return cells
-    in_per_cent = relative(matrix, name, model, baselines, pairs)
-    shown = shown_gain(mean_gain(in_per_cent), PER_CENT) if in_per_cent else NONE
-    return [*cells, shown_gain(mean_gain(pairs), metric), shown]
+    cells.append(shown_gain(mean_gain(pairs), metric))
+    if _shows_per_cent(name):
+        shares = relative(matrix, name, model, baselines, pairs)
+        cells.append(shown_gain(mean_gain(shares), PER_CENT) if shares else NONE)
+    return cells
+
+
+def _shows_per_cent(metric: str) -> bool:
+    """Of a loss or an error; a share of right answers may be next to nothing."""
+    return not METRICS[metric].higher_is_better
 
 
 def _over_items(runs: Sequence[Sequence[Sequence[float]]], metric: Metric) -> str:

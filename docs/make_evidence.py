@@ -1,0 +1,121 @@
+"""The tables of docs/evidence.md, from the results in the repository.
+
+    python docs/make_evidence.py [--check]
+
+A table is between `<!-- make_evidence.py: PLAN -->` and `<!-- end -->`, where PLAN is the name of a
+plan in experiments/. Its numbers are those of the plan's own page, in per cent of the baseline.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from drlora.compare.gains import best_baselines, gains_by_task, relative
+from drlora.compare.metrics import METRICS
+from drlora.compare.page import PER_CENT, shown_gain, shown_interval
+from drlora.compare.plan import load_plan
+from drlora.compare.results import Folder, Matrix, read_matrix
+from drlora.compare.statistics import gain, interval, mean_gain
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "evidence.md"
+METRIC = "loss"
+BLOCK = re.compile(r"(<!-- make_evidence\.py: (\S+) -->\n)(.*?)(<!-- end -->\n)", re.DOTALL)
+
+
+def with_tables(text: str) -> str:
+    """The page with every table made anew."""
+    return BLOCK.sub(lambda found: found[1] + tables(found[2]) + found[4], text)
+
+
+def tables(name: str) -> str:
+    """What a plan's results say, model by model, and how much of it has been run."""
+    plan = load_plan(ROOT / "experiments" / f"{name}.yaml")
+    matrix = read_matrix(plan, Folder(ROOT / plan.output_dir))
+    done, total = len(matrix.finished()), len(matrix.compare) + matrix.waiting
+    lines = [f"{done} of {total} compared runs; all tables: `{plan.output_dir}/README.md`.", ""]
+    for model in plan.models:
+        lines += _of_model(matrix, model)
+    return "\n".join(lines)
+
+
+def _of_model(matrix: Matrix, model: str) -> Iterator[str]:
+    plan = matrix.plan
+    first = plan.baselines[0]
+    tasks = [task for task in plan.tasks if _is_complete(matrix, model, task)]
+    if not tasks:
+        return
+    yield from (f"**{model}**: gain in held-out loss over `{first}`, in per cent", "")
+    yield from _head(["method", *tasks], tasks)
+    losses = [
+        shown_interval(
+            interval(list(matrix.values(METRIC, (model, task, first)).values())), METRICS[METRIC]
+        )
+        for task in tasks
+    ]
+    yield _row([f"`{first}` itself: loss", *losses, *([""] if len(tasks) > 1 else [])])
+    everywhere = dict.fromkeys(tasks, first)
+    for method in plan.methods:
+        if method != first:
+            yield _row([f"`{method}`", *_gains(matrix, model, everywhere, method)])
+    yield ""
+    best = best_baselines(matrix, METRIC, model, tasks)
+    others = [method for method in plan.methods if method not in plan.baselines]
+    if len(plan.baselines) > 1 and len(best) == len(tasks) and others:
+        yield from (f"**{model}**: the same over the best baseline of each task", "")
+        yield from _head(["method", *(f"{t} (`{b}`)" for t, b in best.items())], tasks)
+        for method in others:
+            yield _row([f"`{method}`", *_gains(matrix, model, best, method)])
+        yield ""
+
+
+def _is_complete(matrix: Matrix, model: str, task: str) -> bool:
+    """Whether every method has a run for every seed; half a task is not shown."""
+    seeds = set(matrix.plan.seeds_of(task))
+    return all(
+        matrix.values(METRIC, (model, task, method)).keys() >= seeds
+        for method in matrix.plan.methods
+    )
+
+
+def _gains(matrix: Matrix, model: str, baselines: Mapping[str, str], method: str) -> list[str]:
+    found = relative(
+        matrix, METRIC, model, baselines, gains_by_task(matrix, METRIC, model, baselines, method)
+    )
+    if found is None:
+        return ["–"] * (len(baselines) + (len(baselines) > 1))
+    cells = [shown_gain(gain(by_seed), PER_CENT) for by_seed in found.values()]
+    return [*cells, shown_gain(mean_gain(found), PER_CENT)] if len(found) > 1 else cells
+
+
+def _head(titles: Sequence[str], tasks: Sequence[str]) -> Iterator[str]:
+    titles = [*titles, *(["mean of tasks"] if len(tasks) > 1 else [])]
+    yield _row(titles)
+    yield "|---" * len(titles) + "|"
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def main() -> int:
+    """Write the tables into the page; with --check say whether they are there."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="change nothing")
+    options = parser.parse_args()
+    os.chdir(ROOT)  # the plans name their data from there
+    text = PAGE.read_text("utf-8")
+    made = with_tables(text)
+    if options.check:
+        return int(made != text)
+    PAGE.write_text(made, "utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
