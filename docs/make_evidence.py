@@ -36,7 +36,7 @@ def with_tables(text: str) -> str:
 def tables(name: str) -> str:
     """What a plan's results say, model by model, and how much of it has been run."""
     plan = load_plan(ROOT / "experiments" / f"{name}.yaml")
-    matrix = read_matrix(plan, Folder(ROOT / plan.output_dir))
+    matrix = read_matrix(plan, Folder.of(plan, ROOT))
     done, total = len(matrix.finished()), len(matrix.compare) + matrix.waiting
     lines = [f"{done} of {total} compared runs; all tables: `{plan.output_dir}/README.md`.", ""]
     for model in plan.models:

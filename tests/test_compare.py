@@ -178,6 +178,21 @@ def test_a_changed_setting_makes_new_cells_only_where_it_matters(finished, capsy
         (finished / "test.jsonl").write_text(text)
 
 
+def test_runs_of_another_plan_count_where_they_are_the_same(finished, tmp_path, capsys):
+    tree = yaml.safe_load((finished / "plan.yaml").read_text())
+    tree |= {"output_dir": str(tmp_path / "own"), "also": [str(finished / "results")]}
+    tree["methods"] = {"renamed": {"method": "lora"}, "slow": {"adapter": {"gamma": 0.3}}}
+    path = tmp_path / "plan.yaml"
+    path.write_text(yaml.safe_dump(tree | {"baselines": ["renamed"]}))
+    assert main(["compare", str(path), "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "4 of 8 cells done" in said and said.count("done    ") == 4
+    assert not (tmp_path / "own").exists()
+    path.write_text(yaml.safe_dump(tree | {"also": [str(tmp_path / "nowhere")]}))
+    assert main(["compare", str(path), "--dry-run"]) == 2
+    assert "there is no folder" in capsys.readouterr().err
+
+
 def test_a_failed_cell_is_recorded_and_the_rest_go_on(tmp_path, capsys):
     missing = {
         "data.train": str(tmp_path / "missing.jsonl"),

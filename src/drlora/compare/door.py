@@ -51,7 +51,7 @@ def compare(
         ConfigError: before anything is run, with what is wrong and the way out.
     """
     plan = load_plan(path, overrides)
-    folder = Folder(Path(plan.output_dir))
+    folder = Folder.of(plan)
     pool = make_pool(jobs, threads)
     console = Console(highlight=False, soft_wrap=True, markup=False, stderr=as_json)
     matrix = read_matrix(plan, folder)

@@ -70,6 +70,9 @@ def _head(matrix: Matrix, command: str) -> list[str]:
         "- Nothing is left out: every run of the plan that finished is counted.",
         f"- Compared on the split `{plan.split}`; seeds {_seeds(matrix)}.",
     ]
+    if plan.also:
+        shared = ", ".join(f"`{folder}`" for folder in plan.also)
+        lines += [f"- A run that another plan has made already is taken from there: {shared}."]
     diverged = sum(run["after"]["loss"]["loss"] is None for run in matrix.finished())
     if diverged:
         lines += [

@@ -107,6 +107,7 @@ class Plan:
         confirmation: tasks that were looked at once; with `development`, all tasks.
         confirmation_seeds: seeds of the confirmation tasks, where they are not `seeds`.
         tune: see Tune.
+        also: folders of other comparisons, whose finished cells count where they are the same runs.
     """
 
     name: str
@@ -123,8 +124,12 @@ class Plan:
     confirmation: list[str] = field(default_factory=list)
     confirmation_seeds: list[int] | None = None
     tune: Tune | None = None
+    also: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        for folder in self.also:
+            if not Path(folder).is_dir():
+                raise ConfigError(f"also={self.also}: there is no folder {folder}; leave it out.")
         _check_seeds(self.seeds, "seeds")
         if self.confirmation_seeds is not None:
             _check_seeds(self.confirmation_seeds, "confirmation_seeds")

@@ -30,9 +30,20 @@ Result = dict[str, Any]
 
 @dataclass(frozen=True)
 class Folder:
-    """Where a comparison keeps its results."""
+    """Where a comparison keeps its results.
+
+    Attributes:
+        path: the folder.
+        also: folders of other comparisons, whose finished cells count where they are the same runs.
+    """
 
     path: Path
+    also: tuple[Path, ...] = ()
+
+    @classmethod
+    def of(cls, plan: Plan, root: Path = Path()) -> Folder:
+        """The folder of a plan whose paths start at `root`."""
+        return cls(root / plan.output_dir, tuple(root / other for other in plan.also))
 
     @property
     def cells(self) -> Path:
@@ -59,7 +70,9 @@ class Folder:
 
     def results(self, cells: Iterable[Cell]) -> dict[str, Result]:
         """Key -> result of those of `cells` that are finished with the settings they have now."""
-        files = _by_key(self.cells)
+        files: dict[str, Path] = {}
+        for folder in (*self.also, self.path):
+            files |= _by_key(Folder(folder).cells)
         found = {}
         for cell in cells:
             result = read_result(files[cell.key]) if cell.key in files else None
