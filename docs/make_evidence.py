@@ -8,12 +8,13 @@ plan in experiments/. Its numbers are those of the plan's own page, in per cent 
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+
+from made_pages import write_or_check
 
 from drlora.compare.gains import best_baselines, gains_by_task, relative
 from drlora.compare.metrics import METRICS
@@ -103,19 +104,6 @@ def _row(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def main() -> int:
-    """Write the tables into the page; with --check say whether they are there."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="change nothing")
-    options = parser.parse_args()
-    os.chdir(ROOT)  # the plans name their data from there
-    text = PAGE.read_text("utf-8")
-    made = with_tables(text)
-    if options.check:
-        return int(made != text)
-    PAGE.write_text(made, "utf-8")
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    os.chdir(ROOT)  # the plans name their data from there
+    sys.exit(write_or_check(PAGE, with_tables, __doc__))

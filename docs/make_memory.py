@@ -6,12 +6,12 @@ memory for weights, as `drlora inspect` does.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import tempfile
 from pathlib import Path
 
+from made_pages import write_or_check
 from transformers import OlmoeConfig, PreTrainedConfig, Qwen3MoeConfig
 
 from drlora import DrLoraConfig
@@ -93,19 +93,11 @@ def table(*names: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> int:
-    """Write the table into the page; with --check say whether it is there."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="change nothing")
-    options = parser.parse_args()
-    text = PAGE.read_text("utf-8")
+def with_table(text: str) -> str:
+    """The page with its table made anew."""
     before, rest = text.split(BEGIN)
-    made = before + BEGIN + table() + END + rest.split(END)[1]
-    if options.check:
-        return int(made != text)
-    PAGE.write_text(made, "utf-8")
-    return 0
+    return before + BEGIN + table() + END + rest.split(END)[1]
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(write_or_check(PAGE, with_table, __doc__))

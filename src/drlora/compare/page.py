@@ -19,6 +19,7 @@ from drlora.compare.statistics import (
     item_gain,
     mean_gain,
 )
+from drlora.writing import write_at_once
 
 FIGURES = "figures"
 NONE = "–"
@@ -38,7 +39,7 @@ def write_page(matrix: Matrix, folder: Folder, command: str) -> None:
     drawn = draw_figures(matrix, folder.path / FIGURES) if matrix.finished() else []
     text = page(matrix, command, drawn)
     folder.path.mkdir(parents=True, exist_ok=True)
-    (folder.path / "README.md").write_text(text, "utf-8")
+    write_at_once(folder.path / "README.md", text)
 
 
 def page(matrix: Matrix, command: str, figures: Sequence[tuple[str, str]] = ()) -> str:
