@@ -6,6 +6,7 @@ What FSDP2 does under the Trainer is not here: accelerate takes it up on acceler
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 from pathlib import Path
 
@@ -117,16 +118,15 @@ def test_processes_that_come_apart_are_stopped(folder):
         assert f"step {step}: processes [1] differ from process 0 in" in text and part in text
 
 
-def test_drlora_train_in_two_processes_writes_once(tmp_path):
-    """As torchrun and accelerate launch start it: one lock, one log, one result; then resumed."""
-    recipe = save_all(tmp_path, training={"per_device_train_batch_size": 2})
+def in_two_processes(folder: Path, *arguments: str) -> list[Path]:
+    """`drlora ARGUMENTS` as torchrun and accelerate launch start it; the files with its output."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    printed = [tmp_path / f"printed-{rank}" for rank in range(2)]
+    printed = [folder / f"printed-{rank}" for rank in range(2)]
     jobs = [
         start_python(
-            ["-m", "drlora", "train", str(recipe)],
+            ["-m", "drlora", *arguments],
             printed[rank],
             RANK=str(rank),
             LOCAL_RANK=str(rank),
@@ -139,6 +139,13 @@ def test_drlora_train_in_two_processes_writes_once(tmp_path):
     ]
     for job, file in zip(jobs, printed, strict=True):
         finish(job, file)
+    return printed
+
+
+def test_drlora_train_in_two_processes_writes_once(tmp_path):
+    """One lock, one log, one result; then resumed, with the same end."""
+    recipe = save_all(tmp_path, training={"per_device_train_batch_size": 2})
+    printed = in_two_processes(tmp_path, "train", str(recipe))
     run = tmp_path / "run"
     entries = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [e["step"] for e in entries if "grad_norm" in e] == list(range(1, 13))
@@ -152,6 +159,19 @@ def test_drlora_train_in_two_processes_writes_once(tmp_path):
         "rng_state_0.pth", "rng_state_1.pth"}  # fmt: skip
     assert "before:" in printed[0].read_text() and "before:" not in printed[1].read_text()
     assert not (run / ".lock").exists()
+
+    straight = load_file(run / "adapter_model.safetensors")
+    shutil.rmtree(run / "checkpoints" / "checkpoint-12")
+    (run / "adapter_model.safetensors").unlink()
+    (run / "result.json").unlink()
+    in_two_processes(tmp_path, "train", str(recipe), "--resume")
+    again = load_file(run / "adapter_model.safetensors")
+    assert straight.keys() == again.keys()
+    assert all(torch.equal(straight[key], again[key]) for key in straight)
+    of_steps = [
+        json.loads(line)["step"] for line in (run / "growth.jsonl").read_text().splitlines()
+    ]
+    assert of_steps == [grant["step"] for grant in grants]
 
 
 def test_the_page_of_many_processes(tmp_path, monkeypatch):
