@@ -11,17 +11,17 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from made_pages import write_or_check
 
 from drlora.compare.gains import best_baselines, gains_by_task, relative
 from drlora.compare.metrics import METRICS
-from drlora.compare.page import PER_CENT, shown_gain, shown_interval
 from drlora.compare.plan import load_plan
 from drlora.compare.results import Folder, Matrix, read_matrix
 from drlora.compare.statistics import gain, interval, mean_gain
+from drlora.compare.tables import PER_CENT, models_table, shown_gain, shown_interval, table
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "evidence.md"
@@ -42,6 +42,10 @@ def tables(name: str) -> str:
     lines = [f"{done} of {total} compared runs; all tables: `{plan.output_dir}/README.md`.", ""]
     for model in plan.models:
         lines += _of_model(matrix, model)
+    is_whole = all(_is_complete(matrix, m, task) for m in plan.models for task in plan.tasks)
+    if is_whole and len(plan.models) > 1:
+        lines += ["**All models and tasks**: the mean gain, in per cent", ""]
+        lines += models_table(matrix, METRIC, list(plan.tasks))
     return "\n".join(lines)
 
 
@@ -51,28 +55,29 @@ def _of_model(matrix: Matrix, model: str) -> Iterator[str]:
     tasks = [task for task in plan.tasks if _is_complete(matrix, model, task)]
     if not tasks:
         return
-    yield from (f"**{model}**: gain in held-out loss over `{first}`, in per cent", "")
-    yield from _head(["method", *tasks], tasks)
+    means = ["mean of tasks"] if len(tasks) > 1 else []
     losses = [
         shown_interval(
             interval(list(matrix.values(METRIC, (model, task, first)).values())), METRICS[METRIC]
         )
         for task in tasks
     ]
-    yield _row([f"`{first}` itself: loss", *losses, *([""] if len(tasks) > 1 else [])])
     everywhere = dict.fromkeys(tasks, first)
-    for method in plan.methods:
-        if method != first:
-            yield _row([f"`{method}`", *_gains(matrix, model, everywhere, method)])
-    yield ""
+    rows = [[f"`{first}` itself: loss", *losses, *("" for _ in means)]]
+    rows += [
+        [f"`{method}`", *_gains(matrix, model, everywhere, method)]
+        for method in plan.methods
+        if method != first
+    ]
+    yield from (f"**{model}**: gain in held-out loss over `{first}`, in per cent", "")
+    yield from table(["method", *tasks, *means], rows)
     best = best_baselines(matrix, METRIC, model, tasks)
     others = [method for method in plan.methods if method not in plan.baselines]
     if len(plan.baselines) > 1 and len(best) == len(tasks) and others:
         yield from (f"**{model}**: the same over the best baseline of each task", "")
-        yield from _head(["method", *(f"{t} (`{b}`)" for t, b in best.items())], tasks)
-        for method in others:
-            yield _row([f"`{method}`", *_gains(matrix, model, best, method)])
-        yield ""
+        titles = [f"{task} (`{baseline}`)" for task, baseline in best.items()]
+        rows = [[f"`{method}`", *_gains(matrix, model, best, method)] for method in others]
+        yield from table(["method", *titles, *means], rows)
 
 
 def _is_complete(matrix: Matrix, model: str, task: str) -> bool:
@@ -92,16 +97,6 @@ def _gains(matrix: Matrix, model: str, baselines: Mapping[str, str], method: str
         return ["–"] * (len(baselines) + (len(baselines) > 1))
     cells = [shown_gain(gain(by_seed), PER_CENT) for by_seed in found.values()]
     return [*cells, shown_gain(mean_gain(found), PER_CENT)] if len(found) > 1 else cells
-
-
-def _head(titles: Sequence[str], tasks: Sequence[str]) -> Iterator[str]:
-    titles = [*titles, *(["mean of tasks"] if len(tasks) > 1 else [])]
-    yield _row(titles)
-    yield "|---" * len(titles) + "|"
-
-
-def _row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
 
 
 if __name__ == "__main__":

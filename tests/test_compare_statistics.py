@@ -1,6 +1,7 @@
 """The formulas behind the tables, on numbers that were worked out by hand or taken from tables."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,6 +15,7 @@ from drlora.compare.statistics import (
     t_cdf,
     t_quantile,
 )
+from drlora.compare.tables import models_table
 
 
 @pytest.mark.parametrize(
@@ -103,3 +105,28 @@ def test_items_have_the_metric_as_their_mean():
     assert items_of("exact_match", {"after": after}) is None
     diverged = {"after": after, "items": {"loss_centinats": [100, None, 300]}}
     assert items_of("loss", diverged) is None
+
+
+def test_over_all_models_each_task_of_each_weighs_the_same():
+    losses = {
+        # (model, task): lora, static, drlora; two seeds each
+        ("a", "one"): ([2.0, 2.0], [3.0, 3.0], [1.8, 1.9]),  # over lora: 10 and 5 %
+        ("a", "two"): ([4.0, 4.0], [2.0, 2.0], [2.2, 2.1]),  # lora 45, 47.5; static -10, -5
+        ("b", "one"): ([1.0, 1.0], [2.0, 2.0], [0.9, 0.9]),  # 10 and 10
+        ("b", "two"): ([1.0, 1.0], [2.0, 2.0], [0.8, 0.8]),  # 20 and 20
+    }
+    methods = ["lora", "static", "drlora"]
+
+    def values(metric, place):
+        *where, method = place
+        return dict(zip((1, 2), losses[tuple(where)][methods.index(method)], strict=True))
+
+    plan = SimpleNamespace(models=["a", "b"], methods=methods, baselines=methods[:2],
+                           seeds_of=lambda task: (1, 2))  # fmt: skip
+    lines = models_table(SimpleNamespace(plan=plan, values=values), "loss", ["one", "two"])
+    assert lines[0].split(" | ")[1:3] == ["over `lora`", "over the best baseline of each"]
+    static, drlora = lines[2:4]
+    # Over lora: (-50 + 50 - 100 - 100) / 4.
+    assert "-50.00" in static and static.endswith("|  |  |")
+    # (85 + 82.5) / 8 over lora; (30 + 30) / 8 over the best, static where lora is 4.0.
+    assert "+20.94" in drlora and "| **+7.50 [+7.50, +7.50]** 2/2 | 2, 0, 4 |" in drlora

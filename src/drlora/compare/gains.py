@@ -51,6 +51,24 @@ def relative(
     return found
 
 
+def relative_over_models(
+    matrix: Matrix, metric: str, baselines: Mapping[str, Mapping[str, str]], method: str
+) -> dict[tuple[str, str], dict[int, float]] | None:
+    """(model, task) -> seed -> gain in per cent; `baselines` are by model, then by task.
+
+    None where `relative` is for one of the models.
+    """
+    found: dict[tuple[str, str], dict[int, float]] = {}
+    for model, by_task in baselines.items():
+        shares = relative(
+            matrix, metric, model, by_task, gains_by_task(matrix, metric, model, by_task, method)
+        )
+        if shares is None:
+            return None
+        found |= {(model, task): by_seed for task, by_seed in shares.items()}
+    return found
+
+
 def best_baselines(matrix: Matrix, metric: str, model: str, tasks: Sequence[str]) -> dict[str, str]:
     """Task -> the plan's baseline with the best mean, of those with a run for every seed.
 

@@ -11,19 +11,18 @@ from drlora.compare.gains import best_baselines, gains_by_task, relative
 from drlora.compare.metrics import METRICS, Metric
 from drlora.compare.plan import Settings, Tune
 from drlora.compare.results import Folder, Matrix, Place, Result
-from drlora.compare.statistics import (
-    Gain,
-    Interval,
-    gain,
-    interval,
-    item_gain,
-    mean_gain,
+from drlora.compare.statistics import gain, interval, item_gain, mean_gain
+from drlora.compare.tables import (
+    NONE,
+    PER_CENT,
+    models_table,
+    shown_gain,
+    shown_interval,
+    table,
 )
 from drlora.writing import write_at_once
 
 FIGURES = "figures"
-NONE = "–"
-PER_CENT = Metric("per cent of the baseline", ("", ""), True, digits=2)
 
 
 def write_page(matrix: Matrix, folder: Folder, command: str) -> None:
@@ -111,6 +110,9 @@ def _results(matrix: Matrix) -> Iterator[str]:
                 shown = [task for task in tasks if _any_value(matrix, name, model, task)]
                 if shown:
                     yield from _metric_section(matrix, name, model, shown)
+            if len(matrix.plan.models) > 1 and _shows_per_cent(name):
+                title = f"### All models: {METRICS[name].title}, gain in per cent of the baseline"
+                yield from (title, "", *models_table(matrix, name, tasks))
 
 
 def _any_value(matrix: Matrix, metric: str, model: str, task: str) -> bool:
@@ -121,7 +123,7 @@ def _metric_section(matrix: Matrix, name: str, model: str, tasks: Sequence[str])
     metric = METRICS[name]
     better = "higher" if metric.higher_is_better else "lower"
     yield from (f"### {model}: {metric.title}, {better} is better", "")
-    yield from _table(
+    yield from table(
         ["method", "trainable parameters", *tasks],
         [
             [
@@ -161,7 +163,7 @@ def _gain_table(
     if means and _shows_per_cent(name):
         means.append("mean of tasks, % of the baseline")
     if rows:
-        yield from _table(["method", *titles, *means], rows)
+        yield from table(["method", *titles, *means], rows)
 
 
 def _values(matrix: Matrix, name: str, place: Place) -> str:
@@ -201,27 +203,6 @@ def _over_items(runs: Sequence[Sequence[Sequence[float]]], metric: Metric) -> st
     if found.high is None:
         return ""
     return f", items ±{found.high - found.mean:.{metric.digits}f}"
-
-
-def shown_interval(found: Interval, metric: Metric) -> str:
-    """`0.8931 ± 0.0040 [0.8832, 0.9030]`."""
-    text = f"{found.mean:.{metric.digits}f}"
-    if found.sd is None:
-        return f"{text} (one seed)"
-    bounds = f"[{found.low:.{metric.digits}f}, {found.high:.{metric.digits}f}]"
-    return f"{text} ± {found.sd:.{metric.digits}f} {bounds}"
-
-
-def shown_gain(found: Gain | None, metric: Metric) -> str:
-    """`+0.0210 [+0.0110, +0.0310] 3/3`, bold where the interval excludes zero."""
-    if found is None:
-        return NONE
-    d = found.difference
-    wins = f"{found.wins}/{d.n}" + (f" ({found.ties} equal)" if found.ties else "")
-    if d.low is None:
-        return f"{d.mean:+.{metric.digits}f} (one seed)"
-    text = f"{d.mean:+.{metric.digits}f} [{d.low:+.{metric.digits}f}, {d.high:+.{metric.digits}f}]"
-    return f"**{text}** {wins}" if d.is_above_zero or d.is_below_zero else f"{text} {wins}"
 
 
 def _parameters(matrix: Matrix, model: str, method: str, tasks: Sequence[str]) -> str:
@@ -266,7 +247,7 @@ def _tuning(matrix: Matrix) -> Iterator[str]:
         rows.append([model, task, method, chosen, *tried])
     keys = ", ".join(tune.grid)
     titles = [", ".join(map(str, point)) for point in points]
-    yield from _table(["model", "task", "method", f"chosen {keys}", *titles], rows)
+    yield from table(["model", "task", "method", f"chosen {keys}", *titles], rows)
 
 
 def _extended(tune: Tune) -> str:
@@ -311,7 +292,7 @@ def _cost(matrix: Matrix) -> Iterator[str]:
             if found:
                 rows.append([model, method, *_costs(found)])
     header = ["model", "method", "stored parameters", "training (s)", "whole run (s)", "memory"]
-    yield from _table(header, rows)
+    yield from table(header, rows)
 
 
 def _costs(found: Sequence[Result]) -> list[str]:
@@ -338,7 +319,7 @@ def _failures(matrix: Matrix) -> Iterator[str]:
         [f["stage"], f["model"], f["task"], f["method"], str(f["seed"]), f["error"]]
         for f in matrix.failures.values()
     ]
-    yield from _table(["stage", "model", "task", "method", "seed", "error"], rows)
+    yield from table(["stage", "model", "task", "method", "seed", "error"], rows)
 
 
 def _provenance(matrix: Matrix) -> Iterator[str]:
@@ -360,11 +341,3 @@ def _counted(title: str, matrix: Matrix, describe: Callable[[Result], str]) -> I
 
 def _pairs(values: dict[str, Any]) -> str:
     return ", ".join(f"{key} {value}" for key, value in values.items())
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    yield "| " + " | ".join(header) + " |"
-    yield "|" + "---|" * len(header)
-    for row in rows:
-        yield "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |"
-    yield ""

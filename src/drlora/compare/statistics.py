@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from statistics import fmean, stdev
+from typing import Any
 
 CONFIDENCE = 0.95
 
@@ -93,8 +94,8 @@ def paired_gain(
     return gain(differences(baseline, method, higher_is_better))
 
 
-def mean_gain(by_task: Mapping[str, Mapping[int, float]]) -> Gain | None:
-    """The gain on the mean over tasks, paired by seed.
+def mean_gain(by_task: Mapping[Any, Mapping[int, float]]) -> Gain | None:
+    """The gain on the mean over tasks (or whatever the keys are), paired by seed.
 
     Each seed's differences are averaged over the tasks first, each task weighing the same; only
     seeds that every task has count. The interval is over seeds: it holds for these tasks, and says
