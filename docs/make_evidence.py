@@ -16,7 +16,7 @@ from pathlib import Path
 
 from made_pages import write_or_check
 
-from drlora.compare.gains import best_baselines, gains_by_task, relative
+from drlora.compare.gains import best_baselines, relative
 from drlora.compare.metrics import METRICS
 from drlora.compare.plan import load_plan
 from drlora.compare.results import Folder, Matrix, read_matrix
@@ -90,9 +90,7 @@ def _is_complete(matrix: Matrix, model: str, task: str) -> bool:
 
 
 def _gains(matrix: Matrix, model: str, baselines: Mapping[str, str], method: str) -> list[str]:
-    found = relative(
-        matrix, METRIC, model, baselines, gains_by_task(matrix, METRIC, model, baselines, method)
-    )
+    found = relative(matrix, METRIC, model, baselines, method)
     if found is None:
         return ["–"] * (len(baselines) + (len(baselines) > 1))
     cells = [shown_gain(gain(by_seed), PER_CENT) for by_seed in found.values()]

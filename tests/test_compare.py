@@ -419,7 +419,7 @@ def test_the_best_baseline_is_chosen_for_each_task_and_gains_are_also_in_per_cen
     gains = gains_by_task(matrix, "loss", "tiny", best, "drlora")
     assert gains["one"] == pytest.approx({1: 0.1, 2: 0.3})
     assert gains["two"] == pytest.approx({1: -0.8, 2: -0.8})
-    shares = relative(matrix, "loss", "tiny", best, gains)
+    shares = relative(matrix, "loss", "tiny", best, "drlora")
     assert shares["one"] == pytest.approx({1: 5.0, 2: 15.0})
     assert shares["two"] == pytest.approx({1: -10.0, 2: -10.0})
     # A baseline that lacks a seed is no best one, however good it was on the other.

@@ -35,13 +35,14 @@ def gains_by_task(
 
 
 def relative(
-    matrix: Matrix, metric: str, model: str, baselines: Mapping[str, str], gains: GainsByTask
+    matrix: Matrix, metric: str, model: str, baselines: Mapping[str, str], method: str
 ) -> GainsByTask | None:
-    """The gains in per cent of their baseline's mean; None where one has no mean above zero.
+    """`gains_by_task` in per cent of the baseline's mean; None where one has no mean above zero.
 
     Tasks whose metrics are of different sizes weigh the same in the mean of these.
     """
     found: GainsByTask = {}
+    gains = gains_by_task(matrix, metric, model, baselines, method)
     for task, baseline in baselines.items():
         values = matrix.values(metric, (model, task, baseline)).values()
         mean = fmean(values) if values else 0.0
@@ -60,9 +61,7 @@ def relative_over_models(
     """
     found: dict[tuple[str, str], dict[int, float]] = {}
     for model, by_task in baselines.items():
-        shares = relative(
-            matrix, metric, model, by_task, gains_by_task(matrix, metric, model, by_task, method)
-        )
+        shares = relative(matrix, metric, model, by_task, method)
         if shares is None:
             return None
         found |= {(model, task): by_seed for task, by_seed in shares.items()}

@@ -110,7 +110,8 @@ def _results(matrix: Matrix) -> Iterator[str]:
                 shown = [task for task in tasks if _any_value(matrix, name, model, task)]
                 if shown:
                     yield from _metric_section(matrix, name, model, shown)
-            if len(matrix.plan.models) > 1 and _shows_per_cent(name):
+            several = len(matrix.plan.models) > 1 and len(matrix.plan.baselines) > 0
+            if several and _shows_per_cent(name):
                 title = f"### All models: {METRICS[name].title}, gain in per cent of the baseline"
                 yield from (title, "", *models_table(matrix, name, tasks))
 
@@ -185,7 +186,7 @@ def _gains(
         return cells
     cells.append(shown_gain(mean_gain(pairs), metric))
     if _shows_per_cent(name):
-        shares = relative(matrix, name, model, baselines, pairs)
+        shares = relative(matrix, name, model, baselines, method)
         cells.append(shown_gain(mean_gain(shares), PER_CENT) if shares else NONE)
     return cells
 

@@ -41,20 +41,18 @@ def models_table(matrix: Matrix, name: str, tasks: Sequence[str]) -> list[str]:
     whose own interval lies above or below zero.
     """
     plan = matrix.plan
-    if not plan.baselines:
-        return []
     first = plan.baselines[0]
     everywhere = {model: dict.fromkeys(tasks, first) for model in plan.models}
     best = {model: best_baselines(matrix, name, model, tasks) for model in plan.models}
-    best = best if all(len(of) == len(tasks) for of in best.values()) else {}
+    is_choice = len(plan.baselines) > 1 and all(len(of) == len(tasks) for of in best.values())
     rows = []
     for method in plan.methods:
         if method == first:
             continue
         over_first = relative_over_models(matrix, name, everywhere, method)
         row = [f"`{method}`", shown_gain(mean_gain(over_first), PER_CENT) if over_first else NONE]
-        is_rival = method in plan.baselines
-        over_best = None if is_rival else relative_over_models(matrix, name, best, method)
+        is_shown = is_choice and method not in plan.baselines
+        over_best = relative_over_models(matrix, name, best, method) if is_shown else None
         rows.append([*row, *(_mean_and_counts(over_best) if over_best else ["", ""])])
     titles = [f"over `{first}`", "over the best baseline of each", "above zero, below, of"]
     return list(table(["method", *titles], rows))
