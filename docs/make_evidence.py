@@ -73,7 +73,8 @@ def _of_model(matrix: Matrix, model: str) -> Iterator[str]:
     yield from table(["method", *tasks, *means], rows)
     best = best_baselines(matrix, METRIC, model, tasks)
     others = [method for method in plan.methods if method not in plan.baselines]
-    if len(plan.baselines) > 1 and len(best) == len(tasks) and others:
+    is_news = set(best.values()) != {first}
+    if is_news and len(best) == len(tasks) and others:
         yield from (f"**{model}**: the same over the best baseline of each task", "")
         titles = [f"{task} (`{baseline}`)" for task, baseline in best.items()]
         rows = [[f"`{method}`", *_gains(matrix, model, best, method)] for method in others]
