@@ -4,6 +4,7 @@
 
 A table is between `<!-- make_evidence.py: PLAN -->` and `<!-- end -->`, where PLAN is the name of a
 plan in experiments/. Its numbers are those of the plan's own page, in per cent of the baseline.
+The site has only what lies in docs/, so the figures that it shows are copied there.
 """
 
 from __future__ import annotations
@@ -22,10 +23,13 @@ from drlora.compare.plan import load_plan
 from drlora.compare.results import Folder, Matrix, read_matrix
 from drlora.compare.statistics import gain, interval, mean_gain
 from drlora.compare.tables import PER_CENT, models_table, shown_gain, shown_interval, table
+from drlora.writing import write_at_once
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "evidence.md"
 METRIC = "loss"
+FIGURES = {"budget.svg": ROOT / "experiments/results/budget/figures/budget.svg"}
+"""Name in docs/images -> the figure of a comparison that it is a copy of."""
 BLOCK = re.compile(r"(<!-- make_evidence\.py: (\S+) -->\n)(.*?)(<!-- end -->\n)", re.DOTALL)
 
 
@@ -47,6 +51,12 @@ def tables(name: str) -> str:
         lines += ["**All models and tasks**: the mean gain, in per cent", ""]
         lines += models_table(matrix, METRIC, list(plan.tasks))
     return "\n".join(lines)
+
+
+def copy_figures() -> None:
+    """Put the figures of the comparisons among the site's own."""
+    for name, source in FIGURES.items():
+        write_at_once(PAGE.parent / "images" / name, source.read_text("utf-8"))
 
 
 def _of_model(matrix: Matrix, model: str) -> Iterator[str]:
@@ -100,4 +110,7 @@ def _gains(matrix: Matrix, model: str, baselines: Mapping[str, str], method: str
 
 if __name__ == "__main__":
     os.chdir(ROOT)  # the plans name their data from there
-    sys.exit(write_or_check(PAGE, with_tables, __doc__))
+    status = write_or_check(PAGE, with_tables, __doc__)
+    if "--check" not in sys.argv:
+        copy_figures()
+    sys.exit(status)

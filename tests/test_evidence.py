@@ -31,3 +31,10 @@ def test_a_number_that_the_results_do_not_have_is_noticed(monkeypatch):
     text = make_evidence.PAGE.read_text("utf-8")
     changed = text.replace("+9.20", "+9.30")
     assert changed != text and make_evidence.with_tables(changed) == make_evidence.with_tables(text)
+
+
+@pytest.mark.parametrize("name", make_evidence.FIGURES)
+def test_the_figures_are_those_of_the_comparisons(name):
+    shown = make_evidence.PAGE.parent / "images" / name
+    assert shown.read_bytes() == make_evidence.FIGURES[name].read_bytes()
+    assert f"images/{name}" in make_evidence.PAGE.read_text("utf-8")

@@ -15,6 +15,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, FixedLocator, NullLocator
 
 from drlora.compare.gains import gains_by_task
 from drlora.compare.metrics import METRICS
@@ -101,14 +102,35 @@ def _budget(matrix: Matrix, metric: str) -> Figure:
             for number, family in enumerate(families):
                 _budget_line(axes, matrix, metric, model, task, family, number)
             axes.set_title(f"{model}, {task}", fontsize=9)
-            axes.locator_params(axis="both", nbins=4)
-            axes.ticklabel_format(axis="x", style="sci", scilimits=(0, 3))
+            axes.locator_params(axis="y", nbins=4)
+            _show_sizes(axes, _sizes(matrix, model, task))
         row[0].set_ylabel(METRICS[metric].title)
     figure.supxlabel("trainable parameters", fontsize=9)
     handles, labels = grid[0, 0].get_legend_handles_labels()
     if handles:
         figure.legend(handles, labels, loc="outside right upper", fontsize=8, frameon=False)
     return figure
+
+
+def _sizes(matrix: Matrix, model: str, task: str) -> list[int]:
+    """Trainable parameters of the runs, each size once, ascending."""
+    places = [(model, task, method) for method in matrix.plan.methods]
+    return sorted({run["trainable_parameters"] for p in places for run in matrix.finished(p)})
+
+
+def _show_sizes(axes: Axes, sizes: Sequence[int]) -> None:
+    """A logarithmic axis, for budgets double, that names the sizes that stand far enough apart."""
+    if not sizes:
+        return
+    apart = max(1.5, (sizes[-1] / sizes[0]) ** 0.2)
+    shown: list[int] = []
+    for size in sizes:
+        if not shown or size >= apart * shown[-1]:
+            shown.append(size)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(FixedLocator(shown))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(EngFormatter(sep="", places=0))
 
 
 def _budget_line(
