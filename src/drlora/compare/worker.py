@@ -146,7 +146,12 @@ def _curve(run: RunDir) -> list[list[float]]:
 
 
 def _machine() -> dict[str, Any]:
-    found = {"system": platform.system(), "processor": _processor(), "cores": os.cpu_count()}
+    found = {
+        "system": platform.system(),
+        "processor": _processor(),
+        "vectors": torch.backends.cpu.get_cpu_capability(),  # they decide how sums are rounded
+        "cores": os.cpu_count(),
+    }
     if torch.cuda.is_available():
         found["gpu"] = torch.cuda.get_device_name()
     return found
