@@ -278,6 +278,10 @@ def test_two_at_once_in_one_folder_are_refused(tmp_path, capsys):
         ({"methods": {"lora": {"metod": "lora"}}}, "did you mean methods.lora.method"),
         ({"methods": {"lora": {"training.learning_rat": 1}}}, "training.learning_rate"),
         ({"base": {"adapter": {"gama": 1}}}, "did you mean adapter.gamma"),
+        (
+            {"methods": {"lora": {"method": "lora-plus", "adapter.b_lr_ratio": 4}}},
+            "methods.lora: adapter.b_lr_ratio=4 is not used",
+        ),
         ({"split": "train"}, "split='train' is not known"),
         (
             {"tasks": {"x": {"data": {"train": "a.jsonl", "eval": "b.jsonl"}}}},

@@ -69,7 +69,8 @@ def make_cell(
     """The cell at a place of the plan.
 
     Raises:
-        ConfigError: what is wrong with the recipe that the plan makes there.
+        ConfigError: what is wrong with the recipe that the plan makes there; a setting beside
+            `method:` that the method fixes at another value.
     """
     tree = merged(
         {"output_dir": "-"},
@@ -83,6 +84,7 @@ def make_cell(
     )
     split = plan.tune.split if stage == TUNE and plan.tune else plan.split
     recipe = _measured_on(recipe_from(tree), SPLIT_ROLES[split])
+    _refuse_unused(method, merged(plan.methods[method]).get("adapter", {}), recipe, tuned)
     return Cell(stage, model, task, method, seed, tuned, recipe, key_of(recipe))
 
 
@@ -115,6 +117,22 @@ def places(plan: Plan) -> Iterator[tuple[str, str, str]]:
         for task in plan.tasks:
             for method in plan.methods:
                 yield model, task, method
+
+
+def _refuse_unused(name: str, given: Settings, recipe: Recipe, tuned: Settings) -> None:
+    """Refuse a setting of a method's own entry that what it calls `method` wins over.
+
+    In `base` that is as it should be, for one base serves all methods; beside `method:` it would be
+    another run than the entry says.
+    """
+    for key, value in given.items():
+        used = recipe.adapter.get(key, value)
+        if used != value and value is not None and f"adapter.{key}" not in tuned:
+            raise ConfigError(
+                f"methods.{name}: adapter.{key}={value!r} is not used, for method="
+                f"{recipe.method!r} sets it to {used!r}. Leave adapter.{key} out, or leave method "
+                "out and give its settings (docs/methods.md) with your own."
+            )
 
 
 def _measured_on(recipe: Recipe, role: str) -> Recipe:
