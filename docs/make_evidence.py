@@ -2,8 +2,9 @@
 
     python docs/make_evidence.py [--check]
 
-A table is between `<!-- make_evidence.py: PLAN -->` and `<!-- end -->`, where PLAN is the name of a
-plan in experiments/. Its numbers are those of the plan's own page, in per cent of the baseline.
+A table is between `<!-- make_evidence.py: PLAN [METHOD ...] -->` and `<!-- end -->`: PLAN is the
+name of a plan in experiments/, and each METHOD one that is shown of it (none given: all). Its
+numbers are those of the plan's own page, in per cent of the baseline.
 The site has only what lies in docs/, so the figures that it shows are copied there.
 """
 
@@ -12,7 +13,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from made_pages import write_or_check
@@ -30,26 +31,31 @@ PAGE = ROOT / "docs" / "evidence.md"
 METRIC = "loss"
 FIGURES = {"budget.svg": ROOT / "experiments/results/budget/figures/budget.svg"}
 """Name in docs/images -> the figure of a comparison that it is a copy of."""
-BLOCK = re.compile(r"(<!-- make_evidence\.py: (\S+) -->\n)(.*?)(<!-- end -->\n)", re.DOTALL)
+BLOCK = re.compile(
+    r"(?P<head><!-- make_evidence\.py: (?P<plan>[\w-]+)(?P<methods>(?: [\w@-]+)*) -->\n)"
+    r"(?P<tables>.*?)(?P<end><!-- end -->\n)",
+    re.DOTALL,
+)
 
 
 def with_tables(text: str) -> str:
     """The page with every table made anew."""
-    return BLOCK.sub(lambda found: found[1] + tables(found[2]) + found[4], text)
+    return BLOCK.sub(lambda found: found["head"] + tables(found) + found["end"], text)
 
 
-def tables(name: str) -> str:
-    """What a plan's results say, model by model, and how much of it has been run."""
+def tables(block: re.Match[str]) -> str:
+    """What the results of a block's plan say, model by model, and how much of it has been run."""
+    name, methods = block["plan"], block["methods"].split()
     plan = load_plan(ROOT / "experiments" / f"{name}.yaml")
     matrix = read_matrix(plan, Folder.of(plan, ROOT))
     done, total = len(matrix.finished()), len(matrix.compare) + matrix.waiting
     lines = [f"{done} of {total} compared runs; all tables: `{plan.output_dir}/README.md`.", ""]
     for model in plan.models:
-        lines += _of_model(matrix, model)
+        lines += _of_model(matrix, model, methods or list(plan.methods))
     is_whole = all(_is_complete(matrix, m, task) for m in plan.models for task in plan.tasks)
     if is_whole and len(plan.models) > 1:
         lines += ["**All models and tasks**: the mean gain, in per cent", ""]
-        lines += models_table(matrix, METRIC, list(plan.tasks))
+        lines += models_table(matrix, METRIC, list(plan.tasks), methods)
     return "\n".join(lines)
 
 
@@ -59,7 +65,7 @@ def copy_figures() -> None:
         write_at_once(PAGE.parent / "images" / name, source.read_text("utf-8"))
 
 
-def _of_model(matrix: Matrix, model: str) -> Iterator[str]:
+def _of_model(matrix: Matrix, model: str, methods: Sequence[str]) -> Iterator[str]:
     plan = matrix.plan
     first = plan.baselines[0]
     tasks = [task for task in plan.tasks if _is_complete(matrix, model, task)]
@@ -76,13 +82,13 @@ def _of_model(matrix: Matrix, model: str) -> Iterator[str]:
     rows = [[f"`{first}` itself: loss", *losses, *("" for _ in means)]]
     rows += [
         [f"`{method}`", *_gains(matrix, model, everywhere, method)]
-        for method in plan.methods
+        for method in methods
         if method != first
     ]
     yield from (f"**{model}**: gain in held-out loss over `{first}`, in per cent", "")
     yield from table(["method", *tasks, *means], rows)
     best = best_baselines(matrix, METRIC, model, tasks)
-    others = [method for method in plan.methods if method not in plan.baselines]
+    others = [method for method in methods if method not in plan.baselines]
     is_news = set(best.values()) != {first}
     if is_news and len(best) == len(tasks) and others:
         yield from (f"**{model}**: the same over the best baseline of each task", "")

@@ -100,6 +100,7 @@ def test_each_run_leaves_one_result_with_what_it_was_made_of(finished):
             assert len(items["is_correct"]) == after["match"]["total"]
             assert items["is_correct"].count("1") == after["match"]["correct"]
         assert {"drlora", "torch", "python"} <= result["versions"].keys()
+        assert {"processor", "vectors", "cores"} <= result["machine"].keys()
         ranks = [r for block in result["ranks"].values() for row in block.values() for r in row]
         assert sum(ranks) == 3 * len(ranks)
         assert (set(ranks) == {3}) == (result["method"] == "lora")
@@ -281,6 +282,10 @@ def test_two_at_once_in_one_folder_are_refused(tmp_path, capsys):
         (
             {"methods": {"lora": {"method": "lora-plus", "adapter.b_lr_ratio": 4}}},
             "methods.lora: adapter.b_lr_ratio=4 is not used",
+        ),
+        (
+            {"base": {"method": "lora-plus"}, "methods": {"lora": {"adapter.b_lr_ratio": 4}}},
+            "method='lora-plus' sets it to 16.0",
         ),
         ({"split": "train"}, "split='train' is not known"),
         (

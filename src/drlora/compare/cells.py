@@ -21,6 +21,7 @@ from drlora.data.load import EMBEDDED_FOLDER, EMBEDDED_PREFIX
 from drlora.embedded import resolve_model
 from drlora.errors import ConfigError
 from drlora.files import local_path
+from drlora.methods import method_settings
 from drlora.recipe import Recipe, recipe_from
 
 KEY_LENGTH = 12
@@ -84,7 +85,7 @@ def make_cell(
     )
     split = plan.tune.split if stage == TUNE and plan.tune else plan.split
     recipe = _measured_on(recipe_from(tree), SPLIT_ROLES[split])
-    _refuse_unused(method, merged(plan.methods[method]).get("adapter", {}), recipe, tuned)
+    _refuse_unused(method, merged(plan.methods[method]).get("adapter", {}), recipe)
     return Cell(stage, model, task, method, seed, tuned, recipe, key_of(recipe))
 
 
@@ -119,19 +120,19 @@ def places(plan: Plan) -> Iterator[tuple[str, str, str]]:
                 yield model, task, method
 
 
-def _refuse_unused(name: str, given: Settings, recipe: Recipe, tuned: Settings) -> None:
-    """Refuse a setting of a method's own entry that what it calls `method` wins over.
+def _refuse_unused(name: str, given: Settings, recipe: Recipe) -> None:
+    """Refuse an adapter setting of a method's own entry that its `method` fixes at another value.
 
-    In `base` that is as it should be, for one base serves all methods; beside `method:` it would be
+    In `base` the method wins, for one base serves all methods; in the entry itself it would be
     another run than the entry says.
     """
-    for key, value in given.items():
-        used = recipe.adapter.get(key, value)
-        if used != value and value is not None and f"adapter.{key}" not in tuned:
+    fixed = method_settings(recipe.method, recipe.adapter) if recipe.method else {}
+    for key in given.keys() & fixed.keys():
+        if given[key] != fixed[key]:
             raise ConfigError(
-                f"methods.{name}: adapter.{key}={value!r} is not used, for method="
-                f"{recipe.method!r} sets it to {used!r}. Leave adapter.{key} out, or leave method "
-                "out and give its settings (docs/methods.md) with your own."
+                f"methods.{name}: adapter.{key}={given[key]!r} is not used, for method="
+                f"{recipe.method!r} sets it to {fixed[key]!r}. Leave adapter.{key} out, or leave "
+                "method out and give its settings (docs/methods.md) with your own."
             )
 
 

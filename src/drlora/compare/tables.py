@@ -34,8 +34,10 @@ def shown_gain(found: Gain | None, metric: Metric) -> str:
     return f"**{text}** {wins}" if d.is_above_zero or d.is_below_zero else f"{text} {wins}"
 
 
-def models_table(matrix: Matrix, name: str, tasks: Sequence[str]) -> list[str]:
-    """Gains in per cent, each task of each model weighing the same.
+def models_table(
+    matrix: Matrix, name: str, tasks: Sequence[str], methods: Sequence[str] = ()
+) -> list[str]:
+    """Gains in per cent of `methods` (none: all), each task of each model weighing the same.
 
     Over the best baseline of each model and task there is also the number of them, and of those
     whose own interval lies above or below zero.
@@ -46,7 +48,7 @@ def models_table(matrix: Matrix, name: str, tasks: Sequence[str]) -> list[str]:
     best = {model: best_baselines(matrix, name, model, tasks) for model in plan.models}
     is_choice = len(plan.baselines) > 1 and all(len(of) == len(tasks) for of in best.values())
     rows = []
-    for method in plan.methods:
+    for method in methods or plan.methods:
         if method == first:
             continue
         over_first = relative_over_models(matrix, name, everywhere, method)
