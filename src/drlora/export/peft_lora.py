@@ -60,7 +60,7 @@ def attach(base: PreTrainedModel, updates: Updates) -> PeftModel:
     filled = set()
     for name, module in base.named_modules():
         if isinstance(module, LoraLayer):
-            target = _target_of(name, module)
+            target = target_of(name, module)
             _fill(module, {**updates.experts, **updates.linears}[target], config.r)
             filled.add(target)
         elif isinstance(module, ModulesToSaveWrapper):
@@ -106,12 +106,12 @@ def read(model: PeftModel, adapter: str = "default") -> Updates:
     linears = linear_updates(inner, adapter)
     for name, module in inner.named_modules():
         if isinstance(module, ParamWrapper) and adapter in module.lora_A:
-            target, factors = _target_of(name, module), _factors_of(module, adapter)
+            target, factors = target_of(name, module), _factors_of(module, adapter)
             (experts if module.get_param().dim() == 3 else linears)[target] = factors
     return Updates(experts, linears, trained_modules(inner, adapter))
 
 
-def _target_of(name: str, module: LoraLayer) -> str:
+def target_of(name: str, module: LoraLayer) -> str:
     """Full name of the stacked parameter, or of the linear layer, that a LoRA layer is on."""
     target = name.replace(".base_layer", "")
     if isinstance(module, ParamWrapper):

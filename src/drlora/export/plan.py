@@ -3,7 +3,7 @@
     plan = make_plan(model, "peft")               # ranks, sizes, files; refuses what cannot be
     difference = apply_plan(plan, model, batches, "out")
 
-`apply_plan` makes the exported model in memory and compares its logits with the adapter's; only
+`apply_plan` makes the exported model in memory and compares it with the adapter (see `make`); only
 then are files written, into a folder beside the target that is renamed when it is complete.
 """
 
@@ -30,10 +30,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from drlora.errors import CheckpointError, ConfigError
 from drlora.export import peft_lora, per_expert
-from drlora.export.compare import Batch, Difference, compare, logits_of, refuse_if_different
+from drlora.export.compare import Batch, Difference, refuse_if_different
+from drlora.export.make import ROUNDING, make
 from drlora.export.readme import readme
 from drlora.export.updates import Updates, base_of, collect_updates
 from drlora.inject import adapted_layers
+from drlora.ops.merge import Rounding
 
 FORMATS = ("peft", "per-expert", "merged")
 RANKS = ("padded", "auto")
@@ -132,6 +134,7 @@ def apply_plan(
     tokenizer: PreTrainedTokenizerBase | None = None,
     record: dict[str, Any] | None = None,
     max_shard_size: str | None = None,
+    rounding: Rounding = ROUNDING,
 ) -> Difference:
     """Validate and write; `model` is used up.
 
@@ -140,30 +143,31 @@ def apply_plan(
         model: the model with its weights.
         batches: `input_ids` and `attention_mask`, int64 (B, L), on which logits are compared.
         folder: where to write; must not exist or be empty.
-        tokenizer: written beside merged weights.
+        tokenizer: written beside merged weights, and wherever the adapter has tokens of its own.
         record: what else to say in the record, such as where the adapter came from.
         max_shard_size: of one file of merged weights, such as `5GB`; by default transformers' own.
+        rounding: of merged weights in 16 bits.
 
     Raises:
         ConfigError: if `folder` holds something.
-        CheckpointError: if the logits differ by more than rounding; nothing is written then.
+        CheckpointError: if the export does not do what the adapter does; nothing is written then.
     """
     refuse_full_folder(folder)
-    wanted = logits_of(model, batches)
-    if plan.updates is None:
-        result: Any = model.merge_and_unload(adapter_names=[plan.adapter])
-    else:
-        base = base_of(model, plan.adapter)
-        make = per_expert.read_back if plan.format == "per-expert" else peft_lora.attach
-        result = make(base, plan.updates)
-    difference = compare(wanted, result, batches)
-    refuse_if_different(difference, f"the export as {plan.format}")
-    said = {**plan.to_dict(), **(record or {}), "logits": vars(difference), "versions": VERSIONS}
+    made = make(plan.format, plan.updates, model, batches, rounding)
+    refuse_if_different(made.difference, f"the export as {plan.format}")
+    said = {
+        **plan.to_dict(),
+        **(record or {}),
+        "notes": [*plan.notes, *made.notes],
+        "logits": made.difference.to_dict(),
+        "rounding": made.rounding,
+        "versions": VERSIONS,
+    }
     with _written_at_once(Path(folder)) as temporary:
-        _write_weights(plan, result, tokenizer, temporary, max_shard_size)
+        _write_weights(plan, made.result, tokenizer, temporary, max_shard_size)
         (temporary / RECORD).write_text(json.dumps(said, indent=2) + "\n", "utf-8")
-        (temporary / "README.md").write_text(readme(said, str(difference)), "utf-8")
-    return difference
+        (temporary / "README.md").write_text(readme(said, str(made.difference)), "utf-8")
+    return made.difference
 
 
 def refuse_full_folder(folder: str | Path) -> None:
