@@ -30,7 +30,7 @@ ATTENTION = {"target_modules": ["q_proj", "o_proj"], "target_rank": 3}
 
 
 def export(model, folder, format, rank="padded"):
-    return apply_plan(make_plan(model, format, rank), model, BATCHES, folder)
+    return apply_plan(make_plan(model, format, rank), model, BATCHES, folder).difference
 
 
 def close(model, wanted):
@@ -179,7 +179,7 @@ def test_per_expert_for_engines_where_peft_does_not_load_it(tmp_path, family):
     model = trained(family)
     plan = make_plan(model, "per-expert")
     assert any("PEFT does not load" in note for note in plan.notes)
-    assert apply_plan(plan, model, BATCHES, tmp_path / "out").largest < 1e-5
+    assert apply_plan(plan, model, BATCHES, tmp_path / "out").difference.largest < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -374,7 +374,8 @@ def check_export_of_run(run, out, capsys):
     assert record["format"] == out.name and record["adapter"] == str(run)
     assert record["logits"]["largest"] < 1e-5 and record["logits"]["tokens"] > 20
     assert record["compared_on"] == f"{run.parent / 'eval.jsonl'}, split train"
-    assert str(run.parent / "model") in (out / "README.md").read_text()
+    assert record["base_model"] == str(run.parent / "model")
+    assert str(run.parent) not in (out / "README.md").read_text()  # it goes where the export goes
     # Measured like the run itself, on its data.
     assert evaluated(capsys, out) == pytest.approx(evaluated(capsys, run), rel=1e-5)
     weights = [f for f in out.iterdir() if f.suffix == ".safetensors"]

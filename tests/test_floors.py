@@ -15,7 +15,7 @@ MAX_LINES = 400
 
 # Modules and subpackages of drlora by floor, lowest first. `report` stands for report/* as well.
 FLOORS: tuple[frozenset[str], ...] = (
-    frozenset({"config", "errors", "files", "methods", "peft_type", "ranks", "writing"}),
+    frozenset({"config", "errors", "files", "methods", "peft_type", "places", "ranks", "writing"}),
     frozenset(
         {
             "allocator",
@@ -28,9 +28,21 @@ FLOORS: tuple[frozenset[str], ...] = (
             "young_rows",
         }
     ),
-    frozenset({"blocks", "families", "inject", "layer", "observe", "ordinary", "rank_pool"}),
     frozenset(
         {
+            "blocks",
+            "embeddings",
+            "families",
+            "inject",
+            "layer",
+            "observe",
+            "ordinary",
+            "rank_pool",
+        }
+    ),
+    frozenset(
+        {
+            "adapter_files",
             "checkpoint",
             "dynamics",
             "export",
@@ -104,8 +116,8 @@ ORDER_WITHIN: dict[int, tuple[frozenset[str], ...]] = {
     # The life of ranks is made of events.
     # Ranks are placed by what a probe finds.
     3: (
-        frozenset({"export", "growth", "probe"}),
-        frozenset({"dynamics", "import_lora", "starts"}),
+        frozenset({"adapter_files", "export", "growth", "probe"}),
+        frozenset({"dynamics", "import_lora", "peft_method", "starts"}),
     ),
 }
 

@@ -182,6 +182,8 @@ def _export(arguments: argparse.Namespace) -> int:
         data=arguments.data,
         trust_remote_code=arguments.trust_remote_code,
         max_shard_size=arguments.max_shard_size,
+        rounding=arguments.rounding,
+        seed=arguments.seed,
     )
     if arguments.json:
         print(json.dumps(_export_to_json(result, arguments.output), indent=2))
@@ -192,8 +194,9 @@ def _export(arguments: argparse.Namespace) -> int:
 
 def _export_to_json(result: ExportResult, output: str) -> dict[str, Any]:
     found = {**result.plan.to_dict(), "output": None, "logits": None}
+    found["notes"] += result.notes
     if result.difference is not None:
-        found |= {"output": output, "logits": str(result.difference)}
+        found |= {"output": output, "logits": result.difference.to_dict()}
     return found
 
 

@@ -70,11 +70,10 @@ class Difference:
         return {**asdict(self), "of_effect": share if math.isfinite(share) else None}
 
     def __str__(self) -> str:
-        weights = f", weights within {self.of_weight_effect:.2g}" if self.weight else ""
         return (
-            f"adapter's effect on the logits {self.effect:.2%}; error {self.of_effect:.2g} of it"
-            f"{weights} (allowed {ALLOWED:g}); {self.tokens} tokens, float32 from "
-            f"{self.dtype} weights"
+            f"{self.effect:.2%} of the logits come of the adapter; of that the export is off by "
+            f"{self.of_effect:.2g}, in its worst weight by {self.of_weight_effect:.2g} "
+            f"(allowed {ALLOWED:g}; {self.tokens} tokens, {self.dtype} weights, in float32)"
         )
 
 

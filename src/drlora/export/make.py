@@ -24,12 +24,13 @@ from drlora.export import peft_lora, per_expert
 from drlora.export.attached import compare_attached
 from drlora.export.compare import Batch, Difference, Gap, difference, logits_of, ratio
 from drlora.export.float32 import NARROW
-from drlora.export.merging import as_if_merged, merge, round_trained
+from drlora.export.merging import as_if_merged, merge, round_trained, untie
 from drlora.export.reference import Deviation, Reference, compare_trained
 from drlora.export.updates import Updates, base_of
 from drlora.ops.merge import NEAREST, Rounding
 
 ROUNDING = Rounding("stochastic")
+ROUNDINGS = ("stochastic", "nearest")
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,8 @@ def _measure(
     del plain
     is_rounded = round_trained(model, adapter, rounding)
     reference, wanted = Reference.of(model, adapter), adapted
+    if merged:
+        untie(model, reference)
     if merged and dtype in NARROW:
         with as_if_merged(model, reference, rounding) as prepare:
             wanted = logits_of(model, batches, prepare)
@@ -133,7 +136,6 @@ def _merged(
 ) -> Made:
     base, weights, kept = merge(model, known.adapter, known.reference, rounding)
     compare_trained(weights, base.get_submodule, known.reference)
-    untie_if_apart(base)
     found = _compare(base, known, batches, weights)
     if known.dtype not in NARROW:
         return Made(base, found)
@@ -182,16 +184,3 @@ def _in_words(said: dict[str, Any], dtype: str) -> str:
         f"as they were, {said['kept']:.1%} of the update is in the weights; logits move by "
         f"{said['of_effect']:.1%} of what the adapter does to them"
     )
-
-
-def untie_if_apart(base: Any) -> None:
-    """Have the config say that input and output embeddings differ, where one was trained alone.
-
-    Otherwise whoever loads the model would tie them again.
-    """
-    head = base.get_output_embeddings()
-    if head is None or not getattr(base.config.get_text_config(), "tie_word_embeddings", False):
-        return
-    if head.weight is not base.get_input_embeddings().weight:
-        base.config.get_text_config().tie_word_embeddings = False
-        base.config.tie_word_embeddings = False

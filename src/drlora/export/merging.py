@@ -80,6 +80,20 @@ def round_trained(model: PeftModel, adapter: str, rounding: Rounding) -> bool:
     return changed
 
 
+def untie(model: PeftModel, reference: Reference) -> None:
+    """Give a head with LoRA a weight of its own, where it is the input embedding's too.
+
+    Otherwise the update would be added to both. PEFT then says in the config that they differ.
+    """
+    inner: Any = model.get_base_model()
+    head, embedding = inner.get_output_embeddings(), inner.get_input_embeddings()
+    names = {id(module): name for name, module in inner.named_modules()}
+    if head is not None and names[id(head)] in reference.linears and _is_plain(head):
+        layer = head.get_base_layer()
+        if layer.weight is embedding.weight:
+            layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
+
+
 @contextmanager
 def as_if_merged(model: PeftModel, reference: Reference, rounding: Rounding) -> Iterator[Callable]:
     """A `prepare` for `in_float32` that makes the wide weights what merging must make of them.
