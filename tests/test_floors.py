@@ -78,6 +78,7 @@ FLOORS: tuple[frozenset[str], ...] = (
             "measure",
             "memory_plan",
             "model_card",
+            "moved",
             "progress",
             "rank_metrics",
             "recipe",

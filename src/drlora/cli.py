@@ -38,6 +38,7 @@ from drlora.export_run import ExportResult, export_run, print_plan
 from drlora.files import read_json, refuse_links_out
 from drlora.inspection import inspect_model
 from drlora.inspection_text import print_inspection
+from drlora.moved import located_at
 from drlora.recipe import load_recipe, make_adapter_config
 from drlora.report import write_report
 from drlora.rundir import RunDir
@@ -108,6 +109,7 @@ def _print_completion(parser: Parser, shell: str) -> int:
 def _train(arguments: argparse.Namespace) -> int:
     console = Console(highlight=False, soft_wrap=True, stderr=arguments.json)
     recipe = load_recipe(arguments.recipe, arguments.overrides)
+    recipe = located_at(recipe, arguments.recipe, arguments.overrides)
     run = RunDir(Path(recipe.output_dir))
     if arguments.resume:
         refuse_links_out(run.path)

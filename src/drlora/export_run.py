@@ -46,7 +46,7 @@ from drlora.places import from_root
 from drlora.recipe import default_split
 from drlora.sources import Source, find_source
 
-EXAMPLES, BATCH_SIZE, MAX_TOKENS = 8, 2, 128
+EXAMPLES, MAX_TOKENS = 8, 128
 
 
 @dataclass(frozen=True)
@@ -207,8 +207,7 @@ def _batches(
     """What logits are compared on, in words and as batches."""
     if tokenizer is None or (data is None and source.data is None):
         ids_NL = torch.randint(vocab_size, (EXAMPLES, 64), generator=torch.Generator())
-        batch = {"input_ids": ids_NL, "attention_mask": torch.ones_like(ids_NL)}
-        return "random tokens", [{k: x[i : i + 2] for k, x in batch.items()} for i in (0, 2, 4, 6)]
+        return "random tokens", [{"input_ids": ids_NL, "attention_mask": torch.ones_like(ids_NL)}]
     if data is None:
         assert source.data is not None
         name, split = source.data.source("eval")
@@ -216,6 +215,5 @@ def _batches(
         name, split = data, default_split(data, "eval")
     rows = encode_examples(load_source(source.data, name, split, EXAMPLES), tokenizer, MAX_TOKENS)
     features = [rows.dataset[i] for i in range(len(rows.dataset))]
-    collate = Collator(tokenizer)
-    spans = range(0, len(features), BATCH_SIZE)
-    return f"{name}, split {split}", [collate(features[i : i + BATCH_SIZE]) for i in spans]
+    # In one batch: what merging makes of the weights is computed once for each.
+    return f"{name}, split {split}", [Collator(tokenizer)(features)]

@@ -10,7 +10,6 @@ Paths in what is stored are followed as `drlora.places` says.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from drlora.errors import CheckpointError
 from drlora.export import RECORD
 from drlora.files import read_adapter_config, read_json, shown
 from drlora.places import Place, leads_somewhere
-from drlora.recipe import ROLES, DataSection, EvaluationSection, Recipe
+from drlora.recipe import DataSection, EvaluationSection, Recipe
 from drlora.rundir import RunDir
 
 KINDS = ("DRLORA", "LORA")
@@ -67,7 +66,7 @@ def find_source(folder: Path, model: str | None = None, trust_remote_code: bool 
     """
     run = RunDir(folder)
     if run.config.is_file():
-        recipe = read_recipe(run)
+        recipe = run.read_config()
         if not run.adapter.is_file():
             raise CheckpointError(
                 f"{folder} has no {SAFETENSORS_WEIGHTS_NAME}: the run is not finished. Continue it "
@@ -132,9 +131,9 @@ def _of_export(source: Source) -> Source:
     source = replace(source, run=run.path)
     if not _is_run(run):
         return source
-    recipe = read_recipe(run)
+    recipe = run.read_config()
     if source.adapter is not None:
-        is_the_runs = source.model in ("", run.read_config().model) or _is_lost(source.model)
+        is_the_runs = source.model in ("", run.stored_config().model) or _is_lost(source.model)
         source = replace(
             source,
             model=recipe.model if is_the_runs else source.model,
@@ -155,24 +154,6 @@ def _with_recipe(source: Source, recipe: Recipe) -> Source:
             f"with a model runs only where you say so too, with --trust-remote-code."
         )
     return replace(source, data=recipe.data, evaluation=recipe.evaluation)
-
-
-def read_recipe(run: RunDir) -> Recipe:
-    """The recipe of a run, with its paths as they are from here, wherever the run lies now.
-
-    Raises:
-        CheckpointError: if there is none.
-    """
-    recipe = run.read_config()
-    place = Place.of(run.path, recipe.output_dir)
-    names = ("model", "tokenizer", "start_from", "start_ranks")
-    data = replace(recipe.data, **_found(place, recipe.data, ROLES))
-    return replace(recipe, data=data, output_dir=str(run.path), **_found(place, recipe, names))
-
-
-def _found(place: Place, section: Any, names: Sequence[str]) -> dict[str, Any]:
-    given = {name: getattr(section, name) for name in names}
-    return {name: place.find(value) for name, value in given.items() if value}
 
 
 def _record(folder: Path) -> dict[str, Any]:

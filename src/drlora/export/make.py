@@ -99,9 +99,7 @@ def make(
     else:
         made = _attached(format, updates, model, known, batches)
     if is_nothing:
-        made.notes.append(
-            "the adapter changes nothing yet (every B is zero): this is the base model"
-        )
+        made.notes.append("the adapter changes nothing: every B is zero, as before training")
     return made
 
 
@@ -146,7 +144,8 @@ def _merged(
         "kept": kept.share,
         "of_effect": known.cost,
     }
-    return Made(base, found, said, [_in_words(said, found.dtype)])
+    notes = [_in_words(said, found.dtype)] if kept.entries else []
+    return Made(base, found, said, notes)
 
 
 def _attached(

@@ -40,17 +40,35 @@ class Rounding:
         nearest = exact.to(dtype)
         if self.mode == "nearest" or dtype not in _SIXTEEN_BIT:
             return nearest
-        error = exact - nearest.to(exact.dtype)
-        other = _neighbour(nearest, error)
-        gap = (other.to(exact.dtype) - nearest.to(exact.dtype)).abs()
-        moves = self._draws(exact, place) * gap < error.abs()
-        return torch.where(moves & other.isfinite(), other, nearest)
+        generator = torch.Generator().manual_seed(self._seed_of(place))
+        if dtype == torch.bfloat16:
+            rounded = _stochastic_bfloat16(exact, generator)
+        else:
+            rounded = _stochastic(exact, nearest, generator)
+        return torch.where(rounded.isfinite(), rounded, nearest)
 
-    def _draws(self, like: Tensor, place: str) -> Tensor:
-        """Uniform in [0, 1), drawn on the CPU; the shape and device of `like`."""
+    def _seed_of(self, place: str) -> int:
         digest = hashlib.sha256(f"{self.seed}:{place}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-        return torch.rand(like.shape, generator=generator).to(like.device)
+        return int.from_bytes(digest[:7], "big")
+
+
+def _stochastic_bfloat16(exact: Tensor, generator: torch.Generator) -> Tensor:
+    """bfloat16 is the upper half of float32: a random lower half is added, and what is left cut.
+
+    Drawn on the CPU, as everything here, to be the same on any device.
+    """
+    draws = torch.empty(exact.shape, dtype=torch.int32).random_(0, 1 << 16, generator=generator)
+    bits = exact.float().view(torch.int32).add_(draws.to(exact.device)).bitwise_and_(-1 << 16)
+    return bits.view(torch.float32).to(torch.bfloat16)
+
+
+def _stochastic(exact: Tensor, nearest: Tensor, generator: torch.Generator) -> Tensor:
+    """Of any 16-bit dtype: the other neighbour with the probability that is the error's share."""
+    draws = torch.rand(exact.shape, generator=generator).to(exact.device)
+    error = exact - nearest.to(exact.dtype)
+    other = _neighbour(nearest, error)
+    gap = (other.to(exact.dtype) - nearest.to(exact.dtype)).abs()
+    return torch.where(draws * gap < error.abs(), other, nearest)
 
 
 NEAREST = Rounding()
