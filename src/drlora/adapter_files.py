@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from drlora.config import DrLoraConfig
-from drlora.embeddings import embedding_names, rows_before
+from drlora.embeddings import embedding_names, has_tied_embeddings, rows_before
 from drlora.errors import CheckpointError
 
 CONTAINER = ".drlora_adapters."
@@ -45,8 +45,8 @@ def refuse_other_tensors(
         place = key if key in own else beside.get(key)
         found = there[key].shape if key in there else None
         if place is None or found != here[place].shape:
-            room = here[place].shape if place else here[key].shape if key in here else None
-            raise _misfit(key, found, room, place in {*beside.values()})
+            room = here[place or key].shape if (place or key) in here else None
+            raise _misfit(key, found, None if room == found else room, place in {*beside.values()})
 
 
 def put_embeddings_in_place(
@@ -66,6 +66,7 @@ def put_embeddings_in_place(
     here = {key.removeprefix(ROOT): value for key, value in model.state_dict().items()}
     own = _own_keys(model, adapter_name, list(here))
     beside = _keys_beside(model, adapter_name, list(here), without_name)
+    _warn_of_new_rows(model, [key.removeprefix(ROOT) for key in loaded])
     left = dict(loaded)
     for full, value in loaded.items():
         key = full.removeprefix(ROOT)
@@ -73,8 +74,6 @@ def put_embeddings_in_place(
             is_second_copy = beside[key] != key  # of a module that was trained in full
             if is_second_copy or _put_in_place(here[key], value):
                 del left[full]
-    if not any(place in own for place in beside.values()) and len(left) == len(loaded):
-        _warn_of_new_rows(model)
     return left
 
 
@@ -94,7 +93,8 @@ def _keys_beside(
 ) -> dict[str, str]:
     """Key in the file -> key in the model, of all that PEFT writes with the embeddings."""
     names = tuple(f"{name.removeprefix(ROOT)}." for name in embedding_names(model))
-    return {without_name(key, adapter_name): key for key in keys if key.startswith(names)}
+    under = [key for key in keys if key.startswith(names)]
+    return {without_name(key, adapter_name): key for key in under}
 
 
 def _misfit(key: str, found: Any, room: Any, is_embedding: bool) -> CheckpointError:
@@ -120,13 +120,19 @@ def _put_in_place(target: Tensor, value: Tensor) -> bool:
     return True
 
 
-def _warn_of_new_rows(model: nn.Module) -> None:
+def _warn_of_new_rows(model: nn.Module, keys: list[str]) -> None:
+    """Of a resized model; `keys` are those of the adapter's file."""
+    saved = [key for key in keys if ".lora_" not in key]
+    names = [name.removeprefix(ROOT) for name in embedding_names(model)]
+    left_out = [n for n in names if not any(key.startswith(f"{n}.") for key in saved)]
+    if not left_out or (len(left_out) < len(names) and has_tied_embeddings(model)):
+        return
     before = rows_before(model)
     if before is not None:
         warnings.warn(
             f"the embeddings of this model had {before} rows in its own checkpoint and were "
-            f"resized, but the adapter's file has none of them: rows of added tokens are not those "
-            f"that it was trained with. Save it with save_embedding_layers=True.",
+            f"resized, but the adapter's file has none of {left_out}: rows of added tokens are not "
+            f"those that it was trained with. Save it with save_embedding_layers=True.",
             stacklevel=2,
         )
 

@@ -32,6 +32,14 @@ def embedding_names(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if any(module is end for end in ends)]
 
 
+def has_tied_embeddings(model: nn.Module) -> bool:
+    """Whether input and output embedding of the base model are one tensor."""
+    inner: Any = model
+    ends = (inner.get_input_embeddings(), inner.get_output_embeddings())
+    kept = [getattr(m, "original_module", getattr(m, "base_layer", m)) for m in ends]
+    return None not in kept and kept[0].weight is kept[1].weight
+
+
 def rows_before(model: nn.Module) -> int | None:
     """Embedding rows in the base model's own checkpoint, where they are not those of `model`.
 

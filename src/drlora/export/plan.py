@@ -28,6 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from drlora.embeddings import has_tied_embeddings
 from drlora.errors import CheckpointError, ConfigError
 from drlora.export import peft_lora, per_expert
 from drlora.export.compare import Batch, refuse_if_different
@@ -211,12 +212,11 @@ def _merged_bytes(base: PreTrainedModel) -> int:
     added = (".lora_", ".drlora_adapters.", ".modules_to_save.")
     own = [p for name, p in base.named_parameters() if not any(part in name for part in added)]
     size = sum(p.numel() * p.element_size() for p in own)
-    ends = [base.get_input_embeddings(), base.get_output_embeddings()]
-    kept = [getattr(m, "original_module", getattr(m, "base_layer", m)) for m in ends if m]
-    weights = [m.weight for m in kept if isinstance(m.weight, Tensor)]
-    is_tied = len(weights) == 2 and weights[0] is weights[1]
-    if is_tied and any(m is not end for m, end in zip(kept, ends, strict=True)):
-        size += weights[0].numel() * weights[0].element_size()
+    head, embedding = base.get_output_embeddings(), base.get_input_embeddings()
+    adapted = any(hasattr(end, "original_module") for end in (head, embedding))
+    if has_tied_embeddings(base) and (adapted or hasattr(head, "base_layer")):
+        weight = next(iter(embedding.parameters()))
+        size += weight.numel() * weight.element_size()
     return size
 
 
