@@ -20,8 +20,9 @@ from drlora.export.float32 import Prepare, in_float32
 from drlora.export.reference import ALLOWED, Deviation
 
 Batch = Mapping[str, Tensor]
-# What float32 itself may do to logits, beside the share of the adapter's effect.
-NOISE = 1e-5
+# What float32 itself may do to logits, beside the share of the adapter's effect; and 16 bits, where
+# weights of a quantiser's own kind cannot be widened.
+NOISE, NOISE_16_BIT = 1e-5, 3e-2
 # Rounding moves a token now and then between two experts that are nearly tied.
 LEFT_OUT = 0.05
 
@@ -40,7 +41,9 @@ class Difference:
             the same measure.
         weight: where the weight is that is furthest from what the adapter makes of it.
         of_weight_effect: its error, divided by what the adapter does to it.
-        dtype: that the weights are stored in; all is computed in float32.
+        dtype: that the weights are stored in.
+        noise: what the dtype that is computed in, float32 if it can be had, may do to logits, in
+            the measure of `error`.
     """
 
     tokens: int
@@ -52,11 +55,12 @@ class Difference:
     weight: str
     of_weight_effect: float
     dtype: str
+    noise: float = NOISE
 
     @property
     def is_rounding(self) -> bool:
         """Whether weights and logits are as near as float32 makes them; not so for NaN."""
-        near = self.error <= ALLOWED * self.effect + NOISE
+        near = self.error <= ALLOWED * self.effect + self.noise
         return self.of_weight_effect <= ALLOWED and near
 
     @property
@@ -70,10 +74,11 @@ class Difference:
         return {**asdict(self), "of_effect": share if math.isfinite(share) else None}
 
     def __str__(self) -> str:
+        computed = "in float32" if self.noise == NOISE else "in their own dtype"
         return (
             f"{self.effect:.2%} of the logits come of the adapter; of that the export is off by "
             f"{self.of_effect:.2g}, in its worst weight by {self.of_weight_effect:.2g} "
-            f"(allowed {ALLOWED:g}; {self.tokens} tokens, {self.dtype} weights, in float32)"
+            f"(allowed {ALLOWED:g}; {self.tokens} tokens, {self.dtype} weights, {computed})"
         )
 
 
@@ -125,6 +130,7 @@ def difference(
     effect: Gap,
     weights: Deviation,
     dtype: torch.dtype,
+    widened: bool,
 ) -> Difference:
     """How far an export is from the adapter.
 
@@ -134,6 +140,7 @@ def difference(
         effect: between the adapter's logits and the base model's.
         weights: from the comparison of its weights.
         dtype: that they are stored in.
+        widened: whether logits were computed in float32.
     """
     gap = Gap(got, wanted)
     scale = _root_mean_square(wanted)
@@ -147,6 +154,7 @@ def difference(
         weight=weights.where,
         of_weight_effect=weights.share,
         dtype=str(dtype).removeprefix("torch."),
+        noise=NOISE if widened or dtype == torch.float32 else NOISE_16_BIT,
     )
 
 

@@ -22,13 +22,16 @@ NARROW = (torch.bfloat16, torch.float16)
 
 @contextmanager
 def in_float32(model: nn.Module, prepare: Prepare | None = None) -> Iterator[None]:
-    """Compute in float32 while the block lasts.
+    """Compute in float32 while the block lasts; a model that cannot be widened is left as it is.
 
     Args:
         model: any module; it is not changed but for the time of the block.
         prepare: called with each adapted module when its weights are wide; what it writes into
             them is undone with the widening, so weights that are float32 already are copied too.
     """
+    if not can_be_widened(model):
+        yield
+        return
     layers = list(layers_of(model))
     inside = {id(t) for layer in layers for t in _tensors(layer)}
     with ExitStack() as stack:
@@ -42,6 +45,11 @@ def in_float32(model: nn.Module, prepare: Prepare | None = None) -> Iterator[Non
         for layer in layers:
             stack.enter_context(_wide_when_called(layer, prepare))
         yield
+
+
+def can_be_widened(model: nn.Module) -> bool:
+    """Whether all floating-point weights are ordinary tensors; quantisers bring their own."""
+    return all(type(t.data) is Tensor for t in _tensors(model) if t.is_floating_point())
 
 
 def layers_of(model: nn.Module) -> Iterator[nn.Module]:

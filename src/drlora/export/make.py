@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from drlora.export import peft_lora, per_expert
 from drlora.export.attached import compare_attached
 from drlora.export.compare import Batch, Difference, Gap, difference, logits_of, ratio
-from drlora.export.float32 import NARROW
+from drlora.export.float32 import NARROW, can_be_widened
 from drlora.export.merging import as_if_merged, merge, round_trained, untie
 from drlora.export.reference import Deviation, Reference, compare_trained
 from drlora.export.updates import Updates, base_of
@@ -120,7 +120,7 @@ def _measure(
     reference, wanted = Reference.of(model, adapter), adapted
     if merged:
         untie(model, reference)
-    if merged and dtype in NARROW:
+    if merged and dtype in NARROW and can_be_widened(model):
         with as_if_merged(model, reference, rounding) as prepare:
             wanted = logits_of(model, batches, prepare)
     elif is_rounded:
@@ -174,7 +174,8 @@ def _compare(
     result: Any, known: _Measured, batches: Sequence[Batch], weights: Deviation
 ) -> Difference:
     got = logits_of(result, batches)
-    return difference(known.wanted, got, known.effect, weights, known.dtype)
+    wide = can_be_widened(result)
+    return difference(known.wanted, got, known.effect, weights, known.dtype, wide)
 
 
 def _in_words(said: dict[str, Any], dtype: str) -> str:
