@@ -69,8 +69,8 @@ def test_a_run_and_its_exports_from_another_working_directory(made, elsewhere, c
         found = evaluated(capsys, made / "out" / format)
         assert found["loss"]["loss"] == pytest.approx(wanted["loss"]["loss"], rel=1e-5)
         assert main(["export", str(made / "run"), "--format", format, "-o", format]) == 0
-    assert Path(json.loads(Path("peft/adapter_config.json").read_text())["base_model_name_or_path"])
-    AutoPeftModelForCausalLM.from_pretrained("peft")
+    for folder in ("peft", made / "run", made / "run" / "checkpoints" / "checkpoint-8"):
+        AutoPeftModelForCausalLM.from_pretrained(folder)  # its base is named from the root on
 
 
 def test_a_project_that_was_moved(moved, capsys):
