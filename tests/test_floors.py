@@ -15,7 +15,19 @@ MAX_LINES = 400
 
 # Modules and subpackages of drlora by floor, lowest first. `report` stands for report/* as well.
 FLOORS: tuple[frozenset[str], ...] = (
-    frozenset({"config", "errors", "files", "methods", "peft_type", "places", "ranks", "writing"}),
+    frozenset(
+        {
+            "config",
+            "config_checks",
+            "errors",
+            "files",
+            "methods",
+            "peft_type",
+            "places",
+            "ranks",
+            "writing",
+        }
+    ),
     frozenset(
         {
             "allocator",
@@ -46,6 +58,7 @@ FLOORS: tuple[frozenset[str], ...] = (
             "checkpoint",
             "dynamics",
             "export",
+            "groups",
             "growth",
             "import_lora",
             "peft_method",
@@ -100,6 +113,7 @@ ORDER_WITHIN: dict[int, tuple[frozenset[str], ...]] = {
     0: (
         frozenset({"errors", "peft_type"}),
         frozenset({"files", "methods"}),
+        frozenset({"config_checks"}),
         frozenset({"config", "ranks"}),
     ),
     # The schedule tries the allocator out in advance, to refuse settings that miss the budget.
@@ -114,9 +128,10 @@ ORDER_WITHIN: dict[int, tuple[frozenset[str], ...]] = {
         frozenset({"inject"}),
     ),
     # An import is an export read backwards: one knows PEFT's layout, the other uses it.
-    # The life of ranks is made of events.
+    # The life of ranks is made of events, in which groups of experts compete.
     # Ranks are placed by what a probe finds.
     3: (
+        frozenset({"groups"}),
         frozenset({"adapter_files", "export", "growth", "probe"}),
         frozenset({"dynamics", "import_lora", "peft_method", "starts"}),
     ),

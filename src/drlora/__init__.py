@@ -26,7 +26,7 @@ _peft_method.register()
 if _write_card not in _AFTER_SAVE:
     _AFTER_SAVE.append(_write_card)
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 __all__ = [
     "CheckpointError",

@@ -39,7 +39,7 @@ from drlora.inject import choose_blocks
 from drlora.places import from_root
 from drlora.recipe import DataSection, Recipe
 from drlora.rundir import RunDir
-from drlora.schedule import plan_growth
+from drlora.schedule import Competitors, make_schedule
 from drlora.starts import read_rank_map, start_ranks
 
 DEFAULT_MAX_LENGTH = 1024
@@ -95,8 +95,8 @@ def check_growth(model: PreTrainedModel, config: DrLoraConfig, total_steps: int)
     Raises:
         ConfigError: with the arithmetic.
     """
-    for num_experts in {block.num_experts for block in choose_blocks(model, config)}:
-        plan_growth(config, num_experts, total_steps)
+    groups = [Competitors(block.num_experts) for block in choose_blocks(model, config)]
+    make_schedule(config, groups, total_steps)
 
 
 def load_tokenizer(recipe: NamesModel, vocab_size: int) -> PreTrainedTokenizerBase:

@@ -295,8 +295,7 @@ class _Trainer(Trainer):
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """PEFT's helper makes the groups; otherwise all is as in transformers."""
         assert isinstance(self.model, PeftModel)
-        config = self.model.peft_config[self.model.active_adapter]
-        assert isinstance(config, DrLoraConfig)
+        config = _config(self.model)
         if self.optimizer is None and config.b_lr_ratio != 1:
             base = cast(PreTrainedModel, self.model)
             kind, settings = self.get_optimizer_cls_and_kwargs(self.args, base)
@@ -340,27 +339,32 @@ def _free_parameters(model: PeftModel) -> int:
     )
 
 
-def _budget(model: PeftModel, ranks: Ranks) -> dict[str, Any]:
-    rows = [row for projections in ranks.values() for row in projections.values()]
+def _config(model: PeftModel) -> DrLoraConfig:
     config = model.peft_config[model.active_adapter]
     assert isinstance(config, DrLoraConfig)
+    return config
+
+
+def _budget(model: PeftModel, ranks: Ranks) -> dict[str, Any]:
+    rows = [row for projections in ranks.values() for row in projections.values()]
     return {
         "spent": sum(map(sum, rows)),
         "stored": sum(len(pool.book.owner_R) for pool in _pools(model)),
-        "r_target": config.r_target,
+        "r_target": _config(model).r_target,
         "experts": len(rows[0]),
         "layers": len(ranks),
         "projections": len(next(iter(ranks.values()))),
     }
 
 
-def _to_json(result: TrainResult, job: _Job, model: PreTrainedModel | PeftModel) -> dict[str, Any]:
+def _to_json(result: TrainResult, job: _Job, model: PeftModel) -> dict[str, Any]:
     assert result.after is not None
     return {
         "before": result.before.to_dict() if result.before else None,
         "after": result.after.to_dict(),
         "budget": result.budget,
         "ranks": result.ranks,
+        "schedule": _config(model).schedule,
         "method": job.recipe.method,
         "trainable_parameters": result.trainable_parameters,
         "stored_parameters": result.stored_parameters,

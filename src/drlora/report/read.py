@@ -31,6 +31,7 @@ from drlora.settings import read_settings
 NO_EXPERT = -1
 SIGNALS = ("routing", "importance", "saliency")
 _OWNER = ".owner"
+_CHOSEN = ("grow_every", "settle_steps", "cap")
 _POOLS = ".experts.drlora_adapters.pools."
 
 Ranks = NDArray[np.int64]
@@ -128,6 +129,9 @@ def read_run(folder: Path) -> RunRecord:
             f"{folder} is no run directory: it has neither config.yaml nor adapter_config.json."
         )
     result = _mapping(folder / "result.json")
+    # Settings that are `auto` in the recipe, as they were chosen.
+    saved = _mapping(folder / CONFIG_NAME).get("schedule") or result.get("schedule") or {}
+    adapter = adapter | {name: saved[name] for name in _CHOSEN if name in saved}
     try:
         maps = _maps(folder, result)
     except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
