@@ -76,8 +76,8 @@ class Difference:
     def __str__(self) -> str:
         computed = "in float32" if self.noise == NOISE else "in their own dtype"
         return (
-            f"{self.effect:.2%} of the logits come of the adapter; of that the export is off by "
-            f"{self.of_effect:.2g}, in its worst weight by {self.of_weight_effect:.2g} "
+            f"the adapter moves the logits by {self.effect:.2%}, the export is off by "
+            f"{self.of_effect:.2g} of that, in its worst weight by {self.of_weight_effect:.2g} "
             f"(allowed {ALLOWED:g}; {self.tokens} tokens, {self.dtype} weights, {computed})"
         )
 
