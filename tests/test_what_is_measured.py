@@ -8,6 +8,8 @@ import pytest
 from tiny_run import save_all
 
 from drlora.cli import main
+from drlora.errors import ConfigError
+from drlora.export_run import export_run
 
 SHORT = dict(training=dict(max_steps=8, save_steps=8))
 
@@ -46,6 +48,22 @@ def test_an_export_is_measured_in_the_dtype_that_it_was_made_in(
     own = str(tmp_path / format) if format == "merged" else str(run.parent / "model")
     assert (found["model"], found["adapter"], found["dtype"]) == (own, adapter, "bfloat16")
     assert ("with a LoRA of PEFT's" in text) == (format == "peft")
+
+
+def test_rounding_of_a_merge_on_the_command_line(run, tmp_path, capsys):
+    """Stochastic by default; what it costs is printed and recorded."""
+    command = ["export", str(run), "--format", "merged", "-o"]
+    for name, more, wanted in (
+        ("default", [], ("stochastic", 0)),
+        ("seed", ["--seed", "3"], ("stochastic", 3)),
+        ("nearest", ["--rounding", "nearest"], ("nearest", None)),
+    ):
+        assert main([*command, str(tmp_path / name), *more]) == 0
+        assert f"rounding to bfloat16 ({wanted[0]})" in capsys.readouterr().out
+        record = json.loads((tmp_path / name / "drlora_export.json").read_text())
+        assert (record["rounding"]["mode"], record["rounding"]["seed"]) == wanted
+    with pytest.raises(ConfigError, match="rounding='up' is not known"):
+        export_run(run, "merged", tmp_path / "out", rounding="up")
 
 
 def test_fewer_examples_than_asked_for(run, capsys):

@@ -110,7 +110,7 @@ class Gap:
     def __init__(self, one: Sequence[Tensor], other: Sequence[Tensor]) -> None:
         gaps = [a_NV - b_NV for a_NV, b_NV in zip(one, other, strict=True)]
         self.largest = max(gap_NV.abs().max().item() for gap_NV in gaps)
-        self.squares_N = torch.cat([gap_NV.double().square().mean(dim=1) for gap_NV in gaps])
+        self.squares_N = torch.cat([_mean_square(gap_NV) for gap_NV in gaps])
 
     @property
     def root_mean_square(self) -> float:
@@ -158,8 +158,13 @@ def difference(
     )
 
 
+def _mean_square(x_NV: Tensor) -> Tensor:
+    """(N,) float64, over the logits of each token."""
+    return x_NV.square().mean(dim=1, dtype=torch.float64)
+
+
 def _root_mean_square(logits: Sequence[Tensor]) -> float:
-    squares_N = torch.cat([x_NV.double().square().mean(dim=1) for x_NV in logits])
+    squares_N = torch.cat([_mean_square(x_NV) for x_NV in logits])
     return max(squares_N.mean().sqrt().item(), 1e-30)
 
 
