@@ -124,6 +124,10 @@ def test_the_base_that_an_export_names_wins_over_the_runs(made, elsewhere, capsy
     config["base_model_name_or_path"] = str(elsewhere / "other")
     (out / "adapter_config.json").write_text(json.dumps(config))
     assert evaluated(capsys, out)["model"] == str(elsewhere / "other")
+    named = str(made / "model")
+    assert evaluated(capsys, out, "--model", named)["model"] == named
+    assert main(["eval", str(out), "--model", str(elsewhere / "no-such")]) == 2
+    assert "no-such" in capsys.readouterr().err
 
 
 def test_an_export_of_an_earlier_version(made, elsewhere, capsys):

@@ -100,6 +100,8 @@ def _of_adapter(folder: Path, model: str | None, trust_remote_code: bool) -> Sou
     tokenizer, dtype = _tokenizer_in(folder), _dtype(record)
     source = Source(folder, kind, base or "", tokenizer, dtype, trust_remote_code)
     source = _of_export(source)
+    if model:  # whatever the run has
+        source = replace(source, model=model)
     if not source.model:
         raise CheckpointError(
             f"the adapter in {folder} does not say what its base model is; name it with --model."
