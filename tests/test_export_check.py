@@ -16,6 +16,7 @@ from drlora.errors import CheckpointError
 from drlora.export import Made, apply_plan, make_plan, per_expert
 from drlora.export import peft_lora as peft_format
 from drlora.export.float32 import in_float32
+from drlora.export.reference import Deviation
 from drlora.inject import adapted_layers
 from drlora.ops.merge import Rounding
 
@@ -143,6 +144,13 @@ def test_defects_beside_the_experts_are_refused(tmp_path, monkeypatch, target, d
     monkeypatch.setattr(peft_format, "attach", broken)
     with pytest.raises(CheckpointError, match="mlp.gate" if target == "modules" else "q_proj"):
         export(model, tmp_path / "out", "peft")
+
+
+def test_a_weight_that_is_no_number_is_the_worst():
+    found = Deviation()
+    for where, error in (("small", 1e-9), ("none", float("nan")), ("large", 0.5)):
+        found.add(where, torch.tensor([error]), torch.tensor([1.0]))
+    assert found.where == "none" and not found.is_rounding
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -176,8 +176,9 @@ class Deviation:
         self.weights += 1
         found, own = error.double().norm().item(), effect.double().norm().item()
         share = 0.0 if found == 0 else math.inf if own == 0 else found / own
-        if not share <= self.share:  # NaN too
-            self.share, self.where = share, where
+        if not share <= self.share:
+            # No number is further off than NaN.
+            self.share, self.where = (math.inf if math.isnan(share) else share), where
 
     @property
     def is_rounding(self) -> bool:
