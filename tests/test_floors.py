@@ -24,6 +24,7 @@ FLOORS: tuple[frozenset[str], ...] = (
             "methods",
             "peft_type",
             "ranks",
+            "version",
             "writing",
         }
     ),
@@ -65,6 +66,7 @@ FLOORS: tuple[frozenset[str], ...] = (
             "data",
             "dry_run",
             "embedded",
+            "environment",
             "evaluate",
             "event_log",
             "figure_style",
