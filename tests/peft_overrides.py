@@ -43,10 +43,12 @@ def _source_of_base(own: type, name: str) -> tuple[str, str] | None:
         method = vars(base).get(name)
         method = getattr(method, "__func__", method)
         if inspect.isfunction(method):
-            is_made = method.__code__.co_filename == "<string>"  # by dataclasses
-            if is_made or not base.__module__.startswith("peft"):
+            if not base.__module__.startswith("peft"):
                 return None
-            return f"{base.__module__}.{base.__qualname__}", inspect.getsource(method)
+            try:
+                return f"{base.__module__}.{base.__qualname__}", inspect.getsource(method)
+            except OSError:  # dataclasses made it, here as there
+                return None
     return None
 
 
