@@ -23,6 +23,7 @@ FLOORS: tuple[frozenset[str], ...] = (
             "files",
             "methods",
             "peft_type",
+            "places",
             "ranks",
             "version",
             "writing",
@@ -40,9 +41,21 @@ FLOORS: tuple[frozenset[str], ...] = (
             "young_rows",
         }
     ),
-    frozenset({"blocks", "families", "inject", "layer", "observe", "ordinary", "rank_pool"}),
     frozenset(
         {
+            "blocks",
+            "embeddings",
+            "families",
+            "inject",
+            "layer",
+            "observe",
+            "ordinary",
+            "rank_pool",
+        }
+    ),
+    frozenset(
+        {
+            "adapter_files",
             "checkpoint",
             "dynamics",
             "export",
@@ -80,6 +93,7 @@ FLOORS: tuple[frozenset[str], ...] = (
             "measure",
             "memory_plan",
             "model_card",
+            "moved",
             "progress",
             "rank_metrics",
             "recipe",
@@ -120,8 +134,8 @@ ORDER_WITHIN: dict[int, tuple[frozenset[str], ...]] = {
     # Ranks are placed by what a probe finds.
     3: (
         frozenset({"groups"}),
-        frozenset({"export", "growth", "probe"}),
-        frozenset({"dynamics", "import_lora", "starts"}),
+        frozenset({"adapter_files", "export", "growth", "probe"}),
+        frozenset({"dynamics", "import_lora", "peft_method", "starts"}),
     ),
 }
 
