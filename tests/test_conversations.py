@@ -1,4 +1,4 @@
-"""Conversations on chat templates: what the assistant says is learned, or a sentence says why not."""
+"""Chat templates: what the assistant says is learned, or a sentence says why not."""
 
 import json
 from pathlib import Path

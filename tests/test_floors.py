@@ -25,6 +25,7 @@ FLOORS: tuple[frozenset[str], ...] = (
             "peft_type",
             "places",
             "ranks",
+            "version",
             "writing",
         }
     ),
@@ -78,6 +79,7 @@ FLOORS: tuple[frozenset[str], ...] = (
             "data",
             "dry_run",
             "embedded",
+            "environment",
             "evaluate",
             "event_log",
             "figure_style",

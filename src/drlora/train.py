@@ -6,18 +6,12 @@ result.before.loss.loss, result.after.loss.loss, result.ranks
 
 from __future__ import annotations
 
-import platform
-import resource
-import sys
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import accelerate
-import datasets
-import peft
 import torch
 import transformers
 from peft import PeftModel
@@ -33,7 +27,6 @@ from transformers import (
     set_seed,
 )
 
-from drlora import __version__
 from drlora.assemble import (
     Examples,
     add_adapter,
@@ -53,6 +46,7 @@ from drlora.callback import DrLoraCallback
 from drlora.checkpoint import adapter_state, checkpoint_step
 from drlora.config import DrLoraConfig
 from drlora.data import Collator
+from drlora.environment import peak_memory, versions
 from drlora.errors import CheckpointError
 from drlora.files import first_line
 from drlora.inject import adapted_layers
@@ -382,19 +376,3 @@ def _to_json(result: TrainResult, job: _Job, model: PeftModel) -> dict[str, Any]
         "versions": versions(),
         "config": job.recipe.to_dict(),
     }
-
-
-def peak_memory() -> dict[str, int]:
-    """Most memory that this process held, in bytes; on a GPU what torch allocated there too."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    found = {"peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
-    if torch.cuda.is_available():
-        found["peak_gpu_memory_bytes"] = torch.cuda.max_memory_allocated()
-    return found
-
-
-def versions() -> dict[str, str]:
-    """The versions of what computes."""
-    modules = (torch, transformers, peft, accelerate, datasets)
-    found = {module.__name__: str(module.__version__) for module in modules}
-    return {"drlora": __version__, "python": platform.python_version(), **found}
