@@ -10,7 +10,8 @@ experiments/realistic/results.json, part by part. What it does:
 1. a run of 12 steps; the same run again, interrupted after a checkpoint and resumed: its adapter
    must be equal to the bit
 2. the run exported as peft, as per-expert, and merged with both kinds of rounding, all accepted
-3. run and exports evaluated by `drlora eval` on the same 48 examples
+3. the run (as it is, and in float32) and the exports evaluated by `drlora eval` on the same 48
+   examples
 4. defects planted into exports in bfloat16 (an expert of one layer dropped, the down projections
    dropped, the scale twice, nothing merged), all to be refused
 """
@@ -119,10 +120,20 @@ def exported() -> dict[str, Any]:
     return found
 
 
+def copy_in_float32() -> None:
+    """The same adapter on the same base, computed in float32: what rounding is compared with."""
+    copy = WORK / "run-float32"
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(RUN, copy, ignore=shutil.ignore_patterns("checkpoints"))
+    text = (copy / "config.yaml").read_text()
+    (copy / "config.yaml").write_text(text.replace("dtype: auto", "dtype: float32"))
+
+
 def evaluated() -> dict[str, Any]:
     """Held-out loss of the run and of every export, as `drlora eval` gives it."""
+    copy_in_float32()
     found = {}
-    for name in ("run", *EXPORTS):
+    for name in ("run", "run-float32", *EXPORTS):
         text, seconds = drlora_cli("eval", str(WORK / name), "--json")
         values = json.loads(text)
         kept = ("model", "adapter", "dtype", "notes")
