@@ -27,7 +27,7 @@ def test_killed_runs_end_as_if_nothing_had_happened(tmp_path):
     """The short form of tests/kills.py, whose 300 kills are in benchmarks/results/kills.json."""
     use_own_server()
     killer = Killer(tmp_path, seed=3, kinds=("plain", "trainer"))
-    kill_runs(killer, kills=6, writes=3, after_each=lambda: None)
+    kill_runs(killer, kills=6, writes=2, after_each=lambda: None, grown=2)
     assert not killer.failures
     assert killer.count() >= 6 and killer.count("write") >= 3
 
