@@ -28,7 +28,18 @@ FLOORS: tuple[frozenset[str], ...] = (
             "young_rows",
         }
     ),
-    frozenset({"blocks", "families", "inject", "layer", "observe", "ordinary", "rank_pool"}),
+    frozenset(
+        {
+            "blocks",
+            "families",
+            "inject",
+            "layer",
+            "observe",
+            "ordinary",
+            "rank_pool",
+            "routers",
+        }
+    ),
     frozenset(
         {
             "checkpoint",
@@ -98,7 +109,7 @@ ORDER_WITHIN: dict[int, tuple[frozenset[str], ...]] = {
         frozenset({"families", "observe", "rank_pool"}),
         frozenset({"blocks"}),
         frozenset({"layer", "ordinary"}),
-        frozenset({"inject"}),
+        frozenset({"inject", "routers"}),
     ),
     # An import is an export read backwards: one knows PEFT's layout, the other uses it.
     # The life of ranks is made of events.

@@ -13,8 +13,6 @@ from collections.abc import Iterable
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
-from peft import TaskType
-
 from drlora.errors import ConfigError
 from drlora.files import shown
 from drlora.methods import method_settings
@@ -183,8 +181,6 @@ class DrLoraConfig(SavedConfig):
 
     def __post_init__(self) -> None:
         self.peft_type = DRLORA
-        if self.task_type is None:
-            self.task_type = TaskType.CAUSAL_LM
         super().__post_init__()
         for name, choices in CHOICES.items():
             _one_of(self, name, choices)

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
-from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from drlora.blocks import MoEBlock, find_blocks
 from drlora.config import DrLoraConfig
@@ -83,50 +80,6 @@ def wrap_experts(
     wrapped.train(target.training)
     setattr(parent, child_name, wrapped)
     return wrapped
-
-
-def note_router_logits(router: nn.Module, layer: DrLoraExperts) -> None:
-    """Have the router's logits at hand when the experts of the same block are called next."""
-    # A partial is copied and pickled along with the model, and points to the copy's layer then.
-    router.register_forward_hook(partial(_note_logits, layer))
-
-
-def forget_router_logits(model: nn.Module) -> None:
-    """Undo `note_router_logits` everywhere."""
-    for module in model.modules():
-        for key, hook in list(module._forward_hooks.items()):
-            if getattr(hook, "func", None) is _note_logits:
-                del module._forward_hooks[key]
-
-
-def _note_logits(layer: DrLoraExperts, module: nn.Module, args: Any, output: Any) -> None:
-    logits = layer.family.router_logits(output)
-    layer.router_logits = None if logits is None else logits.detach()
-
-
-def train_in_float32(router: nn.Module) -> None:
-    """Keep a trained router in float32, and hand it input of its own dtype.
-
-    In bfloat16, steps at usual learning rates are smaller than the spacing of the weights, so most
-    entries would never move.
-    """
-    router.to(torch.float32)
-    router.register_forward_pre_hook(_input_in_own_dtype)
-
-
-def release_router(router: nn.Module, dtype: torch.dtype) -> None:
-    """Undo `train_in_float32`, for a router that becomes part of the merged model."""
-    for key, hook in list(router._forward_pre_hooks.items()):
-        if hook is _input_in_own_dtype:
-            del router._forward_pre_hooks[key]
-    router.to(dtype)
-
-
-def _input_in_own_dtype(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    dtype = next(module.parameters()).dtype  # another one if the whole model was moved since
-    return tuple(
-        a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args
-    )
 
 
 def adapted_layers(model: nn.Module, adapter: str) -> dict[str, DrLoraExperts]:

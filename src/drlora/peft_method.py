@@ -24,19 +24,17 @@ from torch import Tensor, nn
 from drlora.blocks import MoEBlock, active_experts
 from drlora.config import DrLoraConfig
 from drlora.errors import CheckpointError, ConfigError
-from drlora.inject import (
-    adapted_layers,
-    choose_blocks,
-    forget_router_logits,
-    note_router_logits,
-    release_router,
-    train_in_float32,
-    wrap_experts,
-)
+from drlora.inject import adapted_layers, choose_blocks, wrap_experts
 from drlora.layer import DrLoraExperts
 from drlora.observe import forget_tokens
 from drlora.ordinary import choose_targets, lora_config
 from drlora.peft_type import DRLORA
+from drlora.routers import (
+    forget_router_logits,
+    note_router_logits,
+    release_router,
+    train_in_float32,
+)
 
 # In the keys of pools, "drlora_adapters", as in those of ordinary LoRA, "lora_A". transformers'
 # load_adapter puts the adapter's name behind the first part of a key that begins with it.
@@ -120,7 +118,7 @@ class DrLoraModel(LoraModel):
         self._note_routers()
         if autocast_adapter_dtype:
             for copies in self._router_copies(adapter_name):
-                train_in_float32(copies.modules_to_save[adapter_name])
+                train_in_float32(copies, adapter_name)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
@@ -131,8 +129,7 @@ class DrLoraModel(LoraModel):
         """Trained routers go back to the dtype that the model has them in."""
         found = self._router_copies(adapter_name)
         for copies in found:
-            dtype = next(copies.original_module.parameters()).dtype
-            release_router(copies.modules_to_save[adapter_name], dtype)
+            release_router(copies, adapter_name)
         return found
 
     def _note_routers(self) -> None:
