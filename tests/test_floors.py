@@ -15,7 +15,18 @@ MAX_LINES = 400
 
 # Modules and subpackages of drlora by floor, lowest first. `report` stands for report/* as well.
 FLOORS: tuple[frozenset[str], ...] = (
-    frozenset({"config", "errors", "files", "methods", "peft_type", "ranks", "writing"}),
+    frozenset(
+        {
+            "config",
+            "config_checks",
+            "errors",
+            "files",
+            "methods",
+            "peft_type",
+            "ranks",
+            "writing",
+        }
+    ),
     frozenset(
         {
             "allocator",
@@ -37,6 +48,7 @@ FLOORS: tuple[frozenset[str], ...] = (
             "observe",
             "ordinary",
             "rank_pool",
+            "refusals",
             "routers",
         }
     ),
@@ -98,6 +110,7 @@ ORDER_WITHIN: dict[int, tuple[frozenset[str], ...]] = {
     0: (
         frozenset({"errors", "peft_type"}),
         frozenset({"files", "methods"}),
+        frozenset({"config_checks"}),
         frozenset({"config", "ranks"}),
     ),
     # The schedule tries the allocator out in advance, to refuse settings that miss the budget.
@@ -106,7 +119,7 @@ ORDER_WITHIN: dict[int, tuple[frozenset[str], ...]] = {
     # Surgery is one operation in steps: know the families, find a block, build the layer that
     # adapts it and carries the meters that watch it, put the layer into the model.
     2: (
-        frozenset({"families", "observe", "rank_pool"}),
+        frozenset({"families", "observe", "rank_pool", "refusals"}),
         frozenset({"blocks"}),
         frozenset({"layer", "ordinary"}),
         frozenset({"inject", "routers"}),

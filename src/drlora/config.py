@@ -9,10 +9,10 @@ once `drlora` has been imported. The names follow PEFT where PEFT has a name (`l
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
+from drlora.config_checks import in_order, refuse_other_than_names, refuse_other_than_tokens
 from drlora.errors import ConfigError
 from drlora.files import shown
 from drlora.methods import method_settings
@@ -127,6 +127,9 @@ class DrLoraConfig(SavedConfig):
             `use_rslora` and `lora_dropout` hold for them too.
         use_dora: must be False; docs/peft-behaviour.md says why.
         modules_to_save: further modules that are trained in full and saved with the adapter.
+        trainable_token_indices: ids of tokens whose embeddings alone are trained, as in PEFT: a
+            list, or a dictionary from the name of an embedding layer to one. TRL asks for it where
+            a chat template brings new tokens.
         experts: full names of the adapted experts modules; filled in at injection.
         base_model_type: the model's `model_type`; filled in at injection, and compared when the
             adapter is loaded.
@@ -175,6 +178,7 @@ class DrLoraConfig(SavedConfig):
     target_alpha: float | None = None
     use_dora: bool = False
     modules_to_save: list[str] | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     experts: list[str] | None = None
     base_model_type: str | None = None
     gate_up_order: str | None = None
@@ -300,7 +304,9 @@ class DrLoraConfig(SavedConfig):
             if not isinstance(value := getattr(self, name), bool):
                 raise ConfigError(f"{name}={shown(value)} must be true or false.")
         for name in ("projections", "target_modules", "modules_to_save", "experts"):
-            _refuse_other_than_names(self, name)
+            if name == "projections" or getattr(self, name) is not None:
+                refuse_other_than_names(name, getattr(self, name))
+        refuse_other_than_tokens(self.trainable_token_indices)
         if isinstance(self.projections, str):
             self.projections = [self.projections]
         chosen = list(self.projections)
@@ -331,7 +337,7 @@ class DrLoraConfig(SavedConfig):
             self.target_modules = None
             return
         if not isinstance(self.target_modules, str):
-            self.target_modules = _names(self.target_modules)
+            self.target_modules = in_order(self.target_modules)
         if self.target_rank is None:
             self.target_rank = self.r_target
         rank = self.target_rank
@@ -352,27 +358,6 @@ def preset_settings(name: str) -> dict[str, Any]:
     if name not in PRESETS:
         raise ConfigError(f"preset={name!r} is not known; choose one of {sorted(PRESETS)}.")
     return PRESETS[name]
-
-
-def _names(names: Iterable[str]) -> list[str]:
-    """A list of names, in a fixed order where they came as a set."""
-    found = sorted(names) if isinstance(names, (set, frozenset)) else list(names)
-    for name in found:
-        if not isinstance(name, str) or not name:
-            raise ConfigError(
-                f"target_modules={found!r} must be a list of names, a regular expression or "
-                f"'all-linear'; {name!r} is no name."
-            )
-    return found
-
-
-def _refuse_other_than_names(config: DrLoraConfig, name: str) -> None:
-    value = getattr(config, name)
-    if value is None and name != "projections":
-        return
-    collections = (str, list, tuple, set, frozenset)
-    if not isinstance(value, collections) or not all(isinstance(one, str) for one in value):
-        raise ConfigError(f"{name}={shown(value)} must be a list of names.")
 
 
 def _number(config: DrLoraConfig, name: str) -> float:

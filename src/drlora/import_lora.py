@@ -63,7 +63,7 @@ def load_peft_lora(
             f"r_init={rank} and r_target to at least that."
         )
     if config.task_type is None:
-        config.task_type = PeftConfig.from_pretrained(folder).task_type
+        config.task_type = PeftConfig.from_pretrained(str(folder)).task_type
     _take_over_settings(config, updates)
     adapted = get_peft_model(model, config)
     assert isinstance(adapted, PeftModel)

@@ -10,6 +10,7 @@ DrLoraExperts                 wraps the model's experts module, same call
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -147,9 +148,13 @@ class DrLoraExperts(nn.Module, BaseTunerLayer):
         self.base_layer = base_layer
         self.block = block
         self.tokens = tokens
+        self.in_features = self.out_features = block.hidden_size
+        self.cast_input_dtype_enabled = True  # peft.helpers.disable_input_dtype_casting sets it
         self.drlora_adapters = nn.ModuleDict()
         self.merged_adapters: list[str] = []
         self.router_logits: Tensor | None = None
+        # PEFT's wrappers of routers and other modules that an adapter trains in full.
+        self.trained_in_full: Sequence[nn.Module] = ()
         self._disable_adapters = False
         self._unmerged: list[Tensor] = []
 
@@ -171,6 +176,16 @@ class DrLoraExperts(nn.Module, BaseTunerLayer):
     def is_adapting(self) -> bool:
         """Whether a call does anything that the base layer would not."""
         return not self.disable_adapters and not self.merged and bool(self._names())
+
+    def requires_grad_(self, requires_grad: bool = True) -> DrLoraExperts:
+        """As of any module; frozen, it freezes the trained routers too.
+
+        transformers' load_adapter freezes an adapter that is not to be trained through this alone.
+        """
+        super().requires_grad_(requires_grad)
+        for module in () if requires_grad else self.trained_in_full:
+            module.requires_grad_(False)
+        return self
 
     def _names(self) -> list[str]:
         return [name for name in self.active_adapters if name in self.drlora_adapters]
@@ -219,7 +234,9 @@ class DrLoraExperts(nn.Module, BaseTunerLayer):
                 f"a time, or give them the same."
             )
         base = self.base_weights
-        x_TH = hidden_states.to(base.sample.dtype)
+        x_TH = hidden_states
+        if self.cast_input_dtype_enabled:
+            x_TH = x_TH.to(base.sample.dtype)
         dropout = adapters[0].config.lora_dropout if self.training else 0.0
         engine, routed = adapters[0].config.engine, (x_TH, top_k_index, top_k_weights, base)
         if torch.compiler.is_compiling() and base.is_fused:

@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
-from peft.utils import ModulesToSaveWrapper
+from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -67,6 +67,7 @@ def collect_updates(model: PeftModel, adapter: str, all_matrices: bool = False) 
         ConfigError: if a block's experts are not in one parameter a matrix; the block is named.
     """
     inner = model.get_base_model()
+    _refuse_tokens(inner, adapter)
     experts = {}
     for layer in adapted_layers(inner, adapter).values():
         for matrix in PARAMETERS:
@@ -166,6 +167,17 @@ def trained_modules(inner: nn.Module, adapter: str) -> dict[str, dict[str, Tenso
         for name, module in _saved(inner)
         if adapter in module.modules_to_save
     }
+
+
+def _refuse_tokens(inner: nn.Module, adapter: str) -> None:
+    for name, module in inner.named_modules():
+        if isinstance(module, TrainableTokensWrapper) and (
+            adapter in module.token_adapter.trainable_tokens_delta
+        ):
+            raise ConfigError(
+                f"the adapter trained single tokens of {name} (trainable_token_indices), which "
+                f"this format has no place for; use the format merged."
+            )
 
 
 def _saved(inner: nn.Module) -> list[tuple[str, ModulesToSaveWrapper]]:

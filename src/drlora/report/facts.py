@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -54,14 +56,25 @@ def _model(run: RunRecord) -> str:
 
 
 def training_data(run: RunRecord) -> str | None:
-    """The data's name; of a file with a full path, the file's."""
+    """The data's name; of a file in a folder, the file's."""
     found = (run.recipe.get("data") or {}).get("train")
     return _without_folder(found) if isinstance(found, str) and found else None
 
 
 def _without_folder(name: str) -> str:
     """Where somebody's files lie is nothing for a page that is shown around."""
-    return Path(name).name if Path(name).is_absolute() else name
+    return re.split(r"[\\/]", name.rstrip("\\/"))[-1] if is_path(name) else name
+
+
+def is_path(name: str) -> bool:
+    """Whether a name is one of a file or folder, and not on the hub (`name` or `owner/name`)."""
+    looks_so = (
+        name[:1] in ("/", "\\", "~", ".")
+        or re.match(r"[A-Za-z]:[\\/]", name)
+        or len(re.findall(r"[\\/]", name)) > 1
+        or Path(name).suffix in (".json", ".jsonl", ".parquet")
+    )
+    return bool(looks_so) or os.path.exists(name)
 
 
 def _held_out(run: RunRecord, kind: str) -> float | None:
