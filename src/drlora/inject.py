@@ -112,10 +112,11 @@ def wrap_experts(
     target = getattr(parent, child_name)
     if isinstance(target, DrLoraExperts):
         return target
-    wrapped = DrLoraExperts(target, block, watch_tokens(model))
+    wrapped = DrLoraExperts(target, block)
     wrapped.family.prepare(parent)
     wrapped.train(target.training)
     setattr(parent, child_name, wrapped)
+    wrapped.tokens = watch_tokens(model, block.experts_name)
     return wrapped
 
 
