@@ -69,6 +69,7 @@ FLOORS: tuple[frozenset[str], ...] = (
             "__main__",
             "arguments",
             "assemble",
+            "best_model",
             "callback",
             "choices",
             "cli",

@@ -24,6 +24,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from drlora.best_model import load_best, refuse_mixed_up
 from drlora.checkpoint import seal
 from drlora.dynamics import Grant, RankDynamics
 from drlora.errors import ConfigError
@@ -80,6 +81,7 @@ class DrLoraCallback(TrainerCallback, ExportableState):
             place_ranks(model, self._first_batches(args, **kwargs), self.adapter)
         self.dynamics = RankDynamics(model, state.max_steps, self.adapter)
         _refuse_frozen(self.dynamics)
+        refuse_mixed_up(args, model, self.dynamics.adapter_name)
         self.dynamics.step = self._resumed_step(state)
         self.dynamics.skipped = state.global_step - self.dynamics.step
         _warn_of_longer_warmup(self.dynamics, args.get_warmup_steps(state.max_steps))
@@ -155,6 +157,7 @@ class DrLoraCallback(TrainerCallback, ExportableState):
         if no event did.
         """
         assert self.dynamics is not None
+        load_best(args, state, kwargs.get("model"), self.dynamics.adapter_name)
         if state.is_world_process_zero and state.global_step >= state.max_steps:
             self._events.write_end()
         self.dynamics.warn_of_poison()
