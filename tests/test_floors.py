@@ -23,6 +23,7 @@ FLOORS: tuple[frozenset[str], ...] = (
             "files",
             "methods",
             "peft_type",
+            "places",
             "ranks",
             "writing",
         }
@@ -42,6 +43,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset(
         {
             "blocks",
+            "embeddings",
             "families",
             "inject",
             "layer",
@@ -54,6 +56,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     ),
     frozenset(
         {
+            "adapter_files",
             "checkpoint",
             "dynamics",
             "export",
@@ -90,6 +93,7 @@ FLOORS: tuple[frozenset[str], ...] = (
             "measure",
             "memory_plan",
             "model_card",
+            "moved",
             "progress",
             "rank_metrics",
             "recipe",
@@ -129,8 +133,8 @@ ORDER_WITHIN: dict[int, tuple[frozenset[str], ...]] = {
     # The life of ranks is made of events.
     # Ranks are placed by what a probe finds.
     3: (
-        frozenset({"export", "growth", "probe"}),
-        frozenset({"dynamics", "import_lora", "starts"}),
+        frozenset({"adapter_files", "export", "growth", "probe"}),
+        frozenset({"dynamics", "import_lora", "peft_method", "starts"}),
     ),
 }
 

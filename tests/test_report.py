@@ -255,7 +255,7 @@ def test_what_is_no_run_is_said(tmp_path, capsys):
 
 @pytest.mark.parametrize("has_checkpoint", [False, True])
 def test_a_run_before_its_first_event_is_reported_as_such(run, has_checkpoint, tmp_path):
-    """In every format, alone and beside a finished run; with ranks where a checkpoint tells them."""
+    """In every format, alone and beside a finished run; with the ranks of a checkpoint, if any."""
     folder = tmp_path / "young"
     folder.mkdir()
     shutil.copy(run / "config.yaml", folder)

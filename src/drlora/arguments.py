@@ -10,7 +10,7 @@ import difflib
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
-from drlora.export import FORMATS, RANKS
+from drlora.export import FORMATS, RANKS, ROUNDING, ROUNDINGS
 from drlora.memory_plan import TOKENS
 from drlora.report import FORMATS as REPORT_FORMATS
 
@@ -137,6 +137,13 @@ def _export(verb: argparse.ArgumentParser) -> None:
     _dry_run(verb, "print the plan, write nothing")
     verb.add_argument("--data", metavar="FILE", help="examples to compare logits on")
     verb.add_argument("--max-shard-size", metavar="5GB", help="of one file of merged weights")
+    verb.add_argument(
+        "--rounding",
+        default=ROUNDING.mode,
+        choices=ROUNDINGS,
+        help=f"of merged weights in 16 bits (default {ROUNDING.mode})",
+    )
+    verb.add_argument("--seed", type=int, default=ROUNDING.seed, help="of stochastic rounding")
     _base_model(verb)
 
 

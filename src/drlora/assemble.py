@@ -31,6 +31,7 @@ from transformers import (
 from drlora.config import DrLoraConfig
 from drlora.data import EncodedData, encode_examples, load_examples
 from drlora.embedded import resolve_model
+from drlora.embeddings import fit_embeddings
 from drlora.errors import CheckpointError, ConfigError, DataError, DrLoraError
 from drlora.files import first_line
 from drlora.import_lora import load_peft_lora, refuse_other_files
@@ -279,7 +280,7 @@ def add_adapter(
 
 
 def load_adapter(model: PreTrainedModel, folder: str) -> PeftModel:
-    """The model with the adapter that was saved in `folder`.
+    """The model with the adapter that was saved in `folder`, and the embedding rows of that.
 
     Raises:
         CheckpointError: if the adapter is missing, damaged, or was made for another model.
@@ -287,6 +288,7 @@ def load_adapter(model: PreTrainedModel, folder: str) -> PeftModel:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message="Found missing adapter keys")
+            fit_embeddings(model, Path(folder))
             # Of per-expert adapters; PEFT has already used these patterns up when it says so.
             warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys")
             # Made without memory: what is missing in the file, or of another shape, takes none.

@@ -32,7 +32,7 @@ from drlora.observe import (
     routing_sums,
 )
 from drlora.ops import ExpertWeights, LoraPiece, TracedPiece, adapted_experts, traced_experts
-from drlora.ops.merge import add_update, is_finite
+from drlora.ops.merge import NEAREST, Rounding, add_update, is_finite
 from drlora.ops.parts import MATRICES
 from drlora.rank_pool import RankPool, in_float32
 
@@ -165,6 +165,7 @@ class DrLoraExperts(nn.Module, BaseTunerLayer):
         self.router_logits: Tensor | None = None
         # PEFT's wrappers of routers and other modules that an adapter trains in full.
         self.trained_in_full: Sequence[nn.Module] = ()
+        self.rounding: Rounding = NEAREST  # of merged weights
         self._disable_adapters = False
         self._unmerged: list[Tensor] = []
 
@@ -337,7 +338,7 @@ class DrLoraExperts(nn.Module, BaseTunerLayer):
                     f"({broken[0]}); it was not merged."
                 )
             for piece in pieces:
-                add_update(self.base_weights, piece)
+                add_update(self.base_weights, piece, self.rounding, self.block.experts_name)
             self.merged_adapters.append(name)
 
     def _move_adapter_to_device_of_base_layer(

@@ -25,6 +25,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from drlora.checkpoint import newest_checkpoint
 from drlora.errors import CheckpointError, ConfigError
 from drlora.jsonl import finite
+from drlora.moved import located
 from drlora.recipe import Recipe, recipe_from
 from drlora.settings import read_settings
 from drlora.writing import move_into_place, write_at_once
@@ -99,7 +100,8 @@ class RunDir:
                 f"the run in {self.path} is finished, there is nothing to resume; choose another "
                 f"output_dir for a new run."
             )
-        differing = list(_differences(self.read_config().to_dict(), recipe.to_dict()))
+        asked = located(recipe, self.path)
+        differing = list(_differences(self.read_config().to_dict(), asked.to_dict()))
         if differing:
             raise ConfigError(
                 f"the run in {self.path} was started with other settings: {'; '.join(differing)}. "
@@ -107,7 +109,15 @@ class RunDir:
             )
 
     def read_config(self) -> Recipe:
-        """The recipe that the run was started with.
+        """The recipe that the run was started with, with its paths as they are from here.
+
+        Raises:
+            CheckpointError: if there is none.
+        """
+        return located(self.stored_config(), self.path)
+
+    def stored_config(self) -> Recipe:
+        """The recipe as it was stored.
 
         Raises:
             CheckpointError: if there is none.

@@ -60,6 +60,7 @@ from drlora.jsonl import append_lines, forget_after, read_lines
 from drlora.measure import Measurement, measure, measurement_from
 from drlora.methods import METHODS
 from drlora.model_card import write_card_if_possible
+from drlora.moved import FindBest
 from drlora.processes import is_main, on_main
 from drlora.progress import MetricsLog, ShowProgress, StopOnInterrupt
 from drlora.rank_pool import RankPool
@@ -261,7 +262,14 @@ def _make_trainer(job: _Job, model: PeftModel, console: Console, stop: StopOnInt
         eval_dataset=job.held_out.encoded.dataset,
         data_collator=Collator(job.tokenizer),
         processing_class=job.tokenizer,
-        callbacks=[growth, MetricsLog(job.run.metrics), _Share(growth, progress), progress, stop],
+        callbacks=[
+            growth,
+            MetricsLog(job.run.metrics),
+            _Share(growth, progress),
+            progress,
+            stop,
+            FindBest(),
+        ],
     )
     trainer.remove_callback(PrinterCallback)
     growth.log_first(trainer)
