@@ -247,6 +247,7 @@ class OldModel(torch.nn.Module):
 
 @pytest.mark.parametrize("engine", ["naive", "loop", "grouped"])
 @pytest.mark.parametrize("kind", [SoftmaxBlock, DeepseekBlock])
+@pytest.mark.filterwarnings("ignore:engine=")  # of grouped, which takes no lists
 def test_experts_in_a_module_list(kind, engine):
     """Against the block's own forward over experts whose weights are W + s B A."""
     base = OldModel(kind()).requires_grad_(False)

@@ -94,6 +94,7 @@ def looped_grouped_mm(x_SI, w_EIO, *, offs):
     top_k=st.integers(1, 2),
     seed=st.integers(0, 999),
 )
+@pytest.mark.filterwarnings("ignore:engine=")
 def test_ragged_ranks_in_double_precision(engine, ranks, tokens, top_k, seed):
     case = make_case(ranks, dtype=torch.float64, tokens=tokens, top_k=top_k, seed=seed)
     with pytest.MonkeyPatch.context() as patch:
@@ -133,6 +134,7 @@ def test_no_adapter_rank_at_all(engine):
 
 
 @pytest.mark.parametrize("engine", FAST)
+@pytest.mark.filterwarnings("ignore:engine=")
 def test_odd_sizes(engine):
     assert_engines_agree(make_case([3, 2, 7], hidden=13, width=5, tokens=11), engine)
 
@@ -204,6 +206,7 @@ LAYOUTS = ["transposed", "apart", "lists", "biases", "interleaved", "no gate", "
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("engine", FAST)
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.filterwarnings("ignore:engine=")  # the layouts that an engine cannot take
 def test_layouts(engine, layout, dropout):
     projections = ("up", "down") if layout == "no gate" else ("gate", "up", "down")
     case = make_case([3, 0, 5, 1], projections, tokens=300)  # experts in more than one task

@@ -11,8 +11,10 @@ from torch import nn
 from drlora.blocks import MoEBlock, active_experts, find_blocks
 from drlora.config import DrLoraConfig
 from drlora.errors import ConfigError
+from drlora.families import family_of
 from drlora.layer import DrLoraExperts
 from drlora.observe import watch_tokens
+from drlora.ops import choose_engine
 from drlora.refusals import refuse_unfit_model, refuse_unfit_weights
 
 
@@ -21,13 +23,16 @@ def prepare(model: nn.Module, config: DrLoraConfig, model_type: str | None) -> l
 
     Raises:
         ConfigError: as `choose_blocks`, or if the adapter was made for another architecture or
-            layout; `model` is as it was then.
+            layout, or its engine is not installed; `model` is as it was then.
     """
     _refuse_other_architecture(config, model_type)
     blocks = choose_blocks(model, config)
     _refuse_other_layout(config, blocks)
     for block in blocks:
-        _refuse_mixed_dtypes(block.experts_name, model.get_submodule(block.experts_name))
+        experts = model.get_submodule(block.experts_name)
+        base = experts.get_base_layer() if isinstance(experts, BaseTunerLayer) else experts
+        _refuse_mixed_dtypes(block.experts_name, base)
+        _try_engine(config, base)
     config.experts = [block.experts_name for block in blocks]
     _split_by_active(model, config, blocks)
     if config.router == "train":
@@ -191,8 +196,15 @@ def _split_by_active(model: nn.Module, config: DrLoraConfig, blocks: list[MoEBlo
     config.split_by_active = False
 
 
-def _refuse_mixed_dtypes(name: str, experts: nn.Module) -> None:
-    base = experts.get_base_layer() if isinstance(experts, BaseTunerLayer) else experts
+def _try_engine(config: DrLoraConfig, base: nn.Module) -> None:
+    """Say before training that an engine that was asked for cannot run on these experts."""
+    family = family_of(base)
+    assert family is not None, "find_blocks names recognised modules only"
+    if config.engine != "auto" and not config.inference_mode:
+        choose_engine(config.engine, family.weights(base))
+
+
+def _refuse_mixed_dtypes(name: str, base: nn.Module) -> None:
     kept = {key: p.dtype for key, p in base.named_parameters() if p.is_floating_point()}
     if len(set(kept.values())) > 1:
         raise ConfigError(

@@ -102,7 +102,7 @@ def _is_split_inside(weight: Tensor) -> bool:
 
 
 def _placed(weight: Any) -> list[str]:
-    return [str(placement) for placement in weight.placements]
+    return [repr(placement) for placement in weight.placements]
 
 
 def _is_offloaded(model: nn.Module, module: nn.Module) -> bool:
