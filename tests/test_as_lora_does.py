@@ -89,7 +89,7 @@ def test_classification_trains_saves_loads_and_exports(task, tmp_path, capsys):
             assert type(loaded) is type(model)
         got = loaded.eval()(input_ids=IDS).logits
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
-    assert main(["export", str(adapter), "-o", str(tmp_path / "new")]) == 2
+    assert main(["export", str(adapter), "--format", "peft", "-o", str(tmp_path / "new")]) == 2
     assert f"task_type='{task}'" in capsys.readouterr().err
 
 
@@ -183,8 +183,6 @@ def test_trainable_token_indices(tokens, tied, tmp_path):
     for fast in (False, True):
         loaded = PeftModel.from_pretrained(base(), tmp_path / "adapter", low_cpu_mem_usage=fast)
         assert torch.equal(logits(loaded), logits(model))
-    get_peft_model(base(), make_settings()).save_pretrained(tmp_path / "other")
-    loaded.load_adapter(tmp_path / "other", "without")  # which has no tokens of its own
     state = drlora.adapter_state(model)
     assert any("trainable_tokens_delta" in key for key in state)
     for format in ("peft", "per-expert"):

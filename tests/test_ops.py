@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 import drlora.ops
-from drlora.ops import ENGINES, Apart, ExpertWeights, LoraPiece, adapted_experts
+from drlora.ops import (
+    ENGINES,
+    Apart,
+    ExpertWeights,
+    LoraPiece,
+    adapted_experts,
+    choose_engine,
+    stand_ins,
+)
 
 FAST = [name for name in ENGINES if name != "naive"]
 
@@ -247,3 +255,19 @@ def test_gradients_are_right_in_double_precision(engine):
         return adapted_experts(x, index, weight, base, bound, engine=engine)
 
     assert torch.autograd.gradcheck(function, tuple(leaves))
+
+
+@pytest.mark.parametrize(
+    ("engine", "layout", "said"),
+    [
+        ("grouped", "lists", "each expert has tensors of its own. 'loop' computes"),
+        ("loop", "norm", "have a norm after each, .* 'grouped' computes"),
+    ],
+)
+def test_an_engine_that_cannot_run_is_told_of_once(engine, layout, said, monkeypatch):
+    monkeypatch.setattr(stand_ins, "_TOLD", set())
+    base = change_layout(make_case([3, 0, 5, 1]), layout)[0]
+    with pytest.warns(UserWarning, match=rf"engine='{engine}' cannot run here: .*{said}"):
+        choose_engine(engine, base)
+    choose_engine(engine, base)  # a warning is an error
+    choose_engine("auto", base)

@@ -13,6 +13,7 @@ import functools
 import json
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -55,8 +56,12 @@ _CLASSES = {
 }
 
 
-def write_card(folder: str | os.PathLike[str]) -> Path | None:
+def write_card(folder: str | os.PathLike[str], name: str | None = None) -> Path | None:
     """Write README.md into a folder with a saved adapter; None if somebody's own card is there.
+
+    Args:
+        folder: holds the adapter, and perhaps the other files of a run.
+        name: its title; by default the folder's name.
 
     Raises:
         CheckpointError: if the folder holds no adapter.
@@ -65,14 +70,16 @@ def write_card(folder: str | os.PathLike[str]) -> Path | None:
     before = path.read_text("utf-8", errors="replace") if path.is_file() else ""
     if before and not _may_replace(before):
         return None
-    write_at_once(path, card(read_run(Path(folder)), _data_of(before)))
+    run = read_run(Path(folder))
+    text = card(run if name is None else replace(run, name=name), _data_of(before))
+    write_at_once(path, text)
     return path
 
 
-def write_card_if_possible(folder: str | os.PathLike[str]) -> None:
+def write_card_if_possible(folder: str | os.PathLike[str], name: str | None = None) -> None:
     """Saving an adapter must not fail for its card."""
     try:
-        write_card(folder)
+        write_card(folder, name)
     except (DrLoraError, OSError):
         return
 
@@ -85,34 +92,49 @@ def card(run: RunRecord, before: ModelCardData | None = None) -> str:
 def keep_cards() -> None:
     """Have PEFT keep the cards of DR-LoRA adapters; called when drlora is imported.
 
-    PEFT writes into the card at each saving, and so does transformers' Trainer through PEFT, before
-    it uploads: its own draft in the place of the card, and the folder where the base model lies.
-    Tried with PEFT 0.21.2; tests/test_model_card.py notices when it stops working.
+    PEFT writes into the card at each saving, and so does transformers' Trainer through PEFT: its
+    own draft in the place of the card, and the folder where the base model lies. `push_to_hub`
+    uploads a draft too. Tried with PEFT 0.21.2 and transformers 5.23; tests/test_model_card.py
+    notices when it stops working.
     """
-    theirs = PeftModel.create_or_update_model_card
-    if hasattr(theirs, "__wrapped__"):
+    if hasattr(PeftModel.create_or_update_model_card, "__wrapped__"):
         return
+    update, upload = PeftModel.create_or_update_model_card, PeftModel._upload_modified_files
 
-    @functools.wraps(theirs)
+    @functools.wraps(update)
     def create_or_update_model_card(self: Any, output_dir: str) -> None:
         path = Path(output_dir) / "README.md"
-        before = _data_of(path.read_text("utf-8", errors="replace")) if path.is_file() else None
-        theirs(self, output_dir)
-        if any(isinstance(config, DrLoraConfig) for config in self.peft_config.values()):
-            _take_paths_out(path, before)
-            if (Path(output_dir) / CONFIG_NAME).is_file():
-                write_card_if_possible(output_dir)
+        before = _data_of(path.read_text("utf-8", errors="replace") if path.is_file() else "")
+        update(self, output_dir)
+        if _has_ours(self):
+            _mend(path, before)
+            if (path.parent / CONFIG_NAME).is_file():
+                write_card_if_possible(path.parent)
 
-    PeftModel.create_or_update_model_card = create_or_update_model_card  # type: ignore[method-assign]
+    @functools.wraps(upload)
+    def _upload_modified_files(
+        self: Any, working_dir: str, repo_id: str, *args: Any, **kwargs: Any
+    ) -> Any:
+        if _has_ours(self):
+            write_card_if_possible(working_dir, repo_id.rpartition("/")[2])
+        return upload(self, working_dir, repo_id, *args, **kwargs)
+
+    for function in (create_or_update_model_card, _upload_modified_files):
+        setattr(PeftModel, function.__name__, function)
 
 
-def _take_paths_out(path: Path, before: ModelCardData | None) -> None:
-    """A base model in a folder is named as it was before, or not at all."""
+def _has_ours(model: Any) -> bool:
+    return any(isinstance(config, DrLoraConfig) for config in model.peft_config.values())
+
+
+def _mend(path: Path, before: ModelCardData) -> None:
+    """Give a card back the tags that PEFT took from it, and no base model that lies in a folder."""
     found = ModelCard.load(path)
-    if (base := found.data.base_model) is None or _on_hub(base):
-        return
-    found.data.base_model = before.base_model if before and _on_hub(before.base_model) else None
-    found.data.tags = [tag for tag in found.data.tags or [] if not tag.endswith(f":{base}")]
+    tags = [*(before.tags or []), *(found.data.tags or [])]
+    if (base := found.data.base_model) is not None and not _on_hub(base):
+        found.data.base_model = before.base_model if _on_hub(before.base_model) else None
+        tags = [tag for tag in tags if not tag.endswith(f":{base}")]
+    found.data.tags = list(dict.fromkeys(tags)) or None
     write_at_once(path, str(found))
 
 
