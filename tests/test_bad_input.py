@@ -86,13 +86,14 @@ def the_message(code: int, capsys) -> str:
         ("adapter.r_init=5", ["r_init=5", "r_target=3", "r_init <= r_target <= r_max"]),
         ("adapter.r_max=2", ["r_target=3", "r_max=2", "r_init <= r_target <= r_max"]),
         # budgets out of reach
-        ("training.max_steps=5", ["run of 5 steps has no growth event", "train longer"]),
+        ("training.max_steps=3", ["run of 3 steps has no growth event", "lower settle_steps"]),
         (
-            "adapter.grow_every=7; adapter.p_grow=0.2",
+            "adapter.grow_every=9; adapter.p_grow=0.2",
             ["6 experts * (r_target - r_init) = 6 * 2 = 12 ranks", "only 6 are certain",
              "raise p_grow or r_max, or lower grow_every"],
         ),
-        ("adapter.p_grow=0.1", ["p_grow=0.1", "floor(0.1 * 7) = 0", "raise p_grow"]),
+        ("adapter.p_grow=0", ["p_grow=0", "(0, 1]", "'auto'"]),
+        ("adapter.grow_every=often", ["adapter.grow_every='often'", "whole number", "'auto'"]),
         # models
         ("start_from=./nowhere", ["nowhere holds no PEFT LoRA", "no adapter_config.json"]),
         ("start_ranks=./nowhere.json", ["there is no rank map nowhere.json"]),

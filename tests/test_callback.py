@@ -288,9 +288,9 @@ def test_two_callbacks_each_find_their_own_step(tmp_path):
     one, two = callback.state(), other.state()
     one["attributes"]["step"], two["attributes"]["step"] = 3, 4
     state.stateful_callbacks = {"DrLoraCallback": [callback.state(), one, two]}
-    assert callback._resumed_step(state) == 3 and other._resumed_step(state) == 4
+    assert callback._saved(state)["step"] == 3 and other._saved(state)["step"] == 4
     state.stateful_callbacks = {"DrLoraCallback": one}
-    assert callback._resumed_step(state) == 3 and other._resumed_step(state) == 5
+    assert callback._saved(state)["step"] == 3 and other._saved(state) == {}
 
 
 def test_state_goes_into_json(tmp_path):

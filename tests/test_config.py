@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from drlora import ConfigError, DrLoraConfig
+from drlora.schedule import Competitors, make_schedule
 
 BAD = {
     "order": (dict(r_init=9, r_target=8, r_max=16), "r_init=9, r_target=8, r_max=16"),
@@ -19,9 +20,11 @@ BAD = {
     "dropout": (dict(lora_dropout=1.5), "lora_dropout=1.5"),
     "alpha": (dict(lora_alpha=0), "lora_alpha=0 must be greater than 0"),
     "word": (dict(beta="high"), "beta='high' must be a number"),
-    "p_grow": (dict(p_grow=1.5), r"p_grow=1.5 must lie in \(0, 1\]"),
-    "no growth": (dict(r_init=2, r_target=4, r_max=6), r"floor\(0.1 \* 4\) = 0; raise .* 0.25"),
+    "p_grow": (dict(p_grow=1.5), r"p_grow=1.5 must lie in \(0, 1\], or be 'auto'"),
     "grow_every": (dict(grow_every=0), "grow_every=0 must be a whole number of steps, at least 1"),
+    "half a step": (dict(grow_every=1.5), "grow_every=1.5 must be .* at least 1, or 'auto'"),
+    "settle_steps": (dict(settle_steps=-1), "settle_steps=-1 must be .* at least 0, or 'auto'"),
+    "automatic": (dict(p_grow="automatic"), "p_grow='automatic' must be a number"),
     "projections": (dict(projections=["gate_up", "up"]), r"\['gate_up', 'up'\] is not understood"),
     "projection": (dict(projections=["sideways"]), r"\['sideways'\] is not understood"),
     "signal": (dict(routing_signal="vibes"), "routing_signal='vibes' is not known; choose one of"),
@@ -45,10 +48,12 @@ def test_presets_are_the_published_settings():
     assert (v3.r_init, v3.r_target, v3.r_max) == (32, 64, 128)
     assert (v5.r_init, v5.r_target, v5.r_max) == (8, 16, 32)
     for config in (v3, v5):
-        assert (config.beta, config.gamma, config.p_grow) == (0.9, 1.2, 0.1)
-        assert (config.grow_every, config.settle_steps, config.warmup_steps) == (200, 200, 0.03)
+        assert (config.beta, config.gamma, config.warmup_steps) == (0.9, 1.2, 0.03)
         assert config.projections == ["up", "down"] and config.rank_per == "expert"
         assert config.router == "train" and config.scaling == 2.0
+    for config, steps, cap in ((v3, 37_997, 9), (v5, 3_750, 2)):  # cap: floor(0.1 (r_max - r_init))
+        schedule = make_schedule(config, [Competitors(64)], steps)
+        assert (schedule.grow_every, schedule.settle_steps, schedule.cap) == (200, 200, cap)
     assert DrLoraConfig.preset("paper-v5", r_max=64).r_max == 64
     with pytest.raises(ConfigError, match="'paper-v9' is not known; choose one of"):
         DrLoraConfig.preset("paper-v9")
@@ -68,7 +73,8 @@ def test_warmup_is_a_number_of_steps_or_a_share():
 
 
 def test_the_cap_is_not_lost_to_rounding():
-    assert DrLoraConfig(r_init=10, r_target=20, r_max=40, p_grow=0.1).grant_cap == 3
+    config = DrLoraConfig(r_init=10, r_target=20, r_max=40, p_grow=0.1)
+    assert make_schedule(config, [], 1000).cap == 3
 
 
 def test_projections_are_put_in_order():

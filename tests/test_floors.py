@@ -25,6 +25,7 @@ FLOORS: tuple[frozenset[str], ...] = (
             "peft_type",
             "places",
             "ranks",
+            "version",
             "writing",
         }
     ),
@@ -60,6 +61,7 @@ FLOORS: tuple[frozenset[str], ...] = (
             "checkpoint",
             "dynamics",
             "export",
+            "groups",
             "growth",
             "import_lora",
             "peft_method",
@@ -80,6 +82,7 @@ FLOORS: tuple[frozenset[str], ...] = (
             "data",
             "dry_run",
             "embedded",
+            "environment",
             "evaluate",
             "event_log",
             "figure_style",
@@ -130,9 +133,10 @@ ORDER_WITHIN: dict[int, tuple[frozenset[str], ...]] = {
         frozenset({"inject", "routers"}),
     ),
     # An import is an export read backwards: one knows PEFT's layout, the other uses it.
-    # The life of ranks is made of events.
+    # The life of ranks is made of events, in which groups of experts compete.
     # Ranks are placed by what a probe finds.
     3: (
+        frozenset({"groups"}),
         frozenset({"adapter_files", "export", "growth", "probe"}),
         frozenset({"dynamics", "import_lora", "peft_method", "starts"}),
     ),

@@ -197,7 +197,7 @@ def test_importance_restarts_after_an_event(reset):
 
 def test_settings_that_cannot_reach_the_budget_are_refused_before_training():
     with pytest.raises(drlora.ConfigError, match="grow_every"):
-        start(grow_every=200)
+        start(grow_every=200, p_grow=0.1)
 
 
 def test_growth_without_any_signal_is_told_about():

@@ -288,7 +288,7 @@ class TestStartRanks:
 
     def test_a_start_from_which_the_budget_is_out_of_reach_is_refused(self):
         """One event of at most 2 an expert: 12 ranks from the same for all, 8 from two full."""
-        settings = dict(r_init=2, r_target=4, r_max=6, p_grow=0.5)
+        settings = dict(r_init=2, r_target=4, r_max=6, p_grow=0.5, grow_every=4)
         model = fresh(**settings)
         drlora.RankDynamics(model, total_steps=4)
         drlora.start_ranks(model, uneven(model, (6, 2, 1, 1, 1, 1)))

@@ -23,7 +23,7 @@ from drlora.saliency import RANK_IMPORTANCES, RULES, Signals
 from drlora.starts import RULES as START_RULES
 from drlora.train import train
 
-SETTINGS = dict(r_init=2, r_target=4, r_max=8, p_grow=0.5, grow_every=2, warmup_steps=1,
+SETTINGS = dict(r_init=2, r_target=4, r_max=8, p_grow=0.5, grow_every=2, warmup_steps=3,
                 settle_steps=1, lora_alpha=8.0)  # fmt: skip
 TOTAL = 9  # events after steps 3, 5 and 7
 EXPERTS, LAYERS = 6, 2

@@ -69,8 +69,8 @@ def test_a_run_and_its_exports_from_another_working_directory(made, elsewhere, c
         found = evaluated(capsys, made / "out" / format)
         assert found["loss"]["loss"] == pytest.approx(wanted["loss"]["loss"], rel=1e-5)
         assert main(["export", str(made / "run"), "--format", format, "-o", format]) == 0
-    assert Path(json.loads(Path("peft/adapter_config.json").read_text())["base_model_name_or_path"])
-    AutoPeftModelForCausalLM.from_pretrained("peft")
+    for folder in ("peft", made / "run", made / "run" / "checkpoints" / "checkpoint-8"):
+        AutoPeftModelForCausalLM.from_pretrained(folder)  # its base is named from the root on
 
 
 def test_a_project_that_was_moved(moved, capsys):
@@ -126,6 +126,23 @@ def test_the_base_that_an_export_names_wins_over_the_runs(made, elsewhere, capsy
     assert evaluated(capsys, out)["model"] == str(elsewhere / "other")
 
 
+def test_an_export_of_an_earlier_version(made, elsewhere, capsys):
+    """It has relative paths, and does not say where it was written."""
+    out = made / "out" / "peft"
+    names = ("drlora_export.json", "adapter_config.json")
+    texts = {name: (out / name).read_text() for name in names}
+    wanted = evaluated(capsys, out)
+    try:
+        for name, text in texts.items():
+            values = json.loads(text.replace(f"{made}{os.sep}", ""))
+            values.pop("output", None)
+            (out / name).write_text(json.dumps(values))
+        assert evaluated(capsys, out) == wanted
+    finally:
+        for name, text in texts.items():
+            (out / name).write_text(text)
+
+
 @pytest.mark.parametrize(
     ("written", "folder", "name", "there", "wanted"),
     [
@@ -135,7 +152,8 @@ def test_the_base_that_an_export_names_wins_over_the_runs(made, elsewhere, capsy
         ("runs/x", "b/runs/x", "models/m", "b/models/m", "b/models/m"),
         ("runs/x", "b/runs/x", "org/name", None, None),
         ("/a/runs/x", "b/runs/x", "models/m", "b/models/m", None),
-        (None, "b/runs/x", "models/m", "b/models/m", None),
+        (None, "b/out/x", "models/m", "b/models/m", "b/models/m"),
+        (None, "b/out/x", "models/m", None, None),
     ],
 )  # fmt: skip
 def test_what_a_stored_path_means(tmp_path, written, folder, name, there, wanted):
@@ -149,4 +167,6 @@ def test_a_stored_path_is_from_the_root_where_something_is(tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models").mkdir()
     assert from_root("models") == str(tmp_path / "models")
-    assert from_root("org/models") == "org/models" and from_root("") == ""
+    (tmp_path / "embedded").mkdir()
+    for name in ("org/models", "", "embedded"):
+        assert from_root(name) == name == Place.of(tmp_path / "run", None).find(name)

@@ -17,7 +17,7 @@ import drlora
 from drlora.jsonl import read_lines
 from drlora.progress import MetricsLog
 
-SETTINGS = dict(r_init=2, r_target=4, r_max=8, p_grow=0.5, grow_every=4, warmup_steps=1,
+SETTINGS = dict(r_init=2, r_target=4, r_max=8, p_grow=0.5, grow_every=4, warmup_steps=5,
                 settle_steps=2, lora_alpha=8.0)  # fmt: skip
 TOTAL, EVENTS = 15, (5, 9, 13)
 NAN, INF = float("nan"), float("inf")

@@ -39,10 +39,10 @@ SETTINGS = {
     "rank_per": "expert",
     "beta": 0.9,
     "gamma": 1.2,
-    "p_grow": 0.1,
-    "grow_every": 200,
+    "p_grow": "auto",
+    "grow_every": "auto",
     "warmup_steps": 0.03,
-    "settle_steps": 200,
+    "settle_steps": "auto",
     "routing_signal": "topk_weight",
     "saliency": "product",
     "start": "uniform",
@@ -70,6 +70,7 @@ SETTINGS = {
     "experts": None,
     "base_model_type": None,
     "gate_up_order": None,
+    "schedule": None,
 }
 GRANT_FIELDS = [
     "step", "block", "projection", "expert", "granted", "rank", "routing", "importance", "saliency",
@@ -96,7 +97,7 @@ def test_the_growth_log_has_the_fields_of_a_grant():
 
 def test_dynamics_and_callback_signatures():
     assert list(inspect.signature(drlora.RankDynamics).parameters) == [
-        "model", "total_steps", "adapter",
+        "model", "total_steps", "adapter", "schedule",
     ]  # fmt: skip
     for method in ("before_optimizer_step", "after_optimizer_step", "ranks", "budget",
                    "state_dict", "load_state_dict", "release"):  # fmt: skip
@@ -119,4 +120,6 @@ def test_signatures_of_imports():
 
 def test_command_line_verbs():
     (verbs,) = [a for a in _parser()._actions if isinstance(a, argparse._SubParsersAction)]
-    assert set(verbs.choices) == {"train", "eval", "inspect", "export", "compare", "report"}
+    assert set(verbs.choices) == {
+        "train", "eval", "inspect", "export", "compare", "report", "env",
+    }  # fmt: skip

@@ -10,31 +10,41 @@ from hypothesis import strategies as st
 
 from drlora import ConfigError, DrLoraConfig
 from drlora.allocator import allocate
-from drlora.schedule import plan_growth, simulate
+from drlora.schedule import Competitors, Schedule, make_schedule, plan_growth, simulate
+
+# arXiv 2601.04823 v3, Table 10: mean rank at these steps of 37,997, and the events that give it
+# (32 + 23 n / 128 of 128 modules a layer).
+TABLE_10 = {6_000: (36.49, 25), 12_000: (41.88, 55), 18_000: (47.27, 85), 24_000: (52.66, 115),
+            30_000: (58.05, 145), 37_800: (64.00, 184)}  # fmt: skip
 
 
 def test_paper_v3_on_olmoe():
-    """arXiv 2601.04823 v3: 128 modules a layer, about 183 events, Q = 23."""
-    config = DrLoraConfig.preset("paper-v3")
-    plan = plan_growth(config, num_experts=64, total_steps=38_000)
-    assert len(plan.event_steps) == 183
-    assert plan.event_steps[0] == 1140 + 200
-    assert plan.event_steps[-1] <= 38_000 - 200
-    assert plan.quota == 23 and plan.cost == 2
-    assert config.grant_cap == 9
-    assert plan.due(183) == plan.budget == 64 * 32
+    """128 modules a layer, the first event at the end of the warm-up, Q = 23."""
+    plan = plan_growth(DrLoraConfig.preset("paper-v3"), num_experts=64, total_steps=37_997)
+    assert plan.event_steps[0] == 1140 and plan.spacing == 200
+    assert plan.event_steps[-1] <= 37_997 - 200
+    assert plan.quota == 23 and plan.cost == 2 and plan.cap == 9
+    for step, (mean_rank, events) in TABLE_10.items():
+        assert sum(event <= step for event in plan.event_steps) == events
+        assert 32 + plan.due(events) / 64 == pytest.approx(mean_rank, abs=0.01)
+    assert plan.due(184) == plan.budget == 64 * 32
 
 
 def test_paper_v5():
-    config = DrLoraConfig.preset("paper-v5")
-    plan = plan_growth(config, num_experts=64, total_steps=3_750)
-    assert len(plan.event_steps) == 17
-    assert plan.due(17) == 64 * 8
+    """18 events: after the warm-up of 3 % and then every 200 steps."""
+    plan = plan_growth(DrLoraConfig.preset("paper-v5"), num_experts=64, total_steps=3_750)
+    assert plan.event_steps == tuple(range(113, 3_551, 200)) and len(plan.event_steps) == 18
+    assert plan.due(18) == 64 * 8 and plan.cap == 2
+
+
+def test_without_a_warmup_something_is_observed_before_the_first_event():
+    config = DrLoraConfig(warmup_steps=0, grow_every=5, settle_steps=0)
+    assert make_schedule(config, [], 20).event_steps == (5, 10, 15, 20)
 
 
 def test_half_of_the_events_do_not_suffice():
     """Trap 3: the quota is charged in the unit it is counted in."""
-    plan = plan_growth(DrLoraConfig.preset("paper-v3"), 64, 38_000)
+    plan = plan_growth(DrLoraConfig.preset("paper-v3"), 64, 37_997)
     assert plan.due(92) < 0.52 * plan.budget
 
 
@@ -44,22 +54,25 @@ def test_half_of_the_events_do_not_suffice():
     r_init=st.integers(1, 4),
     more=st.integers(1, 6),
     extra=st.integers(0, 6),
-    p_grow=st.sampled_from([0.05, 0.1, 0.3, 1.0]),
+    p_grow=st.sampled_from(["auto", 0.05, 0.1, 0.3, 1.0]),
     steps=st.integers(1, 400),
-    grow_every=st.integers(1, 60),
+    grow_every=st.one_of(st.just("auto"), st.integers(1, 60)),
+    settle_steps=st.sampled_from(["auto", 0, 10]),
     rank_per=st.sampled_from(["expert", "projection"]),
     seed=st.integers(0, 99),
 )
 def test_whatever_the_saliency_the_budget_is_met(
-    experts, r_init, more, extra, p_grow, steps, grow_every, rank_per, seed
+    experts, r_init, more, extra, p_grow, steps, grow_every, settle_steps, rank_per, seed
 ):
+    chosen_by_user = [v for v in (p_grow, grow_every, settle_steps) if v != "auto"]
     try:
         config = DrLoraConfig(
             r_init=r_init, r_target=r_init + more, r_max=r_init + more + extra, p_grow=p_grow,
-            grow_every=grow_every, settle_steps=10, rank_per=rank_per,
+            grow_every=grow_every, settle_steps=settle_steps, rank_per=rank_per,
         )  # fmt: skip
         plan = plan_growth(config, experts, steps)
     except ConfigError as error:
+        assert chosen_by_user, error
         assert any(word in str(error) for word in ("grow_every", "p_grow", "settle_steps"))
         return
     draw = random.Random(seed)
@@ -69,7 +82,7 @@ def test_whatever_the_saliency_the_budget_is_met(
             quota = plan.due(event) - (sum(ranks) - experts * r_init)
             grants = allocate(
                 [draw.random() ** 8 for _ in ranks],
-                ranks=ranks, quota=quota, cap=config.grant_cap, r_max=config.r_max,
+                ranks=ranks, quota=quota, cap=plan.cap, r_max=config.r_max,
             )  # fmt: skip
             ranks = [r + g for r, g in zip(ranks, grants, strict=True)]
     assert sum(ranks) == experts * config.r_target
@@ -78,14 +91,63 @@ def test_whatever_the_saliency_the_budget_is_met(
 
 def test_a_run_that_is_too_short_is_refused_with_the_window():
     config = DrLoraConfig(grow_every=200, settle_steps=200)
-    with pytest.raises(ConfigError, match=r"run of 300 steps has no growth event.*grow_every"):
-        plan_growth(config, 8, 300)
+    with pytest.raises(ConfigError, match=r"run of 205 steps has no growth event.*grow_every"):
+        plan_growth(config, 8, 205)
 
 
 def test_too_few_ranks_per_event_are_refused_with_the_sums():
-    config = DrLoraConfig(r_init=2, r_target=12, r_max=22, p_grow=0.1, grow_every=50)
-    with pytest.raises(ConfigError, match=r"8 \* 10 = 80 ranks .* only 48 are certain"):
-        plan_growth(config, 8, 400)
+    settings = dict(r_init=2, r_target=12, r_max=22, grow_every=50, settle_steps=200)
+    with pytest.raises(ConfigError, match=r"8 \* 10 = 80 ranks .* only 64 are certain"):
+        plan_growth(DrLoraConfig(**settings, p_grow=0.1), 8, 400)
+    assert plan_growth(DrLoraConfig(**settings), 8, 400).cap == 3  # auto: one more a cap suffices
+
+
+@pytest.mark.parametrize("ranks", [(1, 2, 4), (2, 4, 8), (4, 8, 12), (8, 16, 32)])
+@pytest.mark.parametrize("steps", [1, 2, 3, 5, 16, 50, 64, 299, 1_000, 3_750])
+def test_every_length_of_run_has_a_schedule(ranks, steps):
+    """Nothing but ranks is set: the budget is spent in a run of any length."""
+    config = DrLoraConfig(r_init=ranks[0], r_target=ranks[1], r_max=ranks[2])
+    plan = plan_growth(config, 16, steps)
+    assert sum(simulate(config, 16, plan)[-1]) == 16 * ranks[1]
+    assert len(plan.event_steps) >= min(16, steps - 2)
+    assert all(1 <= step <= steps for step in plan.event_steps)
+
+
+@pytest.mark.parametrize(
+    ("steps", "expected"),
+    [
+        (38_000, Schedule(38_000, 1_140, 200, 200, 2)),
+        (3_750, Schedule(3_750, 113, 200, 200, 2)),
+        (2_000, Schedule(2_000, 60, 116, 200, 2)),  # 16 events, one in ten steps settles
+        (800, Schedule(800, 24, 46, 80, 2)),
+        (50, Schedule(50, 2, 2, 5, 2)),
+        (16, Schedule(16, 1, 1, 1, 2)),
+    ],
+)
+def test_auto_is_as_published_where_that_fits_and_follows_the_length_where_not(steps, expected):
+    assert make_schedule(DrLoraConfig(), [Competitors(16)], steps) == expected
+
+
+def test_numbers_that_were_given_are_kept_or_refused():
+    kept = make_schedule(DrLoraConfig(grow_every=7), [Competitors(16)], 50)
+    assert (kept.grow_every, kept.settle_steps) == (7, 5)
+    with pytest.raises(ConfigError, match="settle_steps=200 are kept"):
+        make_schedule(DrLoraConfig(settle_steps=200), [Competitors(16)], 50)
+    with pytest.raises(ConfigError, match="settle_steps=0 .auto.*grow_every=1 .auto."):
+        make_schedule(DrLoraConfig(warmup_steps=60), [Competitors(16)], 50)
+
+
+def test_the_cap_is_at_least_one():
+    config = DrLoraConfig(r_init=2, r_target=4, r_max=8, p_grow=0.1)  # floor(0.1 * 6) = 0
+    assert plan_growth(config, 8, 100).cap == 1
+
+
+def test_one_cap_serves_blocks_of_different_size():
+    config = DrLoraConfig(r_init=1, r_target=8, r_max=16)
+    schedule = make_schedule(config, [Competitors(4), Competitors(64)], 8)
+    for experts in (4, 64):
+        plan = plan_growth(config, experts, 8)
+        assert plan.cap <= schedule.cap
 
 
 def test_growth_that_fills_every_expert_is_planned_for_the_worst_order():

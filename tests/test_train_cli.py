@@ -91,9 +91,9 @@ def test_growth_log_ends_at_the_saved_ranks(trained):
     run = trained / "run"
     grants = lines(run / "growth.jsonl")
     assert sorted({grant["step"] for grant in grants}) == EVENTS
-    assert plan_growth(load_recipe(run / "config.yaml").adapter_config(), 6, STEPS).event_steps == (
-        *EVENTS,
-    )
+    plan = plan_growth(load_recipe(run / "config.yaml").adapter_config(), 6, STEPS)
+    # At the end of the warm-up B has had no step with a learning rate yet: that event waits.
+    assert plan.event_steps == (2, *EVENTS)
     saved = load_file(run / "adapter_model.safetensors")
     for layer in (0, 1):
         ranks = [1] * 6

@@ -28,7 +28,7 @@ pytestmark = [
 
 KINDS = ["sft", "dpo", "grpo"]
 STEPS = 8  # growth after steps 3, 5 and 7
-SETTINGS = dict(r_init=2, r_target=4, r_max=8, p_grow=0.5, grow_every=2, warmup_steps=1,
+SETTINGS = dict(r_init=2, r_target=4, r_max=8, p_grow=0.5, grow_every=2, warmup_steps=3,
                 settle_steps=1, lora_alpha=8.0)  # fmt: skip
 WORDS = ["abc", "defg", "hi", "jklmn", "op", "qrst", "uvw", "xyz a"] * 2
 DATA = {

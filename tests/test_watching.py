@@ -23,7 +23,7 @@ from drlora.rank_metrics import gini, top_share
 from drlora.summary import print_ranks
 
 STEPS, EVENTS = 8, [3, 5, 7]
-SETTINGS = dict(r_init=2, r_target=4, r_max=8, p_grow=0.5, grow_every=2, warmup_steps=1,
+SETTINGS = dict(r_init=2, r_target=4, r_max=8, p_grow=0.5, grow_every=2, warmup_steps=3,
                 settle_steps=1, lora_alpha=8.0)  # fmt: skip
 ROWS = [{k: v[0] for k, v in make_batch(seed, rows=1).items()} for seed in range(16)]
 

@@ -26,7 +26,7 @@ import drlora
 
 TOTAL, CUT = 200, 100  # ranks grow after steps 30, 50, ... 190
 SETTINGS: dict[str, Any] = dict(
-    r_init=2, r_target=6, r_max=16, p_grow=0.2, grow_every=20, warmup_steps=10, settle_steps=10,
+    r_init=2, r_target=6, r_max=16, p_grow=0.2, grow_every=20, warmup_steps=30, settle_steps=10,
     lora_alpha=8.0, router="train",
 )  # fmt: skip
 # Everything that writes to single rows, which a process may or may not hold.
@@ -35,7 +35,7 @@ ROWS: dict[str, Any] = dict(
     young_a="gradient",
     move_share=0.2,
     grow_every=4,
-    warmup_steps=2,
+    warmup_steps=6,
     settle_steps=2,
 )
 SHORT = 20
@@ -130,7 +130,7 @@ def coming_apart(rank: int) -> list[str]:
 
     said = []
     for after, spoil in ((0, other_seed), (5, other_routing), (5, other_ranks)):
-        job = Job(total=SHORT, grow_every=4, warmup_steps=2, settle_steps=1).go(after)
+        job = Job(total=SHORT, grow_every=4, warmup_steps=6, settle_steps=1).go(after)
         if rank == 1:
             spoil(job)
         try:

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 from drlora.export import FORMATS, RANKS, ROUNDING, ROUNDINGS
 from drlora.memory_plan import TOKENS
 from drlora.report import FORMATS as REPORT_FORMATS
+from drlora.version import __version__
 
 Action = Callable[[argparse.Namespace], int]
 
@@ -38,6 +39,10 @@ EXPORT = """examples:
 COMPARE = """examples:
   drlora compare experiments/quick.yaml --dry-run
   drlora compare experiments/quick.yaml 'seeds=[1, 2]' --jobs 2
+"""
+ENV = """examples:
+  drlora env
+  drlora env --json
 """
 REPORT = """examples:
   drlora report runs/own-data
@@ -89,6 +94,7 @@ def make_parser(actions: Mapping[str, Action]) -> Parser:
     parser.add_argument(
         "--print-completion", metavar="SHELL", help="a completion script for bash, zsh or tcsh"
     )
+    parser.add_argument("--version", action="version", version=f"drlora {__version__}")
     verbs = parser.add_subparsers(title="verbs", metavar="VERB")
     for name, (help_text, examples, add_options) in VERBS.items():
         verb = verbs.add_parser(
@@ -165,6 +171,10 @@ def _report(verb: argparse.ArgumentParser) -> None:
     )
 
 
+def _env(verb: argparse.ArgumentParser) -> None:
+    """No options but those of every verb."""
+
+
 def _dry_run(verb: argparse.ArgumentParser, what: str) -> None:
     verb.add_argument("--dry-run", action="store_true", help=what)
 
@@ -183,5 +193,6 @@ VERBS: dict[str, tuple[str, str, Callable[[Any], None]]] = {
     "inspect": ("blocks, experts, memory and growth plan of a model", INSPECT, _inspect),
     "export": ("write an adapter for PEFT, serving engines or as a model", EXPORT, _export),
     "compare": ("run a plan of models, tasks, methods and seeds", COMPARE, _compare),
+    "env": ("what a report of a fault needs: versions, machine, devices", ENV, _env),
     "report": ("write a page on one or several runs, to look at", REPORT, _report),
 }

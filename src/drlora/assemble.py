@@ -36,9 +36,10 @@ from drlora.errors import CheckpointError, ConfigError, DataError, DrLoraError
 from drlora.files import first_line
 from drlora.import_lora import load_peft_lora, refuse_other_files
 from drlora.inject import choose_blocks
+from drlora.places import from_root
 from drlora.recipe import DataSection, Recipe
 from drlora.rundir import RunDir
-from drlora.schedule import plan_growth
+from drlora.schedule import Competitors, make_schedule
 from drlora.starts import read_rank_map, start_ranks
 
 DEFAULT_MAX_LENGTH = 1024
@@ -94,8 +95,8 @@ def check_growth(model: PreTrainedModel, config: DrLoraConfig, total_steps: int)
     Raises:
         ConfigError: with the arithmetic.
     """
-    for num_experts in {block.num_experts for block in choose_blocks(model, config)}:
-        plan_growth(config, num_experts, total_steps)
+    groups = [Competitors(block.num_experts) for block in choose_blocks(model, config)]
+    make_schedule(config, groups, total_steps)
 
 
 def load_tokenizer(recipe: NamesModel, vocab_size: int) -> PreTrainedTokenizerBase:
@@ -222,7 +223,7 @@ def load_base_model(recipe: NamesModel) -> PreTrainedModel:
     with _told(f"the weights of model={recipe.model!r} cannot be loaded", _MODEL_HINT):
         load: Any = AutoModelForCausalLM.from_pretrained
         model, report = load(
-            resolve_model(recipe.model),
+            from_root(resolve_model(recipe.model)),  # what adapters will say their base is
             dtype="auto" if recipe.dtype == "auto" else getattr(torch, recipe.dtype),
             trust_remote_code=recipe.trust_remote_code,
             output_loading_info=True,

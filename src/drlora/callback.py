@@ -33,6 +33,7 @@ from drlora.inject import active_adapter
 from drlora.jsonl import append_lines, forget_after
 from drlora.processes import wait_for_all
 from drlora.rank_metrics import RankLog
+from drlora.schedule import Schedule
 from drlora.starts import needs_ranks, place_ranks
 from drlora.writing import sync
 from drlora.young_rows import unwrap_optimizer
@@ -79,10 +80,13 @@ class DrLoraCallback(TrainerCallback, ExportableState):
         model = kwargs["model"]
         if needs_ranks(model, self.adapter):
             place_ranks(model, self._first_batches(args, **kwargs), self.adapter)
-        self.dynamics = RankDynamics(model, state.max_steps, self.adapter)
+        saved = self._saved(state)
+        planned = Schedule(**saved["schedule"]) if "schedule" in saved else None
+        self.dynamics = RankDynamics(model, state.max_steps, self.adapter, planned)
         _refuse_frozen(self.dynamics)
         refuse_mixed_up(args, model, self.dynamics.adapter_name)
-        self.dynamics.step = self._resumed_step(state)
+        _warn_of_other_length(self.dynamics, state)
+        self.dynamics.step = saved.get("step", state.global_step)
         self.dynamics.skipped = state.global_step - self.dynamics.step
         _warn_of_longer_warmup(self.dynamics, args.get_warmup_steps(state.max_steps))
         self._log = Path(self.log_dir or args.output_dir or ".") / GROWTH_LOG
@@ -173,10 +177,11 @@ class DrLoraCallback(TrainerCallback, ExportableState):
         callbacks.insert(0, self)
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps: steps in which the optimizer stepped."""
-        step = None if self.dynamics is None else self.dynamics.step
+        """What a checkpoint keeps: steps in which the optimizer stepped, and the schedule."""
+        known = self.dynamics
+        kept = {} if known is None else {"step": known.step, "schedule": asdict(known.schedule)}
         log_dir = None if self.log_dir is None else os.fspath(self.log_dir)
-        return {"args": {"adapter": self.adapter, "log_dir": log_dir}, "attributes": {"step": step}}
+        return {"args": {"adapter": self.adapter, "log_dir": log_dir}, "attributes": kept}
 
     def _first_batches(
         self, args: TrainingArguments, model: Any, train_dataloader: Any, **kwargs: Any
@@ -200,18 +205,21 @@ class DrLoraCallback(TrainerCallback, ExportableState):
             examples = [data[i] for i in chosen[first : first + size]]
             yield train_dataloader.collate_fn(examples)
 
-    def _resumed_step(self, state: TrainerState) -> int:
+    def _saved(self, state: TrainerState) -> dict[str, Any]:
+        """What the checkpoint that is continued has kept; nothing of a run that begins.
+
+        Checkpoints of version 0.1 have no schedule.
+        """
         if not state.global_step:
-            return 0
+            return {}
         # A list if there are several callbacks of this class; the latest entries are at its end.
         states = cast("dict[str, Any]", state.stateful_callbacks or {})
         saved = states.get(type(self).__name__, [])
         for entry in reversed(saved if isinstance(saved, list) else [saved]):
-            if entry["args"].get("adapter") == self.adapter and (
-                entry["attributes"]["step"] is not None
-            ):
-                return entry["attributes"]["step"]
-        return state.global_step
+            kept = entry["attributes"]
+            if entry["args"].get("adapter") == self.adapter and kept.get("step") is not None:
+                return kept
+        return {}
 
 
 def _scaler_of(optimizer: object) -> Any:
@@ -238,6 +246,20 @@ def _refuse_frozen(dynamics: RankDynamics) -> None:
             f"PeftModel.from_pretrained(model, folder, is_trainable=True), or choose which adapter "
             f"to train with model.set_adapter."
         )
+
+
+def _warn_of_other_length(dynamics: RankDynamics, state: TrainerState) -> None:
+    planned = dynamics.total_steps
+    if planned == state.max_steps or not dynamics.event_steps:
+        return
+    last = dynamics.event_steps[-1]
+    short = f", so its events after step {state.max_steps} will not take place"
+    warnings.warn(
+        f"growth was planned for a run of {planned} steps, which now has {state.max_steps}: the "
+        f"plan of the checkpoint stays, its last event is after step {last}"
+        f"{short if state.max_steps < last else ''}.",
+        stacklevel=2,
+    )
 
 
 def _warn_of_longer_warmup(dynamics: RankDynamics, trainer_warmup: int) -> None:

@@ -6,6 +6,7 @@
     drlora export RUN --format peft|per-expert|merged -o DIR [--rank auto] [--dry-run]
     drlora report RUN [RUN ...] [-o FILE] [--format html|png|svg|md]
     drlora compare PLAN.yaml [key=value ...] [--jobs N] [--dry-run] [--retry-failed]
+    drlora env
 
 Every verb takes --json and --help (with examples). `drlora --print-completion bash` writes a
 completion script, where shtab is installed.
@@ -32,6 +33,7 @@ from rich.console import Console
 from drlora.arguments import Parser, make_parser
 from drlora.compare import compare
 from drlora.dry_run import dry_run, print_dry_run
+from drlora.environment import describe
 from drlora.errors import CheckpointError, ConfigError, DrLoraError
 from drlora.evaluate_run import evaluate_run
 from drlora.export_run import ExportResult, export_run, print_plan
@@ -56,7 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parse(parser, argv)
     shell = arguments.print_completion
     if shell is None and not hasattr(arguments, "verb"):
-        parser.error("which verb? invalid choice: ''")
+        parser.print_help()
+        return 0
     _quiet()
     try:
         return _print_completion(parser, shell) if shell else arguments.verb(arguments)
@@ -89,6 +92,7 @@ def _parser() -> Parser:
             "export": _export,
             "compare": _compare,
             "report": _write_report,
+            "env": _env,
         }
     )
 
@@ -143,6 +147,22 @@ def _way_on(run: RunDir, what: str) -> str:
     if not run.config.is_file():
         return f"{what} before the run began; nothing was written"
     return f"{what}. Continue with:\n  {run.resume_command}"
+
+
+def _env(arguments: argparse.Namespace) -> int:
+    found = describe()
+    if arguments.json:
+        print(json.dumps(found, indent=2))
+        return 0
+    for name, value in found.items():
+        if not isinstance(value, (dict, list)):
+            print(f"{name:12} {value}")
+            continue
+        inside = value.items() if isinstance(value, dict) else enumerate(value, start=1)
+        print(f"{name:12} {'none' if not value else ''}".rstrip())
+        for key, one in inside:
+            print(f"  {key:<24} {one}")
+    return 0
 
 
 def _eval(arguments: argparse.Namespace) -> int:

@@ -10,9 +10,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import MISSING, dataclass, field, fields
-from typing import Any
+from typing import Any, Literal
 
-from drlora.config_checks import in_order, refuse_other_than_names, refuse_other_than_tokens
+from drlora.config_checks import (
+    AUTO,
+    in_range,
+    number,
+    one_of,
+    refuse_other_than_names,
+    refuse_other_than_tokens,
+    target_names,
+    whole_number,
+)
 from drlora.errors import ConfigError
 from drlora.files import shown
 from drlora.methods import method_settings
@@ -46,6 +55,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 
 PRESETS: dict[str, dict[str, Any]] = {
+    # With the defaults, which are the published ones in runs of these lengths.
     # OLMoE-1B-7B: 38,000 steps, batch 16, lr 2e-5 linear, weight decay 0.
     "paper-v3": dict(r_init=32, r_target=64, r_max=128, projections=["up", "down"], router="train"),
     # One fine-tune per task: 3,750 steps, batch 48.
@@ -71,11 +81,14 @@ class DrLoraConfig(SavedConfig):
             each projection of a block has its own pool, saliency and quota.
         beta: decay of the moving averages of routing frequency and rank importance, in [0, 1).
         gamma: exponent of the rank penalty (r + 1) ** gamma, >= 0.
-        p_grow: an expert gains at most floor(p_grow * (r_max - r_init)) ranks at one event.
-        grow_every: optimizer steps between two growth events (T_grow).
-        warmup_steps: growth starts after it: a number of steps if >= 1, else a fraction of the
-            run. Set it to the learning rate's warm-up.
-        settle_steps: no growth in the last so many steps of the run.
+        p_grow: an expert gains at most max(1, floor(p_grow * (r_max - r_init))) ranks at one event.
+            `auto` is the published 0.1, or as much more as the budget needs in a short run.
+        grow_every: optimizer steps between two growth events (T_grow). `auto` is the published 200,
+            or less in a run that would have fewer than 16 events with it.
+        warmup_steps: the first event is at its end: a number of steps if >= 1, else a fraction of
+            the run. Set it to the learning rate's warm-up.
+        settle_steps: no growth in the last so many steps of the run. `auto` is the published 200,
+            or a tenth of a run that is shorter than 2,000 steps.
         routing_signal: what counts as routing: the top-k `topk_weight` (0 where not selected), the
             router's softmax `probability`, or the `count` of selections.
         saliency: what growth goes by: `product` (the paper's f g / (r + 1) ** gamma), `routing`
@@ -135,6 +148,8 @@ class DrLoraConfig(SavedConfig):
             adapter is loaded.
         gate_up_order: how gate and up lie in the fused matrix, `halves` or `interleaved`; filled in
             and compared likewise, since a version of transformers may change it.
+        schedule: what growth was planned with when the adapter was last trained (the numbers of
+            `drlora.schedule.Schedule`); filled in when training begins, for the record alone.
 
     Raises:
         ConfigError: naming the setting, its value and the way out.
@@ -150,10 +165,10 @@ class DrLoraConfig(SavedConfig):
     rank_per: str = "expert"
     beta: float = 0.9
     gamma: float = 1.2
-    p_grow: float = 0.1
-    grow_every: int = 200
+    p_grow: float | Literal["auto"] = AUTO
+    grow_every: int | Literal["auto"] = AUTO
     warmup_steps: float = 0.03
-    settle_steps: int = 200
+    settle_steps: int | Literal["auto"] = AUTO
     routing_signal: str = "topk_weight"
     saliency: str = "product"
     rank_importance: str = "product"
@@ -182,12 +197,13 @@ class DrLoraConfig(SavedConfig):
     experts: list[str] | None = None
     base_model_type: str | None = None
     gate_up_order: str | None = None
+    schedule: dict[str, int] | None = None
 
     def __post_init__(self) -> None:
         self.peft_type = DRLORA
         super().__post_init__()
         for name, choices in CHOICES.items():
-            _one_of(self, name, choices)
+            one_of(self, name, choices)
         self._check_ranks()
         self._check_numbers()
         self._check_names()
@@ -230,12 +246,6 @@ class DrLoraConfig(SavedConfig):
             largest = self.r_init
         return num_experts * largest
 
-    @property
-    def grant_cap(self) -> int:
-        """Most ranks one expert can gain at one event."""
-        # The small term keeps 0.1 * 30 at 3 although it is 3 - 4e-16 in floating point.
-        return math.floor(self.p_grow * (self.r_max - self.r_init) + 1e-9)
-
     def resolve_warmup(self, total_steps: int) -> int:
         """`warmup_steps` as a number of steps of a run of `total_steps`."""
         if self.warmup_steps >= 1:
@@ -266,37 +276,29 @@ class DrLoraConfig(SavedConfig):
             )
 
     def _check_numbers(self) -> None:
-        _in_range(self, "beta", 0, 1)
-        _in_range(self, "lora_dropout", 0, 1)
-        _in_range(self, "gamma", 0, None)
-        _in_range(self, "warmup_steps", 0, None)
-        _in_range(self, "settle_steps", 0, None)
-        if not 0 < _number(self, "hot_fraction") <= 1:
+        in_range(self, "beta", 0, 1)
+        in_range(self, "lora_dropout", 0, 1)
+        in_range(self, "gamma", 0, None)
+        in_range(self, "warmup_steps", 0, None)
+        if not 0 < number(self, "hot_fraction") <= 1:
             raise ConfigError(f"hot_fraction={self.hot_fraction} must lie in (0, 1].")
         for name in ("layer_floor", "move_share"):
-            if not 0 <= _number(self, name) <= 1:
+            if not 0 <= number(self, name) <= 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must lie in [0, 1].")
         for name in ("start_a_scale", "b_lr_ratio"):
-            if not 0 < _number(self, name) < math.inf:
+            if not 0 < number(self, name) < math.inf:
                 raise ConfigError(f"{name}={getattr(self, name)} must be greater than 0.")
-        if self.lora_alpha is not None and not 0 < _number(self, "lora_alpha") < math.inf:
+        if self.lora_alpha is not None and not 0 < number(self, "lora_alpha") < math.inf:
             raise ConfigError(f"lora_alpha={self.lora_alpha} must be greater than 0.")
-        if not 0 < _number(self, "p_grow") <= 1:
-            raise ConfigError(f"p_grow={self.p_grow} must lie in (0, 1].")
-        for name, unit in (("grow_every", "steps"), ("start_batches", "batches")):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{name}={value!r} must be a whole number of {unit}, at least 1.")
-        if (self.grows or self.move_share) and self.grant_cap < 1:
-            room = self.r_max - self.r_init
-            if not room:
-                raise ConfigError(
-                    f"move_share={self.move_share} needs experts that can grow: raise r_max="
-                    f"{self.r_max} above r_init={self.r_init}."
-                )
+        if self.p_grow != AUTO and not 0 < number(self, "p_grow") <= 1:
+            raise ConfigError(f"p_grow={self.p_grow} must lie in (0, 1], or be {AUTO!r}.")
+        whole_number(self, "grow_every", 1, "steps", may_be_auto=True)
+        whole_number(self, "settle_steps", 0, "steps", may_be_auto=True)
+        whole_number(self, "start_batches", 1, "batches")
+        if self.move_share and self.r_max == self.r_init:
             raise ConfigError(
-                f"p_grow={self.p_grow} lets no expert grow: floor(p_grow * (r_max - r_init)) = "
-                f"floor({self.p_grow} * {room}) = 0; raise p_grow to at least {1 / room:.3g}."
+                f"move_share={self.move_share} needs experts that can grow: raise r_max="
+                f"{self.r_max} above r_init={self.r_init}."
             )
 
     def _check_names(self) -> None:
@@ -304,9 +306,8 @@ class DrLoraConfig(SavedConfig):
             if not isinstance(value := getattr(self, name), bool):
                 raise ConfigError(f"{name}={shown(value)} must be true or false.")
         for name in ("projections", "target_modules", "modules_to_save", "experts"):
-            if name == "projections" or getattr(self, name) is not None:
-                refuse_other_than_names(name, getattr(self, name))
-        refuse_other_than_tokens(self.trainable_token_indices)
+            refuse_other_than_names(self, name)
+        refuse_other_than_tokens(self, "trainable_token_indices")
         if isinstance(self.projections, str):
             self.projections = [self.projections]
         chosen = list(self.projections)
@@ -337,7 +338,7 @@ class DrLoraConfig(SavedConfig):
             self.target_modules = None
             return
         if not isinstance(self.target_modules, str):
-            self.target_modules = in_order(self.target_modules)
+            self.target_modules = target_names(self.target_modules)
         if self.target_rank is None:
             self.target_rank = self.r_target
         rank = self.target_rank
@@ -345,7 +346,7 @@ class DrLoraConfig(SavedConfig):
             raise ConfigError(f"target_rank={rank!r} must be a whole number of at least 1.")
         if self.target_alpha is None:
             self.target_alpha = self.lora_alpha * rank / self.r_target
-        if not 0 < _number(self, "target_alpha") < math.inf:
+        if not 0 < number(self, "target_alpha") < math.inf:
             raise ConfigError(f"target_alpha={self.target_alpha} must be greater than 0.")
 
 
@@ -358,23 +359,3 @@ def preset_settings(name: str) -> dict[str, Any]:
     if name not in PRESETS:
         raise ConfigError(f"preset={name!r} is not known; choose one of {sorted(PRESETS)}.")
     return PRESETS[name]
-
-
-def _number(config: DrLoraConfig, name: str) -> float:
-    value = getattr(config, name)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ConfigError(f"{name}={value!r} must be a number.")
-    return value
-
-
-def _in_range(config: DrLoraConfig, name: str, low: float, high: float | None) -> None:
-    value = _number(config, name)
-    if not (low <= value < (math.inf if high is None else high)):
-        bound = f"[{low}, {high})" if high is not None else f"at least {low} and finite"
-        raise ConfigError(f"{name}={value} is out of range; it must be {bound}.")
-
-
-def _one_of(config: DrLoraConfig, name: str, choices: tuple[str, ...]) -> None:
-    value = getattr(config, name)
-    if value not in choices:
-        raise ConfigError(f"{name}={value!r} is not known; choose one of {list(choices)}.")

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, fields
 
 import torch
 from peft import PeftModel
@@ -22,11 +23,13 @@ from torch import Tensor, nn
 
 from drlora.config import DrLoraConfig
 from drlora.errors import CheckpointError, ConfigError
+from drlora.groups import schedule_for
 from drlora.growth import Grant, Growth, Moment
 from drlora.inject import active_adapter, adapted_layers
 from drlora.layer import ExpertsAdapter, RankPool
 from drlora.processes import add_up, refuse_differing
 from drlora.saliency import RANK_IMPORTANCES, ema, routed_share
+from drlora.schedule import Schedule
 from drlora.young_rows import OwnClocks, is_adam, parameter_groups, unwrap_optimizer
 
 
@@ -37,8 +40,11 @@ class RankDynamics:
         model: a PeftModel (or any model with injected adapters) that carries a DR-LoRA adapter.
         total_steps: optimizer steps of the whole run.
         adapter: its name; by default the model's active adapter.
+        schedule: that of the run that is continued, where it is one; by default it is made from the
+            settings and `total_steps`.
 
     Attributes:
+        schedule: when ranks may change, and by how much: `auto` settings as they were chosen.
         step: optimizer steps taken so far.
         skipped: steps that a GradScaler left out so far.
 
@@ -46,10 +52,15 @@ class RankDynamics:
         ConfigError: if the model has no such adapter, or the settings cannot reach the budget.
     """
 
-    def __init__(self, model: nn.Module, total_steps: int, adapter: str | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        total_steps: int,
+        adapter: str | None = None,
+        schedule: Schedule | None = None,
+    ) -> None:
         self.adapter_name = adapter or active_adapter(model)
         self.config = _config_of(model, self.adapter_name)
-        self.total_steps = total_steps
         self.step = 0
         self.skipped = 0
         self.adapters: dict[str, ExpertsAdapter] = {
@@ -57,8 +68,7 @@ class RankDynamics:
             for name, layer in adapted_layers(model, self.adapter_name).items()
         }
         _refuse_unplaced(self.config, self.budget()[0])
-        self.growth = Growth(self.adapters, self.config, total_steps)
-        self.warmup_steps = self.config.resolve_warmup(total_steps)
+        self._follow(schedule or schedule_for(self.adapters, self.config, total_steps))
         self._router_parameters = list(_router_parameters(model, self.adapters, self.adapter_name))
         self._hooks = [p.register_hook(self._hold_router) for p in self._router_parameters]
         self._clocks = OwnClocks()
@@ -67,6 +77,21 @@ class RankDynamics:
         self._poisoned_steps: Tensor | int = 0
         self._told_of_poison = False
         self._has_agreed = False
+
+    def _follow(self, schedule: Schedule) -> None:
+        self.schedule = schedule
+        self.growth = Growth(self.adapters, self.config, schedule)
+        self.config.schedule = asdict(schedule)  # is saved with the adapter
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the run that growth was planned for."""
+        return self.schedule.total_steps
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps before growth, and before trained routers train."""
+        return self.schedule.warmup_steps
 
     @property
     def event_steps(self) -> tuple[int, ...]:
@@ -85,7 +110,7 @@ class RankDynamics:
         Skipped steps hold it up by at most `settle_steps`; after that it goes on without them, so
         that every event takes place within `total_steps` steps, skipped or not.
         """
-        return self.step + max(0, self.skipped - self.config.settle_steps)
+        return self.step + max(0, self.skipped - self.schedule.settle_steps)
 
     @property
     def poisoned_steps(self) -> int:
@@ -208,17 +233,18 @@ class RankDynamics:
     def state_dict(self) -> dict[str, Tensor]:
         """Everything that growth depends on, as tensors: step, owners and running averages."""
         steps = {"step": torch.tensor(self.step), "skipped": torch.tensor(self.skipped)}
+        steps["schedule"] = torch.tensor([*asdict(self.schedule).values()])
         return steps | {key: buffer.detach().clone() for key, buffer in self._buffers()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Continue from `state_dict()`.
+        """Continue from `state_dict()`, also with its schedule, whatever `total_steps` is here.
 
         Raises:
             CheckpointError: if the state belongs to other blocks, projections or sizes; nothing
                 is changed then.
         """
         buffers = dict(self._buffers())
-        odd = sorted((set(state) ^ {"step", *buffers}) - {"skipped"})[:4]
+        odd = sorted((set(state) ^ {"step", *buffers}) - {"skipped", "schedule"})[:4]
         if odd:
             raise CheckpointError(
                 f"the state belongs to another adapter: {odd} do not match. Make RankDynamics for "
@@ -235,7 +261,11 @@ class RankDynamics:
         for pool in self._pools():
             pool.read_owners()
         self.step = int(state["step"])
-        self.skipped = int(state.get("skipped", 0))  # states of version 0.1 do not have it
+        # States of version 0.1 do not have the two below.
+        self.skipped = int(state.get("skipped", 0))
+        if "schedule" in state:
+            names = [field.name for field in fields(Schedule)]
+            self._follow(Schedule(**dict(zip(names, state["schedule"].tolist(), strict=True))))
 
     def _pools(self) -> list[RankPool]:
         return [pool for a in self.adapters.values() for pool in a.rank_pools.values()]

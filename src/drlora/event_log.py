@@ -20,7 +20,8 @@ from typing import Any
 from torch import Tensor
 
 from drlora.dynamics import RankDynamics
-from drlora.growth import Growth, Scored
+from drlora.groups import Scored
+from drlora.growth import Growth
 from drlora.jsonl import append_lines, forget_after
 
 EVENT_LOG = "events.jsonl"

@@ -1,16 +1,14 @@
 """One event: experts that compete for ranks are scored, and rows of their pools change hands.
 
-A group is what shares one budget: the experts of a block or, with `budget_scope="model"`, those of
-all blocks; with `rank_per="projection"`, one projection of them. What is due comes from the plan
-(schedule), who is to have it from a rule (saliency), how it is shared out from the allocator.
+What is due comes from the plan (schedule), who competes for it from the groups, who is to have it
+from a rule (saliency), how it is shared out from the allocator.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -19,10 +17,11 @@ from torch import Tensor
 
 from drlora.allocator import allocate_in_layers, least_important, reserve, take_back
 from drlora.config import DrLoraConfig
+from drlora.groups import Group, Scored, make_groups
 from drlora.layer import ExpertsAdapter, RankPool
 from drlora.row_directions import point_along_gradient
-from drlora.saliency import RULES, Signals, expert_sums
-from drlora.schedule import GrowthPlan, plan_growth
+from drlora.saliency import RULES, Signals
+from drlora.schedule import Schedule, simulate
 from drlora.young_rows import (
     decays_weights,
     forget_rows,
@@ -66,115 +65,6 @@ class Moment(NamedTuple):
     run: int
 
 
-@dataclass(frozen=True)
-class Member:
-    """Pools of one block whose experts share a rank."""
-
-    block: str
-    adapter: ExpertsAdapter
-    projections: tuple[str, ...]
-
-    @property
-    def num_experts(self) -> int:
-        """E."""
-        return self.adapter.block.num_experts
-
-    @property
-    def pools(self) -> list[RankPool]:
-        """One a projection; a row belongs to the same expert in all of them."""
-        return [self.adapter.rank_pools[name] for name in self.projections]
-
-    def ranks(self) -> list[int]:
-        """(E,) the rank of each expert."""
-        return self.pools[0].book.ranks().tolist()
-
-    def importance(self) -> Tensor:
-        """(E,) g_i: the mean over the rows that the expert owns in all of the pools."""
-        sums = [expert_sums(p.importance, p.owner, self.num_experts) for p in self.pools]
-        counts = torch.tensor(self.ranks(), device=sums[0].device) * len(self.pools)
-        mean_E = sum(sums[1:], start=sums[0]) / counts.clamp(min=1)
-        # Averages after a large spike are finite, but a sum of them need not be.
-        return mean_E.clamp(max=torch.finfo(mean_E.dtype).max)
-
-    def row_scores(self) -> Tensor:
-        """(R,) what rows are kept for, summed over the pools."""
-        scores = torch.stack([pool.row_scores() for pool in self.pools])
-        return scores.sum(dim=0)
-
-
-@dataclass(frozen=True)
-class Group:
-    """Members that share one budget, and the plan to spend it."""
-
-    members: tuple[Member, ...]
-    plan: GrowthPlan
-
-    @property
-    def pools(self) -> list[RankPool]:
-        """Of all members."""
-        return [pool for member in self.members for pool in member.pools]
-
-    @property
-    def sizes(self) -> list[int]:
-        """Experts of each member."""
-        return [member.num_experts for member in self.members]
-
-    def ranks(self) -> list[int]:
-        """Of all experts, member by member."""
-        return [rank for member in self.members for rank in member.ranks()]
-
-    def signals(self, config: DrLoraConfig, step: int) -> Signals:
-        """What the rules may know of all experts, on the CPU."""
-        return Signals(
-            torch.cat([member.adapter.frequency.cpu() for member in self.members]),
-            torch.cat([member.importance().cpu() for member in self.members]),
-            torch.tensor(self.ranks()),
-            config.gamma,
-            int(self.pools[0].seed) + step,
-        )
-
-    def split(self, values: list) -> Iterator[tuple[Member, list]]:
-        """Values of all experts, member by member."""
-        ends = accumulate(self.sizes)
-        for member, end in zip(self.members, ends, strict=True):
-            yield member, values[end - member.num_experts : end]
-
-
-class Scored(NamedTuple):
-    """Experts that share a budget, what was known of them, and the score of each."""
-
-    group: Group
-    signals: Signals
-    saliency_E: list[float]
-
-
-def make_groups(
-    adapters: Mapping[str, ExpertsAdapter], config: DrLoraConfig, total_steps: int
-) -> list[Group]:
-    """The groups of an adapter over a run of `total_steps`.
-
-    Raises:
-        ConfigError: if a group cannot reach its budget.
-    """
-    together = config.rank_per == "expert"
-    shares = [tuple(config.projections)] if together else [(one,) for one in config.projections]
-    members = [
-        [Member(name, adapter, share) for name, adapter in adapters.items()] for share in shares
-    ]
-    if config.budget_scope == "layer":
-        # Block by block, as the growth log has always been ordered.
-        members = [[member] for of_block in zip(*members, strict=True) for member in of_block]
-    return [_group(of_group, config, total_steps) for of_group in members]
-
-
-def _group(members: list[Member], config: DrLoraConfig, total_steps: int) -> Group:
-    # The ranks of a run that begins; one that is under way was checked then.
-    begins = not any(pool.importance.any() for member in members for pool in member.pools)
-    start = [rank for member in members for rank in member.ranks()] if begins else None
-    experts = sum(member.num_experts for member in members)
-    return Group(tuple(members), plan_growth(config, experts, total_steps, start))
-
-
 class Growth:
     """The events of all groups over a run.
 
@@ -184,10 +74,10 @@ class Growth:
     """
 
     def __init__(
-        self, adapters: Mapping[str, ExpertsAdapter], config: DrLoraConfig, total_steps: int
+        self, adapters: Mapping[str, ExpertsAdapter], config: DrLoraConfig, schedule: Schedule
     ) -> None:
         self.config = config
-        self.groups = make_groups(adapters, config, total_steps)
+        self.groups = make_groups(adapters, config, schedule)
         self.scored: list[Scored] = []
         self._warned: set[str] = set()
 
@@ -222,6 +112,8 @@ class Growth:
         self.scored.append(scored)
         signals, saliency_E, before = scored.signals, scored.saliency_E, group.ranks()
         if not any(saliency_E):
+            if self._can_wait(group, event):
+                return []
             self._warn_once(
                 "saliency",
                 f"{group.members[0].block}: at step {now.run} no expert has any saliency, so ranks "
@@ -239,6 +131,16 @@ class Growth:
             self._grant(group, grants, now, optimizer)
         return list(_grants(group, now.run, before, signals, saliency_E))
 
+    def _can_wait(self, group: Group, event: int) -> bool:
+        """Whether the budget is certain to be reached without this event."""
+        if event == len(group.plan.event_steps):
+            return False
+        if self.config.allocation == "prune":
+            return True
+        num_experts, ranks = sum(group.sizes), group.ranks()
+        last = simulate(self.config, num_experts, group.plan, ranks, first_event=event + 1)[-1]
+        return sum(last) == group.plan.owned(len(group.plan.event_steps))
+
     def _take_back(self, group: Group, event: int, saliency_E: list[float]) -> list[int]:
         """(experts of the group,) ranks that are to move to others."""
         ranks = group.ranks()
@@ -247,7 +149,7 @@ class Growth:
             ranks=ranks,
             quota=group.plan.owned(event) - sum(ranks),
             share=self.config.move_share,
-            cap=self.config.grant_cap,
+            cap=group.plan.cap,
             r_max=self.config.r_max,
         )
 
@@ -271,7 +173,7 @@ class Growth:
             saliency_E,
             ranks=full,
             quota=group.plan.owned(event) - sum(ranks),
-            cap=self.config.grant_cap,
+            cap=group.plan.cap,
             r_max=self.config.r_max,
             sizes=group.sizes,
             reserved=reserved,

@@ -27,7 +27,7 @@ from drlora.inject import choose_blocks
 from drlora.memory_plan import TOKENS, Beside, adapter_parameters, memory_plan, stored_rank
 from drlora.ops.parts import MATRICES
 from drlora.recipe import DTYPES
-from drlora.schedule import GrowthPlan, plan_growth
+from drlora.schedule import Competitors, GrowthPlan, make_schedule, plan_of
 
 EARLY, LATE, FEW_EVENTS = 0.6, 0.95, 4
 
@@ -156,18 +156,22 @@ def _growth(blocks: Sequence[MoEBlock], config: DrLoraConfig, steps: int) -> dic
     num_experts = blocks[0].num_experts
     common: dict[str, Any] = {"steps": steps, "warmup_steps": config.resolve_warmup(steps)}
     try:
-        plans = {n: plan_growth(config, n, steps) for n in {b.num_experts for b in blocks}}
+        groups = [Competitors(block.num_experts) for block in blocks]
+        schedule = make_schedule(config, groups, steps)
     except ConfigError as error:
         return {**common, "reached": False, "reason": str(error)}
-    plan = plans[num_experts]
+    plan = plan_of(config, num_experts, schedule)
     curve = _curve(plan, config, num_experts)
     full = [event["step"] for event in curve if event["mean_rank"] == config.r_target]
     return {
         **common,
+        "schedule": str(schedule) if plan.event_steps else "no events: ranks stay as they start",
         "start_rank": config.r_init,
         "events": len(plan.event_steps),
         "quota_module_ranks": plan.quota,
-        "cap_ranks": config.grant_cap,
+        "grow_every": schedule.grow_every,
+        "settle_steps": schedule.settle_steps,
+        "cap_ranks": schedule.cap,
         "reached": True,
         "reached_at_step": full[0] if full else 0,
         "reached_at_share": (full[0] if full else 0) / steps,
@@ -181,24 +185,25 @@ def growth_warnings(growth: dict[str, Any], config: DrLoraConfig) -> list[str]:
         return []
     found = []
     steps, at = growth["steps"], growth["reached_at_step"]
+    every, settle = growth["grow_every"], growth["settle_steps"]
     verb = "pruning is over" if config.allocation == "prune" else "the budget is reached"
     if at < EARLY * steps:
-        spacing = max(config.grow_every + 1, math.ceil(0.75 * steps / growth["events"]))
+        spacing = max(every + 1, math.ceil(0.75 * steps / growth["events"]))
         found.append(
             f"{verb} at {at / steps:.0%} of the run, and what is learned later changes no rank: "
-            f"raise grow_every to about {spacing}, or lower settle_steps ({config.settle_steps})."
+            f"raise grow_every to about {spacing}, or lower settle_steps ({settle})."
         )
     if at > LATE * steps:
         found.append(
             f"{verb} at {at / steps:.0%} of the run, which leaves {steps - at} steps to learn with "
-            f"all ranks: lower grow_every, or raise settle_steps ({config.settle_steps})."
+            f"all ranks: lower grow_every, or raise settle_steps ({settle})."
         )
     if growth["events"] < FEW_EVENTS:
         found.append(
             f"there are only {growth['events']} events, so ranks follow little of what is "
-            f"observed: lower grow_every ({config.grow_every}) or settle_steps."
+            f"observed: lower grow_every ({every}) or settle_steps."
         )
-    if growth["warmup_steps"] > config.grow_every * growth["events"]:
+    if growth["warmup_steps"] > every * growth["events"]:
         found.append(
             f"the warm-up takes {growth['warmup_steps']} steps, longer than all growth: lower "
             f"warmup_steps."

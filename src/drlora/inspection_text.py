@@ -89,16 +89,34 @@ def _print_growth(growth: dict[str, Any], console: Console) -> None:
     if not growth["reached"]:
         console.print(f"  the budget is not reached: {growth['reason']}")
         return
-    console.print(
-        f"  {growth['events']} events, quota {growth['quota_module_ranks']} module ranks a layer "
-        f"and event, cap {growth['cap_ranks']} ranks an expert and event"
-    )
-    for line in growth_chart(growth):
+    console.print(f"  {growth['schedule']}")
+    console.print(f"  quota {growth['quota_module_ranks']} module ranks a layer and event")
+    for line in [*growth_chart(growth), *progress_rows(growth)]:
         console.print(f"  {line}")
     console.print(
         f"  the budget is reached at step {growth['reached_at_step']:,}, "
         f"{growth['reached_at_share']:.0%} of the run"
     )
+
+
+def progress_rows(growth: dict[str, Any]) -> list[str]:
+    """Events and mean rank by a few round numbers of steps."""
+    events, steps = growth["mean_ranks"], growth["steps"]
+    if not events:
+        return []
+    rows = [f"{'by step':>10} {'events':>7} {'mean rank':>10}"]
+    for step in [*range(_round_part(steps), steps, _round_part(steps)), steps]:
+        done = [event for event in events if event["step"] <= step]
+        mean = done[-1]["mean_rank"] if done else growth["start_rank"]
+        rows.append(f"{step:>10,} {len(done):>7,} {mean:>10.3f}")
+    return rows
+
+
+def _round_part(steps: int) -> int:
+    """About a sixth of the steps, as a number with one digit that is not 0."""
+    sixth = max(1, steps // 6)
+    unit = 10 ** (len(str(sixth)) - 1)
+    return sixth // unit * unit
 
 
 def growth_chart(growth: dict[str, Any]) -> list[str]:

@@ -7,7 +7,8 @@ Paths are stored from the root on, so a folder works from any working directory.
   the same: if a run was stored as /old/runs/a and lies in /new/runs/a, then /old/models/m is looked
   for as /new/models/m;
 - a relative path, as earlier versions stored them, is one of the directory that the run was started
-  in (which the end of its output_dir shows), and else of the working directory.
+  in, which the end of its output_dir shows; in an export, of the nearest folder above it in which
+  it leads somewhere; and else of the working directory.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path, PurePath
+
+NO_PATHS = ("", "embedded")  # whatever lies in the working directory
 
 
 @dataclass(frozen=True)
@@ -42,12 +45,19 @@ class Place:
 
     def find(self, name: str) -> str:
         """The path that a stored `name` means now; what is no path of a file, as it is."""
-        if self.before is None or not name:
+        if name in NO_PATHS:
             return name
         path = PurePath(name)
+        if self.before is None:
+            return name if path.is_absolute() else self._above(name) or name
         if path.is_absolute():
             return name if leads_somewhere(name) else self._moved(path) or name
         return (None if self.before.is_absolute() else self._moved(path)) or name
+
+    def _above(self, name: str) -> str | None:
+        """The nearest `name` in a folder above."""
+        found = (str(folder / name) for folder in self.now.parents)
+        return next((path for path in found if leads_somewhere(path)), None)
 
     def _moved(self, path: PurePath) -> str | None:
         """Where `path` is if it went with the folder, and if something is there."""
@@ -72,5 +82,7 @@ def from_root(name: str) -> str:
 
     Links stay as they are, for what they lead to may change.
     """
+    if name in NO_PATHS:
+        return name
     path = os.path.expanduser(name)
-    return os.path.abspath(path) if path and leads_somewhere(path) else name
+    return os.path.abspath(path) if leads_somewhere(path) else name

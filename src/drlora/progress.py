@@ -112,6 +112,8 @@ class ShowProgress(TrainerCallback):
         self.task = self.bar.add_task(
             "training", total=state.max_steps, completed=state.global_step, note=self.note
         )
+        if self.dynamics is not None and self.dynamics.event_steps:
+            self.console.print(f"growth: {self.dynamics.schedule}")
         self.bar.start()
 
     def on_step_end(

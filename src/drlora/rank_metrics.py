@@ -7,6 +7,7 @@ budget_spent        share of the stored rows that experts own
 dynamics_share      share of the time since training began that observing and growing took
 tokens_per_second   real tokens that were learned from, of all processes, since the last entry
 rank_gini/layer_03, rank_top_share/layer_03         of one block, after its ranks have changed
+growth_events, grow_every, settle_steps, grant_cap  once, at first: the schedule, as it was chosen
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ class RankLog:
         self.dynamics = dynamics
         self.seconds = 0.0
         self.has_changed = True
+        self._told_schedule = False
         self._started = time.perf_counter()
         self._known: dict[str, float] = {}
         # Counted on the device, so that an ordinary step does not make the host wait.
@@ -90,9 +92,22 @@ class RankLog:
                 entries[f"rank_gini/layer_{number:02}"] = unequal
                 entries[f"rank_top_share/layer_{number:02}"] = share
             self.has_changed = False
+        entries |= self._schedule_once()
         share = self.seconds / (time.perf_counter() - self._started)
         speed = {"dynamics_share": share, "tokens_per_second": self._tokens_per_second()}
         return {**self._known, **speed, **entries}
+
+    def _schedule_once(self) -> dict[str, float]:
+        if self._told_schedule or not self.dynamics.event_steps:
+            return {}
+        self._told_schedule = True
+        schedule = self.dynamics.schedule
+        return {
+            "growth_events": len(self.dynamics.event_steps),
+            "grow_every": schedule.grow_every,
+            "settle_steps": schedule.settle_steps,
+            "grant_cap": schedule.cap,
+        }
 
     def _tokens_per_second(self) -> float:
         processes = dist.get_world_size() if dist.is_initialized() else 1

@@ -11,7 +11,7 @@ import types
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
 
@@ -156,7 +156,9 @@ def check_type(value: Any, wanted: Any, name: str) -> Any:
     Raises:
         ConfigError: naming the setting, its value and what it must be.
     """
-    if wanted is int and isinstance(value, float) and value.is_integer():
+    takes = get_args(wanted) or (wanted,)
+    is_whole = isinstance(value, float) and value.is_integer()
+    if is_whole and int in takes and float not in takes:
         return int(value)
     if not _fits(value, wanted):
         raise ConfigError(f"{name}={shown(value, 80)} must be {_described(wanted)}.")
@@ -167,6 +169,8 @@ def _fits(value: Any, wanted: Any) -> bool:
     origin, arguments = get_origin(wanted), get_args(wanted)
     if origin in (Union, types.UnionType):
         return any(_fits(value, one) for one in arguments)
+    if origin is Literal:
+        return value in arguments
     if origin is list:
         return isinstance(value, list) and all(_fits(item, arguments[0]) for item in value)
     if origin is dict or wanted is dict:
@@ -194,6 +198,8 @@ def _described(wanted: Any) -> str:
     origin, arguments = get_origin(wanted), get_args(wanted)
     if origin in (Union, types.UnionType):
         return " or ".join(_described(one) for one in arguments)
+    if origin is Literal:
+        return " or ".join(map(repr, arguments))
     if origin is list:
         return f"a list ({_described(arguments[0])} each)"
     return _NAMES.get(origin or wanted, str(wanted))

@@ -6,18 +6,12 @@ result.before.loss.loss, result.after.loss.loss, result.ranks
 
 from __future__ import annotations
 
-import platform
-import resource
-import sys
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import accelerate
-import datasets
-import peft
 import torch
 import transformers
 from peft import PeftModel
@@ -33,7 +27,6 @@ from transformers import (
     set_seed,
 )
 
-from drlora import __version__
 from drlora.assemble import (
     Examples,
     add_adapter,
@@ -53,6 +46,7 @@ from drlora.callback import DrLoraCallback
 from drlora.checkpoint import adapter_state, checkpoint_step
 from drlora.config import DrLoraConfig
 from drlora.data import Collator
+from drlora.environment import peak_memory, versions
 from drlora.errors import CheckpointError
 from drlora.files import first_line
 from drlora.inject import adapted_layers
@@ -295,8 +289,7 @@ class _Trainer(Trainer):
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """PEFT's helper makes the groups; otherwise all is as in transformers."""
         assert isinstance(self.model, PeftModel)
-        config = self.model.peft_config[self.model.active_adapter]
-        assert isinstance(config, DrLoraConfig)
+        config = _config(self.model)
         if self.optimizer is None and config.b_lr_ratio != 1:
             base = cast(PreTrainedModel, self.model)
             kind, settings = self.get_optimizer_cls_and_kwargs(self.args, base)
@@ -340,27 +333,32 @@ def _free_parameters(model: PeftModel) -> int:
     )
 
 
-def _budget(model: PeftModel, ranks: Ranks) -> dict[str, Any]:
-    rows = [row for projections in ranks.values() for row in projections.values()]
+def _config(model: PeftModel) -> DrLoraConfig:
     config = model.peft_config[model.active_adapter]
     assert isinstance(config, DrLoraConfig)
+    return config
+
+
+def _budget(model: PeftModel, ranks: Ranks) -> dict[str, Any]:
+    rows = [row for projections in ranks.values() for row in projections.values()]
     return {
         "spent": sum(map(sum, rows)),
         "stored": sum(len(pool.book.owner_R) for pool in _pools(model)),
-        "r_target": config.r_target,
+        "r_target": _config(model).r_target,
         "experts": len(rows[0]),
         "layers": len(ranks),
         "projections": len(next(iter(ranks.values()))),
     }
 
 
-def _to_json(result: TrainResult, job: _Job, model: PreTrainedModel | PeftModel) -> dict[str, Any]:
+def _to_json(result: TrainResult, job: _Job, model: PeftModel) -> dict[str, Any]:
     assert result.after is not None
     return {
         "before": result.before.to_dict() if result.before else None,
         "after": result.after.to_dict(),
         "budget": result.budget,
         "ranks": result.ranks,
+        "schedule": _config(model).schedule,
         "method": job.recipe.method,
         "trainable_parameters": result.trainable_parameters,
         "stored_parameters": result.stored_parameters,
@@ -378,19 +376,3 @@ def _to_json(result: TrainResult, job: _Job, model: PreTrainedModel | PeftModel)
         "versions": versions(),
         "config": job.recipe.to_dict(),
     }
-
-
-def peak_memory() -> dict[str, int]:
-    """Most memory that this process held, in bytes; on a GPU what torch allocated there too."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    found = {"peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
-    if torch.cuda.is_available():
-        found["peak_gpu_memory_bytes"] = torch.cuda.max_memory_allocated()
-    return found
-
-
-def versions() -> dict[str, str]:
-    """The versions of what computes."""
-    modules = (torch, transformers, peft, accelerate, datasets)
-    found = {module.__name__: str(module.__version__) for module in modules}
-    return {"drlora": __version__, "python": platform.python_version(), **found}

@@ -5,6 +5,7 @@ told with its line number; the check keeps nothing in memory.
 """
 
 import json
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,14 @@ from typing import Any
 import datasets
 from datasets.exceptions import DatasetsError
 
-from drlora.data.layout import Layout, check_record, choose_layout
+from drlora.data.layout import Layout, check_record, choose_layout, unused_columns
 from drlora.errors import DataError
 from drlora.files import local_path
 
 EMBEDDED_PREFIX = "embedded:"
 EMBEDDED_FOLDER = Path(__file__).resolve().parents[1] / "embedded" / "tasks"
 READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+logger = logging.getLogger(__name__)
 OTHER_FILE_SUFFIXES = (".csv", ".tsv", ".txt", ".arrow", ".gz", ".zip", ".zst", ".xlsx")
 
 
@@ -132,6 +134,9 @@ def _read(
     layout = choose_layout(dataset.column_names, columns, where)
     if len(dataset) == 0:
         raise DataError(f"{where} has no examples")
+    left = unused_columns(dataset.column_names, layout, where)
+    if left:
+        logger.warning("%s: columns not used: %s", where, ", ".join(left))
     dataset = dataset.select_columns(list(layout.columns.values()))
     check_record(dataset[0], layout, f"{where}, first example")
     return dataset.rename_columns({column: name for name, column in layout.columns.items()})

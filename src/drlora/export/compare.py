@@ -76,8 +76,8 @@ class Difference:
     def __str__(self) -> str:
         computed = "in float32" if self.noise == NOISE else "in their own dtype"
         return (
-            f"{self.effect:.2%} of the logits come of the adapter; of that the export is off by "
-            f"{self.of_effect:.2g}, in its worst weight by {self.of_weight_effect:.2g} "
+            f"the adapter moves the logits by {self.effect:.2%}, the export is off by "
+            f"{self.of_effect:.2g} of that, in its worst weight by {self.of_weight_effect:.2g} "
             f"(allowed {ALLOWED:g}; {self.tokens} tokens, {self.dtype} weights, {computed})"
         )
 
@@ -111,7 +111,7 @@ class Gap:
     def __init__(self, one: Sequence[Tensor], other: Sequence[Tensor]) -> None:
         gaps = [a_NV - b_NV for a_NV, b_NV in zip(one, other, strict=True)]
         self.largest = max(gap_NV.abs().max().item() for gap_NV in gaps)
-        self.squares_N = torch.cat([gap_NV.double().square().mean(dim=1) for gap_NV in gaps])
+        self.squares_N = torch.cat([_mean_square(gap_NV) for gap_NV in gaps])
 
     @property
     def root_mean_square(self) -> float:
@@ -159,8 +159,13 @@ def difference(
     )
 
 
+def _mean_square(x_NV: Tensor) -> Tensor:
+    """(N,) float64, over the logits of each token."""
+    return x_NV.square().mean(dim=1, dtype=torch.float64)
+
+
 def _root_mean_square(logits: Sequence[Tensor]) -> float:
-    squares_N = torch.cat([x_NV.double().square().mean(dim=1) for x_NV in logits])
+    squares_N = torch.cat([_mean_square(x_NV) for x_NV in logits])
     return max(squares_N.mean().sqrt().item(), 1e-30)
 
 

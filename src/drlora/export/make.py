@@ -31,6 +31,7 @@ from drlora.ops.merge import NEAREST, Rounding
 
 ROUNDING = Rounding("stochastic")
 ROUNDINGS = ("stochastic", "nearest")
+WORTH_SAYING = 0.1  # of the adapter's effect
 
 
 @dataclass(frozen=True)
@@ -179,8 +180,10 @@ def _compare(
 
 
 def _in_words(said: dict[str, Any], dtype: str) -> str:
+    way_out = "; merge into a float32 base, or export as peft, to lose none of it"
     return (
         f"rounding to {dtype} ({said['mode']}): {said['unmoved']:.1%} of the updated entries are "
         f"as they were, {said['kept']:.1%} of the update is in the weights; logits move by "
         f"{said['of_effect']:.1%} of what the adapter does to them"
+        f"{way_out if said['of_effect'] > WORTH_SAYING else ''}"
     )

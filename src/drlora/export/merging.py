@@ -141,10 +141,11 @@ def merge(
         elif name in reference.linears and _is_plain(module):
             before = _plain_weight(module).detach().clone()
             _merge_linear(module, adapter, name, rounding)
-            weight, update = _plain_weight(module), reference.linear_update(name).to(before.device)
             wanted = _merged(reference, name, before, before.dtype, rounding)
-            found.add(name, weight.double() - wanted.double(), update)
-            kept.add(before, weight, update)
+            device = exact_device(before)
+            after, update = _plain_weight(module).to(device), reference.linear_update(name)
+            found.add(name, after.double() - wanted.to(device).double(), update.to(device))
+            kept.add(before.to(device), after, update.to(device))
     base = model.merge_and_unload(adapter_names=[adapter])
     return base, found, kept
 
@@ -158,9 +159,10 @@ def _watch(layer: DrLoraExperts, block: BlockReference, found: Deviation, kept: 
         base = unload(*args, **kwargs)
         for matrix, weights in before.items():
             for expert, after in enumerate(_weights(layer, matrix)):
-                before_OI, after_OI = torch.cat(weights[expert]), torch.cat(after)
-                update_OI = block.update(matrix, expert).to(after_OI.device)
-                wanted_OI = block.merged(matrix, expert, before_OI, rounding).to(after_OI.device)
+                device = exact_device(after[0])
+                before_OI, after_OI = (torch.cat(x).to(device) for x in (weights[expert], after))
+                update_OI = block.update(matrix, expert).to(device)
+                wanted_OI = block.merged(matrix, expert, before_OI, rounding)
                 error_OI = after_OI.double() - wanted_OI.double()
                 found.add(f"expert {expert} of {block.name}.{matrix}", error_OI, update_OI)
                 kept.add(before_OI, after_OI, update_OI)

@@ -58,8 +58,8 @@ def _stochastic_bfloat16(exact: Tensor, generator: torch.Generator) -> Tensor:
     Drawn on the CPU, as everything here, to be the same on any device.
     """
     draws = torch.empty(exact.shape, dtype=torch.int32).random_(0, 1 << 16, generator=generator)
-    bits = exact.float().view(torch.int32).add_(draws.to(exact.device)).bitwise_and_(-1 << 16)
-    return bits.view(torch.float32).to(torch.bfloat16)
+    bits = exact.float().view(torch.int32) + draws.to(exact.device)
+    return bits.bitwise_and_(-1 << 16).view(torch.float32).to(torch.bfloat16)
 
 
 def _stochastic(exact: Tensor, nearest: Tensor, generator: torch.Generator) -> Tensor:

@@ -242,6 +242,7 @@ SETUP: Facts = {
     "Rank for each": _adapter("rank_per"),
     "beta / gamma / p_grow": _adapter("beta", "gamma", "p_grow"),
     "grow_every / settle_steps": _adapter("grow_every", "settle_steps"),
+    "Most ranks an expert and event": _adapter("cap"),
     "Saliency": _adapter("saliency"),
     "Router": _adapter("router"),
     "Learning rate": _setting("training", "learning_rate"),

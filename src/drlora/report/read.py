@@ -33,6 +33,7 @@ NO_EXPERT = -1
 RECIPE = "config.yaml"
 SIGNALS = ("routing", "importance", "saliency")
 _OWNER = ".owner"
+_CHOSEN = ("grow_every", "settle_steps", "cap")
 _POOLS = ".drlora_adapters.pools."
 
 Ranks = NDArray[np.int64]
@@ -138,6 +139,9 @@ def read_run(folder: Path) -> RunRecord:
             f"{folder} is no run directory: it has neither {RECIPE} nor {CONFIG_NAME}."
         )
     result = _mapping(folder / "result.json")
+    # Settings that are `auto` in the recipe, as they were chosen.
+    saved = _mapping(folder / CONFIG_NAME).get("schedule") or result.get("schedule") or {}
+    adapter = adapter | {name: saved[name] for name in _CHOSEN if name in saved}
     try:
         maps = _maps(folder, result)
     except DrLoraError:

@@ -1,0 +1,150 @@
+"""Who competes with whom: the experts that share one budget, and what is known of them.
+
+A group is what shares one budget: the experts of a block or, with `budget_scope="model"`, those of
+all blocks; with `rank_per="projection"`, one projection of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from drlora.config import DrLoraConfig
+from drlora.layer import ExpertsAdapter, RankPool
+from drlora.saliency import Signals, expert_sums
+from drlora.schedule import Competitors, GrowthPlan, Schedule, make_schedule, plan_of
+
+
+@dataclass(frozen=True)
+class Member:
+    """Pools of one block whose experts share a rank."""
+
+    block: str
+    adapter: ExpertsAdapter
+    projections: tuple[str, ...]
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return self.adapter.block.num_experts
+
+    @property
+    def pools(self) -> list[RankPool]:
+        """One a projection; a row belongs to the same expert in all of them."""
+        return [self.adapter.rank_pools[name] for name in self.projections]
+
+    def ranks(self) -> list[int]:
+        """(E,) the rank of each expert."""
+        return self.pools[0].book.ranks().tolist()
+
+    def importance(self) -> Tensor:
+        """(E,) g_i: the mean over the rows that the expert owns in all of the pools."""
+        sums = [expert_sums(p.importance, p.owner, self.num_experts) for p in self.pools]
+        counts = torch.tensor(self.ranks(), device=sums[0].device) * len(self.pools)
+        mean_E = sum(sums[1:], start=sums[0]) / counts.clamp(min=1)
+        # Averages after a large spike are finite, but a sum of them need not be.
+        return mean_E.clamp(max=torch.finfo(mean_E.dtype).max)
+
+    def row_scores(self) -> Tensor:
+        """(R,) what rows are kept for, summed over the pools."""
+        scores = torch.stack([pool.row_scores() for pool in self.pools])
+        return scores.sum(dim=0)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Members that share one budget, and the plan to spend it."""
+
+    members: tuple[Member, ...]
+    plan: GrowthPlan
+
+    @property
+    def pools(self) -> list[RankPool]:
+        """Of all members."""
+        return [pool for member in self.members for pool in member.pools]
+
+    @property
+    def sizes(self) -> list[int]:
+        """Experts of each member."""
+        return [member.num_experts for member in self.members]
+
+    def ranks(self) -> list[int]:
+        """Of all experts, member by member."""
+        return [rank for member in self.members for rank in member.ranks()]
+
+    def signals(self, config: DrLoraConfig, step: int) -> Signals:
+        """What the rules may know of all experts, on the CPU."""
+        return Signals(
+            torch.cat([member.adapter.frequency.cpu() for member in self.members]),
+            torch.cat([member.importance().cpu() for member in self.members]),
+            torch.tensor(self.ranks()),
+            config.gamma,
+            int(self.pools[0].seed) + step,
+        )
+
+    def split(self, values: list) -> Iterator[tuple[Member, list]]:
+        """Values of all experts, member by member."""
+        ends = accumulate(self.sizes)
+        for member, end in zip(self.members, ends, strict=True):
+            yield member, values[end - member.num_experts : end]
+
+
+class Scored(NamedTuple):
+    """Experts that share a budget, what was known of them, and the score of each."""
+
+    group: Group
+    signals: Signals
+    saliency_E: list[float]
+
+
+def make_groups(
+    adapters: Mapping[str, ExpertsAdapter], config: DrLoraConfig, schedule: Schedule
+) -> list[Group]:
+    """The groups of an adapter, each with its plan."""
+    return [
+        Group(tuple(members), plan_of(config, _num_experts(members), schedule))
+        for members in _competing(adapters, config)
+    ]
+
+
+def schedule_for(
+    adapters: Mapping[str, ExpertsAdapter], config: DrLoraConfig, total_steps: int
+) -> Schedule:
+    """The schedule of a run of `total_steps`, from the ranks that the adapters have now.
+
+    Raises:
+        ConfigError: if a group cannot reach its budget.
+    """
+    competing = _competing(adapters, config)
+    # The ranks of a run that begins; one that is under way was checked then.
+    begins = not any(p.importance.any() for a in adapters.values() for p in a.rank_pools.values())
+    groups = [
+        Competitors(
+            _num_experts(members),
+            [rank for member in members for rank in member.ranks()] if begins else None,
+        )
+        for members in competing
+    ]
+    return make_schedule(config, groups, total_steps)
+
+
+def _competing(adapters: Mapping[str, ExpertsAdapter], config: DrLoraConfig) -> list[list[Member]]:
+    """Members that share a budget."""
+    together = config.rank_per == "expert"
+    shares = [tuple(config.projections)] if together else [(one,) for one in config.projections]
+    members = [
+        [Member(name, adapter, share) for name, adapter in adapters.items()] for share in shares
+    ]
+    if config.budget_scope == "layer":
+        # Block by block, as the growth log has always been ordered.
+        members = [[member] for of_block in zip(*members, strict=True) for member in of_block]
+    return members
+
+
+def _num_experts(members: Iterable[Member]) -> int:
+    return sum(member.num_experts for member in members)
