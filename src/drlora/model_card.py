@@ -139,7 +139,9 @@ def _mend(path: Path, before: ModelCardData) -> None:
 
 
 def _data_of(text: str) -> ModelCardData:
-    """The front matter of a card; empty where it cannot be read."""
+    """The front matter of a card; empty where there is none, or it cannot be read."""
+    if not text.lstrip().startswith("---"):
+        return ModelCardData()
     try:
         return cast(ModelCardData, ModelCard(text, ignore_metadata_errors=True).data)
     except Exception:  # whatever YAML and the hub's checks make of somebody's text
