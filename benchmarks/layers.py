@@ -21,7 +21,6 @@ from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
 from drlora import DrLoraConfig
 from drlora.blocks import MoEBlock
 from drlora.layer import DrLoraExperts
-from drlora.observe import TokenMask
 
 
 @dataclass(frozen=True)
@@ -113,7 +112,7 @@ def ours(experts: nn.Module, shape: Shape, ranks: list[int], **settings: Any) ->
         **settings,
     )
     block = MoEBlock("block", "experts", None, shape.experts, shape.hidden, shape.width)
-    layer = DrLoraExperts(experts, block, TokenMask())
+    layer = DrLoraExperts(experts, block)
     layer.add_adapter("default", config)
     layer.set_adapter("default")
     for pool in layer.adapter("default").rank_pools.values():

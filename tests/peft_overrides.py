@@ -19,11 +19,14 @@ import peft
 import drlora
 
 RECORD = Path(__file__).with_suffix(".json")
+# What drlora.model_card puts a function of its own around.
+WRAPPED = (peft.PeftModel.create_or_update_model_card,)
 
 
 def overridden() -> dict[str, str]:
     """PEFT's method -> a hash of its source, for each that a class of ours has its own of."""
-    found = {}
+    theirs = [inspect.unwrap(function) for function in WRAPPED]
+    found = {f"{f.__module__}.{f.__qualname__}": _hash(inspect.getsource(f)) for f in theirs}
     for module in pkgutil.walk_packages(drlora.__path__, "drlora."):
         if "triton" in module.name or module.name.endswith("__main__"):
             continue
@@ -33,8 +36,12 @@ def overridden() -> dict[str, str]:
             for name in vars(own):
                 if (source := _source_of_base(own, name)) is not None:
                     place, text = source
-                    found[f"{place}.{name}"] = hashlib.sha256(text.encode()).hexdigest()[:16]
+                    found[f"{place}.{name}"] = _hash(text)
     return dict(sorted(found.items()))
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _source_of_base(own: type, name: str) -> tuple[str, str] | None:

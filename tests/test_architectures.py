@@ -23,6 +23,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from huggingface_hub import ModelCard
 from peft import PeftModel, get_peft_model
 from tiny_config import VOCAB, tiny_config
 from torch.func import functional_call
@@ -32,6 +33,8 @@ from drlora.errors import CheckpointError
 from drlora.export import apply_plan, make_plan
 from drlora.families import family_of
 from drlora.inject import adapted_layers
+from drlora.model_card import MARK
+from drlora.report.read import read_run
 
 # Model classes that follow transformers' experts interface, flags and all.
 INTERFACE = """
@@ -234,6 +237,20 @@ def check_save_load(model, base, folder):
     model.save_pretrained(folder)
     loaded = PeftModel.from_pretrained(copy.deepcopy(base), folder)
     torch.testing.assert_close(logits_of(loaded), logits_of(model), rtol=1e-5, atol=1e-5)
+    check_card(model, folder)
+
+
+def check_card(model, folder):
+    """Wherever a class keeps its experts, the folder tells the ranks, and has a card."""
+    run = read_run(folder)
+    wanted = {name: layer.adapter("default").ranks() for name, layer in
+              adapted_layers(model, "default").items()}  # fmt: skip
+    for rank_map in run.maps:
+        for projection in rank_map.projection.split("+"):
+            read = dict(zip(rank_map.blocks, rank_map.final(), strict=True))
+            assert read == {name: ranks[projection] for name, ranks in wanted.items()}
+    card = ModelCard.load(folder / "README.md")
+    assert f"{len(wanted)} blocks of" in card.text and MARK in card.text
 
 
 def check_merge(merged, wanted):

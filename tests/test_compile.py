@@ -18,7 +18,7 @@ from tiny import make_batch, make_class, make_model, plain_loop, trainable
 
 import drlora
 from drlora.inject import adapted_layers
-from drlora.ops import TracedPiece, traced_experts
+from drlora.ops import TracedPiece, stand_ins, traced_experts
 
 # torch's own: dynamo makes an instance of each autograd function that it traces, and asks each
 # tensor that comes in for its gradient.
@@ -341,3 +341,16 @@ def test_the_default_backend():
         call(**batch()).loss.backward()
     assert graph_breaks() == 0
     assert_same(model, twin)
+
+
+def test_an_engine_that_the_compiler_does_not_know_is_told_of_once(monkeypatch):
+    """While it traces; the graph stays whole."""
+    monkeypatch.setattr(stand_ins, "_TOLD", set())
+    model, twin = start(engine="naive", layers=2), start(engine="naive", layers=2)
+    call = compiled(model)
+    with pytest.warns(UserWarning, match="engine='naive' cannot run here.*'loop' computes") as told:
+        out = call(**batch())
+    assert len(told) == 1
+    assert graph_breaks() == 0
+    call(**batch()).loss.backward()
+    torch.testing.assert_close(out.logits, twin(**batch()).logits, rtol=1e-4, atol=1e-4)

@@ -20,6 +20,7 @@ from transformers.modeling_outputs import CausalLMOutput
 import drlora
 from drlora.blocks import find_blocks
 from drlora.inject import adapted_layers
+from drlora.report.read import read_run
 
 PROJECTIONS = [["gate_up", "down"], ["up", "down"], ["gate", "up", "down"]]
 
@@ -247,6 +248,7 @@ class OldModel(torch.nn.Module):
 
 @pytest.mark.parametrize("engine", ["naive", "loop", "grouped"])
 @pytest.mark.parametrize("kind", [SoftmaxBlock, DeepseekBlock])
+@pytest.mark.filterwarnings("ignore:engine=")  # of grouped, which takes no lists
 def test_experts_in_a_module_list(kind, engine):
     """Against the block's own forward over experts whose weights are W + s B A."""
     base = OldModel(kind()).requires_grad_(False)
@@ -337,6 +339,10 @@ def test_training_of_a_module_list(kind, checkpoint, tmp_path):
     loaded = PeftModel.from_pretrained(old_language_model(kind), tmp_path)
     assert torch.equal(loaded(**make_batch(5)).logits, wanted)
     assert drlora.rank_map(loaded) == drlora.rank_map(model)
+    read = dict(zip(read_run(tmp_path).maps[0].blocks, read_run(tmp_path).maps[0].final(),
+                    strict=True))  # fmt: skip
+    assert read == {name: ranks["down"] for name, ranks in dynamics.ranks().items()}
+    assert "blocks of 6 experts" in (tmp_path / "README.md").read_text()
 
 
 def routed_by_hand(kind, batch):

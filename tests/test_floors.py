@@ -51,6 +51,8 @@ FLOORS: tuple[frozenset[str], ...] = (
             "observe",
             "ordinary",
             "rank_pool",
+            "refusals",
+            "routers",
         }
     ),
     frozenset(
@@ -72,6 +74,7 @@ FLOORS: tuple[frozenset[str], ...] = (
             "__main__",
             "arguments",
             "assemble",
+            "best_model",
             "callback",
             "choices",
             "cli",
@@ -124,10 +127,10 @@ ORDER_WITHIN: dict[int, tuple[frozenset[str], ...]] = {
     # Surgery is one operation in steps: know the families, find a block, build the layer that
     # adapts it and carries the meters that watch it, put the layer into the model.
     2: (
-        frozenset({"families", "observe", "rank_pool"}),
+        frozenset({"families", "observe", "rank_pool", "refusals"}),
         frozenset({"blocks"}),
         frozenset({"layer", "ordinary"}),
-        frozenset({"inject"}),
+        frozenset({"inject", "routers"}),
     ),
     # An import is an export read backwards: one knows PEFT's layout, the other uses it.
     # The life of ranks is made of events, in which groups of experts compete.

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import yaml
-from huggingface_hub import ModelCard
-from peft import get_peft_model
+from huggingface_hub import HfApi, ModelCard
+from peft import LoraConfig, get_peft_model
 from tiny import make_model
+from transformers import OlmoeForCausalLM, Trainer, TrainingArguments
 
 import drlora
 from drlora.model_card import MARK, write_card
@@ -98,3 +100,86 @@ def test_saving_again_keeps_the_text_of_an_own_card(saved):
     card = ModelCard.load(path)
     assert card.data.license == "mit"
     assert "# My adapter\n\nMy words." in card.text
+
+
+TOLD = "Every expert has rank 2"
+
+
+@pytest.fixture
+def trainer(tmp_path, monkeypatch):
+    """Of a model that was loaded from a folder, named as one on the hub would be."""
+    monkeypatch.chdir(tmp_path)
+    make_model().save_pretrained("models/olmoe")
+    base = OlmoeForCausalLM.from_pretrained("models/olmoe")
+    model = get_peft_model(base, drlora.DrLoraConfig(**SETTINGS))
+    settings = dict(report_to="none", use_cpu=True, hub_model_id="me/adapter")
+    return Trainer(model, TrainingArguments("out", **settings))
+
+
+def test_the_trainer_keeps_the_card_and_what_it_is_told(trainer, tmp_path):
+    trainer.save_model()
+    for _ in range(2):
+        trainer.create_model_card(language="de", license="mit", tags=["mine"])
+        path = tmp_path / "out" / "README.md"
+        card = ModelCard.load(path)
+        assert MARK in card.text and TOLD in card.text
+        assert (card.data.license, card.data.language) == ("mit", ["de"])
+        assert {"mine", "drlora", "lora"} <= set(card.data.tags)
+        assert card.data.base_model is None
+        assert "models/olmoe" not in path.read_text() and str(tmp_path) not in path.read_text()
+        trainer.save_model()
+
+
+def test_what_is_pushed_to_the_hub_has_the_card(trainer, monkeypatch):
+    pushed = []
+
+    def commit(self, **settings):
+        for operation in settings["operations"]:
+            if operation.path_in_repo == "README.md":
+                pushed.append(Path(operation.path_or_fileobj).read_text("utf-8"))
+
+    def upload(self, **settings):
+        pushed.append((Path(settings["folder_path"]) / "README.md").read_text("utf-8"))
+
+    made = Namespace(repo_id="me/adapter", endpoint="https://huggingface.co")
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, *args, **settings: made)
+    monkeypatch.setattr(HfApi, "create_commit", commit)
+    monkeypatch.setattr(HfApi, "upload_folder", upload)
+    trainer.model.push_to_hub("me/adapter")
+    trainer.push_to_hub()
+    assert len(pushed) == 2
+    for text in pushed:
+        assert MARK in text and TOLD in text and "models/olmoe" not in text
+    assert "# adapter\n" in pushed[0]
+
+
+def test_an_own_card_keeps_its_base_and_gets_no_path(trainer, tmp_path):
+    trainer.save_model()
+    path = tmp_path / "out" / "README.md"
+    for named, kept in (("base_model: allenai/OLMoE\n", "allenai/OLMoE"), ("", None)):
+        path.write_text(f"---\nlicense: mit\n{named}---\n# Mine\n")
+        trainer.save_model()
+        card = ModelCard.load(path)
+        assert "# Mine" in card.text and card.data.license == "mit"
+        assert card.data.base_model == kept
+        assert "models/olmoe" not in path.read_text()
+
+
+@pytest.mark.parametrize(
+    "path", ["/home/me/data/train.jsonl", "~/data/train.jsonl", "data/train.jsonl",
+             "../data/train.jsonl", r"C:\me\data\train.jsonl", "me/secret/data/train"],
+)  # fmt: skip
+def test_no_path_enters_a_card(saved, tmp_path, path):
+    folder = make_run(saved, tmp_path / "run", path.replace("train.jsonl", "base/model"), path)
+    text = write_card(folder).read_text()
+    name = path.replace("\\", "/").rpartition("/")[2]
+    assert name.replace("_", "") in text
+    for part in ("/home", "~/", "data/train", "data/base", "..", "C:", "secret", "me/"):
+        assert part not in text.replace("huggingface/", ""), part
+    assert ModelCard.load(folder / "README.md").data.base_model is None
+
+
+def test_cards_of_other_adapters_are_as_peft_writes_them(tmp_path):
+    model = get_peft_model(make_model(), LoraConfig(target_modules=["q_proj"]))
+    model.save_pretrained(tmp_path)
+    assert "[More Information Needed]" in (tmp_path / "README.md").read_text()

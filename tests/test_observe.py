@@ -140,3 +140,97 @@ def test_a_copied_model_has_its_own_mask():
     mask[:, 6:] = 0
     twin(**batch, attention_mask=mask).loss.backward()
     assert sums(twin)[0][1] == 12 and sums(model)[0][1] == 0
+
+
+def masked(seed=0, real=6):
+    """A batch, and the same with a mask that leaves `real` tokens of the second row."""
+    batch = make_batch(seed)
+    mask = torch.ones_like(batch["input_ids"])
+    mask[1, real:] = 0
+    return {**batch, "attention_mask": mask}
+
+
+def past_the_head(model, batch):
+    """A loss that is computed around the outermost module, as trainers with a head of theirs do."""
+    inner = model.get_base_model()
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask") if key in batch}
+    hidden = inner.model(**inputs).last_hidden_state
+    return inner.lm_head(hidden).square().mean()
+
+
+def other_passes(model):
+    """Calls with other masks of that size, each of which was once taken for that of the next."""
+    flipped = masked()["attention_mask"].flip(0)
+    with torch.no_grad():
+        model(**make_batch(), attention_mask=flipped)
+    model(**make_batch(), attention_mask=flipped)
+    with pytest.raises(ValueError, match="specify"):
+        model(attention_mask=flipped)
+    with pytest.raises(IndexError):
+        past_the_head(model, {"input_ids": torch.full((2, 12), 999), "attention_mask": flipped})
+
+
+@pytest.mark.parametrize("batch", [masked(), make_batch()], ids=["masked", "no mask"])
+def test_a_call_past_the_outermost_module_has_its_own_mask(batch):
+    right, after = start(routing_signal="count"), start(routing_signal="count")
+    right(**batch).loss.backward()
+    other_passes(after)
+    past_the_head(after, batch).backward()
+    assert_same(sums(right), sums(after))
+
+
+def test_a_call_of_one_layer_has_no_mask_but_its_own():
+    model = start()
+    other_passes(model)
+    inner = model.get_base_model().model
+    hidden = torch.randn(2, 12, 32)
+    rope = inner.rotary_emb(hidden, torch.arange(12)[None])
+    for layer in inner.layers:
+        hidden = layer(hidden, position_embeddings=rope, attention_mask=None)
+    hidden.square().mean().backward()
+    assert [tokens for _, tokens in sums(model)] == [24, 24]
+
+
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
+@pytest.mark.parametrize("order", ["sum", "first", "last"])
+def test_passes_with_masks_of_their_own_before_one_backward(order, reentrant):
+    """What is computed again in the backward pass is counted with the mask it was computed with."""
+    batches = [masked(1, real=3), masked(2, real=9)]
+    apart, together = start(), start()
+    together.activation_checkpointing_enable({"use_reentrant": reentrant})
+    together.enable_input_require_grads()
+    for batch in batches:
+        apart(**batch).loss.backward()
+    losses = [together(**batch).loss for batch in batches]
+    together.eval()(**masked(3, real=1))
+    together.train()
+    if order == "sum":
+        sum(losses).backward()
+    else:
+        for loss in losses if order == "first" else losses[::-1]:
+            loss.backward()
+    assert_same(sums(apart), sums(together))
+
+
+def test_a_copy_made_in_the_middle_of_a_pass_is_in_none():
+    model = start()
+    copies = []
+    layer = model.get_base_model().model.layers[1]
+    hook = layer.register_forward_hook(lambda *_: copies.append(copy.deepcopy(model)))
+    with torch.no_grad():
+        model(**masked())
+    hook.remove()
+    copies[0].get_base_model().model.layers[1]._forward_hooks.clear()
+    past_the_head(copies[0], make_batch()).backward()
+    assert sums(copies[0])[0][1] == 24
+
+
+def test_no_hook_stays_after_unloading():
+    model = start()
+    model(**masked()).loss.backward()
+    base = model.unload()
+    for module in base.modules():
+        for kind in ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_always_called",
+                     "_forward_pre_hooks_with_kwargs"):  # fmt: skip
+            assert not getattr(module, kind)
+        assert not [key for key in module.__dict__ if "drlora" in key]

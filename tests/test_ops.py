@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 import drlora.ops
-from drlora.ops import ENGINES, Apart, ExpertWeights, LoraPiece, adapted_experts
+from drlora.ops import (
+    ENGINES,
+    Apart,
+    ExpertWeights,
+    LoraPiece,
+    adapted_experts,
+    choose_engine,
+    stand_ins,
+)
 
 FAST = [name for name in ENGINES if name != "naive"]
 
@@ -94,6 +102,7 @@ def looped_grouped_mm(x_SI, w_EIO, *, offs):
     top_k=st.integers(1, 2),
     seed=st.integers(0, 999),
 )
+@pytest.mark.filterwarnings("ignore:engine=")
 def test_ragged_ranks_in_double_precision(engine, ranks, tokens, top_k, seed):
     case = make_case(ranks, dtype=torch.float64, tokens=tokens, top_k=top_k, seed=seed)
     with pytest.MonkeyPatch.context() as patch:
@@ -133,6 +142,7 @@ def test_no_adapter_rank_at_all(engine):
 
 
 @pytest.mark.parametrize("engine", FAST)
+@pytest.mark.filterwarnings("ignore:engine=")
 def test_odd_sizes(engine):
     assert_engines_agree(make_case([3, 2, 7], hidden=13, width=5, tokens=11), engine)
 
@@ -204,6 +214,7 @@ LAYOUTS = ["transposed", "apart", "lists", "biases", "interleaved", "no gate", "
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("engine", FAST)
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.filterwarnings("ignore:engine=")  # the layouts that an engine cannot take
 def test_layouts(engine, layout, dropout):
     projections = ("up", "down") if layout == "no gate" else ("gate", "up", "down")
     case = make_case([3, 0, 5, 1], projections, tokens=300)  # experts in more than one task
@@ -244,3 +255,19 @@ def test_gradients_are_right_in_double_precision(engine):
         return adapted_experts(x, index, weight, base, bound, engine=engine)
 
     assert torch.autograd.gradcheck(function, tuple(leaves))
+
+
+@pytest.mark.parametrize(
+    ("engine", "layout", "said"),
+    [
+        ("grouped", "lists", "each expert has tensors of its own. 'loop' computes"),
+        ("loop", "norm", "have a norm after each, .* 'grouped' computes"),
+    ],
+)
+def test_an_engine_that_cannot_run_is_told_of_once(engine, layout, said, monkeypatch):
+    monkeypatch.setattr(stand_ins, "_TOLD", set())
+    base = change_layout(make_case([3, 0, 5, 1]), layout)[0]
+    with pytest.warns(UserWarning, match=rf"engine='{engine}' cannot run here: .*{said}"):
+        choose_engine(engine, base)
+    choose_engine(engine, base)  # a warning is an error
+    choose_engine("auto", base)

@@ -39,9 +39,11 @@ def test_save_and_load(tmp_path, changes):
         assert one.ranks() == other.ranks()
         for key, value in one.state_dict().items():
             assert torch.equal(value, other.state_dict()[key]), key
-    assert PeftConfig.from_pretrained(tmp_path).to_dict() == {
-        **model.peft_config["default"].to_dict(), "inference_mode": True
-    }  # fmt: skip
+    saved = PeftConfig.from_pretrained(tmp_path).to_dict()
+    # Without a task PEFT writes down which class the base has.
+    assert saved.pop("auto_mapping")["base_model_class"] == "OlmoeForCausalLM"
+    wanted = {**model.peft_config["default"].to_dict(), "inference_mode": True}
+    assert saved == {name: value for name, value in wanted.items() if name != "auto_mapping"}
 
 
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])

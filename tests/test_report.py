@@ -15,7 +15,10 @@ import numpy as np
 import pytest
 import yaml
 from made_run import make_run
+from peft import get_peft_model
+from tiny import make_model
 
+import drlora
 from drlora.cli import main
 from drlora.errors import CheckpointError
 from drlora.report.encode import SIGNAL_BYTES, encode_runs, quantise
@@ -247,7 +250,32 @@ def test_what_is_no_run_is_said(tmp_path, capsys):
     assert "is no run directory" in capsys.readouterr().err
     (tmp_path / "adapter_config.json").write_text('{"r_init": 1}')
     assert main(["report", str(tmp_path)]) == 2
-    assert "does not tell the ranks of its experts yet" in capsys.readouterr().err
+    assert "does not tell the ranks of its experts" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("has_checkpoint", [False, True])
+def test_a_run_before_its_first_event_is_reported_as_such(run, has_checkpoint, tmp_path):
+    """In every format, alone and beside a finished run; with the ranks of a checkpoint, if any."""
+    folder = tmp_path / "young"
+    folder.mkdir()
+    shutil.copy(run / "config.yaml", folder)
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    (folder / "metrics.jsonl").write_text("\n".join(lines[:2]) + "\n")
+    if has_checkpoint:
+        settings = dict(r_init=2, r_target=3, r_max=6, p_grow=0.5)
+        model = get_peft_model(make_model(), drlora.DrLoraConfig(**settings))
+        model.save_pretrained(folder / "checkpoint-5")
+    text = write_report([folder], tmp_path / "one.md").read_text()
+    assert "There was no growth event yet." in text
+    assert ("Every expert has rank 2." in text) == has_checkpoint
+    assert ("| MoE blocks | 2 blocks of 6 experts |" in text) == has_checkpoint
+    html = write_report([folder], tmp_path / "one.html").read_text()
+    assert "There was no growth event yet." in html
+    assert ("Charts follow" in html) == (not has_checkpoint)
+    for name in ("one.svg", "two.md", "two.html", "two.png"):
+        both = [folder, run] if name.startswith("two") else [folder]
+        assert write_report(both, tmp_path / name).stat().st_size > 100
+    assert "no growth event" not in write_report([run], tmp_path / "over.md").read_text()
 
 
 def test_in_a_browser(run, tmp_path):

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
+
+import numpy as np
 import pytest
 import torch
 
-from drlora.saliency import ema, expert_sums, rank_importance, routed_share, saliency
+from drlora import growth, ranks, row_directions, saliency, young_rows
+from drlora.saliency import ema, expert_sums, rank_importance, routed_share
+from drlora.young_rows import inherit_second_moment
 
 
 def test_rank_importance_is_the_product_of_two_one_norms():
@@ -43,7 +48,57 @@ def test_expert_sums_leave_free_rows_out():
     assert sums.tolist() == [2.0, 5.0, 0.0]
 
 
+def in_row_order(values, owner, num_experts):
+    """Sums of float32 values, one row after the other."""
+    sums = np.zeros((num_experts, *values.shape[1:]), dtype=np.float32)
+    for value, expert in zip(values, owner, strict=True):
+        if expert >= 0:
+            sums[expert] += value
+    return sums
+
+
+def wide(*shape):
+    """Values of many sizes, whose sum depends on its order."""
+    random = np.random.default_rng(0)
+    return (random.standard_normal(shape) * 10.0 ** random.integers(-6, 6, shape)).astype("f4")
+
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_sums_that_decide_growth_are_taken_in_the_order_of_rows(device):
+    values, owner = wide(300), np.random.default_rng(1).integers(-1, 7, 300)
+    wanted = in_row_order(values, owner, 7)
+    assert not np.array_equal(wanted, in_row_order(values[::-1], owner[::-1], 7))
+    got = expert_sums(torch.from_numpy(values).to(device), torch.from_numpy(owner).to(device), 7)
+    assert np.array_equal(got.numpy(), wanted)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_moments_of_young_rows_are_taken_in_the_order_of_rows(device):
+    values, owner = np.abs(wide(300, 5)), np.random.default_rng(1).integers(-1, 7, 300)
+    young = np.flatnonzero(owner == 3)[-2:].tolist() + np.flatnonzero(owner == 6)[-1:].tolist()
+    older = owner.copy()
+    older[young] = -1
+    sums, counts = in_row_order(values, older, 7), np.bincount(older[older >= 0], minlength=7)
+    moment = torch.from_numpy(values.copy()).to(device)
+    state = {"exp_avg_sq": moment}
+    rows, owners = torch.tensor(young).to(device), torch.from_numpy(owner).int().to(device)
+    assert inherit_second_moment(torch.zeros(300, 5, device=device), state, owners, 7, rows)
+    wanted = (sums / counts[:, None].astype("f4"))[owner[young]]
+    assert np.array_equal(moment[rows].cpu().numpy(), wanted)
+
+
+@pytest.mark.parametrize("module", [growth, ranks, row_directions, saliency, young_rows])
+def test_no_sum_whose_order_a_device_may_choose(module):
+    source = inspect.getsource(module)
+    for name in ("index_add", "scatter_add", "scatter_reduce", "index_reduce", "accumulate=True"):
+        lines = [line for line in source.splitlines() if name in line and "`" not in line]
+        assert not lines, lines
+
+
 def test_saliency_is_penalised_by_rank():
     f, g = torch.tensor([0.5, 0.5]), torch.tensor([2.0, 2.0])
-    value = saliency(f, g, torch.tensor([1, 3]), gamma=1.2)
+    value = saliency.saliency(f, g, torch.tensor([1, 3]), gamma=1.2)
     torch.testing.assert_close(value, torch.tensor([1 / 2**1.2, 1 / 4**1.2]))

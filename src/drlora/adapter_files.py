@@ -84,7 +84,8 @@ def _own_keys(model: nn.Module, adapter_name: str, keys: list[str]) -> dict[str,
     for name, module in model.named_modules():
         if isinstance(module, AuxiliaryTrainingWrapper):
             places = module.adapter_state_dict_load_map(adapter_name).values()
-            own += [f"{name}.{place}".removeprefix(ROOT) for place in places]
+            named = [f"{name}.{place}".removeprefix(ROOT) for place in places]
+            own += [key for key in named if key in keys]  # PEFT names tokens of other adapters too
     return dict.fromkeys(own)
 
 

@@ -18,6 +18,7 @@ from drlora.errors import ConfigError
 from drlora.families import FAMILIES, Family, family_of
 from drlora.ops import ExpertWeights, Matrix
 from drlora.ops.parts import MATRICES
+from drlora.refusals import is_plain, refuse_unfit_weights
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _TOP_K_NAMES = ("num_experts_per_tok", "moe_topk", "moe_top_k", "num_selected_experts")
@@ -86,6 +87,7 @@ def find_blocks(model: nn.Module) -> list[MoEBlock]:
     owners: dict[nn.Parameter, str] = {}
     for name, module, family in _experts_modules(modules):
         _refuse_shared_weights(name, module, owners)
+        refuse_unfit_weights(model, name, module)
         block = _describe(name, module, family, modules)
         if any(block.name == other.name for other in blocks):  # two kinds of experts in one block
             block = replace(block, name=block.experts_name)
@@ -140,7 +142,7 @@ def _refuse_shared_weights(name: str, module: nn.Module, owners: dict[nn.Paramet
 
 def _not_understood(name: str, module: nn.Module) -> str:
     kind = f"the experts module {name} ({type(module).__name__}) is not understood"
-    if any(parameter.dtype not in _FLOATS for parameter in module.parameters()):
+    if any(p.dtype not in _FLOATS or not is_plain(p) for p in module.parameters()):
         return f"{kind}: it is quantised. {_QUANTISED}"
     return (
         f"{kind}: it does not follow transformers' experts interface (it has no flags such as "

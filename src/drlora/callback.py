@@ -24,6 +24,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from drlora.best_model import load_best, refuse_mixed_up
 from drlora.checkpoint import seal
 from drlora.dynamics import Grant, RankDynamics
 from drlora.errors import ConfigError
@@ -83,6 +84,7 @@ class DrLoraCallback(TrainerCallback, ExportableState):
         planned = Schedule(**saved["schedule"]) if "schedule" in saved else None
         self.dynamics = RankDynamics(model, state.max_steps, self.adapter, planned)
         _refuse_frozen(self.dynamics)
+        refuse_mixed_up(args, model, self.dynamics.adapter_name)
         _warn_of_other_length(self.dynamics, state)
         self.dynamics.step = saved.get("step", state.global_step)
         self.dynamics.skipped = state.global_step - self.dynamics.step
@@ -159,6 +161,7 @@ class DrLoraCallback(TrainerCallback, ExportableState):
         if no event did.
         """
         assert self.dynamics is not None
+        load_best(args, state, kwargs.get("model"), self.dynamics.adapter_name)
         if state.is_world_process_zero and state.global_step >= state.max_steps:
             self._events.write_end()
         self.dynamics.warn_of_poison()

@@ -33,7 +33,7 @@ from drlora.writing import sync, write_at_once
 
 MANIFEST = "manifest.json"
 # In the keys of what PEFT and this package add to a model.
-_ADDED = (".lora_", ".drlora_adapters.", ".modules_to_save.")
+_ADDED = (".lora_", ".drlora_adapters.", ".modules_to_save.", ".token_adapter.trainable_tokens_")
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 

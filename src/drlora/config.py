@@ -12,14 +12,13 @@ import math
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Literal
 
-from peft import TaskType
-
 from drlora.config_checks import (
     AUTO,
     in_range,
     number,
     one_of,
     refuse_other_than_names,
+    refuse_other_than_tokens,
     target_names,
     whole_number,
 )
@@ -141,6 +140,9 @@ class DrLoraConfig(SavedConfig):
             `use_rslora` and `lora_dropout` hold for them too.
         use_dora: must be False; docs/peft-behaviour.md says why.
         modules_to_save: further modules that are trained in full and saved with the adapter.
+        trainable_token_indices: ids of tokens whose embeddings alone are trained, as in PEFT: a
+            list, or a dictionary from the name of an embedding layer to one. TRL asks for it where
+            a chat template brings new tokens.
         experts: full names of the adapted experts modules; filled in at injection.
         base_model_type: the model's `model_type`; filled in at injection, and compared when the
             adapter is loaded.
@@ -191,6 +193,7 @@ class DrLoraConfig(SavedConfig):
     target_alpha: float | None = None
     use_dora: bool = False
     modules_to_save: list[str] | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     experts: list[str] | None = None
     base_model_type: str | None = None
     gate_up_order: str | None = None
@@ -198,8 +201,6 @@ class DrLoraConfig(SavedConfig):
 
     def __post_init__(self) -> None:
         self.peft_type = DRLORA
-        if self.task_type is None:
-            self.task_type = TaskType.CAUSAL_LM
         super().__post_init__()
         for name, choices in CHOICES.items():
             one_of(self, name, choices)
@@ -306,6 +307,7 @@ class DrLoraConfig(SavedConfig):
                 raise ConfigError(f"{name}={shown(value)} must be true or false.")
         for name in ("projections", "target_modules", "modules_to_save", "experts"):
             refuse_other_than_names(self, name)
+        refuse_other_than_tokens(self, "trainable_token_indices")
         if isinstance(self.projections, str):
             self.projections = [self.projections]
         chosen = list(self.projections)

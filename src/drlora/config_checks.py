@@ -68,3 +68,15 @@ def whole_number(config: Any, name: str, lowest: int, unit: str, may_be_auto: bo
         raise ConfigError(
             f"{name}={shown(value)} must be a whole number of {unit}, at least {lowest}{other}."
         )
+
+
+def refuse_other_than_tokens(config: Any, name: str) -> None:
+    """A list of token ids, such a list for each name of an embedding layer, or nothing."""
+    value = getattr(config, name)
+    lists = list(value.values()) if isinstance(value, dict) else [value or []]
+    are_ids = [isinstance(ids, list) and all(type(one) is int for one in ids) for ids in lists]
+    if not all(are_ids):
+        raise ConfigError(
+            f"{name}={shown(value)} must be a list of token ids, or such a list for each name of "
+            f"an embedding layer."
+        )

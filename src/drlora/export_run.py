@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import PeftModel, get_peft_model, set_peft_model_state_dict
+from peft import PeftModel, TaskType, get_peft_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapper
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapper
 from rich.console import Console
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -40,6 +40,7 @@ from drlora.export import (
     make_plan,
     refuse_full_folder,
 )
+from drlora.files import read_json
 from drlora.layer import DrLoraExperts
 from drlora.ops.merge import Rounding, RoundingMode
 from drlora.places import from_root
@@ -126,6 +127,13 @@ def _find_adapter(folder: Path, model: str | None, trust_remote_code: bool) -> S
         raise CheckpointError(
             f"{what if source.adapter else f'{folder} holds a whole model'}; only DR-LoRA adapters "
             f"are exported."
+        )
+    task = read_json(source.folder / CONFIG_NAME).get("task_type")
+    if task not in (None, TaskType.CAUSAL_LM.value):
+        raise CheckpointError(
+            f"the adapter in {folder} is for task_type={task!r}, and this command loads causal "
+            f"language models. Export it from Python, with the model that it is on: "
+            f"drlora.export.make_plan and apply_plan."
         )
     return source
 

@@ -14,7 +14,7 @@ import warnings
 from pathlib import Path
 
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapper
 from torch import Tensor
@@ -62,6 +62,8 @@ def load_peft_lora(
             f"r_init={config.r_init} is less than the rank of the LoRA in {folder}; set "
             f"r_init={rank} and r_target to at least that."
         )
+    if config.task_type is None:
+        config.task_type = PeftConfig.from_pretrained(str(folder)).task_type
     _take_over_settings(config, updates)
     adapted = get_peft_model(model, config)
     assert isinstance(adapted, PeftModel)

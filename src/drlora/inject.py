@@ -3,17 +3,44 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
-from typing import Any
 
-import torch
-from torch import Tensor, nn
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
+from torch import nn
 
-from drlora.blocks import MoEBlock, find_blocks
+from drlora.blocks import MoEBlock, active_experts, find_blocks
 from drlora.config import DrLoraConfig
 from drlora.errors import ConfigError
+from drlora.families import family_of
 from drlora.layer import DrLoraExperts
 from drlora.observe import watch_tokens
+from drlora.ops import choose_engine
+from drlora.refusals import refuse_unfit_model, refuse_unfit_weights
+
+
+def prepare(model: nn.Module, config: DrLoraConfig, model_type: str | None) -> list[MoEBlock]:
+    """The blocks that `config` adapts in `model`; `config` is filled in from them.
+
+    Raises:
+        ConfigError: as `choose_blocks`, or if the adapter was made for another architecture or
+            layout, or its engine is not installed; `model` is as it was then.
+    """
+    _refuse_other_architecture(config, model_type)
+    blocks = choose_blocks(model, config)
+    _refuse_other_layout(config, blocks)
+    for block in blocks:
+        experts = model.get_submodule(block.experts_name)
+        base = experts.get_base_layer() if isinstance(experts, BaseTunerLayer) else experts
+        _refuse_mixed_dtypes(block.experts_name, base)
+        _try_engine(config, base)
+    config.experts = [block.experts_name for block in blocks]
+    _split_by_active(model, config, blocks)
+    if config.router == "train":
+        # By full name: PEFT matches endings, and "gate" is also one of "shared_expert_gate".
+        routers = [block.router_name for block in blocks if block.router_name]
+        others = [name for name in config.modules_to_save or [] if name not in routers]
+        config.modules_to_save = others + routers
+    return blocks
 
 
 def choose_blocks(model: nn.Module, config: DrLoraConfig) -> list[MoEBlock]:
@@ -21,8 +48,10 @@ def choose_blocks(model: nn.Module, config: DrLoraConfig) -> list[MoEBlock]:
 
     Raises:
         ConfigError: if a name in `config.experts` is no experts module of the model, or the
-            router is to be trained but was not recognised, or there is no gate to adapt.
+            router is to be trained but was not recognised, or there is no gate to adapt, or
+            weights are not where an adapter can read them (`drlora.refusals`).
     """
+    refuse_unfit_model(model)
     blocks = find_blocks(model)
     found = {block.experts_name for block in blocks}
     if config.experts is not None:
@@ -56,7 +85,17 @@ def choose_blocks(model: nn.Module, config: DrLoraConfig) -> list[MoEBlock]:
                 f"routing_signal={config.routing_signal!r} cannot work; use router='frozen' and "
                 f"routing_signal='topk_weight'."
             )
+        if config.router == "train":
+            assert block.router_name is not None
+            _refuse_unfit_router(model, block.router_name)
     return blocks
+
+
+def _refuse_unfit_router(model: nn.Module, name: str) -> None:
+    router = model.get_submodule(name)
+    if isinstance(router, ModulesToSaveWrapper):
+        router = router.original_module
+    refuse_unfit_weights(model, name, router)
 
 
 def _as_adapted(block: MoEBlock) -> MoEBlock:
@@ -78,55 +117,12 @@ def wrap_experts(
     target = getattr(parent, child_name)
     if isinstance(target, DrLoraExperts):
         return target
-    wrapped = DrLoraExperts(target, block, watch_tokens(model))
+    wrapped = DrLoraExperts(target, block)
     wrapped.family.prepare(parent)
     wrapped.train(target.training)
     setattr(parent, child_name, wrapped)
+    wrapped.tokens = watch_tokens(model, block.experts_name)
     return wrapped
-
-
-def note_router_logits(router: nn.Module, layer: DrLoraExperts) -> None:
-    """Have the router's logits at hand when the experts of the same block are called next."""
-    # A partial is copied and pickled along with the model, and points to the copy's layer then.
-    router.register_forward_hook(partial(_note_logits, layer))
-
-
-def forget_router_logits(model: nn.Module) -> None:
-    """Undo `note_router_logits` everywhere."""
-    for module in model.modules():
-        for key, hook in list(module._forward_hooks.items()):
-            if getattr(hook, "func", None) is _note_logits:
-                del module._forward_hooks[key]
-
-
-def _note_logits(layer: DrLoraExperts, module: nn.Module, args: Any, output: Any) -> None:
-    logits = layer.family.router_logits(output)
-    layer.router_logits = None if logits is None else logits.detach()
-
-
-def train_in_float32(router: nn.Module) -> None:
-    """Keep a trained router in float32, and hand it input of its own dtype.
-
-    In bfloat16, steps at usual learning rates are smaller than the spacing of the weights, so most
-    entries would never move.
-    """
-    router.to(torch.float32)
-    router.register_forward_pre_hook(_input_in_own_dtype)
-
-
-def release_router(router: nn.Module, dtype: torch.dtype) -> None:
-    """Undo `train_in_float32`, for a router that becomes part of the merged model."""
-    for key, hook in list(router._forward_pre_hooks.items()):
-        if hook is _input_in_own_dtype:
-            del router._forward_pre_hooks[key]
-    router.to(dtype)
-
-
-def _input_in_own_dtype(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    dtype = next(module.parameters()).dtype  # another one if the whole model was moved since
-    return tuple(
-        a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args
-    )
 
 
 def adapted_layers(model: nn.Module, adapter: str) -> dict[str, DrLoraExperts]:
@@ -157,3 +153,61 @@ def active_adapter(model: nn.Module) -> str:
             f"get_peft_model(model, drlora.DrLoraConfig(...))."
         )
     return active
+
+
+def _refuse_other_architecture(config: DrLoraConfig, model_type: str | None) -> None:
+    if config.base_model_type not in (None, model_type):
+        raise ConfigError(
+            f"the adapter is one for {config.base_model_type!r}, the model is a {model_type!r}; "
+            f"load the model that it was trained on (base_model_name_or_path="
+            f"{config.base_model_name_or_path!r}), or make a new DrLoraConfig."
+        )
+    config.base_model_type = model_type
+
+
+def _refuse_other_layout(config: DrLoraConfig, blocks: list[MoEBlock]) -> None:
+    """Factors of the fused matrix have the shapes that the model wants, in either order."""
+    order = "interleaved" if any(block.is_interleaved for block in blocks) else "halves"
+    if "gate_up" in config.projections and config.gate_up_order not in (None, order):
+        raise ConfigError(
+            f"the adapter was trained with gate and up as {config.gate_up_order} of one matrix "
+            f"(gate_up_order), in this model they are {order}: load it with the version of "
+            f"transformers that it was trained with, and export it there as merged."
+        )
+    config.gate_up_order = order
+
+
+def _split_by_active(model: nn.Module, config: DrLoraConfig, blocks: list[MoEBlock]) -> None:
+    """Do what `split_by_active` asks for, once: the saved configuration has the final ranks."""
+    if not config.split_by_active:
+        return
+    active = {active_experts(model, block) for block in blocks}
+    if len(active) > 1 or None in active:
+        raise ConfigError(
+            f"split_by_active cannot work: tokens use {active} experts of this model's blocks; "
+            f"leave it out and set r_target to the rank that each expert should have."
+        )
+    (count,) = active
+    assert count is not None and config.lora_alpha is not None
+    before = config.r_target
+    for name in ("r_init", "r_target", "r_max"):
+        setattr(config, name, max(1, getattr(config, name) // count))
+    config.lora_alpha *= config.r_target / before  # the scaling stays as it is
+    config.split_by_active = False
+
+
+def _try_engine(config: DrLoraConfig, base: nn.Module) -> None:
+    """Say before training that an engine that was asked for cannot run on these experts."""
+    family = family_of(base)
+    assert family is not None, "find_blocks names recognised modules only"
+    if config.engine != "auto" and not config.inference_mode:
+        choose_engine(config.engine, family.weights(base))
+
+
+def _refuse_mixed_dtypes(name: str, base: nn.Module) -> None:
+    kept = {key: p.dtype for key, p in base.named_parameters() if p.is_floating_point()}
+    if len(set(kept.values())) > 1:
+        raise ConfigError(
+            f"the experts module {name} mixes dtypes: {kept}; bring it to one dtype first, for "
+            f"example with model.to(torch.bfloat16)."
+        )

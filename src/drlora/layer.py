@@ -10,6 +10,7 @@ DrLoraExperts                 wraps the model's experts module, same call
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -20,7 +21,16 @@ from drlora.blocks import MoEBlock
 from drlora.config import DrLoraConfig
 from drlora.errors import ConfigError
 from drlora.families import family_of
-from drlora.observe import RoutingMeter, TokenMask, count_in_backward, routing_sums
+from drlora.observe import (
+    FirstPasses,
+    Masks,
+    RoutingMeter,
+    TokenMask,
+    count_in_backward,
+    in_backward,
+    real_tokens,
+    routing_sums,
+)
 from drlora.ops import ExpertWeights, LoraPiece, TracedPiece, adapted_experts, traced_experts
 from drlora.ops.merge import NEAREST, Rounding, add_update, is_finite
 from drlora.ops.parts import MATRICES
@@ -139,17 +149,22 @@ class DrLoraExperts(nn.Module, BaseTunerLayer):
     adapter_layer_names: tuple[str, ...] = ("drlora_adapters",)
     other_param_names: tuple[str, ...] = ()
 
-    def __init__(self, base_layer: nn.Module, block: MoEBlock, tokens: TokenMask) -> None:
+    def __init__(self, base_layer: nn.Module, block: MoEBlock) -> None:
         super().__init__()
         family = family_of(base_layer)
         assert family is not None, "find_blocks names recognised modules only"
         self.family = family
         self.base_layer = base_layer
         self.block = block
-        self.tokens = tokens
+        self.tokens = TokenMask()
+        self.first_passes = FirstPasses()
+        self.in_features = self.out_features = block.hidden_size
+        self.cast_input_dtype_enabled = True  # peft.helpers.disable_input_dtype_casting sets it
         self.drlora_adapters = nn.ModuleDict()
         self.merged_adapters: list[str] = []
         self.router_logits: Tensor | None = None
+        # PEFT's wrappers of routers and other modules that an adapter trains in full.
+        self.trained_in_full: Sequence[nn.Module] = ()
         self.rounding: Rounding = NEAREST  # of merged weights
         self._disable_adapters = False
         self._unmerged: list[Tensor] = []
@@ -172,6 +187,16 @@ class DrLoraExperts(nn.Module, BaseTunerLayer):
     def is_adapting(self) -> bool:
         """Whether a call does anything that the base layer would not."""
         return not self.disable_adapters and not self.merged and bool(self._names())
+
+    def requires_grad_(self, requires_grad: bool = True) -> DrLoraExperts:
+        """As of any module; frozen, it freezes the trained routers too.
+
+        transformers' load_adapter freezes an adapter that is not to be trained through this alone.
+        """
+        super().requires_grad_(requires_grad)
+        for module in () if requires_grad else self.trained_in_full:
+            module.requires_grad_(False)
+        return self
 
     def _names(self) -> list[str]:
         return [name for name in self.active_adapters if name in self.drlora_adapters]
@@ -220,7 +245,9 @@ class DrLoraExperts(nn.Module, BaseTunerLayer):
                 f"a time, or give them the same."
             )
         base = self.base_weights
-        x_TH = hidden_states.to(base.sample.dtype)
+        x_TH = hidden_states
+        if self.cast_input_dtype_enabled:
+            x_TH = x_TH.to(base.sample.dtype)
         dropout = adapters[0].config.lora_dropout if self.training else 0.0
         engine, routed = adapters[0].config.engine, (x_TH, top_k_index, top_k_weights, base)
         if torch.compiler.is_compiling() and base.is_fused:
@@ -229,11 +256,19 @@ class DrLoraExperts(nn.Module, BaseTunerLayer):
         else:
             pieces = [piece for adapter in adapters for piece in adapter.pieces(x_TH.dtype)]
             out_TH = _untraced_experts(*routed, pieces, dropout=dropout, engine=engine)
+        counted = routing or (top_k_index, top_k_weights)
+        if self.training and self.tokens.is_computed_again:
+            self.first_passes.remember(counted[0], self.tokens.masks)
         if self.training and torch.is_grad_enabled() and out_TH.requires_grad:
-            counted = routing or (top_k_index, top_k_weights)
+            masks = self.tokens.masks or self._masks_of_recomputed(counted[0])
+            real_T = real_tokens(masks, counted[0].shape[0])
             for adapter in adapters:
-                out_TH = self._observe(adapter, out_TH, *counted, logits_TE)
+                out_TH = self._observe(adapter, out_TH, *counted, logits_TE, real_T)
         return out_TH.to(hidden_states.dtype)
+
+    def _masks_of_recomputed(self, index_TK: Tensor) -> Masks:
+        is_known = not torch.compiler.is_compiling() and in_backward()
+        return self.first_passes.recall(index_TK) if is_known else ()
 
     def _take_logits(self) -> Tensor | None:
         logits_TE = self.router_logits
@@ -248,13 +283,14 @@ class DrLoraExperts(nn.Module, BaseTunerLayer):
         index_TK: Tensor,
         weight_TK: Tensor,
         logits_TE: Tensor | None,
+        real_T: Tensor | None,
     ) -> Tensor:
         sums = routing_sums(
             adapter.config.routing_signal,
             index_TK,
             weight_TK,
             logits_TE,
-            self.tokens.real_tokens(index_TK.shape[0]),
+            real_T,
             self.block.num_experts,
         )
         return count_in_backward(out_TH, adapter.meter, *sums)

@@ -18,49 +18,150 @@ import torch
 from torch import Tensor, nn
 
 _HOLDER = "_drlora_token_mask"
+_MOST_PASSES = 8
+Masks = tuple[Tensor | None, ...]
 
 
 class TokenMask:
-    """The attention mask of the model's current forward pass, shared by all adapted blocks."""
+    """The attention masks of the forward passes under way, shared by all adapted blocks.
+
+    A mask belongs to the call that it was an argument of, and goes with it.
+    """
 
     def __init__(self) -> None:
-        self.mask: Tensor | None = None
+        self._calls: list[Tensor | None] = []  # the masks of calls that are not over
+        self._trains = False  # whether the outermost one is to be learned from
 
-    def real_tokens(self, num_tokens: int) -> Tensor | None:
-        """(T,) float32, 1 for a real token and 0 for padding; None if all are real.
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a new one: a copy of the model is in no call."""
+        return TokenMask().__dict__
 
-        A mask that does not match the tokens (packed or cached input) is ignored.
-        """
-        if self.mask is None or self.mask.dim() != 2 or self.mask.numel() != num_tokens:
-            return None
-        return (self.mask.reshape(-1) != 0).to(torch.float32)
+    @property
+    def masks(self) -> Masks:
+        """Those of the calls under way, outermost first."""
+        return tuple(self._calls)
+
+    @property
+    def is_computed_again(self) -> bool:
+        """Whether what runs now is run once more in the backward pass (reentrant checkpointing)."""
+        return bool(self._calls) and self._trains and not torch.is_grad_enabled()
+
+    def enter(self, mask: Tensor | None) -> None:
+        """A call with this mask begins."""
+        if not self._calls:
+            self._trains = torch.is_grad_enabled()
+        self._calls.append(mask)
+
+    def leave(self) -> None:
+        """The innermost call is over, or has failed."""
+        self._calls.pop()
 
 
-def watch_tokens(model: nn.Module) -> TokenMask:
-    """Note the attention mask of every forward pass of `model`; idempotent."""
-    holder = getattr(model, _HOLDER, None)
-    if holder is None:
-        holder = TokenMask()
-        setattr(model, _HOLDER, holder)
-        model.register_forward_pre_hook(_note_mask, with_kwargs=True)
+class FirstPasses:
+    """The masks of a block's passes that reentrant checkpointing computes again, after the call.
+
+    Which pass it is that is computed again is told by the experts that its tokens go to.
+    """
+
+    def __init__(self) -> None:
+        self._passes: list[tuple[Tensor, Masks]] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a new one: a copy of the model has no backward pass to come."""
+        return FirstPasses().__dict__
+
+    def remember(self, index_TK: Tensor, masks: Masks) -> None:
+        """Of a pass that goes to the experts `index_TK`."""
+        # Passes that nothing is learned from are never asked for again.
+        self._passes = [*self._passes, (_checksum(index_TK), masks)][-_MOST_PASSES:]
+
+    def recall(self, index_TK: Tensor) -> Masks:
+        """The masks of that pass, which is forgotten then; none if it is not known."""
+        if not self._passes:
+            return ()
+        if len(self._passes) == 1:  # nothing to wait for on an accelerator
+            return self._passes.pop()[1]
+        wanted = _checksum(index_TK)
+        for number, (checksum, masks) in reversed(list(enumerate(self._passes))):
+            if torch.equal(checksum, wanted):
+                del self._passes[number]
+                return masks
+        return ()
+
+
+def _checksum(index_TK: Tensor) -> Tensor:
+    place_S = torch.arange(1, index_TK.numel() + 1, device=index_TK.device)
+    return torch.stack([(index_TK.reshape(-1) * place_S).sum(), place_S[-1]])
+
+
+def in_backward() -> bool:
+    """Whether this is run by a backward pass."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def real_tokens(masks: Masks, num_tokens: int) -> Tensor | None:
+    """(T,) float32, 1 for a real token and 0 for padding; None if all are real.
+
+    A mask that does not match the tokens (packed or cached input) is ignored.
+    """
+    for mask in reversed(masks):
+        if mask is not None and mask.numel() == num_tokens:
+            return (mask.reshape(-1) != 0).to(torch.float32)
+    return None
+
+
+def watch_tokens(model: nn.Module, experts_name: str) -> TokenMask:
+    """Follow the attention masks that `model` and the modules inside are called with; idempotent.
+
+    Args:
+        model: the outermost module.
+        experts_name: full name of the experts. Watched are the modules on the way to them, as far
+            as the list of layers.
+    """
+    holder: TokenMask = model.__dict__.get(_HOLDER) or TokenMask()
+    module = model
+    for name in ["", *experts_name.split(".")]:
+        module = getattr(module, name) if name else module
+        if isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.Sequential)):
+            break
+        if _HOLDER not in module.__dict__ and (module is model or _takes_mask(module)):
+            module.register_forward_pre_hook(_enter, with_kwargs=True)
+            module.register_forward_hook(_leave, always_call=True)
+            setattr(module, _HOLDER, holder)
     return holder
 
 
 def forget_tokens(model: nn.Module) -> None:
     """Undo `watch_tokens`."""
-    for key, hook in list(model._forward_pre_hooks.items()):
-        if hook is _note_mask:
-            del model._forward_pre_hooks[key], model._forward_pre_hooks_with_kwargs[key]
-            delattr(model, _HOLDER)
+    for module in model.modules():
+        if module.__dict__.pop(_HOLDER, None) is None:
+            continue
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if hook is _enter:
+                del module._forward_pre_hooks[key], module._forward_pre_hooks_with_kwargs[key]
+        for key, hook in list(module._forward_hooks.items()):
+            if hook is _leave:
+                del module._forward_hooks[key], module._forward_hooks_always_called[key]
 
 
-def _note_mask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    # The holder is looked up on the module, so that a deep copy of the model has its own.
+# The holder is looked up on the module, so that a deep copy of the model has its own.
+
+
+def _enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     mask = kwargs.get("attention_mask")
     if mask is None and len(args) > 1:
         names = list(inspect.signature(module.forward).parameters)[: len(args)]
         mask = dict(zip(names, args, strict=True)).get("attention_mask")
-    getattr(module, _HOLDER).mask = mask if isinstance(mask, Tensor) else None
+    is_mask = isinstance(mask, Tensor) and mask.dim() == 2
+    getattr(module, _HOLDER).enter(mask if is_mask else None)
+
+
+def _leave(module: nn.Module, args: Any, output: Any) -> None:
+    getattr(module, _HOLDER).leave()
+
+
+def _takes_mask(module: nn.Module) -> bool:
+    return "attention_mask" in inspect.signature(module.forward).parameters
 
 
 class RoutingMeter:

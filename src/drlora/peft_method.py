@@ -18,7 +18,11 @@ from typing import Any, NoReturn
 from peft import PeftConfig
 from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
-from peft.utils import ModulesToSaveWrapper, register_peft_method
+from peft.utils import (
+    AuxiliaryTrainingWrapper,
+    ModulesToSaveWrapper,
+    register_peft_method,
+)
 from torch import Tensor, nn
 
 from drlora.adapter_files import (
@@ -27,22 +31,19 @@ from drlora.adapter_files import (
     refuse_damaged_ranks,
     refuse_other_tensors,
 )
-from drlora.blocks import MoEBlock, active_experts
 from drlora.config import DrLoraConfig
 from drlora.errors import ConfigError
-from drlora.inject import (
-    adapted_layers,
-    choose_blocks,
-    forget_router_logits,
-    note_router_logits,
-    release_router,
-    train_in_float32,
-    wrap_experts,
-)
+from drlora.inject import adapted_layers, prepare, wrap_experts
 from drlora.layer import DrLoraExperts
 from drlora.observe import forget_tokens
 from drlora.ordinary import choose_targets, lora_config
 from drlora.peft_type import DRLORA
+from drlora.routers import (
+    forget_router_logits,
+    note_router_logits,
+    release_router,
+    train_in_float32,
+)
 
 # In the keys of pools, "drlora_adapters", as in those of ordinary LoRA, "lora_A". transformers'
 # load_adapter puts the adapter's name behind the first part of a key that begins with it.
@@ -57,23 +58,14 @@ class DrLoraModel(LoraModel):
     target_module_mapping: dict[str, Sequence[str]] = {}
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
-        _refuse_other_architecture(peft_config, model_config.get("model_type"))
-        self._blocks = {b.experts_name: b for b in choose_blocks(self.model, peft_config)}
-        _refuse_other_layout(peft_config, list(self._blocks.values()))
-        for name in self._blocks:
-            _refuse_mixed_dtypes(name, self.model.get_submodule(name))
-        peft_config.experts = list(self._blocks)
-        _split_by_active(self.model, peft_config, list(self._blocks.values()))
-        if peft_config.router == "train":
-            # By full name: PEFT matches endings, and "gate" is also one of "shared_expert_gate".
-            routers = [block.router_name for block in self._blocks.values()]
-            others = [m for m in peft_config.modules_to_save or [] if m not in routers]
-            peft_config.modules_to_save = others + routers
+        # Of a copy: what is refused leaves the configuration as it was, to be used again.
+        config = copy.copy(peft_config)
+        blocks = prepare(self.model, config, model_config.get("model_type"))
         # The injection works on a copy with full names; what is saved is what the user said.
-        resolved = copy.copy(peft_config)
-        resolved.target_modules = choose_targets(
-            self.model, peft_config, list(self._blocks.values())
-        )
+        resolved = copy.copy(config)
+        resolved.target_modules = choose_targets(self.model, config, blocks)
+        peft_config.__dict__.update(config.__dict__)
+        self._blocks = {block.experts_name: block for block in blocks}
         return resolved
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
@@ -114,17 +106,28 @@ class DrLoraModel(LoraModel):
         model: nn.Module,
         adapter_name: str,
         autocast_adapter_dtype: bool = True,
-        *args: Any,
-        **kwargs: Any,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
     ) -> None:
         """PEFT's injection; then trained routers go to float32, as PEFT does with adapters."""
+        if state_dict is not None:
+            raise ConfigError(
+                "state_dict cannot say what is adapted: a DR-LoRA adapter is made from its "
+                "DrLoraConfig alone. Leave state_dict out, and load the tensors with "
+                "peft.set_peft_model_state_dict when the adapter is in."
+            )
         # The copy that PEFT makes of a trained router must not copy its hook, and what that holds.
         forget_router_logits(model)
-        super().inject_adapter(model, adapter_name, autocast_adapter_dtype, *args, **kwargs)
-        self._note_routers()
+        try:
+            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+        finally:  # those of other adapters also where this one is refused
+            self._note_routers()
+        in_full = [m for m in self.model.modules() if isinstance(m, AuxiliaryTrainingWrapper)]
+        for layer in adapted_layers(self.model, adapter_name).values():
+            layer.trained_in_full = in_full
         if autocast_adapter_dtype:
             for copies in self._router_copies(adapter_name):
-                train_in_float32(copies.modules_to_save[adapter_name])
+                train_in_float32(copies, adapter_name)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
@@ -135,8 +138,7 @@ class DrLoraModel(LoraModel):
         """Trained routers go back to the dtype that the model has them in."""
         found = self._router_copies(adapter_name)
         for copies in found:
-            dtype = next(copies.original_module.parameters()).dtype
-            release_router(copies.modules_to_save[adapter_name], dtype)
+            release_router(copies, adapter_name)
         return found
 
     def _note_routers(self) -> None:
@@ -235,57 +237,6 @@ class DrLoraModel(LoraModel):
         assert isinstance(config, DrLoraConfig)
         refuse_damaged_ranks(config, remapped)
         return put_embeddings_in_place(*fitting)
-
-
-def _refuse_other_architecture(config: DrLoraConfig, model_type: str | None) -> None:
-    if config.base_model_type not in (None, model_type):
-        raise ConfigError(
-            f"the adapter is one for {config.base_model_type!r}, the model is a {model_type!r}; "
-            f"load the model that it was trained on (base_model_name_or_path="
-            f"{config.base_model_name_or_path!r}), or make a new DrLoraConfig."
-        )
-    config.base_model_type = model_type
-
-
-def _refuse_other_layout(config: DrLoraConfig, blocks: list[MoEBlock]) -> None:
-    """Factors of the fused matrix have the shapes that the model wants, in either order."""
-    order = "interleaved" if any(block.is_interleaved for block in blocks) else "halves"
-    if "gate_up" in config.projections and config.gate_up_order not in (None, order):
-        raise ConfigError(
-            f"the adapter was trained with gate and up as {config.gate_up_order} of one matrix "
-            f"(gate_up_order), in this model they are {order}: load it with the version of "
-            f"transformers that it was trained with, and export it there as merged."
-        )
-    config.gate_up_order = order
-
-
-def _split_by_active(model: nn.Module, config: DrLoraConfig, blocks: list[MoEBlock]) -> None:
-    """Do what `split_by_active` asks for, once: the saved configuration has the final ranks."""
-    if not config.split_by_active:
-        return
-    active = {active_experts(model, block) for block in blocks}
-    if len(active) > 1 or None in active:
-        raise ConfigError(
-            f"split_by_active cannot work: tokens use {active} experts of this model's blocks; "
-            f"leave it out and set r_target to the rank that each expert should have."
-        )
-    (count,) = active
-    assert count is not None and config.lora_alpha is not None
-    before = config.r_target
-    for name in ("r_init", "r_target", "r_max"):
-        setattr(config, name, max(1, getattr(config, name) // count))
-    config.lora_alpha *= config.r_target / before  # the scaling stays as it is
-    config.split_by_active = False
-
-
-def _refuse_mixed_dtypes(name: str, experts: nn.Module) -> None:
-    base = experts.get_base_layer() if isinstance(experts, BaseTunerLayer) else experts
-    kept = {key: p.dtype for key, p in base.named_parameters() if p.is_floating_point()}
-    if len(set(kept.values())) > 1:
-        raise ConfigError(
-            f"the experts module {name} mixes dtypes: {kept}; bring it to one dtype first, for "
-            f"example with model.to(torch.bfloat16)."
-        )
 
 
 def _take_hooks_off(model: nn.Module) -> None:

@@ -38,10 +38,14 @@ AFTER_SAVE: list[Callable[[str], None]] = []
 
 
 class SavedConfig(PeftConfig):
-    """A configuration that says when it was saved, which PEFT does last of all that it saves."""
+    """A configuration that says when its adapter was saved: PEFT saves it last of all."""
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """As PEFT does, with AFTER_SAVE called at the end."""
+        """As PEFT does, with AFTER_SAVE called at the end of saving a model.
+
+        PEFT hands `auto_mapping_dict` over, set or None, only when it saves a model.
+        """
+        of_model = "auto_mapping_dict" in kwargs
         super().save_pretrained(save_directory, **kwargs)
-        for act in AFTER_SAVE:
+        for act in AFTER_SAVE if of_model else ():
             act(save_directory)

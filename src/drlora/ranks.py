@@ -15,7 +15,7 @@ optimizer moments stay where they are, whatever the optimizer keeps beside them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -107,3 +107,22 @@ class RankBook:
         if free.size:
             raise ValueError(f"row {int(free[0])} is to be released but nobody owns it.")
         self.owner_R[released] = FREE
+
+
+def in_turns(owner_R: IntArray) -> Iterator[tuple[IntArray, IntArray]]:
+    """(experts, rows): the lowest row of each expert, then the second of each that has one, ...
+
+    Sums over the rows of each expert that are added up turn by turn have the same order, and so
+    the same value, on every device; no expert comes twice in one turn.
+
+        >>> [(e.tolist(), r.tolist()) for e, r in in_turns(np.array([1, -1, 0, 1]))]
+        [([0, 1], [2, 0]), ([1], [3])]
+    """
+    owned = np.flatnonzero(owner_R != FREE)
+    rows_S = owned[np.argsort(owner_R[owned], kind="stable")]
+    experts_S = owner_R[rows_S].astype(np.int64)
+    first_S = np.searchsorted(experts_S, experts_S, side="left")
+    turn_S = np.arange(len(rows_S)) - first_S
+    for turn in range(int(turn_S.max(initial=-1)) + 1):
+        now = turn_S == turn
+        yield experts_S[now], rows_S[now]

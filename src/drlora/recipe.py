@@ -17,7 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from peft import PeftConfig
+from peft import PeftConfig, TaskType
 from transformers import TrainingArguments
 
 from drlora.config import DrLoraConfig, preset_settings
@@ -192,7 +192,7 @@ class Recipe:
 
     def adapter_config(self) -> DrLoraConfig:
         """A new DrLoraConfig of the section `adapter`."""
-        return DrLoraConfig(**self.adapter)
+        return DrLoraConfig(**self.adapter, task_type=TaskType.CAUSAL_LM)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values with every default filled in; `recipe_from` reads them back."""

@@ -21,6 +21,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from drlora.ranks import in_turns
+
 
 def ema(previous: Tensor, value: Tensor, beta: float) -> Tensor:
     """`beta * previous + (1 - beta) * value`; entries of `value` that are not finite are skipped.
@@ -61,15 +63,14 @@ def _sensitivity(weight_RN: Tensor, grad_RN: Tensor) -> Tensor:
 
 
 def expert_sums(value_R: Tensor, owner_R: Tensor, num_experts: int) -> Tensor:
-    """(E,) sum of `value_R` over the rows that each expert owns; free rows (owner -1) are left out.
+    """(E,) sum of `value_R` over the rows that each expert owns, on the CPU.
 
-    Deterministic on every device: a matrix product would do, but the bins are few and the sum is
-    taken in row order.
+    Free rows (owner -1) are left out. The order of the sum is that of the rows, on every device.
     """
-    bins_E1 = torch.zeros(num_experts + 1, dtype=value_R.dtype, device=value_R.device)
-    # Free rows land in a bin of their own, at the end.
-    bins_E1.index_add_(0, owner_R.long() % (num_experts + 1), value_R)
-    return bins_E1[:num_experts]
+    value, sums_E = value_R.cpu(), torch.zeros(num_experts, dtype=value_R.dtype)
+    for experts, rows in in_turns(owner_R.cpu().numpy()):
+        sums_E[experts] += value[rows]  # none of them twice
+    return sums_E
 
 
 def saliency(frequency_E: Tensor, importance_E: Tensor, ranks_E: Tensor, gamma: float) -> Tensor:

@@ -28,6 +28,8 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.optim import Adam, AdamW, Optimizer
 
+from drlora.ranks import IntArray, in_turns
+
 # Beyond this the two corrections differ by less than 5e-5 and the row is grown up.
 _NEGLIGIBLE_BIAS = 1e-4
 
@@ -135,18 +137,32 @@ def inherit_second_moment(
     ]
     older_R = owner_R.clone()
     older_R[rows] = -1
-    bins_R = older_R.long() % (num_experts + 1)  # the last bin takes what does not count
-    counts_E1 = torch.bincount(bins_R, minlength=num_experts + 1).clamp(min=1)[:, None]
-    everything = held_rows(parameter, torch.arange(len(owner_R), device=owner_R.device))
+    older = older_R.cpu().numpy()
+    counts = np.bincount(older[older >= 0], minlength=num_experts).clip(min=1)
+    counts_E1 = torch.from_numpy(counts).to(owner_R.device)[:, None]
     held = held_rows(parameter, rows)
     for moment in moments:
         local = local_part(moment)
-        sums_E1 = local.new_zeros(num_experts + 1, *local.shape[1:])
-        sums_E1.index_add_(0, bins_R[everything.chosen], local)
+        sums_EO = _expert_sums(local, _held_range(parameter), older, num_experts)
         if isinstance(moment, DTensor):
-            dist.all_reduce(sums_E1, group=moment.device_mesh.get_group())
-        local[held.local] = (sums_E1 / counts_E1)[owner_R[rows[held.chosen]].long()]
+            dist.all_reduce(sums_EO, group=moment.device_mesh.get_group())
+        local[held.local] = (sums_EO / counts_E1)[owner_R[rows[held.chosen]].long()]
     return bool(moments)
+
+
+def _expert_sums(
+    local_NO: Tensor, held: tuple[int, int], owner_R: IntArray, num_experts: int
+) -> Tensor:
+    """(E, O): sums over the rows of each expert that are held here, in the order of the rows.
+
+    Turn by turn, so that the order is the same on every device; `index_add_` leaves it open.
+    """
+    sums_EO = local_NO.new_zeros(num_experts, *local_NO.shape[1:])
+    first, end = held
+    for experts, rows in in_turns(owner_R[first:end]):
+        to, of = (torch.from_numpy(index).to(local_NO.device) for index in (experts, rows))
+        sums_EO[to] += local_NO[of]  # none of them twice
+    return sums_EO
 
 
 # Neighbouring rows, or the numbers of rows wherever they are.

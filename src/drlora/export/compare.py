@@ -100,7 +100,8 @@ def logits_of(
             logits_BLV = model(
                 **{key: x.to(device) for key, x in inputs.items()}, use_cache=False
             ).logits
-            found.append(logits_BLV.float().cpu()[mask_BL.cpu() != 0])
+            logits = logits_BLV.float().cpu()  # (B, V) of a model that classifies whole texts
+            found.append(logits[mask_BL.cpu() != 0] if logits.dim() == 3 else logits)
     return found
 
 

@@ -43,9 +43,13 @@ def make_config(updates: Updates, base: PreTrainedModel) -> LoraConfig:
         target_parameters=parameters,
         target_modules=sorted(set(updates.linears) - clashing),
         modules_to_save=list(updates.modules) or None,
-        task_type="CAUSAL_LM" if hasattr(base, "prepare_inputs_for_generation") else None,
+        task_type=updates.task_type or _task_of(base),
         base_model_name_or_path=base.name_or_path or None,
     )
+
+
+def _task_of(base: PreTrainedModel) -> str | None:
+    return "CAUSAL_LM" if hasattr(base, "prepare_inputs_for_generation") else None
 
 
 def attach(base: PreTrainedModel, updates: Updates) -> PeftModel:

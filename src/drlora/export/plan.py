@@ -209,7 +209,7 @@ def _owned_ranks(base: nn.Module, adapter: str) -> tuple[int, float, int]:
 
 def _merged_bytes(base: PreTrainedModel) -> int:
     """Size of the merged model's weights; tied ones once, unless one of them was trained alone."""
-    added = (".lora_", ".drlora_adapters.", ".modules_to_save.")
+    added = (".lora_", ".drlora_adapters.", ".modules_to_save.", ".trainable_tokens_")
     own = [p for name, p in base.named_parameters() if not any(part in name for part in added)]
     size = sum(p.numel() * p.element_size() for p in own)
     head, embedding = base.get_output_embeddings(), base.get_input_embeddings()

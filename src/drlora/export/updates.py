@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
-from peft.utils import ModulesToSaveWrapper
+from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -37,12 +37,14 @@ class Updates:
         modules: full name of a module that was trained in full -> its tensors.
         embeddings: key -> tensor of the base model's own embeddings, where they were resized: what
             a base model as it is published does not have.
+        task_type: PEFT's, of the adapter.
     """
 
     experts: dict[str, Factors]
     linears: dict[str, Factors]
     modules: dict[str, dict[str, Tensor]]
     embeddings: dict[str, Tensor] = field(default_factory=dict)
+    task_type: str | None = None
 
     @property
     def rank(self) -> int:
@@ -71,6 +73,7 @@ def collect_updates(model: PeftModel, adapter: str, all_matrices: bool = False) 
         ConfigError: if a block's experts are not in one parameter a matrix; the block is named.
     """
     inner = model.get_base_model()
+    _refuse_tokens(inner, adapter)
     experts = {}
     for layer in adapted_layers(inner, adapter).values():
         for matrix in PARAMETERS:
@@ -85,6 +88,7 @@ def collect_updates(model: PeftModel, adapter: str, all_matrices: bool = False) 
         linear_updates(inner, adapter),
         trained_modules(inner, adapter),
         resized_embeddings(inner),
+        model.peft_config[adapter].task_type,
     )
 
 
@@ -192,6 +196,17 @@ def trained_modules(inner: nn.Module, adapter: str) -> dict[str, dict[str, Tenso
         for name, module in _saved(inner)
         if adapter in module.modules_to_save
     }
+
+
+def _refuse_tokens(inner: nn.Module, adapter: str) -> None:
+    for name, module in inner.named_modules():
+        if isinstance(module, TrainableTokensWrapper) and (
+            adapter in module.token_adapter.trainable_tokens_delta
+        ):
+            raise ConfigError(
+                f"the adapter trained single tokens of {name} (trainable_token_indices), which "
+                f"this format has no place for; use the format merged."
+            )
 
 
 def _saved(inner: nn.Module) -> list[tuple[str, ModulesToSaveWrapper]]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from drlora.errors import ConfigError
 from drlora.ops.compiled import TracedPiece, experts_traced
-from drlora.ops.grouped import experts_grouped, grouped_fits
+from drlora.ops.grouped import experts_grouped, grouped_fits, grouped_misfit
 from drlora.ops.loop import experts_loop
 from drlora.ops.naive import experts_naive
 from drlora.ops.parts import (
@@ -28,6 +28,7 @@ from drlora.ops.parts import (
     draw_dropout,
     sort_by_expert,
 )
+from drlora.ops.stand_ins import tell_once
 
 __all__ = [
     "Apart",
@@ -62,23 +63,38 @@ def choose_engine(name: str, base: ExpertWeights) -> Engine:
     """The engine called `name`; `auto` takes `loop` on the CPU and `grouped` elsewhere.
 
     Where an engine cannot take the weights another stands in: `grouped` for `triton`, `loop` for
-    `grouped`, and `grouped` or `naive` for `loop`.
+    `grouped`, and `grouped` or `naive` for `loop`. Of one that was asked for by name that is said
+    once.
 
     Raises:
         ConfigError: if `triton` is asked for and not installed.
     """
-    if name == "triton":
-        engine = _triton_engine()
-        if _is_common(base):
-            return engine
-        name = "grouped"
-    if name == "auto":
-        name = "loop" if base.sample.device.type == "cpu" else "grouped"
-    if name == "grouped" and not grouped_fits(base):
-        name = "loop"
-    if name == "loop" and base.post_norm is not None:  # its backward keeps no output of an expert
-        name = "grouped" if grouped_fits(base) else "naive"
-    return ENGINES[name]
+    wanted = ("loop" if base.sample.device.type == "cpu" else "grouped") if name == "auto" else name
+    engines = ENGINES if wanted != "triton" else {**ENGINES, "triton": _triton_engine()}
+    reasons = []
+    while (reason := _misfit(wanted, base)) is not None:
+        reasons.append(reason)
+        wanted = _stand_in(wanted, base)
+    if reasons and name != "auto":
+        tell_once(name, wanted, "; ".join(dict.fromkeys(reasons)))
+    return engines[wanted]
+
+
+def _misfit(name: str, base: ExpertWeights) -> str | None:
+    """Why the engine cannot take these weights; None if it can."""
+    if name == "grouped":
+        return grouped_misfit(base)
+    if name == "loop" and base.post_norm is not None:
+        return "the experts have a norm after each, whose backward pass it does not know"
+    if name == "triton" and not _is_common(base):
+        return "the experts are not one contiguous tensor a matrix, without biases and norms"
+    return None
+
+
+def _stand_in(name: str, base: ExpertWeights) -> str:
+    if name == "loop":
+        return "grouped" if grouped_fits(base) else "naive"
+    return {"triton": "grouped", "grouped": "loop"}[name]
 
 
 def _is_common(base: ExpertWeights) -> bool:

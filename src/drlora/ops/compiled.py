@@ -24,10 +24,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from drlora.ops.grouped import ALIGNMENT_BYTES, grouped_fits, pad_rows, padded_rows
+from drlora.ops.grouped import ALIGNMENT_BYTES, grouped_fits, grouped_misfit, pad_rows, padded_rows
 from drlora.ops.loop import working_dtype
 from drlora.ops.loop_matrices import Widen
 from drlora.ops.parts import DropoutMasks, ExpertWeights, Matrix, Routing
+from drlora.ops.stand_ins import tell_once
 
 
 class TracedPiece(NamedTuple):
@@ -85,9 +86,14 @@ def experts_traced(
 
 
 def _runs_grouped(engine: str, base: ExpertWeights) -> bool:
-    on_cpu = base.sample.device.type == "cpu"
-    wanted = engine in ("grouped", "triton") or (engine == "auto" and not on_cpu)
-    return wanted and grouped_fits(base)
+    if engine == "auto":
+        return base.sample.device.type != "cpu" and grouped_fits(base)
+    misfit = grouped_misfit(base)
+    grouped = engine in ("grouped", "triton") and misfit is None
+    computes = "grouped" if grouped else "loop"
+    if engine != computes:
+        tell_once(engine, computes, misfit or "torch.compile knows 'grouped' and 'loop' alone")
+    return grouped
 
 
 class _Piece(NamedTuple):

@@ -20,10 +20,20 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def grouped_fits(base: ExpertWeights) -> bool:
-    """Whether torch's grouped product can take these weights: dtype, and rows of 16 bytes."""
+    """Whether torch's grouped product can take these weights."""
+    return grouped_misfit(base) is None
+
+
+def grouped_misfit(base: ExpertWeights) -> str | None:
+    """Why torch's grouped product cannot take these weights; None if it can."""
+    if not base.is_stacked:
+        return "each expert has tensors of its own"
+    if base.sample.dtype not in _DTYPES:
+        return f"grouped products do not take {base.sample.dtype}"
     widths = (base.in_features("gate_up"), base.stacks("gate_up")[0][0].shape[0], base.width)
-    aligned = all(w * base.sample.element_size() % ALIGNMENT_BYTES == 0 for w in widths)
-    return base.is_stacked and base.sample.dtype in _DTYPES and aligned
+    if any(w * base.sample.element_size() % ALIGNMENT_BYTES for w in widths):
+        return f"rows of {widths} numbers are no multiples of {ALIGNMENT_BYTES} bytes"
+    return None
 
 
 def experts_grouped(

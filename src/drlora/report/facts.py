@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -30,21 +32,27 @@ def lead(run: RunRecord) -> str:
     losses = [_held_out(run, kind) for kind in ("before", "after")]
     if None not in losses:
         parts.append(f"Held-out loss went from {losses[0]:.4f} to {losses[1]:.4f}.")
-    ranks = [row for rank_map in run.maps for row in rank_map.final()]
-    highest, lowest = max(map(max, ranks)), min(map(min, ranks))
-    parts.append(
-        f"Ranks range from {lowest} to {highest}; the top tenth of a layer's experts holds "
-        f"{fmean(map(top_share, ranks)):.0%} of its ranks."
-        if highest > lowest
-        else f"Every expert has rank {highest}."
-    )
+    if run.waits_for_growth:
+        parts.append("There was no growth event yet.")
+    if ranks := [row for rank_map in run.maps for row in rank_map.final()]:
+        highest, lowest = max(map(max, ranks)), min(map(min, ranks))
+        parts.append(
+            f"Ranks range from {lowest} to {highest}; the top tenth of a layer's experts holds "
+            f"{fmean(map(top_share, ranks)):.0%} of its ranks."
+            if highest > lowest
+            else f"Every expert has rank {highest}."
+        )
     return " ".join(parts)
 
 
 def table(runs: Sequence[RunRecord], facts: Facts) -> list[Row]:
     """The facts that are known of at least one run."""
-    rows = [(name, [fact(run) for run in runs]) for name, fact in facts.items()]
+    rows = [(name, [_known(fact, run) for run in runs]) for name, fact in facts.items()]
     return [row for row in rows if any(value != NONE for value in row[1])]
+
+
+def _known(fact: Callable[[RunRecord], str], run: RunRecord) -> str:
+    return NONE if fact in _OF_RANKS and not run.maps else fact(run)
 
 
 def _model(run: RunRecord) -> str:
@@ -54,14 +62,25 @@ def _model(run: RunRecord) -> str:
 
 
 def training_data(run: RunRecord) -> str | None:
-    """The data's name; of a file with a full path, the file's."""
+    """The data's name; of a file in a folder, the file's."""
     found = (run.recipe.get("data") or {}).get("train")
     return _without_folder(found) if isinstance(found, str) and found else None
 
 
 def _without_folder(name: str) -> str:
     """Where somebody's files lie is nothing for a page that is shown around."""
-    return Path(name).name if Path(name).is_absolute() else name
+    return re.split(r"[\\/]", name.rstrip("\\/"))[-1] if is_path(name) else name
+
+
+def is_path(name: str) -> bool:
+    """Whether a name is one of a file or folder, and not on the hub (`name` or `owner/name`)."""
+    looks_so = (
+        name[:1] in ("/", "\\", "~", ".")
+        or re.match(r"[A-Za-z]:[\\/]", name)
+        or len(re.findall(r"[\\/]", name)) > 1
+        or Path(name).suffix in (".json", ".jsonl", ".parquet")
+    )
+    return bool(looks_so) or os.path.exists(name)
 
 
 def _held_out(run: RunRecord, kind: str) -> float | None:
@@ -177,6 +196,11 @@ def _wrong(run: RunRecord) -> str:
     return ", ".join(found) or NONE
 
 
+_mean_gini = _over_blocks(gini, "{:.2f}")
+_mean_top_share = _over_blocks(top_share, "{:.0%}")
+# What is not known of a run that has written no ranks yet.
+_OF_RANKS = (_shape, _events, _range, _routing, _mean_gini, _mean_top_share)
+
 SUMMARY: Facts = {
     "Model": _model,
     "Training data": lambda run: training_data(run) or NONE,
@@ -191,9 +215,9 @@ SUMMARY: Facts = {
     "Growth events": _events,
     "Ranks spent": _spent,
     "Rank min / mean / max": _range,
-    "Gini coefficient of ranks": _over_blocks(gini, "{:.2f}"),
+    "Gini coefficient of ranks": _mean_gini,
     "Gini coefficient of routing": _routing,
-    "Top tenth's share of ranks": _over_blocks(top_share, "{:.0%}"),
+    "Top tenth's share of ranks": _mean_top_share,
 }
 
 COST: Facts = {

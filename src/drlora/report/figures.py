@@ -23,20 +23,25 @@ DASHES = ("-", "--", ":", "-.")
 def draw_report(runs: Sequence[RunRecord], path: Path, format: str) -> None:
     """Draw the runs, one row each below the shared charts."""
     with matplotlib.rc_context(STYLE):
-        height = 0.9 + 0.14 * max(len(m.blocks) for run in runs for m in run.maps)
+        height = 0.9 + 0.14 * max((len(m.blocks) for run in runs for m in run.maps), default=0)
         maps = [(run, rank_map) for run in runs for rank_map in run.maps]
         figure = Figure(figsize=(9, 3.0 + height * len(maps)), layout="constrained")
         figure.set_facecolor(PAPER)
-        parts: Any = figure.subfigures(2, 1, height_ratios=[3.0, height * len(maps)])
-        top, bottom = parts
+        top, bottom = _halves(figure, height * len(maps))
         loss, concentration, scatter = top.subplots(1, 3)
         _loss(loss, runs)
         _gini(concentration, runs)
         _scatter(scatter, runs)
-        _maps(bottom, maps, len(runs) > 1)
+        if maps:
+            _maps(bottom, maps, len(runs) > 1)
         figure.suptitle(_literal(title(runs)), fontsize=11)
         metadata = {"Date": None} if format == "svg" else None
         figure.savefig(path, format=format, dpi=160, metadata=metadata)
+
+
+def _halves(figure: Figure, height: float) -> Any:
+    """Above for the charts, below for the maps, which a run before its first event has not."""
+    return figure.subfigures(2, 1, height_ratios=[3.0, height]) if height else (figure, None)
 
 
 def _literal(text: str) -> str:
@@ -69,7 +74,7 @@ def _loss(axes: Axes, runs: Sequence[RunRecord]) -> None:
 
 
 def _gini(axes: Axes, runs: Sequence[RunRecord]) -> None:
-    for number, run in enumerate(runs):
+    for number, run in _with_ranks(runs):
         rank_map = run.maps[0]
         edges = [0, *rank_map.events, run.steps]
         means = [_mean_gini(rank_map, ranks) for ranks in rank_map.history]
@@ -79,13 +84,17 @@ def _gini(axes: Axes, runs: Sequence[RunRecord]) -> None:
     axes.set_ylim(bottom=0)
 
 
+def _with_ranks(runs: Sequence[RunRecord]) -> list[tuple[int, RunRecord]]:
+    return [(number, run) for number, run in enumerate(runs) if run.maps]
+
+
 def _mean_gini(rank_map: RankMap, ranks: np.ndarray) -> float:
     rows = zip(ranks, rank_map.experts, strict=True)
     return float(np.mean([gini(row[:n]) for row, n in rows]))
 
 
 def _scatter(axes: Axes, runs: Sequence[RunRecord]) -> None:
-    for number, run in enumerate(runs):
+    for number, run in _with_ranks(runs):
         routing = last_routing(run.maps[0])
         if routing is not None:
             ranks = [rank for row in run.maps[0].final() for rank in row]

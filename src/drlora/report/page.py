@@ -21,6 +21,7 @@ from drlora.report.read import RunRecord
 
 def page(runs: Sequence[RunRecord]) -> str:
     """The HTML of a report on these runs."""
+    drawn = [run for run in runs if run.maps]
     charts, own = _asset("vendor/echarts.min.js"), _asset("report.js")
     policy = (
         "default-src 'none'; base-uri 'none'; form-action 'none'; img-src data:; "
@@ -44,8 +45,7 @@ def page(runs: Sequence[RunRecord]) -> str:
 <main>
 <section aria-labelledby="h-result"><h2 id="h-result">Result</h2>
 {_table("Result", runs, table(runs, SUMMARY))}</section>
-<noscript><p>The charts need JavaScript; the tables do not.</p></noscript>
-{_asset("charts.html")}
+{_charts(drawn)}
 <section aria-labelledby="h-cost"><h2 id="h-cost">Cost</h2>
 {_table("Cost", runs, table(runs, COST))}</section>
 <section aria-labelledby="h-setup"><h2 id="h-setup">Settings</h2>
@@ -55,12 +55,28 @@ def page(runs: Sequence[RunRecord]) -> str:
 </main>
 <footer><p>Made by <code>drlora report</code> from the files of the run. Charts:
 Apache ECharts (Apache License 2.0).</p></footer>
-<script type="application/json" id="data">{encode_runs(runs)}</script>
-<script>{charts}</script>
-<script>{own}</script>
-</body>
+{_scripts(drawn, charts, own)}</body>
 </html>
 """
+
+
+def _charts(runs: Sequence[RunRecord]) -> str:
+    """The charts of the runs that have written ranks."""
+    if not runs:
+        return "<p>Charts follow with the first growth event, or the first checkpoint.</p>"
+    return (
+        "<noscript><p>The charts need JavaScript; the tables do not.</p></noscript>\n"
+        f"{_asset('charts.html')}"
+    )
+
+
+def _scripts(runs: Sequence[RunRecord], charts: str, own: str) -> str:
+    if not runs:
+        return ""
+    return (
+        f'<script type="application/json" id="data">{encode_runs(runs)}</script>\n'
+        f"<script>{charts}</script>\n<script>{own}</script>\n"
+    )
 
 
 def _asset(name: str) -> str:

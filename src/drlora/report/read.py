@@ -5,12 +5,13 @@
 
 Read are config.yaml (or adapter_config.json), metrics.jsonl, growth.jsonl, events.jsonl and
 result.json, as far as they are there; runs from before events.jsonl are readable too. Where neither
-events.jsonl nor result.json tells the ranks, the saved adapter does.
+events.jsonl nor result.json tells the ranks, the saved adapter does, or before the first event a
+checkpoint.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,17 +23,18 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
 from drlora.callback import GROWTH_LOG
-from drlora.errors import CheckpointError
+from drlora.errors import CheckpointError, DrLoraError
 from drlora.event_log import EVENT_LOG
 from drlora.files import read_json
 from drlora.jsonl import read_lines
 from drlora.settings import read_settings
 
 NO_EXPERT = -1
+RECIPE = "config.yaml"
 SIGNALS = ("routing", "importance", "saliency")
 _OWNER = ".owner"
 _CHOSEN = ("grow_every", "settle_steps", "cap")
-_POOLS = ".experts.drlora_adapters.pools."
+_POOLS = ".drlora_adapters.pools."
 
 Ranks = NDArray[np.int64]
 Entry = dict[str, Any]
@@ -88,7 +90,8 @@ class RunRecord:
         adapter: settings of the adapter.
         metrics: entries of metrics.jsonl.
         result: result.json; {} of a run that is not finished.
-        maps: one, or one a projection where these have ranks of their own.
+        maps: one, or one a projection where these have ranks of their own; none before a run has
+            written any ranks.
     """
 
     name: str
@@ -97,6 +100,13 @@ class RunRecord:
     metrics: list[Entry]
     result: Entry
     maps: tuple[RankMap, ...]
+
+    @property
+    def waits_for_growth(self) -> bool:
+        """Whether the run is under way and its first growth event is still to come."""
+        grows = self.adapter.get("r_init") != self.adapter.get("r_target")
+        is_over = bool(self.result) or any(rank_map.events for rank_map in self.maps)
+        return bool(self.recipe) and not is_over and (grows or not self.maps)
 
     @cached_property
     def logs(self) -> list[Entry]:
@@ -122,11 +132,11 @@ def read_run(folder: Path) -> RunRecord:
     Raises:
         CheckpointError: if it holds no run, or files that do not fit each other.
     """
-    recipe = _mapping(folder / "config.yaml")
+    recipe = _mapping(folder / RECIPE)
     adapter = recipe.get("adapter") or _mapping(folder / CONFIG_NAME)
     if not adapter:
         raise CheckpointError(
-            f"{folder} is no run directory: it has neither config.yaml nor adapter_config.json."
+            f"{folder} is no run directory: it has neither {RECIPE} nor {CONFIG_NAME}."
         )
     result = _mapping(folder / "result.json")
     # Settings that are `auto` in the recipe, as they were chosen.
@@ -134,6 +144,8 @@ def read_run(folder: Path) -> RunRecord:
     adapter = adapter | {name: saved[name] for name in _CHOSEN if name in saved}
     try:
         maps = _maps(folder, result)
+    except DrLoraError:
+        raise
     except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"the files of {folder} do not fit each other: {type(error).__name__}: {error}"
@@ -181,12 +193,14 @@ def _starts(
                     list(entry["ranks"]), earlier, entry["block"], entry["projection"]
                 )
         return ranks
-    final = result.get("ranks") or _ranks_of_adapter(folder / SAFETENSORS_WEIGHTS_NAME)
-    if not final:
+    final = result.get("ranks") or _saved_ranks(folder, growth)
+    if not final and (growth or not (folder / RECIPE).is_file()):
         raise CheckpointError(
-            f"{folder} does not tell the ranks of its experts yet: there is no {EVENT_LOG}, "
-            f"result.json or saved adapter. Wait for the first growth event or the end of the run."
+            f"{folder} does not tell the ranks of its experts: there is no {EVENT_LOG}, "
+            f"result.json or saved adapter."
         )
+    if not final:
+        return {}
     return {
         label: {
             block: _less(list(ranks[label.split("+")[0]]), growth, block, label)
@@ -194,6 +208,17 @@ def _starts(
         }
         for label in _labels(growth, final)
     }
+
+
+def _saved_ranks(folder: Path, growth: list[Entry]) -> dict[str, dict[str, list[int]]]:
+    """block -> projection -> ranks, of the saved adapter, or of a checkpoint before any event."""
+    logged = {entry["block"] for entry in growth}
+    if found := _ranks_of_adapter(folder / SAFETENSORS_WEIGHTS_NAME, logged):
+        return found
+    for checkpoint in () if growth else sorted(folder.glob("checkpoint-*")):
+        if found := _ranks_of_adapter(checkpoint / SAFETENSORS_WEIGHTS_NAME, logged):
+            return found
+    return {}
 
 
 def _labels(growth: list[Entry], final: Mapping[str, Mapping[str, list[int]]]) -> list[str]:
@@ -213,7 +238,7 @@ def _less(ranks: list[int], grants: Iterable[Entry], block: str, projection: str
     return ranks
 
 
-def _ranks_of_adapter(path: Path) -> dict[str, dict[str, list[int]]]:
+def _ranks_of_adapter(path: Path, logged: Container[str]) -> dict[str, dict[str, list[int]]]:
     """block -> projection -> rank of each expert, from a saved adapter; {} if there is none."""
     if not path.is_file():
         return {}
@@ -222,7 +247,8 @@ def _ranks_of_adapter(path: Path) -> dict[str, dict[str, list[int]]]:
         with safe_open(path, framework="np") as file:
             for key in sorted(file.keys(), key=_natural):
                 if key.endswith(_OWNER) and _POOLS in key:
-                    block, _, rest = key.removeprefix("base_model.model.").partition(_POOLS)
+                    module, _, rest = key.removeprefix("base_model.model.").partition(_POOLS)
+                    block = _block_name(module, logged)
                     frequency = key.partition(".pools.")[0] + ".frequency"
                     experts = file.get_slice(frequency).get_shape()[0]
                     owner_R = file.get_tensor(key)
@@ -231,6 +257,17 @@ def _ranks_of_adapter(path: Path) -> dict[str, dict[str, list[int]]]:
     except SafetensorError as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     return found
+
+
+def _block_name(module: str, logged: Container[str]) -> str:
+    """The name of the block, as logs have it, of a module that an adapter takes the place of.
+
+    That is the module of the experts, or the whole block where no module has the experts alone.
+    """
+    parent, _, child = module.rpartition(".")
+    if module in logged or parent in logged:
+        return module if module in logged else parent
+    return parent if child == "experts" and parent else module
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

@@ -1,0 +1,119 @@
+"""Trained routers, and what is noted of any router's logits.
+
+PEFT keeps the trained copy of a router in a ModulesToSaveWrapper. The copy computes in float32, as
+PEFT's adapters do; what it is given and what it returns are as the model around it expects.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from peft.utils import ModulesToSaveWrapper
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from drlora.layer import DrLoraExperts
+
+_KNOWN = "_drlora_output_dtypes"
+
+
+def note_router_logits(router: nn.Module, layer: DrLoraExperts) -> None:
+    """Have the router's logits at hand when the experts of the same block are called next."""
+    # A partial is copied and pickled along with the model, and points to the copy's layer then.
+    router.register_forward_hook(partial(_note_logits, layer))
+
+
+def forget_router_logits(model: nn.Module) -> None:
+    """Undo `note_router_logits` everywhere."""
+    for module in model.modules():
+        for key, hook in list(module._forward_hooks.items()):
+            if getattr(hook, "func", None) is _note_logits:
+                del module._forward_hooks[key]
+
+
+def _note_logits(layer: DrLoraExperts, module: nn.Module, args: Any, output: Any) -> None:
+    logits = layer.family.router_logits(output)
+    layer.router_logits = None if logits is None else logits.detach()
+
+
+def train_in_float32(copies: ModulesToSaveWrapper, adapter: str) -> None:
+    """Keep an adapter's trained router in float32, without the model around it noticing.
+
+    In bfloat16, steps at usual learning rates are smaller than the spacing of the weights, so most
+    entries would never move. The copy is handed input of its own dtype, and its output goes back to
+    the dtypes that the original router returns.
+    """
+    router = copies.modules_to_save[adapter]
+    router.to(torch.float32)
+    router.register_forward_pre_hook(_input_in_own_dtype, with_kwargs=True)
+    if _output_in_original_dtype not in copies._forward_hooks.values():
+        # First: what is noted of the output is then what the model sees.
+        copies.register_forward_hook(_output_in_original_dtype, with_kwargs=True, prepend=True)
+
+
+def release_router(copies: ModulesToSaveWrapper, adapter: str) -> None:
+    """Undo `train_in_float32`, for a router that becomes part of the merged model."""
+    router = copies.modules_to_save[adapter]
+    for key, hook in list(router._forward_pre_hooks.items()):
+        if hook is _input_in_own_dtype:
+            del router._forward_pre_hooks[key], router._forward_pre_hooks_with_kwargs[key]
+    router.to(_dtype_of(copies.original_module))
+
+
+def _dtype_of(module: nn.Module) -> torch.dtype:
+    return next(module.parameters()).dtype
+
+
+def _input_in_own_dtype(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    dtype = _dtype_of(module)  # another one if the whole model was moved since
+
+    def cast(value: Any) -> Any:
+        return value.to(dtype) if _is_float(value) else value
+
+    return tuple(cast(a) for a in args), {name: cast(value) for name, value in kwargs.items()}
+
+
+def _output_in_original_dtype(
+    copies: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> Any:
+    """Not the model's dtype: many routers return some of their output in float32 on purpose."""
+    names = [name for name in copies.active_adapters if name in copies.modules_to_save]
+    if copies.disable_adapters or not names:
+        return output
+    if _dtype_of(copies.modules_to_save[names[0]]) == _dtype_of(copies.original_module):
+        return output
+    dtypes = _original_dtypes(copies, args, kwargs)
+    return tree_map(lambda v, dtype: v.to(dtype) if _is_float(v) else v, output, dtypes)
+
+
+def _original_dtypes(copies: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What the original router returns for such a call, as its dtypes; None for no tensor."""
+    if torch.compiler.is_compiling():  # a graph keeps no computation that only dtypes are read of
+        return _call_original(copies, args, kwargs)
+    given = [v for v in tree_leaves((args, kwargs)) if isinstance(v, Tensor)]
+    device = given[0].device.type if given else "cpu"
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    key = (copies.training, autocast, _dtype_of(copies.original_module), *(v.dtype for v in given))
+    known: dict[Any, Any] = copies.__dict__.setdefault(_KNOWN, {})
+    if key not in known:
+        with torch.random.fork_rng({v.device for v in given if v.device.type == "cuda"}):
+            known[key] = _call_original(copies, args, kwargs)
+    return known[key]
+
+
+@torch.no_grad()
+def _call_original(copies: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    original = copies.original_module
+    # Past its hooks, with which transformers records logits: these would be recorded twice. But
+    # DeepSpeed's ZeRO needs its own, to bring the weights together.
+    is_split = any(hasattr(parameter, "ds_id") for parameter in original.parameters())
+    output = (original if is_split else original.forward)(*args, **kwargs)
+    return tree_map(lambda v: v.dtype if isinstance(v, Tensor) else None, output)
+
+
+def _is_float(value: object) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
