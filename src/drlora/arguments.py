@@ -20,6 +20,7 @@ TRAIN = """examples:
   drlora train recipes/embedded.yaml
   drlora train recipes/own-data.yaml model=path/to/model training.max_steps=500 --dry-run
   drlora train runs/own-data/config.yaml --resume
+  drlora train runs/own-data/config.yaml training.max_steps=8000 --resume
 """
 EVAL = """examples:
   drlora eval runs/own-data
@@ -109,6 +110,7 @@ def _train(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("recipe", metavar="RECIPE.yaml")
     verb.add_argument("overrides", nargs="*", metavar="key=value", help="training.max_steps=100")
     verb.add_argument("--resume", action="store_true", help="continue the run in output_dir")
+    verb.add_argument("--overwrite", action="store_true", help="replace the run in output_dir")
     _dry_run(verb, "check everything but the weights and print the plan")
 
 

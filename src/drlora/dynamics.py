@@ -77,6 +77,8 @@ class RankDynamics:
         self._poisoned_steps: Tensor | int = 0
         self._told_of_poison = False
         self._has_agreed = False
+        # Steps that the optimizer took before this run, if it is that of an earlier one.
+        self._optimizer_start: int | None = None
 
     def _follow(self, schedule: Schedule) -> None:
         self.schedule = schedule
@@ -102,6 +104,11 @@ class RankDynamics:
     def run_step(self) -> int:
         """All steps of the run so far, the skipped ones included."""
         return self.step + self.skipped
+
+    @property
+    def optimizer_step(self) -> int:
+        """The optimizer's own count of the steps that it took."""
+        return self.step + (self._optimizer_start or 0)
 
     @property
     def plan_step(self) -> int:
@@ -163,7 +170,9 @@ class RankDynamics:
         if self.plan_step == before or not self.growth.is_event(self.plan_step):
             return []
         self._agree()
-        grants = self.growth.event(Moment(self.plan_step, self.step, self.run_step), optimizer)
+        grants = self.growth.event(
+            Moment(self.plan_step, self.optimizer_step, self.run_step), optimizer
+        )
         self._agree()
         if grants:
             self.warn_of_poison()
@@ -182,15 +191,19 @@ class RankDynamics:
 
     def _count_step(self, optimizer: object) -> None:
         """A step that the optimizer took."""
+        inner = unwrap_optimizer(optimizer)
+        if self._optimizer_start is None:
+            taken = _steps_taken(inner, self._pools()[0])
+            self._optimizer_start = max(0, taken - self.step - 1)
         if self.step == 0:
-            # Births of an earlier run that the adapter was saved from; its optimizer is not this.
-            for pool in self._pools():
-                pool.birth.zero_()
+            if not self._optimizer_start:
+                # Births of a run that the adapter was saved from; its optimizer is not this.
+                for pool in self._pools():
+                    pool.birth.zero_()
             _warn_of_equal_rates(optimizer, self._pools()[0], self.config)
         self.step += 1
-        inner = unwrap_optimizer(optimizer)
         if self.config.young_rows == "own" and is_adam(inner):
-            self._clocks.correct(inner, self._pools(), self.step)
+            self._clocks.correct(inner, self._pools(), self.optimizer_step)
         self._poisoned_steps = self._poisoned_steps + self._poisoned
 
     def _agree(self) -> None:
@@ -347,6 +360,14 @@ def _refuse_hidden_gradients(pools: Iterable[RankPool], config: DrLoraConfig) ->
             f"saliency={config.saliency!r}. Train with DDP or FSDP2, grow by saliency='routing', "
             f"or give every expert its rank at the start (r_init = r_target)."
         )
+
+
+def _steps_taken(optimizer: object, pool: RankPool) -> int:
+    """How many steps an optimizer says it took; 0 where it does not count them."""
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        return 0
+    count = optimizer.state.get(pool.lora_A, {}).get("step", 0)
+    return int(count) if isinstance(count, (int, float, Tensor)) else 0
 
 
 def _warn_of_equal_rates(optimizer: object, pool: RankPool, config: DrLoraConfig) -> None:

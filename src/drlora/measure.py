@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from drlora.assemble import Examples
 from drlora.data import Collator
+from drlora.draw import draw
 from drlora.errors import CheckpointError, DataError
 from drlora.evaluate import LossResult, MatchResult, evaluate_loss, exact_match
 from drlora.files import shown
@@ -65,9 +66,9 @@ def measure(
     section: EvaluationSection,
 ) -> Measurement:
     """Measure the model as it is on `examples`, as the recipe's section `evaluation` says."""
-    encoded = _front(examples.encoded.dataset, section.loss_examples)
+    encoded = draw(examples.encoded.dataset, section.loss_examples, section.draw)
     loss = evaluate_loss(model, encoded, Collator(tokenizer), section.batch_size)
-    raw = _front(examples.raw, section.exact_match_examples)
+    raw = draw(examples.raw, section.exact_match_examples, section.draw)
     if not wants_match(raw, section):
         return Measurement(loss, None)
     match = exact_match(model, tokenizer, raw, section.batch_size, section.max_new_tokens)
@@ -89,7 +90,3 @@ def wants_match(raw: Dataset, section: EvaluationSection) -> bool:
     if section.exact_match is None:
         return has_prompts and not any("\n" in text.strip() for text in raw["completion"])
     return section.exact_match
-
-
-def _front(rows: Dataset, limit: int | None) -> Dataset:
-    return rows.select(range(min(len(rows), limit or len(rows))))

@@ -23,6 +23,11 @@ def are_several() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
+def world_size() -> int:
+    """How many processes this run has."""
+    return dist.get_world_size() if are_several() else 1
+
+
 def is_main() -> bool:
     """Whether this is the process that writes files and talks: the first, or the only one."""
     return not are_several() or dist.get_rank() == 0

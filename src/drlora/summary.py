@@ -9,7 +9,9 @@ from rich.table import Table
 
 from drlora.heat_map import print_heat_map
 from drlora.measure import Measurement
-from drlora.train import Ranks, TrainResult
+from drlora.outcome import Ranks, TrainResult
+from drlora.progress import say
+from drlora.wording import counted, duration
 
 MOST_IN_TABLE = 32  # experts of a layer
 
@@ -19,22 +21,27 @@ def print_summary(result: TrainResult, console: Console) -> None:
     console.print()
     if result.after is not None:
         for line in compare(result.before, result.after):
-            console.print(line)
+            say(console, line)
     print_ranks(result.ranks, console)
-    console.print(budget_line(result))
-    console.print(
+    say(console, budget_line(result))
+    say(
+        console,
         f"{result.trainable_parameters:,} trainable parameters ({result.stored_parameters:,} "
-        f"stored), {result.steps} steps, {result.seconds:.0f} s of training"
+        f"stored), {counted(result.steps, 'step')}, {duration(result.seconds)} of training",
     )
     if result.after is not None:
-        console.print(f"the run is in {result.run.path}")
+        console.print(f"the run is in {result.run.path}", soft_wrap=True, markup=False)
 
 
 def print_ranks(ranks: Ranks, console: Console) -> None:
     """A map on a terminal, and of many experts anywhere; else a table with every rank."""
     maps = _maps(ranks)
     if not console.is_terminal and max(map(len, next(iter(maps.values())))) <= MOST_IN_TABLE:
-        console.print(rank_table(ranks))
+        table = rank_table(ranks)
+        # In a log each row is one line, however long it is.
+        options = console.options.update(max_width=10_000)
+        width = console.measure(table, options=options).maximum
+        console.print(table, width=max(width, console.width))
         return
     for label, rows in maps.items():
         console.print(f"ranks, {label}")

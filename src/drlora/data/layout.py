@@ -17,6 +17,7 @@ LAYOUTS: dict[str, tuple[str, ...]] = {
     "text": ("text",),
 }
 OPTIONAL = {"completion": ("answers", "choices")}
+PLACES = ("line", "item", "row")  # columns that say where in its file an example stands
 KNOWN_COLUMNS = ("prompt", "completion", "answers", "choices", "messages", "text")
 
 

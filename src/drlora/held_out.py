@@ -1,0 +1,60 @@
+"""What is to be measured on held-out data: said, and refused where it cannot be, beforehand."""
+
+from __future__ import annotations
+
+from datasets import Dataset
+
+from drlora.assemble import Examples
+from drlora.choices import refuse_single_choice
+from drlora.draw import draw
+from drlora.evaluate import accepted_answers
+from drlora.measure import wants_match
+from drlora.recipe import EvaluationSection
+from drlora.wording import counted
+
+
+def refuse_unanswerable(raw: Dataset, section: EvaluationSection) -> None:
+    """Refuse held-out examples whose answers could not be compared, before anything is computed.
+
+    Raises:
+        DataError: naming the first of them.
+    """
+    rows = draw(raw, section.exact_match_examples, section.draw)
+    if wants_match(rows, section):
+        for row in rows:
+            accepted_answers(row)
+            if rows[0].get("choices"):
+                refuse_single_choice(row)
+
+
+def measured_on(examples: Examples, section: EvaluationSection) -> str:
+    """`93 examples for the loss, 60 for exact match`."""
+    counts = [len(examples.encoded.dataset), len(examples.raw)]
+    wanted = [section.loss_examples, section.exact_match_examples]
+    loss, match = (min(n, limit or n) for n, limit in zip(counts, wanted, strict=True))
+    text = f"{counted(loss, 'example')} for the loss"
+    rows = draw(examples.raw, section.exact_match_examples, section.draw)
+    return f"{text}, {match:,} for exact match" if wants_match(rows, section) else text
+
+
+def evaluation_notes(examples: Examples, section: EvaluationSection) -> list[str]:
+    """What the section asks for and does not get, in sentences."""
+    notes = []
+    usual = EvaluationSection()
+    for name, there in (
+        ("loss_examples", len(examples.encoded.dataset)),
+        ("exact_match_examples", len(examples.raw)),
+    ):
+        wanted = getattr(section, name)
+        if wanted is not None and wanted > there and wanted != getattr(usual, name):
+            notes.append(
+                f"evaluation.{name}={wanted}, but only {there:,} held-out examples are there: all "
+                f"are taken"
+            )
+    rows = draw(examples.raw, section.exact_match_examples, section.draw)
+    if section.exact_match is None and not wants_match(rows, section):
+        notes.append(
+            "exact match is left out: the held-out examples are no prompts with completions of one "
+            "line"
+        )
+    return notes

@@ -1,0 +1,220 @@
+"""A run before its weights: all that can be checked, and said, without them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+
+from drlora.assemble import (
+    Examples,
+    check_growth,
+    check_start,
+    count_steps,
+    encode,
+    last_event,
+    load_architecture,
+    load_tokenizer,
+    longest_example,
+    model_on_meta,
+    vocabulary_size,
+)
+from drlora.callback import DrLoraCallback
+from drlora.checkpoint import checkpoint_step
+from drlora.errors import ConfigError
+from drlora.files import read_json
+from drlora.held_out import evaluation_notes, refuse_unanswerable
+from drlora.load_data import load_training_data
+from drlora.processes import on_main, world_size
+from drlora.recipe import Recipe
+from drlora.run_record import data_record, held_out_record, read_record, refuse_other_data
+from drlora.rundir import RunDir
+from drlora.schedule import Schedule
+from drlora.trainer import rehearse, seconds_of
+from drlora.wording import counted
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that a run needs, with nothing left to refuse but the weights.
+
+    Attributes:
+        total_steps: length of the run; where auto_find_batch_size finds another batch, it may
+            become longer.
+        plan_steps: length that growth is planned for; not the same where a run was given more.
+        checkpoint: what a resumed run goes on from; None if it has none yet.
+        record: what run.json is to hold.
+        seconds: in training, up to the checkpoint.
+    """
+
+    recipe: Recipe
+    run: RunDir
+    arguments: TrainingArguments
+    tokenizer: PreTrainedTokenizerBase
+    train: Examples
+    held_out: Examples
+    total_steps: int
+    plan_steps: int
+    checkpoint: Path | None
+    record: dict[str, Any]
+    is_resumed: bool
+    is_extended: bool
+    batch_size: int
+    seconds: float
+
+    def counts(self) -> dict[str, dict[str, int]]:
+        """Role -> examples that are used, dropped and truncated."""
+        return {
+            role: {"used": len(e.dataset), "dropped": e.dropped, "truncated": e.truncated}
+            for role, e in (("train", self.train.encoded), ("eval", self.held_out.encoded))
+        }
+
+    def notes(self) -> Iterator[str]:
+        """What the run is, and what of its settings has no effect, in sentences."""
+        for name, counts in zip(("train", "held out"), self.counts().values(), strict=True):
+            left_out = f", {counts['dropped']:,} left out" if counts["dropped"] else ""
+            cut = f", {counts['truncated']:,} cut" if counts["truncated"] else ""
+            yield f"{name:8} {counted(counts['used'], 'example')}{left_out}{cut}"
+        yield f"{'length':8} {self._length()}"
+        yield f"{'device':8} {self.arguments.device}"
+        for role, examples in (("train", self.train), ("eval", self.held_out)):
+            limit = self.recipe.data.limits.get(role)
+            if limit is not None and limit > len(examples.raw):
+                yield (
+                    f"data.limits.{role}={limit}, but only {len(examples.raw):,} examples are "
+                    f"there: all are taken"
+                )
+        yield from evaluation_notes(self.held_out, self.recipe.evaluation)
+        if self.plan_steps != self.total_steps:
+            yield (
+                f"the run was planned for {self.plan_steps:,} steps and is given "
+                f"{self.total_steps:,}: ranks grow as planned for {self.plan_steps:,} and stay as "
+                f"they are after that, the learning rate follows the new length"
+            )
+
+    def _length(self) -> str:
+        arguments = self.arguments
+        factors = [f"batch {self.batch_size}"]
+        if arguments.gradient_accumulation_steps > 1:
+            factors.append(f"{arguments.gradient_accumulation_steps} accumulated")
+        if world_size() > 1:
+            factors.append(f"{world_size()} processes")
+        effective = self.batch_size * arguments.gradient_accumulation_steps * world_size()
+        made_of = f" ({' x '.join(factors)})" if len(factors) > 1 else ""
+        epochs = self.total_steps * effective / len(self.train.encoded.dataset)
+        return (
+            f"{counted(self.total_steps, 'step')} of {counted(effective, 'example')}{made_of}, "
+            f"{epochs:.3g} epochs"
+        )
+
+
+def prepare(
+    recipe: Recipe,
+    run: RunDir,
+    arguments: TrainingArguments,
+    checkpoint: Path | None,
+    resume: bool = False,
+) -> Job:
+    """Everything that can be checked without the weights, in the order of its cost.
+
+    Raises:
+        DrLoraError: with what is wrong and the way out.
+    """
+    if checkpoint is None:
+        check_start(recipe)
+    architecture = load_architecture(recipe.model, recipe.trust_remote_code)
+    skeleton = model_on_meta(architecture, recipe.trust_remote_code)
+    _refuse_checkpointing(arguments, skeleton)
+    rehearse(arguments, arguments.max_steps)
+    before = on_main(lambda: read_record(run.record)) if resume else {}
+    saved = read_json(checkpoint / "trainer_state.json") if checkpoint else {}
+    if arguments.max_steps > 0 and not resume:
+        check_growth(skeleton, recipe.adapter_config(), arguments.max_steps)
+    tokenizer = load_tokenizer(recipe, vocabulary_size(skeleton))
+    train, held_out = (
+        encode(raw, tokenizer, recipe, architecture) for raw in load_training_data(recipe.data)
+    )
+    refuse_unanswerable(held_out.raw, recipe.evaluation)
+    longest = longest_example(recipe.data, recipe.model, architecture)
+    record = data_record({"train": train, "eval": held_out}, tokenizer, longest)
+    if resume:
+        refuse_other_data(before, record, str(run.path))
+    record["held_out"] = held_out_record(held_out, recipe.evaluation)
+    record["restarts"] = before.get("restarts", []) if checkpoint else []
+    batch_size = arguments.train_batch_size
+    if arguments.auto_find_batch_size:
+        batch_size = saved.get("train_batch_size") or batch_size
+    total = _length(arguments, before, saved, len(train.encoded.dataset), batch_size)
+    schedule = _schedule(saved)
+    planned = schedule.total_steps if schedule else total
+    _refuse_shorter(run, checkpoint, total)
+    config = recipe.adapter_config()
+    last = last_event(skeleton, config, schedule) if schedule else check_growth(skeleton, config, total)
+    if last > total:
+        raise ConfigError(
+            f"the run in {run.path} was planned for {planned} steps, with its last growth event "
+            f"after step {last}; {total} steps would not spend the budget. Give it "
+            f"{planned} or more."
+        )
+    if resume:
+        arguments.max_steps = total  # the Trainer would count them anew
+    return Job(
+        recipe=recipe,
+        run=run,
+        arguments=arguments,
+        tokenizer=tokenizer,
+        train=train,
+        held_out=held_out,
+        total_steps=total,
+        plan_steps=planned,
+        checkpoint=checkpoint,
+        record=record,
+        is_resumed=resume,
+        is_extended=bool(saved) and saved["max_steps"] != total,
+        batch_size=batch_size,
+        seconds=seconds_of(saved.get("stateful_callbacks")),
+    )
+
+
+def _length(
+    arguments: TrainingArguments,
+    before: dict[str, Any],
+    saved: dict[str, Any],
+    examples: int,
+    batch_size: int,
+) -> int:
+    """Steps of the run: what it was begun with, unless the recipe gives it another length now."""
+    if arguments.max_steps > 0:
+        return arguments.max_steps
+    epochs = before.get("num_train_epochs", arguments.num_train_epochs)
+    if "steps" in before and epochs in (None, arguments.num_train_epochs):
+        return int(before["steps"])
+    if saved and not before:  # begun by an older drlora
+        return int(saved["max_steps"])
+    return count_steps(arguments, examples, batch_size)
+
+
+def _schedule(saved: dict[str, Any]) -> Schedule | None:
+    """What growth was planned to be; None of a run that begins, or was begun by drlora 0.1."""
+    growth = (saved.get("stateful_callbacks") or {}).get(DrLoraCallback.__name__)
+    schedule = growth.get("attributes", {}).get("schedule") if isinstance(growth, dict) else None
+    return Schedule(**schedule) if schedule else None
+
+
+def _refuse_shorter(run: RunDir, checkpoint: Path | None, total: int) -> None:
+    if checkpoint is not None and checkpoint_step(checkpoint) > total:
+        raise ConfigError(
+            f"the run in {run.path} is at step {checkpoint_step(checkpoint)} already; {total} "
+            f"steps are fewer. Give it as many or more."
+        )
+
+
+def _refuse_checkpointing(arguments: TrainingArguments, skeleton: PreTrainedModel) -> None:
+    if arguments.gradient_checkpointing and not skeleton.supports_gradient_checkpointing:
+        raise ConfigError(
+            f"training.gradient_checkpointing=true: {type(skeleton).__name__} does not support it; "
+            f"leave it out."
+        )
