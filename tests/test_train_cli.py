@@ -14,12 +14,12 @@ from tiny_run import save_all
 import drlora.train as train_module
 from drlora.cli import main
 from drlora.measure import measurement_from
+from drlora.outcome import TrainResult
 from drlora.progress import MetricsLog
 from drlora.recipe import load_recipe, recipe_from
 from drlora.rundir import RunDir
 from drlora.schedule import plan_growth
 from drlora.summary import print_summary
-from drlora.outcome import TrainResult
 
 STEPS, EVENTS = 12, [4, 6, 8, 10]
 

@@ -73,6 +73,7 @@ class DrLoraCallback(TrainerCallback, ExportableState):
         self.dynamics: RankDynamics | None = None
         self.tells_of_length = True
         self.log_start = 0
+        self._ended = False
         self._scale: float | None = None
 
     def on_train_begin(
@@ -87,8 +88,11 @@ class DrLoraCallback(TrainerCallback, ExportableState):
         saved = self._saved(state)
         is_new = self.dynamics is None
         if self.dynamics is not None:
+            if not self._ended and args.auto_find_batch_size:
+                _tell_of_smaller_batch(state.train_batch_size, self.dynamics.run_step)
             self.log_start += self.dynamics.run_step
             self.dynamics.release()
+        self._ended = False
         if state.global_step:
             self.log_start = saved.get("log_start", 0)
         model = kwargs["model"]
@@ -183,6 +187,7 @@ class DrLoraCallback(TrainerCallback, ExportableState):
         if no event did.
         """
         assert self.dynamics is not None
+        self._ended = True
         if state.is_world_process_zero and state.global_step >= state.max_steps:
             self._events.write_end()
         self.dynamics.warn_of_poison()
@@ -285,6 +290,15 @@ def _refuse_frozen(dynamics: RankDynamics) -> None:
             f"PeftModel.from_pretrained(model, folder, is_trainable=True), or choose which adapter "
             f"to train with model.set_adapter."
         )
+
+
+def _tell_of_smaller_batch(batch_size: int | None, step: int) -> None:
+    warnings.warn(
+        f"the batch did not fit at step {step}: transformers begins again at step 0 with "
+        f"{batch_size} examples at once, and goes on with the weights and ranks as they are by "
+        f"now. growth.jsonl counts on from step {step}.",
+        stacklevel=3,
+    )
 
 
 def _warn_of_longer_warmup(dynamics: RankDynamics, trainer_warmup: int) -> None:

@@ -134,7 +134,7 @@ class Recipe:
     def resolved(self) -> Recipe:
         """The same with local paths from the root on, so that it holds in any working directory."""
         given = {name: found for name in _PATHS if (found := getattr(self, name))}
-        paths = {
+        paths: dict[str, Any] = {
             # Those of the first two may be names of the hub.
             name: absolute(found) if name in ("model", "tokenizer") else os.path.abspath(found)
             for name, found in given.items()

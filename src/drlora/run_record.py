@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.compute as pc
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
@@ -152,7 +151,7 @@ def _tokens(rows: Dataset) -> str:
     digest = hashlib.sha256()
     for batch in rows.with_format("arrow").iter(_BATCH):
         for name in ("input_ids", "labels"):
-            column = batch.column(name)
-            for part in (pc.list_value_length(column), pc.list_flatten(column)):
+            column = batch.column(name).combine_chunks()
+            for part in (column.value_lengths(), column.flatten()):
                 digest.update(np.asarray(part).astype(np.int64).tobytes())
     return digest.hexdigest()

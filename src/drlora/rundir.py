@@ -191,7 +191,7 @@ class RunDir:
                     f"steps (training.max_steps=... or training.num_train_epochs=...), or choose "
                     f"another output_dir for a new run."
                 )
-        differing = list(_differences(*(_comparable(r) for r in (self.read_config(), recipe))))
+        differing = list(_differences(_comparable(self.read_config()), _comparable(recipe)))
         if differing:
             raise ConfigError(
                 f"the run in {self.path} was started with other settings: {'; '.join(differing)}. "

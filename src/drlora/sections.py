@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from drlora.data.layout import KNOWN_COLUMNS
 from drlora.data.load import is_file_name
@@ -60,7 +61,7 @@ class DataSection:
 
     def resolved(self) -> DataSection:
         """The same with paths of local files from the root on."""
-        paths = {role: home(n) for role in ROLES if (n := getattr(self, role))}
+        paths: dict[str, Any] = {role: home(n) for role in ROLES if (n := getattr(self, role))}
         return replace(
             self, **{r: os.path.abspath(n) if is_file_name(n) else n for r, n in paths.items()}
         )

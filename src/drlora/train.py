@@ -44,7 +44,8 @@ from drlora.rank_pool import RankPool
 from drlora.recipe import Recipe
 from drlora.rundir import RunDir, write_json, write_yaml
 from drlora.starts import needs_ranks
-from drlora.trainer import Clock, NewSchedule, RunTrainer, StopWhenLost
+from drlora.trainer import Clock, NewSchedule, StopWhenLost
+from drlora.trainer import RunTrainer as _Trainer
 
 
 def train(
@@ -227,7 +228,7 @@ class _Training:
             self.trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         self.steps, self.due = self.trainer.state.global_step, self.trainer.state.max_steps
 
-    def _make_trainer(self) -> RunTrainer:
+    def _make_trainer(self) -> _Trainer:
         job = self.job
         progress = ShowProgress(self.console)
         self.growth = DrLoraCallback(log_dir=job.run.path, on_growth=progress.show_growth)
@@ -237,7 +238,7 @@ class _Training:
         callbacks += [StopWhenLost(), self.stop, self.clock]
         if job.is_extended:
             callbacks.append(NewSchedule())
-        trainer = RunTrainer(
+        trainer = _Trainer(
             model=self.model,
             args=job.arguments,
             train_dataset=job.train.encoded.dataset,
