@@ -43,7 +43,7 @@ from drlora.outcome import verdict_line
 from drlora.progress import Terminated, sigterm_interrupts
 from drlora.recipe import load_recipe, make_adapter_config
 from drlora.report import write_report
-from drlora.rundir import RunDir
+from drlora.rundir import RunDir, where_it_lies
 from drlora.settings import split_override
 from drlora.summary import print_summary
 from drlora.train import train
@@ -117,6 +117,8 @@ def _train(arguments: argparse.Namespace) -> int:
         raise ConfigError("--resume and --overwrite contradict each other; keep one.")
     console = Console(highlight=False, soft_wrap=True, stderr=arguments.json)
     recipe = load_recipe(arguments.recipe, arguments.overrides, arguments.resume)
+    if arguments.resume and not any(o.startswith("output_dir=") for o in arguments.overrides):
+        recipe = where_it_lies(recipe, Path(arguments.recipe))
     run = RunDir(Path(recipe.output_dir))
     if arguments.resume or arguments.overwrite:
         refuse_links_out(run.path)

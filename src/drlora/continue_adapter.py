@@ -37,7 +37,15 @@ from drlora.ranks import FREE
 
 RANKS = ("keep", "grow", "again")
 # What belongs to a run and its length, not to the adapter.
-_OF_A_RUN = ("grow_every", "settle_steps", "p_grow", "warmup_steps", "start", "start_a")
+_OF_A_RUN = (
+    "grow_every",
+    "settle_steps",
+    "p_grow",
+    "warmup_steps",
+    "schedule",
+    "start",
+    "start_a",
+)
 _POOLS, _OWNER = ".drlora_adapters.pools.", ".owner"
 _FREQUENCY = ".drlora_adapters.frequency"
 
@@ -235,10 +243,8 @@ def _moved(
             f"expert, r_target={config.r_target} makes room for {rows}, r_max={config.r_max}; "
             f"raise them, or set start_from_ranks: again."
         )
-    if len(old["owner"]) <= rows:  # where they are; the places of rows decide nothing
-        places = owned
-    else:
-        places = torch.arange(len(owned))
+    # Where they are, if there is room; the places of rows decide nothing.
+    places = owned if len(old["owner"]) <= rows else torch.arange(len(owned))
     owner_R = torch.full((rows,), FREE, dtype=pool.owner.dtype)
     owner_R[places] = old["owner"][owned].to(owner_R.dtype)
     a_RI, b_RO = _fresh(pool)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from peft import PeftModel, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from drlora.assemble import (
@@ -33,6 +34,7 @@ from drlora.recipe import Recipe
 from drlora.run_record import data_record, held_out_record, read_record, refuse_other_data
 from drlora.rundir import RunDir
 from drlora.schedule import Schedule
+from drlora.starts import fitting_ranks
 from drlora.trainer import rehearse, seconds_of
 from drlora.wording import counted
 
@@ -152,13 +154,21 @@ def prepare(
     planned = schedule.total_steps if schedule else total
     _refuse_shorter(run, checkpoint, total)
     config = recipe.adapter_config()
-    last = last_event(skeleton, config, schedule) if schedule else check_growth(skeleton, config, total)
+    last = (
+        last_event(skeleton, config, schedule)
+        if schedule
+        else check_growth(skeleton, config, total)
+    )
     if last > total:
         raise ConfigError(
             f"the run in {run.path} was planned for {planned} steps, with its last growth event "
             f"after step {last}; {total} steps would not spend the budget. Give it "
             f"{planned} or more."
         )
+    if checkpoint is None and recipe.start_ranks:  # `skeleton` is used up
+        adapted = get_peft_model(skeleton, config, low_cpu_mem_usage=True)
+        assert isinstance(adapted, PeftModel)
+        fitting_ranks(adapted, recipe.start_ranks)
     if resume:
         arguments.max_steps = total  # the Trainer would count them anew
     return Job(

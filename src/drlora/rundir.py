@@ -16,7 +16,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -151,8 +151,12 @@ class RunDir:
         """The name of what says that a step was taken here; None if nothing does."""
         held = [*self.checkpoints.glob("checkpoint-*"), self.adapter, self.result, *self.logs[1:]]
         found = next((path.name for path in held if path.exists()), None)
-        logged = any(entry.get("kind") != "before" for entry in read_lines(self.metrics))
-        return found or (self.metrics.name if logged else None)
+        if found is None and any(e.get("kind") != "before" for e in read_lines(self.metrics)):
+            found = self.metrics.name
+        if found is None and self.config.exists() and not self.record.is_file():
+            # Of a run of an older drlora that took no step, or somebody's own file.
+            found = None if self.metrics.exists() else self.config.name
+        return found
 
     def clear(self) -> None:
         """Delete what a run wrote here, and nothing else; links go, not what they lead to."""
@@ -266,6 +270,20 @@ class RunDir:
         for path in sorted(temporary.iterdir(), key=lambda p: p.name == SAFETENSORS_WEIGHTS_NAME):
             move_into_place(path, self.path / path.name)
         temporary.rmdir()
+
+
+def where_it_lies(recipe: Recipe, path: Path) -> Recipe:
+    """`recipe` with the run's folder of now as output_dir, if `path` is the config.yaml of a run.
+
+    A run may have been moved, or copied, since it began.
+    """
+    here = RunDir(path.parent)
+    is_of_a_run = path.name == here.config.name and (
+        here.record.is_file() or any(here.path.glob("checkpoints/checkpoint-*"))
+    )
+    if not is_of_a_run or os.path.realpath(recipe.output_dir) == os.path.realpath(here.path):
+        return recipe
+    return replace(recipe, output_dir=os.path.abspath(here.path))
 
 
 def write_yaml(path: Path, value: Any) -> None:

@@ -200,7 +200,8 @@ class _Training:
         steps: taken in all.
         due: the length of the run, by the batch size that was found to fit.
         seconds: in training, over all parts of the run.
-        restarts: batch sizes that did not fit: `batch_size`, `steps` and `seconds` before it showed.
+        restarts: batch sizes that did not fit: `batch_size`, and the `steps` and
+            `seconds` before it showed.
     """
 
     def __init__(self, job: Job, model: PeftModel, console: Console, stop: StopOnInterrupt) -> None:
@@ -311,12 +312,6 @@ def _free_parameters(model: PeftModel) -> int:
     return sum(
         pool.book.free * (pool.lora_A.shape[1] + pool.lora_B.shape[1]) for pool in _pools(model)
     )
-
-
-def _config(model: PeftModel) -> DrLoraConfig:
-    config = model.peft_config[model.active_adapter]
-    assert isinstance(config, DrLoraConfig)
-    return config
 
 
 def _config(model: PeftModel) -> DrLoraConfig:

@@ -30,6 +30,8 @@ def lead(run: RunRecord) -> str:
     losses = [_held_out(run, kind) for kind in ("before", "after")]
     if None not in losses:
         parts.append(f"Held-out loss went from {losses[0]:.4f} to {losses[1]:.4f}.")
+    if reasons := run.result.get("diverged"):
+        parts.insert(0, f"This run diverged, its adapter is not to be used: {'; '.join(reasons)}.")
     ranks = [row for rank_map in run.maps for row in rank_map.final()]
     highest, lowest = max(map(max, ranks)), min(map(min, ranks))
     parts.append(
@@ -177,10 +179,17 @@ def _wrong(run: RunRecord) -> str:
     return ", ".join(found) or NONE
 
 
+def _verdict(run: RunRecord) -> str:
+    """Of a run that is no success; a good one needs no word."""
+    reasons = run.result.get("diverged")
+    return f"diverged: {'; '.join(reasons)}" if reasons else NONE
+
+
 SUMMARY: Facts = {
     "Model": _model,
     "Training data": lambda run: training_data(run) or NONE,
     "Method": _setting("method"),
+    "Verdict": _verdict,
     "Steps": lambda run: _count(run.steps) if run.steps else NONE,
     "Held-out loss before": _loss("before"),
     "Held-out loss after": _loss("after"),
