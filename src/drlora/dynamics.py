@@ -30,7 +30,13 @@ from drlora.layer import ExpertsAdapter, RankPool
 from drlora.processes import add_up, refuse_differing
 from drlora.saliency import RANK_IMPORTANCES, ema, routed_share
 from drlora.schedule import Schedule
-from drlora.young_rows import OwnClocks, is_adam, parameter_groups, unwrap_optimizer
+from drlora.young_rows import (
+    OwnClocks,
+    is_adam,
+    parameter_groups,
+    steps_taken,
+    unwrap_optimizer,
+)
 
 
 class RankDynamics:
@@ -193,7 +199,7 @@ class RankDynamics:
         """A step that the optimizer took."""
         inner = unwrap_optimizer(optimizer)
         if self._optimizer_start is None:
-            taken = _steps_taken(inner, self._pools()[0])
+            taken = steps_taken(inner, self._pools()[0].lora_A)
             self._optimizer_start = max(0, taken - self.step - 1)
         if self.step == 0:
             if not self._optimizer_start:
@@ -360,14 +366,6 @@ def _refuse_hidden_gradients(pools: Iterable[RankPool], config: DrLoraConfig) ->
             f"saliency={config.saliency!r}. Train with DDP or FSDP2, grow by saliency='routing', "
             f"or give every expert its rank at the start (r_init = r_target)."
         )
-
-
-def _steps_taken(optimizer: object, pool: RankPool) -> int:
-    """How many steps an optimizer says it took; 0 where it does not count them."""
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        return 0
-    count = optimizer.state.get(pool.lora_A, {}).get("step", 0)
-    return int(count) if isinstance(count, (int, float, Tensor)) else 0
 
 
 def _warn_of_equal_rates(optimizer: object, pool: RankPool, config: DrLoraConfig) -> None:

@@ -3,7 +3,7 @@
     recipe = load_recipe("recipes/embedded.yaml", ["training.max_steps=100"])
     train(recipe)
 
-The sections `data` and `evaluation` are the dataclasses of sections.py, `adapter` holds the settings
+The sections `data` and `evaluation` are the classes of sections.py, `adapter` holds the settings
 of `DrLoraConfig` (or a `preset` and changes to it), `training` those of transformers'
 TrainingArguments. Whatever is not known is refused, with the nearest known name. Relative paths are
 those of the working directory; what a run keeps of its recipe has them from the root on, so that it

@@ -232,6 +232,14 @@ class Pool(Protocol):
     birth: Tensor
 
 
+def steps_taken(optimizer: object, parameter: Tensor) -> int:
+    """How many steps an optimizer says it took of a parameter; 0 where it does not count them."""
+    if not isinstance(optimizer, Optimizer):
+        return 0
+    count = optimizer.state.get(parameter, {}).get("step", 0)
+    return int(count) if isinstance(count, (int, float, Tensor)) else 0
+
+
 class OwnClocks:
     """Gives young rows the updates of an Adam that started at their birth.
 
