@@ -112,11 +112,6 @@ class RankDynamics:
         return self.step + self.skipped
 
     @property
-    def optimizer_step(self) -> int:
-        """The optimizer's own count of the steps that it took."""
-        return self.step + (self._optimizer_start or 0)
-
-    @property
     def plan_step(self) -> int:
         """How far the plan of growth is.
 
@@ -176,9 +171,8 @@ class RankDynamics:
         if self.plan_step == before or not self.growth.is_event(self.plan_step):
             return []
         self._agree()
-        grants = self.growth.event(
-            Moment(self.plan_step, self.optimizer_step, self.run_step), optimizer
-        )
+        taken = self.step + (self._optimizer_start or 0)
+        grants = self.growth.event(Moment(self.plan_step, taken, self.run_step), optimizer)
         self._agree()
         if grants:
             self.warn_of_poison()
@@ -202,14 +196,13 @@ class RankDynamics:
             taken = steps_taken(inner, self._pools()[0].lora_A)
             self._optimizer_start = max(0, taken - self.step - 1)
         if self.step == 0:
-            if not self._optimizer_start:
-                # Births of a run that the adapter was saved from; its optimizer is not this.
-                for pool in self._pools():
-                    pool.birth.zero_()
+            # Births of a run that the adapter was saved from, unless its optimizer goes on.
+            for pool in self._pools() if not self._optimizer_start else ():
+                pool.birth.zero_()
             _warn_of_equal_rates(optimizer, self._pools()[0], self.config)
         self.step += 1
         if self.config.young_rows == "own" and is_adam(inner):
-            self._clocks.correct(inner, self._pools(), self.optimizer_step)
+            self._clocks.correct(inner, self._pools(), self.step + self._optimizer_start)
         self._poisoned_steps = self._poisoned_steps + self._poisoned
 
     def _agree(self) -> None:
