@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 
 from rich.console import Console
@@ -37,15 +38,21 @@ def print_ranks(ranks: Ranks, console: Console) -> None:
     """A map on a terminal, and of many experts anywhere; else a table with every rank."""
     maps = _maps(ranks)
     if not console.is_terminal and max(map(len, next(iter(maps.values())))) <= MOST_IN_TABLE:
-        table = rank_table(ranks)
-        # In a log each row is one line, however long it is.
-        options = console.options.update(max_width=10_000)
-        width = console.measure(table, options=options).maximum
-        console.print(table, width=max(width, console.width))
+        for line in _whole_lines(rank_table(ranks)):
+            console.print(line, soft_wrap=True, markup=False)
         return
     for label, rows in maps.items():
         console.print(f"ranks, {label}")
         print_heat_map(rows, console)
+
+
+def _whole_lines(table: Table) -> list[str]:
+    """Each row in one line, however long it is: in a log nothing is gained by breaking it."""
+    wide = Console(file=io.StringIO(), width=10_000, color_system=None)
+    wide = Console(file=io.StringIO(), width=wide.measure(table).maximum, color_system=None)
+    wide.print(table)
+    assert isinstance(wide.file, io.StringIO)
+    return [line.rstrip() for line in wide.file.getvalue().splitlines()]
 
 
 def _maps(ranks: Ranks) -> dict[str, list[Sequence[int]]]:

@@ -130,7 +130,7 @@ def _run(job: Job, model: PeftModel, console: Console) -> TrainResult:
         steps=training.steps,
         seconds=training.seconds,
         interrupted=interrupted,
-        diverged=_reasons(job, before, after) if after else (),
+        diverged=_reasons(job, training, before, after) if after else (),
         signal=stop.signal,
     )
     if not interrupted:
@@ -150,8 +150,13 @@ def _begin(job: Job) -> None:
     write_yaml(job.run.config, job.recipe.resolved().to_dict())
 
 
-def _reasons(job: Job, before: Measurement | None, after: Measurement | None) -> tuple[str, ...]:
-    return on_main(lambda: reasons_of_divergence(before, after, read_lines(job.run.metrics)))
+def _reasons(
+    job: Job, training: _Training, before: Measurement | None, after: Measurement
+) -> tuple[str, ...]:
+    found = on_main(lambda: reasons_of_divergence(before, after, read_lines(job.run.metrics)))
+    if found and training.steps < training.due:
+        return (*found, f"training was stopped at step {training.steps} of {training.due}")
+    return found
 
 
 def _save(job: Job, model: PeftModel) -> None:

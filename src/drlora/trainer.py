@@ -205,6 +205,8 @@ class NewSchedule(TrainerCallback):
         """Set the rates of this step; schedules that are no function of the step stay."""
         schedule, optimizer = kwargs.get("lr_scheduler"), kwargs.get("optimizer")
         if isinstance(schedule, torch.optim.lr_scheduler.LambdaLR) and optimizer is not None:
-            parts = zip(optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True)
-            for group, rate, part in parts:
-                group["lr"] = rate * part(schedule.last_epoch)
+            parts = zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+            rates = [rate * part(schedule.last_epoch) for rate, part in parts]
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
+            schedule._last_lr = rates  # what the Trainer logs
