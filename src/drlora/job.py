@@ -145,6 +145,8 @@ def prepare(
     if resume:
         refuse_other_data(before, record, str(run.path))
     record["held_out"] = held_out_record(held_out, recipe.evaluation)
+    # None where the recipe gives a number of steps.
+    record["num_train_epochs"] = None if arguments.max_steps > 0 else arguments.num_train_epochs
     record["restarts"] = before.get("restarts", []) if checkpoint else []
     batch_size = arguments.train_batch_size
     if arguments.auto_find_batch_size:
@@ -199,8 +201,7 @@ def _length(
     """Steps of the run: what it was begun with, unless the recipe gives it another length now."""
     if arguments.max_steps > 0:
         return arguments.max_steps
-    epochs = before.get("num_train_epochs", arguments.num_train_epochs)
-    if "steps" in before and epochs in (None, arguments.num_train_epochs):
+    if "steps" in before and before.get("num_train_epochs") == arguments.num_train_epochs:
         return int(before["steps"])
     if saved and not before:  # begun by an older drlora
         return int(saved["max_steps"])

@@ -96,7 +96,7 @@ def budget_line(result: TrainResult) -> str:
 
 def rank_table(ranks: Ranks) -> Table:
     """One row a block, or one a projection where ranks differ between projections."""
-    table = Table(title="ranks", box=None, pad_edge=False)
+    table = Table(title="ranks", title_justify="left", box=None, pad_edge=False)
     for name in ("layer", "projection"):
         table.add_column(name)
     for name in ("min", "mean", "max"):

@@ -281,7 +281,6 @@ class _Training:
         assert self.growth.dynamics is not None
         self.job.record.update(
             steps=steps,
-            num_train_epochs=self.job.recipe.training.get("num_train_epochs"),
             batch_size=batch_size,
             restarts=self.restarts,
         )
