@@ -1,4 +1,4 @@
-"""A run that is resumed, given more steps, or started from another: the same run or a plain word."""
+"""A run that is resumed, lengthened, or started from another: the same run, or a plain word."""
 
 from __future__ import annotations
 
