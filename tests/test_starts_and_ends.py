@@ -242,7 +242,7 @@ def test_a_run_shows_what_it_is_doing(recipe, capsys):
         "held out 6 examples",
         "length   12 steps of 8 examples (batch 4 x 2 accumulated), 4 epochs",
         "device   cpu",
-        "measuring before training: 6 examples for the loss ...",
+        "measuring before training: 6 examples ...",
         "evaluation.loss_examples=200, but only 6 held-out examples are there: all are taken",
         "data.limits.train=99, but only 24 examples are there: all are taken",
     ):

@@ -28,13 +28,13 @@ def refuse_unanswerable(raw: Dataset, section: EvaluationSection) -> None:
 
 
 def measured_on(examples: Examples, section: EvaluationSection) -> str:
-    """`93 examples for the loss, 60 for exact match`."""
+    """`93 examples, 60 answers`: for the loss, and for exact match where it is measured."""
     counts = [len(examples.encoded.dataset), len(examples.raw)]
     wanted = [section.loss_examples, section.exact_match_examples]
     loss, match = (min(n, limit or n) for n, limit in zip(counts, wanted, strict=True))
-    text = f"{counted(loss, 'example')} for the loss"
+    text = counted(loss, "example")
     rows = draw(examples.raw, section.exact_match_examples, section.draw)
-    return f"{text}, {match:,} for exact match" if wants_match(rows, section) else text
+    return f"{text}, {counted(match, 'answer')}" if wants_match(rows, section) else text
 
 
 def evaluation_notes(examples: Examples, section: EvaluationSection) -> list[str]:

@@ -15,14 +15,7 @@ from types import FrameType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TextColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Column
 from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -134,15 +127,6 @@ class StopOnInterrupt(TrainerCallback):
             control.should_training_stop = True
 
 
-class _Left(ProgressColumn):
-    """The time left, by the mean of the steps so far."""
-
-    def render(self, task: Task) -> Text:
-        """`1:05 min left`, nothing before the first step."""
-        left = task.time_remaining
-        return Text("" if left is None or task.finished else f"{duration(left)} left", no_wrap=True)
-
-
 class ShowProgress(TrainerCallback):
     """A bar and a line a growth event on a terminal; a few plain lines elsewhere."""
 
@@ -152,11 +136,12 @@ class ShowProgress(TrainerCallback):
         self.note = ""  # nothing was logged yet
         self.tenth = 0
         self._begun_at = (0, time.monotonic())
+        self._bar_width = max(4, min(14, console.width - 71))
         self.bar = Progress(
-            BarColumn(max(4, min(14, console.width - 66))),
+            BarColumn(self._bar_width),
             MofNCompleteColumn(),
             TextColumn("{task.fields[note]}", table_column=Column(no_wrap=True)),
-            _Left(),
+            TextColumn("{task.fields[left]}", table_column=Column(no_wrap=True)),
             console=console,
             disable=not console.is_terminal,
         )
@@ -170,17 +155,22 @@ class ShowProgress(TrainerCallback):
         for task in self.bar.task_ids:  # of a batch that did not fit
             self.bar.remove_task(task)
         self.task = self.bar.add_task(
-            "training", total=state.max_steps, completed=state.global_step, note=self.note
+            "training",
+            total=state.max_steps,
+            completed=state.global_step,
+            note=self.note,
+            left="",
         )
         if self.dynamics is not None and self.dynamics.event_steps:
-            self.console.print(f"growth: {self.dynamics.schedule}")
+            say(self.console, f"growth: {self.dynamics.schedule}")
         self.bar.start()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Move the bar."""
-        self.bar.update(self.task, completed=state.global_step, note=self.note)
+        left = self._left(state)
+        self.bar.update(self.task, completed=state.global_step, note=self.note, left=left)
 
     def on_log(
         self,
@@ -193,13 +183,13 @@ class ShowProgress(TrainerCallback):
         """Keep the numbers for the bar, or print the loss in one of a few lines."""
         if logs is None or "loss" not in logs:
             return
-        # What the bar itself, the count of steps and the time left take.
-        taken = 4 + 2 * len(str(state.max_steps)) + 16 + min(14, max(4, self.console.width - 66))
-        self.note = bar_note(logs, self.console.width - taken)
+        # Beside it stand the bar, `40/100` and `59:59 min left`, with a space between two.
+        beside = self._bar_width + 2 * len(str(state.max_steps)) + 18
+        self.note = bar_note(logs, self.console.width - beside)
         tenth = PLAIN_LINES * state.global_step // state.max_steps
         if not self.console.is_terminal and tenth > self.tenth:
             self.tenth = tenth
-            self.console.print(self._plain_line(state, logs))
+            say(self.console, self._plain_line(state, logs))
 
     def _plain_line(self, state: TrainerState, logs: dict[str, Any]) -> str:
         """`step 80/800, epoch 0.4, loss 1.696, 2:31 min left`."""
@@ -207,11 +197,17 @@ class ShowProgress(TrainerCallback):
         if logs.get("epoch") is not None:
             parts.append(f"epoch {logs['epoch']:.2f}")
         parts.append(f"loss {logs['loss']:.3f}")
+        if left := self._left(state):
+            parts.append(left)
+        return ", ".join(parts)
+
+    def _left(self, state: TrainerState) -> str:
+        """`1:05 min left`, by the mean of the steps so far; nothing before the first one."""
         first, started = self._begun_at
         done, due = state.global_step - first, state.max_steps - state.global_step
-        if done and due:
-            parts.append(f"{duration((time.monotonic() - started) / done * due)} left")
-        return ", ".join(parts)
+        if done < 1 or due < 1:
+            return ""
+        return f"{duration((time.monotonic() - started) / done * due)} left"
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
