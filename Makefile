@@ -15,10 +15,10 @@ TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 NUMEXPR_N
             TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
 .DEFAULT_GOAL := help
-.PHONY: help train compare test check bench docs clean
+.PHONY: help train compare test test-lowest check bench docs clean
 
 help: ## list the verbs
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 train: $(VENV)/.ok ## fine-tune the embedded model on the embedded data, into a new folder under runs/
 	$(BIN)/drlora train recipes/embedded.yaml output_dir=runs/embedded-$(shell date +%Y%m%d-%H%M%S) $(ARGS)
@@ -28,6 +28,17 @@ compare: $(VENV)/.ok ## compare methods as experiments/quick.yaml says; goes on 
 
 test: $(VENV)/.ok ## run the tests
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist=worksteal $(ARGS)
+
+# A venv of its own, with the lowest versions that pyproject.toml allows: some 5 GB, for torch 2.11 has
+# no small build on every index. PYTHON=python3.13 with `make test` tries another Python.
+LOWEST := .venv-lowest
+test-lowest: $(LOWEST)/.ok ## run the tests at the lowest versions that are allowed (downloads 3 GB)
+	$(TEST_ENV) PYTHONPATH=src $(LOWEST)/bin/python -m pytest -n $(WORKERS) --dist=worksteal $(ARGS)
+
+$(LOWEST)/.ok: requirements/lowest.txt
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements/lowest.txt
+	touch $@
 
 check: $(VENV)/.ok ## lint, formatting, types
 	$(BIN)/ruff check .

@@ -39,10 +39,11 @@ from transformers import Trainer, TrainingArguments
 import drlora
 from drlora.callback import DrLoraCallback
 from drlora.checkpoint import checkpoint_step
+from drlora.environment import versions
 from drlora.jsonl import read_lines
 from drlora.recipe import load_recipe
 from drlora.rundir import RunDir
-from drlora.train import train, versions
+from drlora.train import train
 from drlora.writing import write_at_once
 
 RESULT = Path(__file__).parents[1] / "benchmarks" / "results" / "kills.json"

@@ -10,6 +10,7 @@ import shlex
 import pytest
 from tiny_run import save_all
 
+import drlora
 from drlora.arguments import VERBS
 from drlora.cli import _parser, main
 
@@ -42,7 +43,6 @@ def test_help_has_examples_that_parse(verb, capsys):
         (["eval", "x", "--splti", "test"], "did you mean --split?"),
         (["export", "x", "-o", "y", "--format", "pfet"], "did you mean peft?"),
         (["qqqq"], "invalid choice: 'qqqq'"),
-        ([], "which verb?"),
         (["train"], "RECIPE.yaml"),
     ],
 )
@@ -95,3 +95,28 @@ def test_completion(capsys):
         assert main(["--print-completion", "fish"]) == 2
     else:
         assert code == 2 and "drlora[completion]" in said.err
+
+
+def test_without_a_verb_there_is_help(capsys):
+    assert main([]) == 0
+    said = capsys.readouterr().out
+    assert "usage: drlora" in said and all(verb in said for verb in ("train", "report", "env"))
+
+
+def test_the_version(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"drlora {drlora.__version__}\n"
+
+
+def test_the_environment_says_what_a_report_of_a_fault_needs(capsys, monkeypatch):
+    monkeypatch.setenv("HF_HOME", "/home/somebody/models")
+    assert main(["env", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {"drlora", "python", "torch", "transformers", "peft", "trl"} <= set(found["versions"])
+    assert found["cores"] >= 1 and found["memory_gb"] > 0 and found["vector_unit"]
+    assert found["variables"]["HF_HOME"] == "(set)"
+    assert main(["env"]) == 0
+    said = capsys.readouterr().out
+    assert "transformers" in said and "somebody" not in said

@@ -23,7 +23,9 @@ FLOORS: tuple[frozenset[str], ...] = (
             "files",
             "methods",
             "peft_type",
+            "places",
             "ranks",
+            "version",
             "wording",
             "writing",
         }
@@ -40,9 +42,21 @@ FLOORS: tuple[frozenset[str], ...] = (
             "young_rows",
         }
     ),
-    frozenset({"blocks", "families", "inject", "layer", "observe", "ordinary", "rank_pool"}),
     frozenset(
         {
+            "blocks",
+            "embeddings",
+            "families",
+            "inject",
+            "layer",
+            "observe",
+            "ordinary",
+            "rank_pool",
+        }
+    ),
+    frozenset(
+        {
+            "adapter_files",
             "checkpoint",
             "continue_adapter",
             "dynamics",
@@ -68,6 +82,7 @@ FLOORS: tuple[frozenset[str], ...] = (
             "draw",
             "dry_run",
             "embedded",
+            "environment",
             "evaluate",
             "event_log",
             "figure_style",
@@ -84,6 +99,7 @@ FLOORS: tuple[frozenset[str], ...] = (
             "measure",
             "memory_plan",
             "model_card",
+            "moved",
             "outcome",
             "progress",
             "rank_metrics",
@@ -128,8 +144,8 @@ ORDER_WITHIN: dict[int, tuple[frozenset[str], ...]] = {
     # Ranks are placed by what a probe finds.
     3: (
         frozenset({"groups"}),
-        frozenset({"export", "growth", "probe"}),
-        frozenset({"dynamics", "import_lora", "starts"}),
+        frozenset({"adapter_files", "export", "growth", "probe"}),
+        frozenset({"dynamics", "import_lora", "peft_method", "starts"}),
     ),
 }
 

@@ -120,4 +120,6 @@ def test_signatures_of_imports():
 
 def test_command_line_verbs():
     (verbs,) = [a for a in _parser()._actions if isinstance(a, argparse._SubParsersAction)]
-    assert set(verbs.choices) == {"train", "eval", "inspect", "export", "compare", "report"}
+    assert set(verbs.choices) == {
+        "train", "eval", "inspect", "export", "compare", "report", "env",
+    }  # fmt: skip

@@ -105,7 +105,7 @@ def _table(runs: list[dict]) -> list[dict]:
 
 
 def _write(path: Path, runs: list[dict]) -> None:
-    from drlora.train import versions
+    from drlora.environment import versions
     from drlora.writing import write_at_once
 
     content = {"settings": SETTINGS, "versions": versions(), "table": _table(runs), "runs": runs}

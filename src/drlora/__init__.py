@@ -22,12 +22,11 @@ from drlora.import_lora import load_peft_lora
 from drlora.model_card import write_card_if_possible as _write_card
 from drlora.peft_type import AFTER_SAVE as _AFTER_SAVE
 from drlora.starts import place_ranks, rank_map, ranks_from_routing, start_ranks
+from drlora.version import __version__
 
 _peft_method.register()
 if _write_card not in _AFTER_SAVE:
     _AFTER_SAVE.append(_write_card)
-
-__version__ = "0.2.0.dev0"
 
 __all__ = [
     "CheckpointError",

@@ -10,10 +10,11 @@ import difflib
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
-from drlora.export import FORMATS, RANKS
+from drlora.export import FORMATS, RANKS, ROUNDING, ROUNDINGS
 from drlora.files import home
 from drlora.memory_plan import TOKENS
 from drlora.report import FORMATS as REPORT_FORMATS
+from drlora.version import __version__
 
 Action = Callable[[argparse.Namespace], int]
 
@@ -40,6 +41,10 @@ EXPORT = """examples:
 COMPARE = """examples:
   drlora compare experiments/quick.yaml --dry-run
   drlora compare experiments/quick.yaml 'seeds=[1, 2]' --jobs 2
+"""
+ENV = """examples:
+  drlora env
+  drlora env --json
 """
 REPORT = """examples:
   drlora report runs/own-data
@@ -91,6 +96,7 @@ def make_parser(actions: Mapping[str, Action]) -> Parser:
     parser.add_argument(
         "--print-completion", metavar="SHELL", help="a completion script for bash, zsh or tcsh"
     )
+    parser.add_argument("--version", action="version", version=f"drlora {__version__}")
     verbs = parser.add_subparsers(title="verbs", metavar="VERB")
     for name, (help_text, examples, add_options) in VERBS.items():
         verb = verbs.add_parser(
@@ -148,6 +154,13 @@ def _export(verb: argparse.ArgumentParser) -> None:
     _dry_run(verb, "print the plan, write nothing")
     verb.add_argument("--data", metavar="FILE", type=home, help="examples to compare logits on")
     verb.add_argument("--max-shard-size", metavar="5GB", help="of one file of merged weights")
+    verb.add_argument(
+        "--rounding",
+        default=ROUNDING.mode,
+        choices=ROUNDINGS,
+        help=f"of merged weights in 16 bits (default {ROUNDING.mode})",
+    )
+    verb.add_argument("--seed", type=int, default=ROUNDING.seed, help="of stochastic rounding")
     _base_model(verb)
 
 
@@ -171,6 +184,10 @@ def _report(verb: argparse.ArgumentParser) -> None:
     )
 
 
+def _env(verb: argparse.ArgumentParser) -> None:
+    """No options but those of every verb."""
+
+
 def _dry_run(verb: argparse.ArgumentParser, what: str) -> None:
     verb.add_argument("--dry-run", action="store_true", help=what)
 
@@ -191,5 +208,6 @@ VERBS: dict[str, tuple[str, str, Callable[[Any], None]]] = {
     "inspect": ("blocks, experts, memory and growth plan of a model", INSPECT, _inspect),
     "export": ("write an adapter for PEFT, serving engines or as a model", EXPORT, _export),
     "compare": ("run a plan of models, tasks, methods and seeds", COMPARE, _compare),
+    "env": ("what a report of a fault needs: versions, machine, devices", ENV, _env),
     "report": ("write a page on one or several runs, to look at", REPORT, _report),
 }

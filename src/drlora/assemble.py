@@ -32,11 +32,13 @@ from drlora.config import DrLoraConfig
 from drlora.continue_adapter import continue_adapter, is_drlora, refuse_unfit
 from drlora.data import EncodedData, encode_examples
 from drlora.embedded import resolve_model
+from drlora.embeddings import fit_embeddings
 from drlora.errors import CheckpointError, ConfigError, DataError, DrLoraError
 from drlora.files import first_line
 from drlora.import_lora import load_peft_lora, refuse_other_files
 from drlora.inject import choose_blocks
 from drlora.load_data import load_source as load_source
+from drlora.places import from_root
 from drlora.processes import are_several
 from drlora.recipe import DataSection, Recipe
 from drlora.rundir import RunDir
@@ -230,7 +232,7 @@ def load_base_model(recipe: NamesModel) -> PreTrainedModel:
     with _told(f"the weights of model={recipe.model!r} cannot be loaded", _MODEL_HINT):
         load: Any = AutoModelForCausalLM.from_pretrained
         model, report = load(
-            resolve_model(recipe.model),
+            from_root(resolve_model(recipe.model)),  # what adapters will say their base is
             dtype="auto" if recipe.dtype == "auto" else getattr(torch, recipe.dtype),
             trust_remote_code=recipe.trust_remote_code,
             output_loading_info=True,
@@ -306,7 +308,7 @@ def add_adapter(
 
 
 def load_adapter(model: PreTrainedModel, folder: str) -> PeftModel:
-    """The model with the adapter that was saved in `folder`.
+    """The model with the adapter that was saved in `folder`, and the embedding rows of that.
 
     Raises:
         CheckpointError: if the adapter is missing, damaged, or was made for another model.
@@ -314,6 +316,7 @@ def load_adapter(model: PreTrainedModel, folder: str) -> PeftModel:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message="Found missing adapter keys")
+            fit_embeddings(model, Path(folder))
             # Of per-expert adapters; PEFT has already used these patterns up when it says so.
             warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys")
             # Made without memory: what is missing in the file, or of another shape, takes none.

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from drlora.embeddings import embedding_names, rows_before
 from drlora.errors import CheckpointError
 from drlora.writing import sync, write_at_once
 
@@ -118,13 +119,16 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
     Every process must call it: sharded tensors (FSDP2) are gathered.
 
     Returns:
-        The adapters' part of `model.state_dict()`, each tensor in full, without the base model's.
+        The adapters' part of `model.state_dict()`, each tensor in full, without the base model's;
+        but with its embeddings where they were resized, since PEFT saves these too.
     """
+    resized = embedding_names(model) if rows_before(model) is not None else []
+    added = (*_ADDED, *(f"{name}." for name in resized))
     with torch.no_grad():
         return {
             key: value.full_tensor() if isinstance(value, DTensor) else value
             for key, value in model.state_dict().items()
-            if any(part in key for part in _ADDED)
+            if any(part in key for part in added)
         }
 
 

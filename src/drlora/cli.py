@@ -6,6 +6,7 @@
     drlora export RUN --format peft|per-expert|merged -o DIR [--rank auto] [--dry-run]
     drlora report RUN [RUN ...] [-o FILE] [--format html|png|svg|md]
     drlora compare PLAN.yaml [key=value ...] [--jobs N] [--dry-run] [--retry-failed]
+    drlora env
 
 Every verb takes --json and --help (with examples). `drlora --print-completion bash` writes a
 completion script, where shtab is installed.
@@ -33,17 +34,19 @@ from rich.console import Console
 from drlora.arguments import Parser, make_parser
 from drlora.compare import compare
 from drlora.dry_run import dry_run, print_dry_run
+from drlora.environment import describe
 from drlora.errors import CheckpointError, ConfigError, DrLoraError
 from drlora.evaluate_run import evaluate_run
 from drlora.export_run import ExportResult, export_run, print_plan
 from drlora.files import read_json, refuse_links_out
 from drlora.inspection import inspect_model
 from drlora.inspection_text import print_inspection
+from drlora.moved import located_at
 from drlora.outcome import verdict_line
 from drlora.progress import Terminated, sigterm_interrupts
 from drlora.recipe import load_recipe, make_adapter_config
 from drlora.report import write_report
-from drlora.rundir import RunDir, where_it_lies
+from drlora.rundir import RunDir
 from drlora.settings import split_override
 from drlora.summary import print_summary
 from drlora.train import train
@@ -60,7 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parse(parser, argv)
     shell = arguments.print_completion
     if shell is None and not hasattr(arguments, "verb"):
-        parser.error("which verb? invalid choice: ''")
+        parser.print_help()
+        return 0
     _quiet()
     try:
         return _print_completion(parser, shell) if shell else arguments.verb(arguments)
@@ -95,6 +99,7 @@ def _parser() -> Parser:
             "export": _export,
             "compare": _compare,
             "report": _write_report,
+            "env": _env,
         }
     )
 
@@ -117,8 +122,7 @@ def _train(arguments: argparse.Namespace) -> int:
         raise ConfigError("--resume and --overwrite contradict each other; keep one.")
     console = Console(highlight=False, soft_wrap=True, stderr=arguments.json)
     recipe = load_recipe(arguments.recipe, arguments.overrides, arguments.resume)
-    if arguments.resume and not any(o.startswith("output_dir=") for o in arguments.overrides):
-        recipe = where_it_lies(recipe, Path(arguments.recipe))
+    recipe = located_at(recipe, arguments.recipe, arguments.overrides)
     run = RunDir(Path(recipe.output_dir))
     if arguments.resume or arguments.overwrite:
         refuse_links_out(run.path)
@@ -162,6 +166,22 @@ def _way_on(run: RunDir, what: str) -> str:
     return f"{what}. Continue with:\n  {run.resume_command}"
 
 
+def _env(arguments: argparse.Namespace) -> int:
+    found = describe()
+    if arguments.json:
+        print(json.dumps(found, indent=2))
+        return 0
+    for name, value in found.items():
+        if not isinstance(value, (dict, list)):
+            print(f"{name:12} {value}")
+            continue
+        inside = value.items() if isinstance(value, dict) else enumerate(value, start=1)
+        print(f"{name:12} {'none' if not value else ''}".rstrip())
+        for key, one in inside:
+            print(f"  {key:<24} {one}")
+    return 0
+
+
 def _eval(arguments: argparse.Namespace) -> int:
     found = evaluate_run(
         arguments.run,
@@ -201,6 +221,8 @@ def _export(arguments: argparse.Namespace) -> int:
         data=arguments.data,
         trust_remote_code=arguments.trust_remote_code,
         max_shard_size=arguments.max_shard_size,
+        rounding=arguments.rounding,
+        seed=arguments.seed,
     )
     if arguments.json:
         print(json.dumps(_export_to_json(result, arguments.output), indent=2))
@@ -211,8 +233,9 @@ def _export(arguments: argparse.Namespace) -> int:
 
 def _export_to_json(result: ExportResult, output: str) -> dict[str, Any]:
     found = {**result.plan.to_dict(), "output": None, "logits": None}
+    found["notes"] += result.notes
     if result.difference is not None:
-        found |= {"output": output, "logits": str(result.difference)}
+        found |= {"output": output, "logits": result.difference.to_dict()}
     return found
 
 

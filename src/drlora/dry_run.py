@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from drlora.assemble import training_arguments
+from drlora.held_out import evaluation_notes
 from drlora.inspection import inspect_model
 from drlora.inspection_text import print_inspection
 from drlora.job import Job, prepare
@@ -46,7 +47,7 @@ def dry_run(recipe: Recipe, resume: bool = False, overwrite: bool = False) -> di
         "recipe": recipe.to_dict(),
         "steps": job.total_steps,
         "examples": job.counts(),
-        "notes": list(job.notes()),
+        "notes": [*job.notes(), *evaluation_notes(job.held_out, recipe.evaluation)],
         "model": found,
     }
 

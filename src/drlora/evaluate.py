@@ -36,13 +36,14 @@ class Rows(Protocol):
 class LossResult:
     """Mean negative log-likelihood of the target tokens (nats), its exponential, their number.
 
-    `example_nats` is the sum over the target tokens of each example.
+    `example_nats` is the sum over the target tokens of each example, `examples` their number.
     """
 
     loss: float
     perplexity: float
     target_tokens: int
     example_nats: tuple[float, ...] = field(default=(), compare=False, repr=False)
+    examples: int = 0
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ def evaluate_loss(
         raise DataError("the evaluation data has no target token; see that it has completions")
     loss = math.fsum(nats) / target_tokens
     perplexity = math.exp(loss) if loss < 700 else math.inf
-    return LossResult(loss, perplexity, target_tokens, tuple(nats))
+    return LossResult(loss, perplexity, target_tokens, tuple(nats), len(nats))
 
 
 def _device(model: torch.nn.Module) -> torch.device:

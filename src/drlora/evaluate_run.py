@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,31 @@ from drlora.assemble import (
 from drlora.data import encode_examples
 from drlora.errors import ConfigError
 from drlora.measure import Measurement, measure
+from drlora.places import from_root
 from drlora.recipe import ROLES, default_split
 from drlora.sources import Source, find_source
+
+
+@dataclass(frozen=True)
+class Evaluation(Measurement):
+    """A measurement, and of what.
+
+    Attributes:
+        model: the model that was loaded: the base model of an adapter, or the merged model.
+        adapter: PEFT's name of the adapter's type on it, or None.
+        dtype: of the model's weights.
+        device: where it ran.
+    """
+
+    model: str = ""
+    adapter: str | None = None
+    dtype: str = ""
+    device: str = ""
+
+    def __str__(self) -> str:
+        kind = {"DRLORA": " with a DR-LoRA adapter", "LORA": " with a LoRA of PEFT's"}
+        with_adapter = kind.get(self.adapter or "", "")
+        return f"{self.model}{with_adapter}, {self.dtype} on {self.device}\n{super().__str__()}"
 
 
 def evaluate_run(
@@ -31,8 +55,8 @@ def evaluate_run(
     *,
     model: str | None = None,
     trust_remote_code: bool = False,
-) -> Measurement:
-    """Loss and exact match of what is in `folder`.
+) -> Evaluation:
+    """Loss and exact match of what is in `folder`, by its own base and dtype.
 
     Args:
         folder: a run directory, or a folder with an adapter (DR-LoRA or PEFT's LoRA) or a model,
@@ -52,12 +76,17 @@ def evaluate_run(
     architecture = load_architecture(source.model, source.trust_remote_code)
     length = longest_example(source.data, source.model, architecture)
     subject: Any = load_base_model(source)
-    tokenizer = load_tokenizer(source, vocabulary_size(subject))
-    examples = Examples(raw, encode_examples(raw, tokenizer, length))
+    dtype = str(subject.dtype).removeprefix("torch.")
     if source.adapter is not None:
         subject = load_adapter(subject, str(source.folder))
-    subject.to(torch.accelerator.current_accelerator() or torch.device("cpu"))
-    return measure(subject, tokenizer, examples, source.evaluation)
+    tokenizer = load_tokenizer(source, vocabulary_size(subject))
+    examples = Examples(raw, encode_examples(raw, tokenizer, length))
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    found = measure(subject.to(device), tokenizer, examples, source.evaluation)
+    model = from_root(source.model)
+    return Evaluation(
+        found.loss, found.match, found.notes, model, source.adapter, dtype, str(device)
+    )
 
 
 def _asked_for(source: Source, split: str, data: str | None) -> tuple[str, str, int | None]:
@@ -68,6 +97,9 @@ def _asked_for(source: Source, split: str, data: str | None) -> tuple[str, str, 
     if section is None:
         raise ConfigError(
             f"{source.folder} is of no run whose data could be used; name some with --data FILE."
+            if source.run is None
+            else f"the run that {source.folder} was made from is not in {source.run} any more, so "
+            f"its data is not known; name some with --data FILE."
         )
     if split in ROLES:
         return *section.source(split), section.limits.get(split)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,21 +29,33 @@ from drlora.assemble import (
 )
 from drlora.config import DrLoraConfig
 from drlora.data import Collator, encode_examples
+from drlora.embeddings import fit_embeddings
 from drlora.errors import CheckpointError, ConfigError, DrLoraError
-from drlora.export import Difference, ExportPlan, apply_plan, make_plan, refuse_full_folder
+from drlora.export import (
+    ROUNDING,
+    ROUNDINGS,
+    Difference,
+    ExportPlan,
+    apply_plan,
+    make_plan,
+    refuse_full_folder,
+)
 from drlora.layer import DrLoraExperts
+from drlora.ops.merge import Rounding, RoundingMode
+from drlora.places import from_root
 from drlora.recipe import default_split
 from drlora.sources import Source, find_source
 
-EXAMPLES, BATCH_SIZE, MAX_TOKENS = 8, 2, 128
+EXAMPLES, MAX_TOKENS = 8, 128
 
 
 @dataclass(frozen=True)
 class ExportResult:
-    """The plan and, unless it was a dry run, how far the logits were apart."""
+    """The plan and, unless it was a dry run, how far the export is off, and what that cost."""
 
     plan: ExportPlan
     difference: Difference | None
+    notes: tuple[str, ...] = ()
 
 
 def export_run(
@@ -55,6 +69,8 @@ def export_run(
     data: str | None = None,
     trust_remote_code: bool = False,
     max_shard_size: str | None = None,
+    rounding: RoundingMode = ROUNDING.mode,
+    seed: int = ROUNDING.seed,
 ) -> ExportResult:
     """Export the adapter in `folder` to `output`; a dry run reads no weights but the adapter's.
 
@@ -69,6 +85,8 @@ def export_run(
             for an adapter without a run.
         trust_remote_code: whether code that comes with the model may run.
         max_shard_size: of one file of merged weights, such as `5GB`; by default transformers' own.
+        rounding: of merged weights in 16 bits, `stochastic` or `nearest`.
+        seed: of stochastic rounding.
 
     Raises:
         ConfigError: if the format does not fit the model, or `output` is not empty.
@@ -76,20 +94,29 @@ def export_run(
             would not give its logits.
         DataError: if `data` is missing or malformed.
     """
+    if rounding not in ROUNDINGS:
+        raise ConfigError(f"rounding={rounding!r} is not known; choose one of {list(ROUNDINGS)}.")
+    how = Rounding(rounding, seed)
     source = _find_adapter(Path(folder), model, trust_remote_code)
     refuse_full_folder(output)
     if dry_run:
         return ExportResult(make_plan(_adapter_without_base(source), format, rank), None)
     base = load_base_model(source)
-    vocab_size = vocabulary_size(base)
     adapted = load_adapter(base, str(source.folder))
+    vocab_size = vocabulary_size(base)
     plan = make_plan(adapted, format, rank)
     tokenizer = _tokenizer(source, vocab_size, needed=data is not None)
     what, batches = _batches(source, data, tokenizer, vocab_size)
-    record = {"adapter": str(folder), "base_model": source.model, "compared_on": what}
+    record = {
+        "adapter": from_root(str(folder)),
+        "base_model": from_root(source.model),
+        "output": os.path.abspath(output),
+        "dtype": str(base.dtype).removeprefix("torch."),
+        "compared_on": what,
+    }
     adapted.to(torch.accelerator.current_accelerator() or torch.device("cpu"))
-    found = apply_plan(plan, adapted, batches, output, tokenizer, record, max_shard_size)
-    return ExportResult(plan, found)
+    written = apply_plan(plan, adapted, batches, output, tokenizer, record, max_shard_size, how)
+    return ExportResult(plan, written.difference, tuple(written.notes))
 
 
 def _find_adapter(folder: Path, model: str | None, trust_remote_code: bool) -> Source:
@@ -112,12 +139,12 @@ def print_plan(result: ExportResult, output: str | Path, console: Console) -> No
     console.print(f"ranks    {low} to {high} (mean {mean:.4g}) in the adapter{padded}")
     console.print(f"weights  {plan.weight_bytes / 2**20:.2f} MiB")
     console.print(f"files    {', '.join(plan.files)}")
-    for note in plan.notes:
+    for note in (*plan.notes, *result.notes):
         console.print(f"note     {note}")
     if result.difference is None:
         console.print(f"dry run: nothing was written to {output}")
     else:
-        console.print(f"logits   {result.difference}")
+        console.print(f"checked  {result.difference}")
         console.print(f"written  {output}")
 
 
@@ -131,13 +158,17 @@ def _adapter_without_base(source: Source) -> PeftModel:
         tensors = load_file(source.folder / SAFETENSORS_WEIGHTS_NAME)
     except (SafetensorError, OSError, ValueError, TypeError) as error:
         raise CheckpointError(f"the adapter in {source.folder} cannot be read: {error}") from error
+    fit_embeddings(base, source.folder)
     config.base_model_name_or_path = None  # the base may be named otherwise by now
     model = get_peft_model(base, config)
     assert isinstance(model, PeftModel)
     for part in _adapter_parts(model):
         part.to_empty(device="cpu")
     try:
-        set_peft_model_state_dict(model, tensors)
+        with warnings.catch_warnings():
+            # Of resized embeddings, which have no memory here.
+            warnings.filterwarnings("ignore", ".*copying from a non-meta parameter")
+            set_peft_model_state_dict(model, tensors)
     except DrLoraError:
         raise
     except (KeyError, RuntimeError) as error:
@@ -176,8 +207,7 @@ def _batches(
     """What logits are compared on, in words and as batches."""
     if tokenizer is None or (data is None and source.data is None):
         ids_NL = torch.randint(vocab_size, (EXAMPLES, 64), generator=torch.Generator())
-        batch = {"input_ids": ids_NL, "attention_mask": torch.ones_like(ids_NL)}
-        return "random tokens", [{k: x[i : i + 2] for k, x in batch.items()} for i in (0, 2, 4, 6)]
+        return "random tokens", [{"input_ids": ids_NL, "attention_mask": torch.ones_like(ids_NL)}]
     if data is None:
         assert source.data is not None
         name, split = source.data.source("eval")
@@ -185,6 +215,5 @@ def _batches(
         name, split = data, default_split(data, "eval")
     rows = encode_examples(load_source(source.data, name, split, EXAMPLES), tokenizer, MAX_TOKENS)
     features = [rows.dataset[i] for i in range(len(rows.dataset))]
-    collate = Collator(tokenizer)
-    spans = range(0, len(features), BATCH_SIZE)
-    return f"{name}, split {split}", [collate(features[i : i + BATCH_SIZE]) for i in spans]
+    # In one batch: what merging makes of the weights is computed once for each.
+    return f"{name}, split {split}", [Collator(tokenizer)(features)]

@@ -7,7 +7,6 @@ of its tensors is.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -87,15 +86,6 @@ def local_path(name: str) -> Path | None:
         return path if path.exists() else None
     except (OSError, ValueError):  # too long, with a null byte, of an unknown user
         return None
-
-
-def absolute(name: str) -> str:
-    """`name` from the root on, if a file or folder is there; otherwise as it is.
-
-    Links stay as they are, for what they lead to may change.
-    """
-    path = local_path(name)
-    return name if path is None else os.path.abspath(path)
 
 
 def refuse_links_out(folder: Path) -> None:

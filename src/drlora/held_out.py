@@ -8,7 +8,7 @@ from drlora.assemble import Examples
 from drlora.choices import refuse_single_choice
 from drlora.draw import draw
 from drlora.evaluate import accepted_answers
-from drlora.measure import wants_match
+from drlora.measure import notes_on, wants_match
 from drlora.recipe import EvaluationSection
 from drlora.wording import counted
 
@@ -38,23 +38,6 @@ def measured_on(examples: Examples, section: EvaluationSection) -> str:
 
 
 def evaluation_notes(examples: Examples, section: EvaluationSection) -> list[str]:
-    """What the section asks for and does not get, in sentences."""
-    notes = []
-    usual = EvaluationSection()
-    for name, there in (
-        ("loss_examples", len(examples.encoded.dataset)),
-        ("exact_match_examples", len(examples.raw)),
-    ):
-        wanted = getattr(section, name)
-        if wanted is not None and wanted > there and wanted != getattr(usual, name):
-            notes.append(
-                f"evaluation.{name}={wanted}, but only {there:,} held-out examples are there: all "
-                f"are taken"
-            )
+    """What a measurement will say of what it could not do, for a dry run."""
     rows = draw(examples.raw, section.exact_match_examples, section.draw)
-    if section.exact_match is None and not wants_match(rows, section):
-        notes.append(
-            "exact match is left out: the held-out examples are no prompts with completions of one "
-            "line"
-        )
-    return notes
+    return list(notes_on(len(examples.encoded.dataset), rows, section))

@@ -27,7 +27,7 @@ from drlora.callback import DrLoraCallback
 from drlora.checkpoint import checkpoint_step
 from drlora.errors import ConfigError
 from drlora.files import read_json
-from drlora.held_out import evaluation_notes, refuse_unanswerable
+from drlora.held_out import refuse_unanswerable
 from drlora.load_data import load_training_data
 from drlora.processes import on_main, world_size
 from drlora.recipe import Recipe
@@ -89,7 +89,6 @@ class Job:
                     f"data.limits.{role}={limit}, but only {len(examples.raw):,} examples are "
                     f"there: all are taken"
                 )
-        yield from evaluation_notes(self.held_out, self.recipe.evaluation)
         if self.plan_steps != self.total_steps:
             yield (
                 f"the run was planned for {self.plan_steps:,} steps and is given "

@@ -22,7 +22,7 @@ from drlora.errors import ConfigError
 from drlora.families import family_of
 from drlora.observe import RoutingMeter, TokenMask, count_in_backward, routing_sums
 from drlora.ops import ExpertWeights, LoraPiece, TracedPiece, adapted_experts, traced_experts
-from drlora.ops.merge import add_update, is_finite
+from drlora.ops.merge import NEAREST, Rounding, add_update, is_finite
 from drlora.ops.parts import MATRICES
 from drlora.rank_pool import RankPool, in_float32
 
@@ -150,6 +150,7 @@ class DrLoraExperts(nn.Module, BaseTunerLayer):
         self.drlora_adapters = nn.ModuleDict()
         self.merged_adapters: list[str] = []
         self.router_logits: Tensor | None = None
+        self.rounding: Rounding = NEAREST  # of merged weights
         self._disable_adapters = False
         self._unmerged: list[Tensor] = []
 
@@ -301,7 +302,7 @@ class DrLoraExperts(nn.Module, BaseTunerLayer):
                     f"({broken[0]}); it was not merged."
                 )
             for piece in pieces:
-                add_update(self.base_weights, piece)
+                add_update(self.base_weights, piece, self.rounding, self.block.experts_name)
             self.merged_adapters.append(name)
 
     def _move_adapter_to_device_of_base_layer(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,14 +21,18 @@ from drlora.recipe import EvaluationSection
 
 @dataclass(frozen=True)
 class Measurement:
-    """Loss over target tokens and, where answers can be compared, exact match."""
+    """Loss over target tokens and, where answers can be compared, exact match.
+
+    `notes` say what was asked for and could not be had, and why there is no exact match.
+    """
 
     loss: LossResult
     match: MatchResult | None
+    notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, without those of each example; `measurement_from` reads them back."""
-        values = asdict(self)
+        values = asdict(self) | {"notes": list(self.notes)}
         del values["loss"]["example_nats"]
         if values["match"]:
             del values["match"]["is_correct"]
@@ -35,12 +40,17 @@ class Measurement:
 
     def __str__(self) -> str:
         text = f"loss {self.loss.loss:.4f}, perplexity {self.loss.perplexity:.2f}"
+        if self.loss.examples:
+            text += f" on {self.loss.examples} examples"
+        return "; ".join([text + self._match_text(), *self.notes])
+
+    def _match_text(self) -> str:
         if self.match is None:
-            return text
+            return ""
         share = f"{self.match.accuracy:.1%} ({self.match.correct} of {self.match.total})"
         rate = self.match.error_rate
         errors = "" if rate is None else f", word error rate {rate:.1%}"
-        return f"{text}, exact match {share}{errors}"
+        return f", exact match {share}{errors}"
 
 
 def measurement_from(values: dict[str, Any]) -> Measurement:
@@ -54,6 +64,7 @@ def measurement_from(values: dict[str, Any]) -> Measurement:
         return Measurement(
             LossResult(**values["loss"]),
             MatchResult(**{**match, "samples": ()}) if match else None,
+            tuple(values.get("notes", ())),
         )
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{shown(values)} is no measurement: {error}.") from error
@@ -69,10 +80,27 @@ def measure(
     encoded = draw(examples.encoded.dataset, section.loss_examples, section.draw)
     loss = evaluate_loss(model, encoded, Collator(tokenizer), section.batch_size)
     raw = draw(examples.raw, section.exact_match_examples, section.draw)
+    notes = tuple(notes_on(len(examples.encoded.dataset), raw, section))
     if not wants_match(raw, section):
-        return Measurement(loss, None)
+        return Measurement(loss, None, notes)
     match = exact_match(model, tokenizer, raw, section.batch_size, section.max_new_tokens)
-    return Measurement(loss, match)
+    return Measurement(loss, match, notes)
+
+
+def notes_on(there: int, raw: Dataset, section: EvaluationSection) -> Iterator[str]:
+    """What the section asks for and does not get, and why there is no exact match, in clauses.
+
+    Args:
+        there: examples that there are for the loss.
+        raw: those for exact match.
+        section: what is asked for.
+    """
+    if section.loss_examples is not None and section.loss_examples > there:
+        yield f"evaluation.loss_examples={section.loss_examples}, but there are {there}"
+    if section.exact_match is None and not wants_match(raw, section):
+        has_prompts = "prompt" in raw.column_names
+        reason = "completions have several lines" if has_prompts else "there are no prompts"
+        yield f"no exact match: {reason}"
 
 
 def wants_match(raw: Dataset, section: EvaluationSection) -> bool:

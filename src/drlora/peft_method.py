@@ -21,9 +21,15 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils import ModulesToSaveWrapper, register_peft_method
 from torch import Tensor, nn
 
+from drlora.adapter_files import (
+    CONTAINER,
+    put_embeddings_in_place,
+    refuse_damaged_ranks,
+    refuse_other_tensors,
+)
 from drlora.blocks import MoEBlock, active_experts
 from drlora.config import DrLoraConfig
-from drlora.errors import CheckpointError, ConfigError
+from drlora.errors import ConfigError
 from drlora.inject import (
     adapted_layers,
     choose_blocks,
@@ -41,8 +47,6 @@ from drlora.peft_type import DRLORA
 # In the keys of pools, "drlora_adapters", as in those of ordinary LoRA, "lora_A". transformers'
 # load_adapter puts the adapter's name behind the first part of a key that begins with it.
 _PREFIX = "lora_"
-_CONTAINER = ".drlora_adapters."
-_ROOT = "base_model.model."
 
 
 class DrLoraModel(LoraModel):
@@ -210,9 +214,9 @@ class DrLoraModel(LoraModel):
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        named = f"{_CONTAINER}{adapter_name}."
+        named = f"{CONTAINER}{adapter_name}."
         if named in key:
-            return key.replace(named, _CONTAINER, 1)
+            return key.replace(named, CONTAINER, 1)
         return super()._remove_adapter_name_from_key(key, adapter_name)
 
     @classmethod
@@ -226,10 +230,11 @@ class DrLoraModel(LoraModel):
         remapped = super()._remap_adapter_state_dict_for_load(
             model, config, adapter_name, state_dict
         )
-        _refuse_other_adapters(model, adapter_name, remapped)
+        fitting = (model, adapter_name, remapped, cls._remove_adapter_name_from_key)
+        refuse_other_tensors(*fitting)
         assert isinstance(config, DrLoraConfig)
-        _refuse_damaged_ranks(config, remapped)
-        return remapped
+        refuse_damaged_ranks(config, remapped)
+        return put_embeddings_in_place(*fitting)
 
 
 def _refuse_other_architecture(config: DrLoraConfig, model_type: str | None) -> None:
@@ -291,73 +296,6 @@ def _take_hooks_off(model: nn.Module) -> None:
             for key, hook in list(hooks.items()):
                 if getattr(hook, "func", hook).__module__.startswith("drlora."):
                     del hooks[key]
-
-
-def _refuse_other_adapters(model: nn.Module, adapter_name: str, loaded: dict[str, Tensor]) -> None:
-    """An adapter file must hold exactly the tensors that its configuration asks for."""
-    here = model.state_dict()
-    # A model that PEFT was injected into has no such prefix, a file always has.
-    there = {key if key in here else key.removeprefix(_ROOT): loaded[key] for key in loaded}
-    needed = [key for key in here if _belongs_to(key, adapter_name)]
-    # Anything else would overwrite the base model. PEFT saves embeddings that were resized.
-    saved_in_full = (f".modules_to_save.{adapter_name}.", *_embedding_names(model))
-    for key in [*needed, *there]:
-        fits = key in here and key in there and here[key].shape == there[key].shape
-        if fits and (key in needed or any(part in f".{key}" for part in saved_in_full)):
-            continue
-        saved = tuple(there[key].shape) if key in there else "missing"
-        wanted = tuple(here[key].shape) if key in here and not fits else "no place for it"
-        raise CheckpointError(
-            f"the adapter does not fit this model: {key} is {saved} in the file, the model has "
-            f"{wanted}. It was made for another model or with other settings, or is incomplete."
-        )
-
-
-def _refuse_damaged_ranks(config: DrLoraConfig, loaded: dict[str, Tensor]) -> None:
-    """Owners must be what growth can lead to; who they are is checked by the pool itself."""
-    ranks: dict[str, dict[str, list[int]]] = {}
-    for key, owner_R in loaded.items():
-        pools, _, projection = key.removesuffix(".owner").rpartition(".")
-        if not key.endswith(".owner") or not pools.endswith(".pools"):
-            continue
-        if owner_R.is_floating_point() or owner_R.is_complex():
-            raise CheckpointError(
-                f"the adapter's rank map is damaged: {key} is of {owner_R.dtype}, not of integers."
-            )
-        # A pool has at least a row an expert; and bincount takes memory up to the largest number.
-        if owner_R.numel() and owner_R.max() >= len(owner_R):
-            raise CheckpointError(
-                f"the adapter's rank map is damaged: {key} names expert {int(owner_R.max())}, "
-                f"which cannot be with {len(owner_R)} rows."
-            )
-        counts = owner_R[owner_R >= 0].long().bincount()
-        if len(counts) and counts.max() > config.r_max:
-            raise CheckpointError(
-                f"the adapter's rank map is damaged: in {key} expert {int(counts.argmax())} has "
-                f"rank {int(counts.max())}, r_max is {config.r_max}."
-            )
-        ranks.setdefault(pools, {})[projection] = counts.tolist()
-    for pools, found in ranks.items():
-        if config.rank_per == "expert" and len({tuple(row) for row in found.values()}) > 1:
-            raise CheckpointError(
-                f"the adapter's rank map is damaged: with rank_per='expert' {sorted(found)} of "
-                f"{pools} must give each expert the same rank."
-            )
-
-
-def _embedding_names(model: Any) -> list[str]:
-    """As parts of keys: `.lm_head.` and the like."""
-    if not hasattr(model, "get_input_embeddings"):
-        return []
-    ends = (model.get_input_embeddings(), model.get_output_embeddings())
-    return [f".{n}." for n, m in model.named_modules() if any(m is end for end in ends)]
-
-
-def _belongs_to(key: str, adapter_name: str) -> bool:
-    """Whether a key of the model's state is one of the adapter's own tensors."""
-    return f"{_CONTAINER}{adapter_name}." in key or key.endswith(
-        (f".lora_A.{adapter_name}.weight", f".lora_B.{adapter_name}.weight")
-    )
 
 
 def register() -> None:

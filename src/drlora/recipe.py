@@ -26,7 +26,8 @@ from transformers import TrainingArguments
 from drlora.config import DrLoraConfig, preset_settings
 from drlora.continue_adapter import RANKS, kept_settings
 from drlora.errors import ConfigError
-from drlora.files import absolute, home
+from drlora.files import home
+from drlora.places import from_root
 from drlora.sections import ROLES, DataSection, EvaluationSection
 from drlora.sections import default_split as default_split
 from drlora.settings import check_type, read_settings, refuse_unknown
@@ -138,7 +139,7 @@ class Recipe:
         given = {name: found for name in _PATHS if (found := getattr(self, name))}
         paths: dict[str, Any] = {
             # Those of the first two may be names of the hub.
-            name: absolute(found) if name in ("model", "tokenizer") else os.path.abspath(found)
+            name: from_root(found) if name in ("model", "tokenizer") else os.path.abspath(found)
             for name, found in given.items()
         }
         return replace(self, data=self.data.resolved(), **paths)

@@ -16,7 +16,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from drlora.checkpoint import newest_checkpoint
 from drlora.errors import CheckpointError, ConfigError, DrLoraError
 from drlora.files import read_json
 from drlora.jsonl import finite, forget_after, read_lines
+from drlora.moved import located
 from drlora.recipe import LENGTHS, Recipe, recipe_from
 from drlora.settings import read_settings
 from drlora.writing import move_into_place, write_at_once
@@ -195,7 +196,8 @@ class RunDir:
                     f"steps (training.max_steps=... or training.num_train_epochs=...), or choose "
                     f"another output_dir for a new run."
                 )
-        differing = list(_differences(_comparable(self.read_config()), _comparable(recipe)))
+        asked = located(recipe, self.path)
+        differing = list(_differences(_comparable(self.read_config()), _comparable(asked)))
         if differing:
             raise ConfigError(
                 f"the run in {self.path} was started with other settings: {'; '.join(differing)}. "
@@ -219,7 +221,15 @@ class RunDir:
             forget_after(log, step)
 
     def read_config(self) -> Recipe:
-        """The recipe that the run was started with.
+        """The recipe that the run was started with, with its paths as they are from here.
+
+        Raises:
+            CheckpointError: if there is none.
+        """
+        return located(self.stored_config(), self.path)
+
+    def stored_config(self) -> Recipe:
+        """The recipe as it was stored.
 
         Raises:
             CheckpointError: if there is none.
@@ -270,20 +280,6 @@ class RunDir:
         for path in sorted(temporary.iterdir(), key=lambda p: p.name == SAFETENSORS_WEIGHTS_NAME):
             move_into_place(path, self.path / path.name)
         temporary.rmdir()
-
-
-def where_it_lies(recipe: Recipe, path: Path) -> Recipe:
-    """`recipe` with the run's folder of now as output_dir, if `path` is the config.yaml of a run.
-
-    A run may have been moved, or copied, since it began.
-    """
-    here = RunDir(path.parent)
-    is_of_a_run = path.name == here.config.name and (
-        here.record.is_file() or any(here.path.glob("checkpoints/checkpoint-*"))
-    )
-    if not is_of_a_run or os.path.realpath(recipe.output_dir) == os.path.realpath(here.path):
-        return recipe
-    return replace(recipe, output_dir=os.path.abspath(here.path))
 
 
 def write_yaml(path: Path, value: Any) -> None:

@@ -5,18 +5,22 @@
     a folder with a model      an export as merged
 
 An export says which run it came from; where that is still there, its data and settings are used.
+Paths in what is stored are followed as `drlora.places` says.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from peft.utils.constants import TOKENIZER_CONFIG_NAME
 
 from drlora.errors import CheckpointError
 from drlora.export import RECORD
 from drlora.files import read_adapter_config, read_json, shown
+from drlora.places import Place, leads_somewhere
 from drlora.recipe import DataSection, EvaluationSection, Recipe
 from drlora.rundir import RunDir
 
@@ -31,8 +35,11 @@ class Source:
         folder: what the user named.
         adapter: PEFT's name of the adapter's type, `DRLORA` or `LORA`; None for a whole model.
         model: the base model, or the model.
+        tokenizer: the folder itself where one was saved in it; None for the model's.
+        dtype: of the base model: the run's, or that of the export.
         data: of the run's recipe, or None.
         evaluation: of the run's recipe, or the default.
+        run: the run that an export says it was made from, also where it is gone; else None.
     """
 
     folder: Path
@@ -43,6 +50,7 @@ class Source:
     trust_remote_code: bool
     data: DataSection | None = None
     evaluation: EvaluationSection = EvaluationSection()
+    run: Path | None = None
 
 
 def find_source(folder: Path, model: str | None = None, trust_remote_code: bool = False) -> Source:
@@ -65,9 +73,17 @@ def find_source(folder: Path, model: str | None = None, trust_remote_code: bool 
                 f"with: {run.resume_command}"
             )
         read_adapter_config(folder, SAFETENSORS_WEIGHTS_NAME)
-        return _of_run(folder, "DRLORA", recipe, model, trust_remote_code)
+        tokenizer = _tokenizer_in(folder) or recipe.tokenizer
+        source = Source(
+            folder, "DRLORA", model or recipe.model, tokenizer, recipe.dtype, trust_remote_code
+        )
+        return _with_recipe(source, recipe)
     if (folder / "config.json").is_file() and not (folder / CONFIG_NAME).is_file():
-        return _of_model(folder, trust_remote_code)
+        return _of_export(Source(folder, None, str(folder), None, "auto", trust_remote_code))
+    return _of_adapter(folder, model, trust_remote_code)
+
+
+def _of_adapter(folder: Path, model: str | None, trust_remote_code: bool) -> Source:
     for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
         if not (folder / name).is_file():
             raise CheckpointError(
@@ -79,52 +95,85 @@ def find_source(folder: Path, model: str | None = None, trust_remote_code: bool 
         raise CheckpointError(
             f"the adapter in {folder} is of type {shown(kind)}; {' and '.join(KINDS)} can be read."
         )
-    run_recipe = _recipe_of_export(folder)
-    if run_recipe is not None:
-        return _of_run(folder, kind, run_recipe, model, trust_remote_code)
-    base = model or said.get("base_model_name_or_path")
-    if not base or not isinstance(base, str):
+    record = _record(folder)
+    base = model or _base(folder, said, record)
+    tokenizer, dtype = _tokenizer_in(folder), _dtype(record)
+    source = Source(folder, kind, base or "", tokenizer, dtype, trust_remote_code)
+    source = _of_export(source)
+    if not source.model:
         raise CheckpointError(
             f"the adapter in {folder} does not say what its base model is; name it with --model."
         )
-    return Source(folder, kind, base, None, "auto", trust_remote_code)
+    return source
 
 
-def _of_run(
-    folder: Path, kind: str, recipe: Recipe, model: str | None, trust_remote_code: bool
-) -> Source:
-    _refuse_trust_on_hearsay(recipe, folder, trust_remote_code)
-    source = Source(
-        folder, kind, model or recipe.model, recipe.tokenizer, recipe.dtype, trust_remote_code
-    )
-    return replace(source, data=recipe.data, evaluation=recipe.evaluation)
+def _base(folder: Path, said: dict[str, Any], record: dict[str, Any]) -> str | None:
+    """The base model of an adapter: what it names itself, then what its export's record names."""
+    place = Place.of(folder, record.get("output"))
+    names = [said.get("base_model_name_or_path"), record.get("base_model")]
+    known = [place.find(name) for name in names if name and isinstance(name, str)]
+    return next((name for name in known if not _is_lost(name)), next(iter(known), None))
 
 
-def _of_model(folder: Path, trust_remote_code: bool) -> Source:
-    source = Source(folder, None, str(folder), None, "auto", trust_remote_code)
-    recipe = _recipe_of_export(folder)
-    if recipe is None:
+def _is_lost(name: str) -> bool:
+    """Whether `name` is a path from the root on, and nothing is there; a hub's name is not lost."""
+    return Path(name).is_absolute() and not leads_somewhere(name)
+
+
+def _of_export(source: Source) -> Source:
+    """With the data and settings of the run that an export was made from, where it still is."""
+    record = _record(source.folder)
+    named = record.get("adapter")
+    if not isinstance(named, str):
         return source
-    _refuse_trust_on_hearsay(recipe, folder, trust_remote_code)
+    place = Place.of(source.folder, record.get("output"))
+    run = RunDir(Path(place.find(named)))
+    source = replace(source, run=run.path)
+    if not _is_run(run):
+        return source
+    recipe = run.read_config()
+    if source.adapter is not None:
+        is_the_runs = source.model in ("", run.stored_config().model) or _is_lost(source.model)
+        source = replace(
+            source,
+            model=recipe.model if is_the_runs else source.model,
+            tokenizer=source.tokenizer or recipe.tokenizer,
+            dtype=recipe.dtype if source.dtype == "auto" else source.dtype,
+        )
+    return _with_recipe(source, recipe)
+
+
+def _with_recipe(source: Source, recipe: Recipe) -> Source:
+    """Also refuse trust on hearsay.
+
+    A folder may come from somebody else; that its config.yaml trusts code is not enough.
+    """
+    if recipe.trust_remote_code and not source.trust_remote_code:
+        raise CheckpointError(
+            f"the run of {source.folder} was made with trust_remote_code: true; code that comes "
+            f"with a model runs only where you say so too, with --trust-remote-code."
+        )
     return replace(source, data=recipe.data, evaluation=recipe.evaluation)
 
 
-def _refuse_trust_on_hearsay(recipe: Recipe, folder: Path, trust_remote_code: bool) -> None:
-    """A folder may come from somebody else; that its config.yaml trusts code is not enough."""
-    if recipe.trust_remote_code and not trust_remote_code:
-        raise CheckpointError(
-            f"the run of {folder} was made with trust_remote_code: true; code that comes with a "
-            f"model runs only where you say so too, with --trust-remote-code."
-        )
+def _record(folder: Path) -> dict[str, Any]:
+    """What an export says of itself; empty for what is none."""
+    path = folder / RECORD
+    return read_json(path) if path.is_file() else {}
 
 
-def _recipe_of_export(folder: Path) -> Recipe | None:
-    """The recipe of the run that an export was made from, where that run is still there."""
-    if not (folder / RECORD).is_file():
-        return None
-    run = RunDir(Path(str(read_json(folder / RECORD).get("adapter"))))
+def _dtype(record: dict[str, Any]) -> str:
+    """That the export was made and compared in."""
+    found = record.get("dtype")
+    return found if found in ("float32", "bfloat16", "float16") else "auto"
+
+
+def _tokenizer_in(folder: Path) -> str | None:
+    return str(folder) if (folder / TOKENIZER_CONFIG_NAME).is_file() else None
+
+
+def _is_run(run: RunDir) -> bool:
     try:
-        is_there = run.config.is_file()
+        return run.config.is_file()
     except (OSError, ValueError):  # no path at all
-        return None
-    return run.read_config() if is_there else None
+        return False

@@ -6,30 +6,24 @@ result.before.loss.loss, result.after.loss.loss, result.ranks
 
 from __future__ import annotations
 
-import platform
-import resource
 import shutil
-import sys
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import accelerate
-import datasets
-import peft
 import torch
 import transformers
 from peft import PeftModel
 from rich.console import Console
 from transformers import PrinterCallback, set_seed
 
-from drlora import __version__
 from drlora.assemble import add_adapter, load_base_model, training_arguments
 from drlora.callback import DrLoraCallback
 from drlora.checkpoint import adapter_state, checkpoint_step
 from drlora.config import DrLoraConfig
 from drlora.data import Collator
 from drlora.dynamics import RankDynamics
+from drlora.environment import peak_memory, versions
 from drlora.held_out import measured_on
 from drlora.inject import adapted_layers
 from drlora.job import Job, prepare
@@ -37,6 +31,7 @@ from drlora.jsonl import append_lines, forget_kind, read_lines
 from drlora.measure import Measurement, measure, measurement_from
 from drlora.methods import METHODS
 from drlora.model_card import write_card_if_possible
+from drlora.moved import FindBest
 from drlora.outcome import Ranks, TrainResult, reasons_of_divergence
 from drlora.processes import is_main, on_main
 from drlora.progress import MetricsLog, ShowProgress, StopOnInterrupt, at_work, say
@@ -241,7 +236,7 @@ class _Training:
         self.growth.tells_of_length = False  # the notes of the job do
         job.arguments.disable_tqdm = True
         callbacks = [self.growth, MetricsLog(job.run.metrics), _Share(self, progress), progress]
-        callbacks += [StopWhenLost(), self.stop, self.clock]
+        callbacks += [StopWhenLost(), self.stop, self.clock, FindBest()]
         if job.is_extended:
             callbacks.append(NewSchedule())
         trainer = _Trainer(
@@ -364,19 +359,3 @@ def _to_json(
         "versions": versions(),
         "config": job.recipe.to_dict(),
     }
-
-
-def peak_memory() -> dict[str, int]:
-    """Most memory that this process held, in bytes; on a GPU what torch allocated there too."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    found = {"peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
-    if torch.cuda.is_available():
-        found["peak_gpu_memory_bytes"] = torch.cuda.max_memory_allocated()
-    return found
-
-
-def versions() -> dict[str, str]:
-    """The versions of what computes."""
-    modules = (torch, transformers, peft, accelerate, datasets)
-    found = {module.__name__: str(module.__version__) for module in modules}
-    return {"drlora": __version__, "python": platform.python_version(), **found}

@@ -26,8 +26,14 @@ def move_into_place(temporary: Path, path: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Return when a file, or the list of names in a folder, is on the disk."""
-    number = os.open(path, os.O_RDONLY)
+    """Return when a file, or the list of names in a folder, is on the disk.
+
+    Windows flushes only what is open for writing, and knows no handle of a folder.
+    """
+    is_windows = os.name == "nt"
+    if is_windows and path.is_dir():
+        return
+    number = os.open(path, os.O_RDWR if is_windows else os.O_RDONLY)
     try:
         os.fsync(number)
     finally:

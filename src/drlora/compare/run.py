@@ -7,7 +7,6 @@ again goes on with what has no file, and a cell that was under way with its newe
 
 from __future__ import annotations
 
-import fcntl
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -16,10 +15,10 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing.context import ForkServerProcess
-from pathlib import Path
-from typing import IO
+from multiprocessing.process import BaseProcess
+from typing import Any
 
+from filelock import FileLock, Timeout
 from rich.console import Console
 
 from drlora.compare.cells import Cell
@@ -89,10 +88,13 @@ def open_cells(matrix: Matrix) -> list[Cell]:
 
 
 def _run_all(cells: Sequence[Cell], folder: Folder, pool: Pool, console: Console) -> None:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["drlora.compare.worker"])
+    # Windows has no fork; there each process imports everything for itself.
+    has_fork = "forkserver" in multiprocessing.get_all_start_methods()
+    context: Any = multiprocessing.get_context("forkserver" if has_fork else "spawn")
+    if has_fork:
+        context.set_forkserver_preload(["drlora.compare.worker"])
     waiting = list(cells)
-    running: dict[int, tuple[ForkServerProcess, Cell, float]] = {}
+    running: dict[int, tuple[BaseProcess, Cell, float]] = {}
     done = 0
     try:
         while waiting or running:
@@ -163,16 +165,15 @@ def _locked(folder: Folder) -> Iterator[None]:
     """Hold the folder; the lock goes with the process, however it ends."""
     folder.runs.mkdir(parents=True, exist_ok=True)
     (folder.runs / ".gitignore").write_text("*\n", "utf-8")
-    with (folder.runs / ".lock").open("a+", encoding="utf-8") as file:
-        _take(file, folder.path)
-        yield
-
-
-def _take(file: IO[str], path: Path) -> None:
+    lock = FileLock(folder.runs / ".lock", timeout=0)
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
+        lock.acquire()
+    except Timeout as error:
         raise ConfigError(
-            f"another drlora compare is running in {path}; wait for it, or stop it and start this "
-            f"one again: what is finished is kept."
+            f"another drlora compare is running in {folder.path}; wait for it, or stop it and "
+            f"start this one again: what is finished is kept."
         ) from error
+    try:
+        yield
+    finally:
+        lock.release()

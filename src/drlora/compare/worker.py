@@ -20,12 +20,13 @@ import transformers
 from rich.console import Console
 
 from drlora.compare.results import read_result, write_result
+from drlora.environment import peak_memory
 from drlora.errors import CheckpointError, ConfigError
 from drlora.jsonl import read_lines
 from drlora.measure import Measurement
 from drlora.recipe import Recipe, recipe_from
 from drlora.rundir import RunDir
-from drlora.train import TrainResult, peak_memory, train
+from drlora.train import TrainResult, train
 
 CURVE_POINTS = 50
 EXIT_FAILED = 1

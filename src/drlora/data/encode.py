@@ -7,16 +7,15 @@ A label is the token itself where there is loss and -100 elsewhere; the model sh
 """
 
 import logging
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jinja2
 import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from drlora.data.conversation import common_length, encode_conversation, notes_of
 from drlora.data.layout import PLACES, Layout, check_record, choose_layout
 from drlora.errors import ConfigError, DataError
 
@@ -60,6 +59,7 @@ def encode_examples(
         raise ConfigError(f"max_length is {max_length}; it must be at least 2")
     layout = choose_layout(examples.column_names, None, "the data set")
     _check_tokenizer(tokenizer, layout)
+    _report_notes(examples, layout)
     encoded = examples.map(
         _encode_batch,
         batched=True,
@@ -88,6 +88,13 @@ def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, layout: Layout) -> None
             f"template; use the tokenizer of an instruction-tuned model, set "
             f"tokenizer.chat_template, or use prompt and completion columns"
         )
+
+
+def _report_notes(examples: Dataset, layout: Layout) -> None:
+    if layout.form == "messages":
+        notes = {key for turns in examples["messages"] if turns for key in notes_of(turns)}
+        if notes:
+            logger.warning("not used: %s of the messages", ", ".join(sorted(notes)))
 
 
 def _report(total: int, dropped: int, truncated: int, max_length: int) -> None:
@@ -169,93 +176,39 @@ def encode_completions(
 ) -> list[Tokens]:
     """Token ids of both and the end-of-sequence token, with loss on all but the prompt.
 
-    Prompt and completion are tokenized apart, as they are when the model has to answer.
+    Prompt and completion are tokenized apart, as they are when the model has to answer. A tokenizer
+    that puts something before every text would change the text so; there they are tokenized
+    together, and a token across the border counts to the completion.
     """
     heads = encode_prompts(prompts, tokenizer)
-    answers = tokenizer(list(completions), add_special_tokens=False)["input_ids"]
-    tails = [_with_eos(ids, tokenizer) for ids in answers]
-    pairs = zip(heads, tails, strict=True)
-    return [(head + tail, [IGNORED] * len(head) + tail) for head, tail in pairs]
+    if _keeps_text_apart(tokenizer):
+        answers = tokenizer(list(completions), add_special_tokens=False)["input_ids"]
+        tails = [_with_eos(ids, tokenizer) for ids in answers]
+        return [
+            (head + tail, [IGNORED] * len(head) + tail)
+            for head, tail in zip(heads, tails, strict=True)
+        ]
+    texts = [prompt + answer for prompt, answer in zip(prompts, completions, strict=True)]
+    wholes = [_with_eos(ids, tokenizer) for ids in encode_prompts(texts, tokenizer)]
+    firsts = [common_length(head, whole) for head, whole in zip(heads, wholes, strict=True)]
+    return [
+        (whole, [IGNORED] * first + whole[first:])
+        for first, whole in zip(firsts, wholes, strict=True)
+    ]
 
 
-def _encode_plain(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+def _keeps_text_apart(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether two texts, tokenized one by one, read as the one text that they make."""
+    parts: list[list[int]] = tokenizer(["x", "y"], add_special_tokens=False)["input_ids"]
+    return "xy" in tokenizer.decode([*parts[0], *parts[1]])
 
 
 def _encode_messages(
     messages: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, where: str
 ) -> Tokens:
-    turns = [{key: value for key, value in turn.items() if value is not None} for turn in messages]
-    template = tokenizer.get_chat_template()
-    is_marked = re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
-    try:
-        encode_turns = _marked_turns if is_marked else _prefixed_turns
-        ids, is_target = encode_turns(turns, tokenizer)
-    except (jinja2.TemplateError, DataError) as error:
-        raise DataError(f"{where}: the chat template cannot be used on it: {error}") from error
+    ids, is_target = encode_conversation(messages, tokenizer, where)
     labels = [token if target else IGNORED for token, target in zip(ids, is_target, strict=True)]
-    if turns[-1]["role"] == "assistant" and _eos(tokenizer) not in labels:
-        return _with_eos(ids, tokenizer), _with_eos(labels, tokenizer)
     return ids, labels
-
-
-def _marked_turns(
-    turns: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[int], list[bool]]:
-    """The template marks the assistant's turns itself, by `{% generation %}`."""
-    encoded: Any = tokenizer.apply_chat_template(
-        turns, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-    )
-    return list(encoded["input_ids"]), [bool(mark) for mark in encoded["assistant_masks"]]
-
-
-def _prefixed_turns(
-    turns: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[int], list[bool]]:
-    """An assistant's turn is what it adds to the conversation before it."""
-    text = _render(turns, tokenizer)
-    ids = _encode_plain(text, tokenizer)
-    is_target = [False] * len(ids)
-    for before, through in _assistant_prefixes(turns, tokenizer):
-        if not text.startswith(through):
-            raise DataError(
-                "it changes earlier turns, so the assistant's cannot be told apart; mark them in "
-                "the template with {% generation %}, or give each conversation one assistant turn, "
-                "its last"
-            )
-        first = _common_length(_encode_plain(before, tokenizer), ids)
-        end = _common_length(_encode_plain(through, tokenizer), ids)
-        is_target[first:end] = [True] * (end - first)
-    return ids, is_target
-
-
-def _assistant_prefixes(
-    turns: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase
-) -> Iterator[tuple[str, str]]:
-    """For each assistant turn, the conversation up to where it starts, and to its end."""
-    for index, turn in enumerate(turns):
-        if turn["role"] == "assistant":
-            # Templates look at the first message, so none can be rendered without one.
-            before = _render(turns[:index], tokenizer, True) if index else ""
-            yield before, _render(turns[: index + 1], tokenizer)
-
-
-def _render(
-    turns: list[dict[str, Any]],
-    tokenizer: PreTrainedTokenizerBase,
-    add_generation_prompt: bool = False,
-) -> str:
-    text = tokenizer.apply_chat_template(
-        turns, tokenize=False, add_generation_prompt=add_generation_prompt
-    )
-    assert isinstance(text, str)
-    return text
-
-
-def _common_length(one: Sequence[int], other: Sequence[int]) -> int:
-    """Length of the common prefix; a token merged across the border counts to the later part."""
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((at for at, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:

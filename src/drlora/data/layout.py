@@ -18,6 +18,11 @@ LAYOUTS: dict[str, tuple[str, ...]] = {
 }
 OPTIONAL = {"completion": ("answers", "choices")}
 PLACES = ("line", "item", "row")  # columns that say where in its file an example stands
+# Columns by these names carry what a model should see; without a place in a form they are refused.
+CONTENT_COLUMNS = (
+    "system", "tools", "input", "context", "documents", "images", "image", "audio", "weight",
+    "chosen", "rejected", "reasoning", "thinking", "chat_template_kwargs",
+)  # fmt: skip
 KNOWN_COLUMNS = ("prompt", "completion", "answers", "choices", "messages", "text")
 
 
@@ -45,6 +50,7 @@ def choose_layout(found: Collection[str], columns: Mapping[str, str] | None, whe
     """
     renamed = dict(columns or {})
     _check_mapping(found, renamed, where)
+    _refuse_two_forms(found, renamed, where)
     for form, required in LAYOUTS.items():
         names = required + OPTIONAL.get(form, ())
         present = {name: renamed.get(name, name) for name in names}
@@ -56,6 +62,31 @@ def choose_layout(found: Collection[str], columns: Mapping[str, str] | None, whe
         f"{where} has the columns {_listed(found)}; needed are prompt and completion, or messages, "
         f"or text. Rename them, or say which is which: columns: {{prompt: ..., completion: ...}}"
     )
+
+
+def unused_columns(found: Collection[str], layout: Layout, where: str) -> list[str]:
+    """Columns that have no place in the form.
+
+    Raises:
+        DataError: if one of them carries what a model should see.
+    """
+    left = [name for name in found if name not in layout.columns.values()]
+    content = [name for name in left if name in CONTENT_COLUMNS]
+    if content:
+        raise DataError(
+            f"{where} has {_listed(content)} beside {_listed(list(layout.columns.values()))}, but "
+            f"would not use it; put it into the prompt or the messages, or remove the column"
+        )
+    return left
+
+
+def _refuse_two_forms(found: Collection[str], renamed: Mapping[str, str], where: str) -> None:
+    forms = [LAYOUTS[name] for name in ("completion", "messages")]
+    if not renamed and all(column in found for form in forms for column in form):
+        raise DataError(
+            f"{where} has prompt and completion, and messages too; say which is meant, as columns: "
+            f"{{messages: messages}}"
+        )
 
 
 def _check_mapping(found: Collection[str], renamed: Mapping[str, str], where: str) -> None:

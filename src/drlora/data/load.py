@@ -5,6 +5,7 @@ told with its line number; the check keeps no more of a file than the numbers of
 """
 
 import json
+import logging
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import datasets
 from datasets.exceptions import DatasetsError
 
-from drlora.data.layout import PLACES, Layout, check_record, choose_layout
+from drlora.data.layout import PLACES, Layout, check_record, choose_layout, unused_columns
 from drlora.data.slices import base_of, rows_of
 from drlora.errors import DataError
 from drlora.files import home, local_path
@@ -22,6 +23,7 @@ EMBEDDED_PREFIX = "embedded:"
 EMBEDDED_FOLDER = Path(__file__).resolve().parents[1] / "embedded" / "tasks"
 READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+logger = logging.getLogger(__name__)
 OTHER_FILE_SUFFIXES = (".csv", ".tsv", ".txt", ".arrow", ".gz", ".zip", ".zst", ".xlsx")
 
 
@@ -184,6 +186,9 @@ def _read(
     layout = choose_layout(dataset.column_names, columns, where)
     if len(dataset) == 0:
         raise DataError(f"{where} has no examples")
+    left = unused_columns(dataset.column_names, layout, where)
+    if left:
+        logger.warning("%s: columns not used: %s", where, ", ".join(left))
     dataset = dataset.select_columns(list(layout.columns.values()))
     check_record(dataset[0], layout, f"{where}, row 1")
     return dataset.rename_columns({column: name for name, column in layout.columns.items()})

@@ -6,6 +6,7 @@ merged       full weights in the model's own checkpoint format
 """
 
 from drlora.export.compare import Difference
+from drlora.export.make import ROUNDING, ROUNDINGS, Made
 from drlora.export.plan import (
     FORMATS,
     RANKS,
@@ -20,8 +21,11 @@ __all__ = [
     "Difference",
     "ExportPlan",
     "FORMATS",
+    "Made",
     "RANKS",
     "RECORD",
+    "ROUNDING",
+    "ROUNDINGS",
     "apply_plan",
     "make_plan",
     "refuse_full_folder",

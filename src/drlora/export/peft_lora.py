@@ -60,7 +60,7 @@ def attach(base: PreTrainedModel, updates: Updates) -> PeftModel:
     filled = set()
     for name, module in base.named_modules():
         if isinstance(module, LoraLayer):
-            target = _target_of(name, module)
+            target = target_of(name, module)
             _fill(module, {**updates.experts, **updates.linears}[target], config.r)
             filled.add(target)
         elif isinstance(module, ModulesToSaveWrapper):
@@ -90,7 +90,9 @@ def _refuse_unreadable(model: PeftModel) -> None:
 
     Loading then leaves those layers as if they were new, with nothing but a warning.
     """
-    missing, unexpected = unread_keys(model, get_peft_model_state_dict(model))
+    missing, unexpected = unread_keys(
+        model, get_peft_model_state_dict(model, save_embedding_layers=False)
+    )
     if missing or unexpected:
         raise CheckpointError(
             f"PEFT does not read back its own LoRA on {type(model.get_base_model()).__name__}: it "
@@ -106,12 +108,12 @@ def read(model: PeftModel, adapter: str = "default") -> Updates:
     linears = linear_updates(inner, adapter)
     for name, module in inner.named_modules():
         if isinstance(module, ParamWrapper) and adapter in module.lora_A:
-            target, factors = _target_of(name, module), _factors_of(module, adapter)
+            target, factors = target_of(name, module), _factors_of(module, adapter)
             (experts if module.get_param().dim() == 3 else linears)[target] = factors
     return Updates(experts, linears, trained_modules(inner, adapter))
 
 
-def _target_of(name: str, module: LoraLayer) -> str:
+def target_of(name: str, module: LoraLayer) -> str:
     """Full name of the stacked parameter, or of the linear layer, that a LoRA layer is on."""
     target = name.replace(".base_layer", "")
     if isinstance(module, ParamWrapper):
@@ -133,6 +135,10 @@ def size_bytes(updates: Updates) -> int:
     rows = [*updates.experts.values(), *updates.linears.values()]
     lora = sum(len(f.a) * updates.rank * (f.in_features + f.out_features) for f in rows)
     whole = [x for state in updates.modules.values() for x in state.values()]
+    if updates.embeddings:  # PEFT writes embeddings that were trained in full a second time
+        names = [key.partition(".original_module.")[0] for key in updates.embeddings]
+        twice = [state for name, state in updates.modules.items() if name in names]
+        whole += [*updates.embeddings.values(), *(x for state in twice for x in state.values())]
     return 4 * lora + sum(x.numel() * x.element_size() for x in whole)
 
 

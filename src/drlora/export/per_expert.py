@@ -69,7 +69,7 @@ def make_tensors(updates: Updates, base: PreTrainedModel) -> dict[str, Tensor]:
         tensors[f"{_ROOT}{name}.lora_B.weight"] = b_EOr[0]
     for name, state in updates.modules.items():
         tensors |= {f"{_ROOT}{name}.{key}": value for key, value in state.items()}
-    return tensors
+    return tensors | {f"{_ROOT}{key}": value for key, value in updates.embeddings.items()}
 
 
 def _split(base: PreTrainedModel, name: str, stacked: Tensor) -> dict[str, Tensor]:

@@ -1,9 +1,9 @@
 """Exports in three steps: plan, validate, apply.
 
     plan = make_plan(model, "peft")               # ranks, sizes, files; refuses what cannot be
-    difference = apply_plan(plan, model, batches, "out")
+    made = apply_plan(plan, model, batches, "out")
 
-`apply_plan` makes the exported model in memory and compares its logits with the adapter's; only
+`apply_plan` makes the exported model in memory and compares it with the adapter (see `make`); only
 then are files written, into a folder beside the target that is renamed when it is complete.
 """
 
@@ -22,18 +22,22 @@ from typing import Any, cast
 import peft
 import torch
 import transformers
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from drlora.embeddings import has_tied_embeddings
 from drlora.errors import CheckpointError, ConfigError
 from drlora.export import peft_lora, per_expert
-from drlora.export.compare import Batch, Difference, compare, logits_of, refuse_if_different
+from drlora.export.compare import Batch, refuse_if_different
+from drlora.export.make import ROUNDING, Made, make
 from drlora.export.readme import readme
 from drlora.export.updates import Updates, base_of, collect_updates
 from drlora.inject import adapted_layers
+from drlora.ops.merge import Rounding
+from drlora.places import from_root
 
 FORMATS = ("peft", "per-expert", "merged")
 RANKS = ("padded", "auto")
@@ -106,9 +110,11 @@ def make_plan(model: PeftModel, format: str, rank: str = "padded") -> ExportPlan
             raise ConfigError(
                 f"rank={rank!r} is for the formats peft and per-expert; leave it out."
             )
-        return ExportPlan(format, adapter, None, owned, _base_bytes(base), MERGED_FILES, (), None)
+        return ExportPlan(format, adapter, None, owned, _merged_bytes(base), MERGED_FILES, (), None)
     updates = collect_updates(model, adapter, all_matrices=format == "per-expert")
     notes = []
+    if updates.embeddings:
+        notes.append("the embeddings were resized; their rows and the tokenizer are in the export")
     if rank == "auto":
         smaller = updates.shrunk()
         notes.append(f"rank auto: padded to {smaller.rank} instead of {updates.rank}")
@@ -132,7 +138,8 @@ def apply_plan(
     tokenizer: PreTrainedTokenizerBase | None = None,
     record: dict[str, Any] | None = None,
     max_shard_size: str | None = None,
-) -> Difference:
+    rounding: Rounding = ROUNDING,
+) -> Made:
     """Validate and write; `model` is used up.
 
     Args:
@@ -140,30 +147,34 @@ def apply_plan(
         model: the model with its weights.
         batches: `input_ids` and `attention_mask`, int64 (B, L), on which logits are compared.
         folder: where to write; must not exist or be empty.
-        tokenizer: written beside merged weights.
+        tokenizer: written beside merged weights, and wherever the adapter has tokens of its own.
         record: what else to say in the record, such as where the adapter came from.
         max_shard_size: of one file of merged weights, such as `5GB`; by default transformers' own.
+        rounding: of merged weights in 16 bits.
+
+    Returns:
+        The export, how far it is off, and what rounding did.
 
     Raises:
         ConfigError: if `folder` holds something.
-        CheckpointError: if the logits differ by more than rounding; nothing is written then.
+        CheckpointError: if the export does not do what the adapter does; nothing is written then.
     """
     refuse_full_folder(folder)
-    wanted = logits_of(model, batches)
-    if plan.updates is None:
-        result: Any = model.merge_and_unload(adapter_names=[plan.adapter])
-    else:
-        base = base_of(model, plan.adapter)
-        make = per_expert.read_back if plan.format == "per-expert" else peft_lora.attach
-        result = make(base, plan.updates)
-    difference = compare(wanted, result, batches)
-    refuse_if_different(difference, f"the export as {plan.format}")
-    said = {**plan.to_dict(), **(record or {}), "logits": vars(difference), "versions": VERSIONS}
+    made = make(plan.format, plan.updates, model, batches, rounding)
+    refuse_if_different(made.difference, f"the export as {plan.format}")
+    said = {
+        **plan.to_dict(),
+        **(record or {}),
+        "notes": [*plan.notes, *made.notes],
+        "logits": made.difference.to_dict(),
+        "rounding": made.rounding,
+        "versions": VERSIONS,
+    }
     with _written_at_once(Path(folder)) as temporary:
-        _write_weights(plan, result, tokenizer, temporary, max_shard_size)
+        _write_weights(plan, made.result, tokenizer, temporary, max_shard_size)
         (temporary / RECORD).write_text(json.dumps(said, indent=2) + "\n", "utf-8")
-        (temporary / "README.md").write_text(readme(said, str(difference)), "utf-8")
-    return difference
+        (temporary / "README.md").write_text(readme(said, str(made.difference)), "utf-8")
+    return made
 
 
 def refuse_full_folder(folder: str | Path) -> None:
@@ -196,11 +207,17 @@ def _owned_ranks(base: nn.Module, adapter: str) -> tuple[int, float, int]:
     return min(ranks), sum(ranks) / len(ranks), max(ranks)
 
 
-def _base_bytes(base: PreTrainedModel) -> int:
-    """Size of the model's own weights, tied ones once."""
+def _merged_bytes(base: PreTrainedModel) -> int:
+    """Size of the merged model's weights; tied ones once, unless one of them was trained alone."""
     added = (".lora_", ".drlora_adapters.", ".modules_to_save.")
     own = [p for name, p in base.named_parameters() if not any(part in name for part in added)]
-    return sum(p.numel() * p.element_size() for p in own)
+    size = sum(p.numel() * p.element_size() for p in own)
+    head, embedding = base.get_output_embeddings(), base.get_input_embeddings()
+    adapted = any(hasattr(end, "original_module") for end in (head, embedding))
+    if has_tied_embeddings(base) and (adapted or hasattr(head, "base_layer")):
+        weight = next(iter(embedding.parameters()))
+        size += weight.numel() * weight.element_size()
+    return size
 
 
 def _bytes(tensors: dict[str, Tensor]) -> int:
@@ -214,21 +231,33 @@ def _write_weights(
     folder: Path,
     max_shard_size: str | None,
 ) -> None:
+    if plan.updates and plan.updates.embeddings and tokenizer is not None:
+        tokenizer.save_pretrained(folder)  # by its tokens PEFT's AutoPeftModel resizes the base
     if plan.format == "per-expert":
         assert plan.updates is not None
         base = base_of(result, "default")
         tensors = per_expert.make_tensors(plan.updates, base)
         config = per_expert.make_config(plan.updates, base, tensors)
         config.inference_mode = True
+        config.base_model_name_or_path = _named_from_root(config)
         config.save_pretrained(str(folder))
         save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
         return
     if plan.format == "peft":
-        result.save_pretrained(folder)
+        assert plan.updates is not None
+        config = result.peft_config["default"]
+        config.base_model_name_or_path = _named_from_root(config)
+        result.save_pretrained(folder, save_embedding_layers=bool(plan.updates.embeddings))
         return
     result.save_pretrained(folder, **({"max_shard_size": max_shard_size} if max_shard_size else {}))
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+
+
+def _named_from_root(config: PeftConfig) -> str | None:
+    """The base model, so that it is found from any working directory."""
+    name = config.base_model_name_or_path
+    return from_root(name) if name else None
 
 
 @contextmanager

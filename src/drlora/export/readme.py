@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 _WHAT = {
@@ -25,7 +26,9 @@ _HOW = {
 
 def readme(record: dict[str, Any], difference: str) -> str:
     """Markdown from what `drlora_export.json` says."""
-    base = record.get("base_model", "the base model")
+    named = record.get("base_model")
+    # A path of this machine means nothing to others, and says what is on it.
+    base = named if named and not os.path.exists(named) else "BASE_MODEL"
     ranks = record["adapter_ranks"]
     lines = [f"# drlora export: {record['format']}", "", _WHAT[record["format"]].format(**record)]
     if record["format"] in _HOW:
@@ -33,11 +36,11 @@ def readme(record: dict[str, Any], difference: str) -> str:
     lines += [
         "",
         f"- base model: {base}",
-        f"- adapter: {record.get('adapter', 'a model in memory')}, ranks {ranks['smallest']} to "
-        f"{ranks['largest']} (mean {ranks['mean']:.4g})",
-        f"- logits against the adapter's, before writing: {difference}",
+        f"- the adapter's ranks: {ranks['smallest']} to {ranks['largest']} (mean "
+        f"{ranks['mean']:.4g})",
+        f"- checked before writing: {difference}",
         *(f"- {note}" for note in record["notes"]),
         "",
-        "`drlora_export.json` holds the same for programs.",
+        "`drlora_export.json` holds the same for programs, and where adapter and base model were.",
     ]
     return "\n".join(lines) + "\n"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -13,6 +13,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from drlora.embeddings import embedding_names, rows_before
 from drlora.errors import ConfigError
 from drlora.export.factors import Factors, expert_factors
 from drlora.inject import adapted_layers
@@ -34,11 +35,14 @@ class Updates:
         experts: full name of a stacked expert parameter -> its update.
         linears: full name of a linear layer with ordinary LoRA -> its update (E = 1).
         modules: full name of a module that was trained in full -> its tensors.
+        embeddings: key -> tensor of the base model's own embeddings, where they were resized: what
+            a base model as it is published does not have.
     """
 
     experts: dict[str, Factors]
     linears: dict[str, Factors]
     modules: dict[str, dict[str, Tensor]]
+    embeddings: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def rank(self) -> int:
@@ -76,7 +80,29 @@ def collect_updates(model: PeftModel, adapter: str, all_matrices: bool = False) 
             if factors is not None:
                 name = _parameter_name(layer, matrix)
                 experts[name] = factors.transposed() if seen_transposed(layer, matrix) else factors
-    return Updates(experts, linear_updates(inner, adapter), trained_modules(inner, adapter))
+    return Updates(
+        experts,
+        linear_updates(inner, adapter),
+        trained_modules(inner, adapter),
+        resized_embeddings(inner),
+    )
+
+
+def resized_embeddings(inner: nn.Module) -> dict[str, Tensor]:
+    """The base model's own embeddings as PEFT's files name them, if they were resized."""
+    if rows_before(inner) is None:
+        return {}
+    found = {}
+    for name in embedding_names(inner):
+        module = inner.get_submodule(name)
+        part = ""
+        if isinstance(module, ModulesToSaveWrapper):
+            module, part = module.original_module, "original_module."
+        elif isinstance(module, LoraLayer):
+            module, part = module.get_base_layer(), "base_layer."
+        for key, value in module.state_dict().items():
+            found[f"{name}.{part}{key}"] = value.detach().clone()
+    return found
 
 
 def unread_keys(model: PeftModel, tensors: dict[str, Tensor]) -> tuple[list[str], list[str]]:

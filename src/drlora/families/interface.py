@@ -16,7 +16,8 @@ from transformers.integrations import moe as hf_moe
 from drlora.families.base import Family, is_silu
 from drlora.ops import ExpertWeights
 
-FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "has_post_expert_norm")
+# `has_post_expert_norm` came after transformers 5.17.
+FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
 
 
 class InterfaceExperts(Family):
@@ -55,12 +56,16 @@ class InterfaceExperts(Family):
             is_silu=module.has_gate and not own_gate and is_silu(module.act_fn),
             gate_up_bias_EG=first_bias,
             down_bias_EH=down_bias,
-            post_norm=module.post_expert_norm if module.has_post_expert_norm else None,
+            post_norm=module.post_expert_norm if _has_post_norm(module) else None,
         )
 
     def call(self, module: Any, run: Any, *args: Any, **kwargs: Any) -> Tensor:
         # GPT-OSS names the arguments in another way, in the same order.
         return run(*args, *kwargs.values())
+
+
+def _has_post_norm(module: Any) -> bool:
+    return getattr(module, "has_post_expert_norm", hasattr(module, "post_expert_norm"))
 
 
 def _parameter_names(module: Any) -> list[str]:

@@ -74,7 +74,8 @@ Work = Callable[[Task], None]
 _pools: dict[int, ThreadPoolExecutor] = {}
 _making = threading.Lock()
 # Threads do not survive a fork (a DataLoader's workers, say): the child makes its own.
-os.register_at_fork(after_in_child=_pools.clear)
+if hasattr(os, "register_at_fork"):  # not on Windows, where nothing forks
+    os.register_at_fork(after_in_child=_pools.clear)
 
 
 def share_out(tasks: Sequence[Task], make_work: Callable[[], Work], device: torch.device) -> None:

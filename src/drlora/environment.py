@@ -1,0 +1,109 @@
+"""What a run was made with: versions, processor, device, memory.
+
+`drlora env` prints it for a report of a fault; result files of runs carry the parts that matter.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from importlib import metadata
+from typing import Any
+
+import psutil
+import torch
+
+from drlora.processes import are_several
+from drlora.version import __version__
+
+COMPUTING = ("torch", "transformers", "peft", "accelerate", "datasets")
+# Also told in a report of a fault, where they are installed.
+OTHERS = (
+    "safetensors", "tokenizers", "huggingface-hub", "numpy", "triton", "trl", "bitsandbytes",
+    "deepspeed", "flash-attn", "liger-kernel",
+)  # fmt: skip
+# Variables that change what torch, transformers or this package do.
+VARIABLES = (
+    "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "HF_HOME", "HF_HUB_OFFLINE", "PYTORCH_ALLOC_CONF",
+    "ACCELERATE_MIXED_PRECISION", "TRITON_INTERPRET",
+)  # fmt: skip
+
+
+def versions() -> dict[str, str]:
+    """The versions of what computes."""
+    found = {"drlora": __version__, "python": platform.python_version(), "torch": torch.__version__}
+    return found | {name: metadata.version(name) for name in COMPUTING if name != "torch"}
+
+
+def peak_memory() -> dict[str, int]:
+    """Most memory that this process held, in bytes; on a GPU what torch allocated there too."""
+    found = {"peak_memory_bytes": _peak_bytes()}
+    if torch.cuda.is_available():
+        found["peak_gpu_memory_bytes"] = torch.cuda.max_memory_allocated()
+    return found
+
+
+def _peak_bytes() -> int:
+    try:
+        import resource
+    except ImportError:  # on Windows psutil knows the peak
+        return int(psutil.Process().memory_info().peak_wset)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def describe() -> dict[str, Any]:
+    """What a report of a fault needs, as plain values; no names of users, folders or hosts."""
+    installed = {name: _version_of(name) for name in OTHERS}
+    return {
+        "versions": versions() | {name: v for name, v in installed.items() if v is not None},
+        "system": f"{platform.system()} {platform.release()}",
+        "processor": _processor(),
+        "vector_unit": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
+        "accelerators": _accelerators(),
+        "processes": torch.distributed.get_world_size() if are_several() else 1,
+        "variables": {
+            name: os.environ[name] if name != "HF_HOME" else "(set)"
+            for name in VARIABLES
+            if name in os.environ
+        },
+    }
+
+
+def _version_of(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    """The processor's name, as the system tells it."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            names = [line.partition(":")[2].strip() for line in lines if "model name" in line]
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _accelerators() -> list[dict[str, Any]]:
+    if not torch.cuda.is_available():
+        device = torch.accelerator.current_accelerator()
+        return [] if device is None else [{"name": device.type}]
+    found = []
+    for number in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(number)
+        found.append(
+            {
+                "name": properties.name,
+                "memory_gb": round(properties.total_memory / 1e9, 1),
+                "capability": f"{properties.major}.{properties.minor}",
+                "cuda": torch.version.cuda,
+            }
+        )
+    return found

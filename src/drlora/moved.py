@@ -1,0 +1,59 @@
+"""A run that lies elsewhere than where it was started: its recipe and its checkpoints, from here.
+
+See `drlora.places` for what a stored path means.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from drlora.places import Place, leads_somewhere
+from drlora.recipe import ROLES, Recipe
+
+_PATHS = ("model", "tokenizer", "start_from", "start_ranks")
+
+
+def located(recipe: Recipe, folder: Path) -> Recipe:
+    """The recipe stored in the run directory `folder`, with the paths that it means now."""
+    place = Place.of(folder, recipe.output_dir)
+    data = replace(recipe.data, **_found(place, recipe.data, ROLES))
+    return replace(recipe, data=data, output_dir=str(folder), **_found(place, recipe, _PATHS))
+
+
+def located_at(recipe: Recipe, path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """`recipe` as it is, unless `path`, which it was read from, is the config.yaml of a run.
+
+    Args:
+        recipe: from `load_recipe(path, overrides)`.
+        path: a YAML file.
+        overrides: `key=value`; an output_dir among them stays.
+    """
+    folder = Path(path).expanduser().parent
+    is_of_a_run = Path(path).name == "config.yaml" and (folder / "checkpoints").is_dir()
+    if not is_of_a_run or any(word.startswith("output_dir=") for word in overrides):
+        return recipe
+    return located(recipe, folder)
+
+
+def _found(place: Place, section: Any, names: Sequence[str]) -> dict[str, Any]:
+    given = {name: getattr(section, name) for name in names}
+    return {name: place.find(value) for name, value in given.items() if value}
+
+
+class FindBest(TrainerCallback):
+    """Lets the Trainer find the best checkpoint so far, whose path it has stored, after a move."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Look for the checkpoint among those of the run."""
+        stored = state.best_model_checkpoint
+        if stored and not leads_somewhere(stored):
+            here = Path(str(args.output_dir)) / Path(stored).name
+            if here.is_dir():
+                state.best_model_checkpoint = str(here)

@@ -1,0 +1,96 @@
+"""A measurement says of what it is: model, dtype, how many examples, and what could not be had."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from tiny_run import save_all
+
+from drlora.cli import main
+from drlora.errors import ConfigError
+from drlora.export_run import export_run
+
+SHORT = dict(training=dict(max_steps=8, save_steps=8))
+
+
+def evaluated(capsys, *words):
+    capsys.readouterr()
+    assert main(["eval", *map(str, words), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert main(["eval", *map(str, words)]) == 0
+    return found, capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run in bfloat16 on a base that is stored in float32."""
+    folder = tmp_path_factory.mktemp("run")
+    recipe = save_all(folder, dtype="bfloat16", evaluation=dict(loss_examples=200), **SHORT)
+    assert main(["train", str(recipe)]) == 0
+    return folder / "run"
+
+
+def test_model_dtype_and_examples(run, capsys):
+    found, text = evaluated(capsys, run)
+    assert found["model"] == str(run.parent / "model") and found["adapter"] == "DRLORA"
+    assert (found["dtype"], found["device"], found["loss"]["examples"]) == ("bfloat16", "cpu", 6)
+    assert text.startswith(f"{run.parent / 'model'} with a DR-LoRA adapter, bfloat16 on cpu\n")
+    assert "on 6 examples" in text
+
+
+@pytest.mark.parametrize(("format", "adapter"), [("peft", "LORA"), ("merged", None)])
+def test_an_export_is_measured_in_the_dtype_that_it_was_made_in(
+    run, tmp_path, capsys, format, adapter
+):
+    assert main(["export", str(run), "--format", format, "-o", str(tmp_path / format)]) == 0
+    found, text = evaluated(capsys, tmp_path / format)
+    own = str(tmp_path / format) if format == "merged" else str(run.parent / "model")
+    assert (found["model"], found["adapter"], found["dtype"]) == (own, adapter, "bfloat16")
+    assert ("with a LoRA of PEFT's" in text) == (format == "peft")
+
+
+def test_rounding_of_a_merge_on_the_command_line(run, tmp_path, capsys):
+    """Stochastic by default; what it costs is printed and recorded."""
+    command = ["export", str(run), "--format", "merged", "-o"]
+    for name, more, wanted in (
+        ("default", [], ("stochastic", 0)),
+        ("seed", ["--seed", "3"], ("stochastic", 3)),
+        ("nearest", ["--rounding", "nearest"], ("nearest", None)),
+    ):
+        assert main([*command, str(tmp_path / name), *more]) == 0
+        assert f"rounding to bfloat16 ({wanted[0]})" in capsys.readouterr().out
+        record = json.loads((tmp_path / name / "drlora_export.json").read_text())
+        assert (record["rounding"]["mode"], record["rounding"]["seed"]) == wanted
+    with pytest.raises(ConfigError, match="rounding='up' is not known"):
+        export_run(run, "merged", tmp_path / "out", rounding="up")
+
+
+def test_fewer_examples_than_asked_for(run, capsys):
+    found, text = evaluated(capsys, run)
+    note = "evaluation.loss_examples=200, but there are 6"
+    assert found["notes"] == [note] and text.rstrip().endswith(note)
+    result = json.loads((run / "result.json").read_text())
+    assert result["before"]["notes"] == result["after"]["notes"] == [note]
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        ({"prompt": "ab:", "completion": " ba\nab"}, "completions have several lines"),
+        ({"text": "abc abc"}, "there are no prompts"),
+    ],
+)
+def test_why_there_is_no_exact_match(run, tmp_path, capsys, record, reason):
+    data = tmp_path / "data.jsonl"
+    data.write_text((json.dumps(record) + "\n") * 3)
+    found, text = evaluated(capsys, run, "--data", data)
+    assert found["match"] is None and f"no exact match: {reason}" in found["notes"]
+    assert f"no exact match: {reason}" in text
+
+
+def test_training_says_it_too(run, tmp_path, capsys):
+    recipe = save_all(tmp_path, evaluation=dict(loss_examples=200), **SHORT)
+    assert main(["train", str(recipe)]) == 0
+    (before,) = [w for w in capsys.readouterr().out.splitlines() if w.startswith("before: ")]
+    assert before.endswith("; evaluation.loss_examples=200, but there are 6")
