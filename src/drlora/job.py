@@ -108,7 +108,7 @@ class Job:
         epochs = self.total_steps * effective / len(self.train.encoded.dataset)
         return (
             f"{counted(self.total_steps, 'step')} of {counted(effective, 'example')}{made_of}, "
-            f"{epochs:.3g} epochs"
+            f"{epochs:.3g} epoch{'s' * (epochs != 1)}"
         )
 
 

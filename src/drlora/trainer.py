@@ -34,6 +34,7 @@ from drlora.config import DrLoraConfig
 from drlora.errors import CheckpointError, ConfigError
 from drlora.files import first_line
 from drlora.inject import adapted_layers
+from drlora.processes import are_several
 
 
 def rehearse(arguments: TrainingArguments, total_steps: int) -> None:
@@ -54,7 +55,8 @@ def rehearse(arguments: TrainingArguments, total_steps: int) -> None:
         tried.output_dir, tried.push_to_hub = folder, False
         try:
             trainer = Trainer(nn.Linear(1, 1), tried)
-            trainer.create_optimizer_and_scheduler(max(1, total_steps))
+            if _takes_any_model(tried):
+                trainer.create_optimizer_and_scheduler(max(1, total_steps))
         except Exception as error:  # whatever packages that are missing or too old make of it
             raise ConfigError(
                 f"the section training cannot be carried out: {first_line(error)}. Change the "
@@ -62,6 +64,12 @@ def rehearse(arguments: TrainingArguments, total_steps: int) -> None:
                 f"{arguments.report_to}, lr_scheduler_type={_shown(arguments.lr_scheduler_type)}, "
                 f"device {arguments.device}), or install what is missing."
             ) from error
+
+
+def _takes_any_model(arguments: TrainingArguments) -> bool:
+    """Whether an optimizer can be made without the model and the processes that it is for."""
+    is_of_a_model = arguments.optim_target_modules or "lomo" in _shown(arguments.optim)
+    return not (is_of_a_model or arguments.deepspeed or arguments.fsdp or are_several())
 
 
 def _shown(value: Any) -> str:
