@@ -83,6 +83,26 @@ def test_splits_that_touch_are_fine(data):
     load_training_data(DataSection(train=data, splits={"eval": "train[20:]"}, limits={"train": 20}))
 
 
+def test_a_copy_of_the_training_data_is_told(tmp_path, capsys):
+    """Whatever file it is in, and however it is written there."""
+    recipe = save_all(tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
+    mixed = [
+        {"id": 1, **rows[3]},
+        {**rows[5], "id": 2},
+        {"prompt": "zz", "completion": "z", "id": 3},
+    ]
+    (tmp_path / "copy.json").write_text(json.dumps(mixed, indent=1))
+    words = [str(recipe), f"data.eval={tmp_path / 'copy.json'}", "--dry-run"]
+    assert main(["train", *words]) == 0
+    assert (
+        "2 of the 3 held-out examples can be found in the training data" in capsys.readouterr().out
+    )
+    (tmp_path / "copy.json").write_text(json.dumps(mixed[2:]))
+    assert main(["train", *words]) == 0
+    assert "word for word" not in capsys.readouterr().out
+
+
 def test_the_splits_of_a_hub_data_set_are_told_apart(monkeypatch):
     whole = datasets.Dataset.from_list([{"text": str(i)} for i in range(20)])
     sizes = datasets.splits.SplitDict()

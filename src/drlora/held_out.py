@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Iterator
+
 from datasets import Dataset
 
 from drlora.assemble import Examples
 from drlora.choices import refuse_single_choice
+from drlora.data.layout import PLACES
 from drlora.draw import draw
 from drlora.evaluate import accepted_answers
 from drlora.measure import notes_on, wants_match
@@ -25,6 +30,21 @@ def refuse_unanswerable(raw: Dataset, section: EvaluationSection) -> None:
             accepted_answers(row)
             if rows[0].get("choices"):
                 refuse_single_choice(row)
+
+
+def word_for_word(train: Dataset, held_out: Dataset) -> int:
+    """How many held-out examples are training examples too, whatever file they come from."""
+    known = set(_contents(train))
+    return sum(content in known for content in _contents(held_out))
+
+
+def _contents(rows: Dataset) -> Iterator[bytes]:
+    """A short hash of each example, its place left out."""
+    names = [name for name in sorted(rows.column_names) if name not in PLACES]
+    for batch in rows.select_columns(names).iter(1000):
+        for values in zip(*(batch[name] for name in names), strict=True):
+            text = json.dumps(values, sort_keys=True, default=str)
+            yield hashlib.blake2b(text.encode(), digest_size=8).digest()
 
 
 def measured_on(examples: Examples, section: EvaluationSection) -> str:

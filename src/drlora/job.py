@@ -27,7 +27,7 @@ from drlora.callback import DrLoraCallback
 from drlora.checkpoint import checkpoint_step
 from drlora.errors import ConfigError
 from drlora.files import read_json
-from drlora.held_out import refuse_unanswerable
+from drlora.held_out import refuse_unanswerable, word_for_word
 from drlora.load_data import load_training_data
 from drlora.processes import on_main, world_size
 from drlora.recipe import Recipe
@@ -50,6 +50,7 @@ class Job:
         checkpoint: what a resumed run goes on from; None if it has none yet.
         record: what run.json is to hold.
         seconds: in training, up to the checkpoint.
+        remarks: what was found on the way that whoever reads the results should know.
     """
 
     recipe: Recipe
@@ -66,6 +67,7 @@ class Job:
     is_extended: bool
     batch_size: int
     seconds: float
+    remarks: tuple[str, ...]
 
     def counts(self) -> dict[str, dict[str, int]]:
         """Role -> examples that are used, dropped and truncated."""
@@ -89,6 +91,7 @@ class Job:
                     f"data.limits.{role}={limit}, but only {len(examples.raw):,} examples are "
                     f"there: all are taken"
                 )
+        yield from self.remarks
         if self.plan_steps != self.total_steps:
             yield (
                 f"the run was planned for {self.plan_steps:,} steps and is given "
@@ -187,7 +190,27 @@ def prepare(
         is_extended=bool(saved) and saved["max_steps"] != total,
         batch_size=batch_size,
         seconds=seconds_of(saved.get("stateful_callbacks")),
+        remarks=tuple(_remarks(train, held_out, before if resume else None, record)),
     )
+
+
+def _remarks(
+    train: Examples, held_out: Examples, before: dict[str, Any] | None, record: dict[str, Any]
+) -> Iterator[str]:
+    """What the data of the run have in common, and what is otherwise than when it began."""
+    shared = word_for_word(train.raw, held_out.raw)
+    if shared:
+        yield (
+            f"{shared:,} of the {counted(len(held_out.raw), 'held-out example')} can be found in "
+            f"the training data word for word, so the held-out loss says less than it seems"
+        )
+    if before is not None and "data" not in before:
+        yield "the run has no record of its data, so it is not known whether they are the same"
+    elif before is not None and before.get("processes") != record["processes"]:
+        yield (
+            f"the run was begun in {before.get('processes')} processes and goes on in "
+            f"{record['processes']}: a step has another number of examples now"
+        )
 
 
 def _length(
