@@ -20,6 +20,8 @@ import drlora.train as train_module
 from drlora.cli import main
 from drlora.jsonl import read_lines
 
+LONGER = "training.num_train_epochs=4"
+
 
 def save_epochs(folder: Path, **training) -> Path:
     """As `save_all`, but the length is two epochs: 12 steps of 4 of the 24 examples."""
@@ -152,6 +154,11 @@ def test_a_finished_run_can_be_given_more_steps(tmp_path, monkeypatch, capsys):
     second = result_of(run)
     assert (first["steps"], second["steps"]) == (12, 18) and second["ranks"] == first["ranks"]
     assert json.loads((run / "result-at-12.json").read_text()) == first
+    shutil.copytree(run, tmp_path / "bare")
+    shutil.rmtree(tmp_path / "bare" / "checkpoints")
+    (tmp_path / "bare" / "checkpoints").mkdir()
+    assert main(["train", *more, f"output_dir={tmp_path / 'bare'}", LONGER]) == 2
+    assert "no whole checkpoint that it could go on from" in capsys.readouterr().err
     assert (run / "growth.jsonl").read_text() == growth and second["seconds"] > first["seconds"]
     entries = lines(run / "metrics.jsonl")
     assert [e["step"] for e in entries if e["kind"] in ("before", "after")] == [0, 12, 18]

@@ -29,6 +29,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from drlora.config import DrLoraConfig
+from drlora.embeddings import fit_embeddings
 from drlora.errors import CheckpointError, ConfigError, DrLoraError
 from drlora.files import first_line, home, read_adapter_config, read_shapes
 from drlora.inject import adapted_layers
@@ -136,6 +137,7 @@ def continue_adapter(
             f"one of {list(RANKS)}; for 'keep' both ranks must be the same."
         )
     tensors, before = _read(path)
+    fit_embeddings(model, path)
     adapted = cast(PeftModel, get_peft_model(model, config))
     change = before.scaling / config.scaling
     kept, lost = _refit(adapted, tensors, config, ranks, change)

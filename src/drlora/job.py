@@ -25,7 +25,7 @@ from drlora.assemble import (
 )
 from drlora.callback import DrLoraCallback
 from drlora.checkpoint import checkpoint_step
-from drlora.errors import ConfigError
+from drlora.errors import CheckpointError, ConfigError
 from drlora.files import read_json
 from drlora.held_out import refuse_unanswerable, word_for_word
 from drlora.load_data import load_training_data
@@ -127,6 +127,11 @@ def prepare(
     Raises:
         DrLoraError: with what is wrong and the way out.
     """
+    if resume and checkpoint is None and run.result.is_file():
+        raise CheckpointError(
+            f"the run in {run.path} has no whole checkpoint that it could go on from; start a new "
+            f"one from its adapter, with start_from: {run.path} and another output_dir."
+        )
     if checkpoint is None:
         check_start(recipe)
     architecture = load_architecture(recipe.model, recipe.trust_remote_code)
