@@ -115,6 +115,59 @@ class Job:
         )
 
 
+@dataclass(frozen=True)
+class _Past:
+    """What a run that is resumed has behind it; of one that begins, nothing.
+
+    Attributes:
+        record: run.json.
+        state: trainer_state.json of the checkpoint.
+    """
+
+    is_resumed: bool
+    checkpoint: Path | None
+    record: dict[str, Any]
+    state: dict[str, Any]
+
+    @classmethod
+    def of(cls, run: RunDir, checkpoint: Path | None, resume: bool) -> _Past:
+        """Read it.
+
+        Raises:
+            CheckpointError: if it is damaged, or a finished run has no checkpoint to go on from.
+        """
+        if resume and checkpoint is None and run.result.is_file():
+            raise CheckpointError(
+                f"the run in {run.path} has no whole checkpoint that it could go on from; start a "
+                f"new one from its adapter, with start_from: {run.path} and another output_dir."
+            )
+        record = on_main(lambda: read_record(run.record)) if resume else {}
+        state = read_json(checkpoint / "trainer_state.json") if checkpoint else {}
+        return cls(resume, checkpoint, record, state)
+
+    @property
+    def schedule(self) -> Schedule | None:
+        """What growth was planned to be; None of a run that begins, or was begun by drlora 0.1."""
+        growth = (self.state.get("stateful_callbacks") or {}).get(DrLoraCallback.__name__)
+        found = growth.get("attributes", {}).get("schedule") if isinstance(growth, dict) else None
+        return Schedule(**found) if found else None
+
+    def batch_size(self, arguments: TrainingArguments) -> int:
+        """Examples of a process at once: what was found to fit, where that was looked for."""
+        found = self.state.get("train_batch_size") if arguments.auto_find_batch_size else None
+        return int(found or arguments.train_batch_size)
+
+    def length(self, arguments: TrainingArguments, examples: int) -> int:
+        """Steps of the run: those it was begun with, unless it is given another length now."""
+        if arguments.max_steps > 0:
+            return arguments.max_steps
+        if self.record.get("num_train_epochs") == arguments.num_train_epochs:
+            return int(self.record["steps"])
+        if self.state and not self.record:  # begun by an older drlora
+            return int(self.state["max_steps"])
+        return count_steps(arguments, examples, self.batch_size(arguments))
+
+
 def prepare(
     recipe: Recipe,
     run: RunDir,
@@ -127,21 +180,12 @@ def prepare(
     Raises:
         DrLoraError: with what is wrong and the way out.
     """
-    if resume and checkpoint is None and run.result.is_file():
-        raise CheckpointError(
-            f"the run in {run.path} has no whole checkpoint that it could go on from; start a new "
-            f"one from its adapter, with start_from: {run.path} and another output_dir."
-        )
+    past = _Past.of(run, checkpoint, resume)
     if checkpoint is None:
         check_start(recipe)
     architecture = load_architecture(recipe.model, recipe.trust_remote_code)
     skeleton = model_on_meta(architecture, recipe.trust_remote_code)
-    _refuse_checkpointing(arguments, skeleton)
-    rehearse(arguments, arguments.max_steps)
-    before = on_main(lambda: read_record(run.record)) if resume else {}
-    saved = read_json(checkpoint / "trainer_state.json") if checkpoint else {}
-    if arguments.max_steps > 0 and not resume:
-        check_growth(skeleton, recipe.adapter_config(), arguments.max_steps)
+    _refuse_settings(recipe, arguments, skeleton, past)
     tokenizer = load_tokenizer(recipe, vocabulary_size(skeleton))
     train, held_out = (
         encode(raw, tokenizer, recipe, architecture) for raw in load_training_data(recipe.data)
@@ -150,34 +194,17 @@ def prepare(
     longest = longest_example(recipe.data, recipe.model, architecture)
     record = data_record({"train": train, "eval": held_out}, tokenizer, longest)
     if resume:
-        refuse_other_data(before, record, str(run.path))
-    record["held_out"] = held_out_record(held_out, recipe.evaluation)
-    # None where the recipe gives a number of steps.
-    record["num_train_epochs"] = None if arguments.max_steps > 0 else arguments.num_train_epochs
-    record["restarts"] = before.get("restarts", []) if checkpoint else []
-    batch_size = arguments.train_batch_size
-    if arguments.auto_find_batch_size:
-        batch_size = saved.get("train_batch_size") or batch_size
-    total = _length(arguments, before, saved, len(train.encoded.dataset), batch_size)
-    schedule = _schedule(saved)
-    planned = schedule.total_steps if schedule else total
-    _refuse_shorter(run, checkpoint, total)
-    config = recipe.adapter_config()
-    last = (
-        last_event(skeleton, config, schedule)
-        if schedule
-        else check_growth(skeleton, config, total)
-    )
-    if last > total:
-        raise ConfigError(
-            f"the run in {run.path} was planned for {planned} steps, with its last growth event "
-            f"after step {last}; {total} steps would not spend the budget. Give it "
-            f"{planned} or more."
-        )
-    if checkpoint is None and recipe.start_ranks:  # `skeleton` is used up
-        adapted = get_peft_model(skeleton, config, low_cpu_mem_usage=True)
-        assert isinstance(adapted, PeftModel)
-        fitting_ranks(adapted, recipe.start_ranks)
+        refuse_other_data(past.record, record, str(run.path))
+    total = past.length(arguments, len(train.encoded.dataset))
+    planned = _plan(recipe, run, skeleton, past, total)
+    record |= {
+        "held_out": held_out_record(held_out, recipe.evaluation),
+        "steps": total,
+        # None where the recipe gives a number of steps.
+        "num_train_epochs": None if arguments.max_steps > 0 else arguments.num_train_epochs,
+        "batch_size": past.batch_size(arguments),
+        "restarts": past.record.get("restarts", []) if checkpoint else [],
+    }
     if resume:
         arguments.max_steps = total  # the Trainer would count them anew
     return Job(
@@ -192,15 +219,56 @@ def prepare(
         checkpoint=checkpoint,
         record=record,
         is_resumed=resume,
-        is_extended=bool(saved) and saved["max_steps"] != total,
-        batch_size=batch_size,
-        seconds=seconds_of(saved.get("stateful_callbacks")),
-        remarks=tuple(_remarks(train, held_out, before if resume else None, record)),
+        is_extended=bool(past.state) and past.state["max_steps"] != total,
+        batch_size=past.batch_size(arguments),
+        seconds=seconds_of(past.state.get("stateful_callbacks")),
+        remarks=tuple(_remarks(train, held_out, past, record)),
     )
 
 
+def _refuse_settings(
+    recipe: Recipe, arguments: TrainingArguments, skeleton: PreTrainedModel, past: _Past
+) -> None:
+    """What can be told before data is read."""
+    if arguments.gradient_checkpointing and not skeleton.supports_gradient_checkpointing:
+        raise ConfigError(
+            f"training.gradient_checkpointing=true: {type(skeleton).__name__} does not support it; "
+            f"leave it out."
+        )
+    rehearse(arguments, arguments.max_steps)
+    if arguments.max_steps > 0 and not past.is_resumed:
+        check_growth(skeleton, recipe.adapter_config(), arguments.max_steps)
+
+
+def _plan(recipe: Recipe, run: RunDir, skeleton: PreTrainedModel, past: _Past, total: int) -> int:
+    """The length that growth is planned for in a run of `total` steps; uses `skeleton` up.
+
+    Raises:
+        ConfigError: if the run is too short for it.
+    """
+    checkpoint, schedule, config = past.checkpoint, past.schedule, recipe.adapter_config()
+    if checkpoint is not None and checkpoint_step(checkpoint) > total:
+        raise ConfigError(
+            f"the run in {run.path} is at step {checkpoint_step(checkpoint)} already; {total} "
+            f"steps are fewer. Give it as many or more."
+        )
+    if schedule is None:
+        check_growth(skeleton, config, total)
+    elif (last := last_event(skeleton, config, schedule)) > total:
+        raise ConfigError(
+            f"the run in {run.path} was planned for {schedule.total_steps} steps, with its last "
+            f"growth event after step {last}; {total} steps would not spend the budget. Give it "
+            f"{schedule.total_steps} or more."
+        )
+    if checkpoint is None and recipe.start_ranks:
+        adapted = get_peft_model(skeleton, config, low_cpu_mem_usage=True)
+        assert isinstance(adapted, PeftModel)
+        fitting_ranks(adapted, recipe.start_ranks)
+    return schedule.total_steps if schedule else total
+
+
 def _remarks(
-    train: Examples, held_out: Examples, before: dict[str, Any] | None, record: dict[str, Any]
+    train: Examples, held_out: Examples, past: _Past, record: dict[str, Any]
 ) -> Iterator[str]:
     """What the data of the run have in common, and what is otherwise than when it began."""
     shared = word_for_word(train.raw, held_out.raw)
@@ -209,50 +277,10 @@ def _remarks(
             f"{shared:,} of the {counted(len(held_out.raw), 'held-out example')} can be found in "
             f"the training data word for word, so the held-out loss says less than it seems"
         )
-    if before is not None and "data" not in before:
+    if past.is_resumed and "data" not in past.record:
         yield "the run has no record of its data, so it is not known whether they are the same"
-    elif before is not None and before.get("processes") != record["processes"]:
+    elif past.is_resumed and past.record.get("processes") != record["processes"]:
         yield (
-            f"the run was begun in {before.get('processes')} processes and goes on in "
+            f"the run was begun in {past.record.get('processes')} processes and goes on in "
             f"{record['processes']}: a step has another number of examples now"
-        )
-
-
-def _length(
-    arguments: TrainingArguments,
-    before: dict[str, Any],
-    saved: dict[str, Any],
-    examples: int,
-    batch_size: int,
-) -> int:
-    """Steps of the run: what it was begun with, unless the recipe gives it another length now."""
-    if arguments.max_steps > 0:
-        return arguments.max_steps
-    if "steps" in before and before.get("num_train_epochs") == arguments.num_train_epochs:
-        return int(before["steps"])
-    if saved and not before:  # begun by an older drlora
-        return int(saved["max_steps"])
-    return count_steps(arguments, examples, batch_size)
-
-
-def _schedule(saved: dict[str, Any]) -> Schedule | None:
-    """What growth was planned to be; None of a run that begins, or was begun by drlora 0.1."""
-    growth = (saved.get("stateful_callbacks") or {}).get(DrLoraCallback.__name__)
-    schedule = growth.get("attributes", {}).get("schedule") if isinstance(growth, dict) else None
-    return Schedule(**schedule) if schedule else None
-
-
-def _refuse_shorter(run: RunDir, checkpoint: Path | None, total: int) -> None:
-    if checkpoint is not None and checkpoint_step(checkpoint) > total:
-        raise ConfigError(
-            f"the run in {run.path} is at step {checkpoint_step(checkpoint)} already; {total} "
-            f"steps are fewer. Give it as many or more."
-        )
-
-
-def _refuse_checkpointing(arguments: TrainingArguments, skeleton: PreTrainedModel) -> None:
-    if arguments.gradient_checkpointing and not skeleton.supports_gradient_checkpointing:
-        raise ConfigError(
-            f"training.gradient_checkpointing=true: {type(skeleton).__name__} does not support it; "
-            f"leave it out."
         )

@@ -113,8 +113,22 @@ def _run(job: Job, model: PeftModel, console: Console) -> TrainResult:
     if not interrupted:
         _save(job, model)
         after = _measure_and_log(job, model, "after", training.steps, console)
+    result = _result(job, model, training, before, after)
+    if not interrupted:
+        on_main(lambda: write_json(job.run.result, _to_json(result, job, model, training)))
+        on_main(lambda: write_card_if_possible(job.run.path))  # now with the results
+    return result
+
+
+def _result(
+    job: Job,
+    model: PeftModel,
+    training: _Training,
+    before: Measurement | None,
+    after: Measurement | None,
+) -> TrainResult:
     stored = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    result = TrainResult(
+    return TrainResult(
         run=job.run,
         before=before,
         after=after,
@@ -124,14 +138,10 @@ def _run(job: Job, model: PeftModel, console: Console) -> TrainResult:
         stored_parameters=stored,
         steps=training.steps,
         seconds=training.seconds,
-        interrupted=interrupted,
+        interrupted=after is None,
         diverged=_reasons(job, training, before, after) if after else (),
-        signal=stop.signal,
+        signal=training.stop.signal,
     )
-    if not interrupted:
-        on_main(lambda: write_json(job.run.result, _to_json(result, job, model, training)))
-        on_main(lambda: write_card_if_possible(job.run.path))  # now with the results
-    return result
 
 
 def _begin(job: Job) -> None:
