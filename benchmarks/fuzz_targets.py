@@ -147,11 +147,11 @@ def _make_results(folder: Path) -> None:
     plan_file.write_text(yaml.safe_dump({k: v for k, v in PLAN.items() if k != "tune"}))
     (cell, *_) = read_matrix(load_plan(plan_file), Folder(folder)).compare
     measured = {"loss": {"loss": 2.0, "perplexity": 7.4, "target_tokens": 9}, "match": None}
-    (folder / "cells").mkdir(exist_ok=True)
+    cells = folder / "runs" / "cells"
+    cells.mkdir(parents=True, exist_ok=True)
     result = {"recipe": cell.recipe.to_dict(), "after": measured, "before": measured}
-    _write(folder / "cells" / f"{cell.name}.json", result)
-    (folder / "cells" / f"{cell.name}.json").rename(folder / "cells" / f"a-{cell.key}.json")
-    shutil.copy(folder / "cells" / f"a-{cell.key}.json", folder / "cell.json")
+    _write(cells / f"a-{cell.key}.json", result)
+    shutil.copy(cells / f"a-{cell.key}.json", folder / "cell.json")
 
 
 def _read_adapter(world: Path, folder: Path) -> None:
@@ -186,7 +186,7 @@ def _read_run(world: Path, folder: Path) -> None:
 
 
 def _read_results(world: Path, folder: Path) -> None:
-    (cell,) = (folder / "cells").iterdir()
+    (cell,) = (folder / "runs" / "cells").iterdir()
     (folder / "cell.json").replace(cell)
     matrix = read_matrix(load_plan(folder / "plan.yaml"), Folder(folder))
     for place in {cell.place for cell in matrix.compare}:

@@ -1,9 +1,10 @@
-"""Runs that are killed again and again: `python tests/kills.py [--kills 300] [--writes 100]`.
+"""Runs that are killed again and again: `python tests/kills.py [--kills 300]`.
 
-Small runs, of a plain loop and of `drlora train`, get SIGKILL at random moments and while they
-write a checkpoint or the final adapter. Each is started again until it ends, and must then have
-left, to the bit, the files that a run never killed leaves. After every kill all that is in the run
-directory must be readable. Writes benchmarks/results/kills.json.
+Small runs, of a plain loop, the Trainer and `drlora train`, get SIGKILL at random moments, while
+they write a checkpoint or the final adapter, and between a growth event and the next checkpoint.
+Each is started again until it ends, and must then have left, to the bit, the files that a run never
+killed leaves. After every kill all that is in the run directory must be readable. Writes
+benchmarks/results/kills.json.
 """
 
 from __future__ import annotations
@@ -114,6 +115,18 @@ KINDS = {"plain": plain, "trainer": trainer, "command": command}
 TURNS = ("plain", "trainer", "plain", "trainer", "command")
 
 
+def _tell_of_growth(tell: Connection) -> None:
+    real = drlora.RankDynamics.after_optimizer_step
+
+    def told(dynamics, *args, **kwargs):
+        grants = real(dynamics, *args, **kwargs)
+        if grants:
+            tell.send(("grown", dynamics.run_step))
+        return grants
+
+    drlora.RankDynamics.after_optimizer_step = told  # type: ignore[method-assign]
+
+
 def _tell_of_trainer(tell: Connection) -> None:
     _tell_around(Trainer, "_save_checkpoint", tell, before="write")
     _tell_around(DrLoraCallback, "on_save", tell, after="written")
@@ -142,6 +155,7 @@ def _child(kind: str, folder: Path, tell: Connection) -> None:
     log = os.open(f"{folder}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
+    _tell_of_growth(tell)
     tell.send(("begun", 0))
     KINDS[kind](folder, tell)
     if os.environ.get("KILLS_DEBUG"):
@@ -158,6 +172,7 @@ class Kill:
     during: str
     step: int | None  # unknown where the Trainer or the run directory had begun to write
     seconds: float
+    grown: bool  # whether ranks have grown since the last checkpoint that was written
     whole: int | None = None  # step of the newest whole checkpoint after it
 
 
@@ -186,13 +201,21 @@ class Killer:
             self.wanted[kind] = left_by(self.folder / f"never-killed-{kind}")
 
     def run(self, kind: str, folder: Path, when: tuple[str, float] | None = None) -> Kill | None:
-        """Run to the end, or to a kill: ("moment", share of the run) or ("write", share of it)."""
+        """Run to the end, or to a kill.
+
+        Args:
+            kind: of run.
+            folder: where it is.
+            when: ("moment", share of the run), ("write", share of a write), or ("grown", share of
+                a write after an event).
+        """
         here, there = self.context.Pipe()
         child = self.context.Process(target=_child, args=(kind, folder, there))
         child.start()
         there.close()
         begun = write = time.monotonic()
         last, killed, skip = ("begun", 0), None, self.chance.randrange(4)
+        has_grown = False
         try:
             while True:
                 if when and when[0] == "moment" and killed is None:
@@ -201,8 +224,15 @@ class Killer:
                         killed = self._kill(child, begun)
                         continue
                 last = here.recv()
+                has_grown = last[0] == "grown" or (has_grown and last[0] != "written")
                 if last[0] == "begun":
                     begun = time.monotonic()
+                elif last[0] == "grown":
+                    if when and when[0] == "grown" and killed is None:
+                        if skip <= 0:
+                            time.sleep(when[1] * self.seconds[kind, "write"])
+                            killed = self._kill(child, begun)
+                        skip -= 1
                 elif last[0] == "write":
                     write = time.monotonic()
                     if when and when[0] == "write" and killed is None:
@@ -221,7 +251,7 @@ class Killer:
         if killed is None or child.exitcode != -9:
             raise RuntimeError(f"{kind} failed by itself:\n{Path(f'{folder}.log').read_text()}")
         during = "write" if last[0] == "write" else "elsewhere"
-        return Kill(kind, self.runs[kind], during, last[1], round(killed, 4))
+        return Kill(kind, self.runs[kind], during, last[1], round(killed, 4), has_grown)
 
     def _kill(self, child: multiprocessing.process.BaseProcess, begun: float) -> float:
         child.kill()
@@ -248,8 +278,8 @@ class Killer:
         shutil.rmtree(folder)
 
     def count(self, during: str | None = None) -> int:
-        """Kills so far, of those that fell into a write or elsewhere."""
-        return sum(during in (None, kill.during) for kill in self.kills)
+        """Kills so far, of those that fell into a write, elsewhere, or after growth."""
+        return sum(during in (None, k.during, k.grown and "grown") for k in self.kills)
 
 
 def whole_step(kind: str, folder: Path) -> int | None:
@@ -286,13 +316,27 @@ def _sha(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def kill_runs(killer: Killer, kills: int, writes: int, after_each: Callable[[], object]) -> None:
-    """At least so many kills, so many of them into writes, in turn on all kinds of run."""
-    while killer.count() < kills or killer.count("write") < writes:
+def kill_runs(
+    killer: Killer, kills: int, writes: int, after_each: Callable[[], object], grown: int = 0
+) -> None:
+    """At least so many kills, in turn on all kinds of run.
+
+    Args:
+        killer: does it.
+        kills: in all.
+        writes: of them into writes.
+        after_each: called after each run.
+        grown: of them between an event and the next checkpoint.
+    """
+    wanted = {"write": writes, "grown": grown}
+    while True:
+        left = {during: count - killer.count(during) for during, count in wanted.items()}
+        left["moment"] = kills - killer.count()
+        during = next((during for during, count in left.items() if count > 0), None)
+        if during is None:
+            return
         kind = killer.kinds[sum(killer.runs.values()) % len(killer.kinds)]
-        during = "write" if killer.count("write") < writes else "moment"
-        left = writes - killer.count("write") if during == "write" else kills - killer.count()
-        killer.torture(kind, during, min(KILLS_A_RUN, left))
+        killer.torture(kind, during, min(KILLS_A_RUN, left[during]))
         after_each()
 
 
@@ -303,9 +347,7 @@ def summary(killer: Killer, minutes: float) -> dict:
         "into_writes": killer.count("write"),
         "by_kind": {k: Counter(x.during for x in killer.kills if x.kind == k) for k in KINDS},
         "runs": dict(killer.runs),
-        "after_growth_before_its_checkpoint": sum(
-            kill.during == "elsewhere" and kill.step in (4, 5, 8, 10, 11) for kill in killer.kills
-        ),
+        "after_growth_before_its_checkpoint": killer.count("grown"),
         "ended_otherwise_than_never_killed": killer.failures,
         "seed": killer.seed,
         "steps": TOTAL,
@@ -321,6 +363,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=300)
     parser.add_argument("--writes", type=int, default=100)
+    parser.add_argument("--grown", type=int, default=80)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--result", type=Path, default=RESULT, metavar="FILE")
     parser.add_argument("--dry", action="store_true", help="write no result")
@@ -338,7 +381,7 @@ def main() -> int:
                 write_at_once(options.result, text)
             print(f"{killer.count()} kills, {killer.count('write')} into writes", flush=True)
 
-        kill_runs(killer, options.kills, options.writes, write)
+        kill_runs(killer, options.kills, options.writes, write, options.grown)
     return len(killer.failures)
 
 

@@ -14,14 +14,17 @@ import pytest
 import yaml
 from tiny_run import save_all, save_examples
 
+import drlora.compare.cells as cells_module
 import drlora.train as train_module
 from drlora.cli import main
 from drlora.compare.cells import compare_cells, places, tune_cells
 from drlora.compare.gains import best_baselines, gains_by_task, relative
+from drlora.compare.packed import pack, read_packed
 from drlora.compare.plan import Tune, load_plan, plan_from
 from drlora.compare.results import Folder, read_matrix, write_result
 from drlora.compare.run import _locked
 from drlora.data import Collator
+from drlora.errors import CheckpointError
 
 GRID = [0.01, 0.03]
 
@@ -55,12 +58,15 @@ def tuned(**changes) -> dict:
 
 
 def results(folder: Path) -> dict[str, dict]:
-    files = (folder / "results" / "cells").glob("*.json")
-    return {path.name: json.loads(path.read_text()) for path in sorted(files)}
+    """Key -> result of all finished cells, packed or not."""
+    single = (folder / "results" / "runs" / "cells").glob("*.json")
+    found = [json.loads(path.read_text()) for path in sorted(single)]
+    return {**read_packed(folder / "results"), **{result["key"]: result for result in found}}
 
 
-def times(folder: Path) -> dict[str, int]:
-    return {p.name: p.stat().st_mtime_ns for p in (folder / "results" / "cells").glob("*.json")}
+def times(folder: Path) -> dict[str, float]:
+    """How long each finished cell took, which is another number when it is run again."""
+    return {key: result["wall_seconds"] for key, result in results(folder).items()}
 
 
 @pytest.fixture(scope="module")
@@ -79,8 +85,10 @@ def test_each_run_leaves_one_result_with_what_it_was_made_of(finished):
     assert (stages.count("tune"), stages.count("compare")) == (4, 4)
     assert {r["method"] for r in found.values()} == {"lora", "drlora"}
     assert {(r["model"], r["task"]) for r in found.values()} == {("tiny", "backwards")}
-    for name, result in found.items():
-        assert name.endswith(f"-{result['key']}.json")
+    for key, result in found.items():
+        assert result["key"] == key
+        assert set(result["source"]) == {"commit", "dirty"}
+        assert set(result["contents"]) == {"model", "tokenizer", "data"}
         assert result["seed"] in ([7] if result["stage"] == "tune" else [1, 2])
         assert result["trainable_parameters"] == result["stored_parameters"] > 0
         assert result["recipe"]["training"]["max_steps"] == result["steps"] == 6
@@ -104,10 +112,8 @@ def test_each_run_leaves_one_result_with_what_it_was_made_of(finished):
         ranks = [r for block in result["ranks"].values() for row in block.values() for r in row]
         assert sum(ranks) == 3 * len(ranks)
         assert (set(ranks) == {3}) == (result["method"] == "lora")
-    assert sorted(p.name for p in (finished / "results" / "runs").iterdir()) == [
-        ".gitignore",
-        ".lock",
-    ]
+    left = [p.relative_to(finished / "results") for p in (finished / "results").rglob("*.json")]
+    assert [str(path) for path in left] == ["places.json"], "finished cells are packed"
 
 
 def test_methods_are_compared_at_the_best_of_their_grid(finished):
@@ -177,6 +183,35 @@ def test_a_changed_setting_makes_new_cells_only_where_it_matters(finished, capsy
         assert "4 cells to run" in capsys.readouterr().out
     finally:
         (finished / "test.jsonl").write_text(text)
+
+
+def test_a_place_finds_its_result_when_settings_have_other_names(finished, capsys, monkeypatch):
+    """A key is made of names of settings; the page of a plan must outlive these."""
+    page = (finished / "results" / "README.md").read_bytes()
+    monkeypatch.setattr(cells_module, "key_of", lambda recipe: f"{id(recipe):012x}")
+    assert main(["compare", str(finished / "plan.yaml"), "--only-page"]) == 0
+    assert "8 of 8 cells done" in capsys.readouterr().out
+    assert (finished / "results" / "README.md").read_bytes() == page
+
+
+def test_packing_again_changes_no_byte_and_a_kill_loses_nothing(finished, tmp_path):
+    names = ("cells.jsonl", "items.jsonl.gz", "places.json")
+    kept = {name: (finished / "results" / name).read_bytes() for name in names}
+    known = read_packed(finished / "results")
+    for number, one in enumerate(known.values()):  # another order of arrival
+        write_result(tmp_path / "single" / f"{9 - number}-{one['key']}.json", one)
+    placed = json.loads(kept["places.json"])
+    for keep in (3, 8):  # killed after three had come in
+        for path in sorted((tmp_path / "single").iterdir())[keep:]:
+            path.rename(tmp_path / path.name)
+        pack(tmp_path / "again", tmp_path / "single", placed)
+        for path in tmp_path.glob("*.json"):
+            path.rename(tmp_path / "single" / path.name)
+    assert not list((tmp_path / "single").iterdir())
+    assert {name: (tmp_path / "again" / name).read_bytes() for name in names} == kept
+    (tmp_path / "again" / "items.jsonl.gz").write_bytes(b"cut off")
+    with pytest.raises(CheckpointError, match="again are damaged"):
+        read_packed(tmp_path / "again")
 
 
 def test_runs_of_another_plan_count_where_they_are_the_same(finished, tmp_path, capsys):
@@ -264,7 +299,7 @@ def test_two_at_once_in_one_folder_are_refused(tmp_path, capsys):
     with _locked(Folder(tmp_path / "results")):
         assert main(["compare", str(plan)]) == 2
     assert "another drlora compare is running" in capsys.readouterr().err
-    assert not (tmp_path / "results" / "cells").exists()
+    assert not results(tmp_path)
 
 
 @pytest.mark.parametrize(

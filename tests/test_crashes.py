@@ -27,9 +27,9 @@ def test_killed_runs_end_as_if_nothing_had_happened(tmp_path):
     """The short form of tests/kills.py, whose 300 kills are in benchmarks/results/kills.json."""
     use_own_server()
     killer = Killer(tmp_path, seed=3, kinds=("plain", "trainer"))
-    kill_runs(killer, kills=6, writes=3, after_each=lambda: None)
+    kill_runs(killer, kills=6, writes=2, after_each=lambda: None, grown=2)
     assert not killer.failures
-    assert killer.count() >= 6 and killer.count("write") >= 3
+    assert killer.count() >= 6 and min(killer.count("write"), killer.count("grown")) >= 2
 
 
 def test_the_result_of_all_kills_is_what_the_script_writes():
@@ -39,6 +39,8 @@ def test_the_result_of_all_kills_is_what_the_script_writes():
     assert found["ended_otherwise_than_never_killed"] == []
     into_writes = sum(kill["during"] == "write" for kill in found["moments"])
     assert found["into_writes"] == into_writes
+    grown = sum(kill["grown"] for kill in found["moments"])
+    assert found["after_growth_before_its_checkpoint"] == grown >= 60
 
 
 @pytest.fixture

@@ -208,6 +208,6 @@ VERBS: dict[str, tuple[str, str, Callable[[Any], None]]] = {
     "inspect": ("blocks, experts, memory and growth plan of a model", INSPECT, _inspect),
     "export": ("write an adapter for PEFT, serving engines or as a model", EXPORT, _export),
     "compare": ("run a plan of models, tasks, methods and seeds", COMPARE, _compare),
-    "env": ("what a report of a fault needs: versions, machine, devices", ENV, _env),
     "report": ("write a page on one or several runs, to look at", REPORT, _report),
+    "env": ("what a report of a fault needs: versions, machine, devices", ENV, _env),
 }

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import os
 import platform
+import subprocess
 import sys
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -59,7 +61,8 @@ def describe() -> dict[str, Any]:
     return {
         "versions": versions() | {name: v for name, v in installed.items() if v is not None},
         "system": f"{platform.system()} {platform.release()}",
-        "processor": _processor(),
+        "processor": processor(),
+        "source": source_state(),
         "vector_unit": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -74,6 +77,23 @@ def describe() -> dict[str, Any]:
     }
 
 
+def source_state() -> dict[str, Any]:
+    """The commit of the package's source, and whether it was changed since; None if unknown."""
+    here = Path(__file__).parent
+    try:
+        commit = _git(here, "rev-parse", "HEAD")
+        is_tracked = bool(_git(here, "ls-files", "--", "version.py"))
+        dirty = bool(_git(here, "status", "--porcelain", "--untracked-files=no", "--", "."))
+    except (OSError, subprocess.SubprocessError):
+        is_tracked = False
+    return {"commit": commit, "dirty": dirty} if is_tracked else {"commit": None, "dirty": None}
+
+
+def _git(folder: Path, *words: str) -> str:
+    command = ["git", "-C", str(folder), *words]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
 def _version_of(name: str) -> str | None:
     try:
         return metadata.version(name)
@@ -81,7 +101,7 @@ def _version_of(name: str) -> str | None:
         return None
 
 
-def _processor() -> str:
+def processor() -> str:
     """The processor's name, as the system tells it."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as lines:

@@ -154,15 +154,19 @@ def _measured_on(recipe: Recipe, role: str) -> Recipe:
 
 def key_of(recipe: Recipe) -> str:
     """A short hash of all that decides the result of a run."""
+    parts = {"settings": _unusual(recipe), **contents_of(recipe)}
+    text = json.dumps(parts, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:KEY_LENGTH]
+
+
+def contents_of(recipe: Recipe) -> dict[str, Any]:
+    """`model`, `tokenizer` and `data` of a run by their contents, where these are local."""
     sources = {recipe.data.source(role) for role in ("train", "eval")}
-    parts = {
-        "settings": _unusual(recipe),
+    return {
         "model": _contents(resolve_model(recipe.model)),
         "tokenizer": _contents(resolve_model(recipe.tokenizer or "-")),
         "data": sorted(_contents(_data_path(*source)) for source in sources),
     }
-    text = json.dumps(parts, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:KEY_LENGTH]
 
 
 def deciding(recipe: dict[str, Any]) -> dict[str, Any]:

@@ -58,6 +58,7 @@ def compare(
     if not (dry_run or only_page):
         console.print(f"{_state(matrix)}; {pool.jobs} at once, {pool.threads} threads each")
         matrix = run_plan(plan, folder, pool, console, retry_failed)
+        folder.pack([*matrix.tune, *matrix.compare], matrix.results)
     if dry_run:
         _print_cells(matrix, console)
         console.print(_estimate(matrix, pool))

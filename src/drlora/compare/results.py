@@ -1,9 +1,10 @@
-"""The folder of results: one JSON file a finished cell, one a failed one; reading and pairing.
+"""The folder of results: the finished cells, the failed ones; reading and pairing.
 
-cells/NAME-KEY.json     a finished cell
-failed/NAME-KEY.json    the error of a cell that failed
-README.md, figures/     the page
-runs/                   cells under way; never committed
+cells.jsonl, items.jsonl.gz, places.json     the finished cells (see drlora.compare.packed)
+failed/NAME-KEY.json                         the error of a cell that failed
+README.md, figures/                          the page
+runs/                                        what is under way; never committed
+runs/cells/NAME-KEY.json                     a finished cell that is not packed yet
 """
 
 from __future__ import annotations
@@ -15,8 +16,16 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from drlora.compare.cells import Cell, compare_cells, deciding, places, tune_cells
+from drlora.compare.cells import (
+    Cell,
+    compare_cells,
+    contents_of,
+    deciding,
+    places,
+    tune_cells,
+)
 from drlora.compare.metrics import METRICS, items_of, value_of
+from drlora.compare.packed import Result, pack, place_of, read_packed, read_places
 from drlora.compare.plan import Plan, Settings
 from drlora.errors import CheckpointError
 from drlora.files import read_json
@@ -25,7 +34,6 @@ from drlora.writing import write_at_once
 
 Place = tuple[str, str, str]
 """(model, task, method)."""
-Result = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -47,8 +55,8 @@ class Folder:
 
     @property
     def cells(self) -> Path:
-        """Finished cells."""
-        return self.path / "cells"
+        """Finished cells that are not packed yet."""
+        return self.runs / "cells"
 
     @property
     def failed(self) -> Path:
@@ -71,14 +79,27 @@ class Folder:
     def results(self, cells: Iterable[Cell]) -> dict[str, Result]:
         """Key -> result of those of `cells` that are finished with the settings they have now."""
         files: dict[str, Path] = {}
+        packed: dict[str, Result] = {}
         for folder in (*self.also, self.path):
+            packed |= read_packed(folder)
             files |= _by_key(Folder(folder).cells)
+        locations = read_places(self.path)
         found = {}
         for cell in cells:
-            result = read_result(files[cell.key]) if cell.key in files else None
-            if result is not None and _is_of(cell, result):
-                found[cell.key] = result
+            single = read_result(files[cell.key]) if cell.key in files else None
+            placed = packed.get(locations.get(place_of(cell), ""))
+            if placed and "contents" in placed and placed["contents"] != contents_of(cell.recipe):
+                placed = None  # made of other data
+            for result in (single, packed.get(cell.key), placed):
+                if result is not None and _is_of(cell, result):
+                    found[cell.key] = result
+                    break
         return found
+
+    def pack(self, cells: Iterable[Cell], results: Mapping[str, Result]) -> None:
+        """Put the finished cells into files to keep; `results` are those of `cells`."""
+        done = {place_of(c): results[c.key]["key"] for c in cells if c.key in results}
+        pack(self.path, self.cells, done)
 
     def failures(self, cells: Iterable[Cell]) -> dict[str, Result]:
         """Key -> error of those of `cells` that failed."""

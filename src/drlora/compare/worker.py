@@ -19,8 +19,9 @@ import torch
 import transformers
 from rich.console import Console
 
+from drlora.compare.cells import contents_of
 from drlora.compare.results import read_result, write_result
-from drlora.environment import peak_memory
+from drlora.environment import peak_memory, processor, source_state
 from drlora.errors import CheckpointError, ConfigError
 from drlora.jsonl import read_lines
 from drlora.measure import Measurement
@@ -68,7 +69,7 @@ def run_cell(work: Work) -> None:
     is_resumed = RunDir(Path(recipe.output_dir)).newest_checkpoint() is not None
     outcome = _train(recipe)
     seconds = {"wall_seconds": round(time.monotonic() - started, 2), "is_resumed": is_resumed}
-    result = _harvest(outcome, {**work.labels, **seconds})
+    result = _harvest(outcome, recipe, {**work.labels, **seconds})
     write_result(work.target, result)
     shutil.rmtree(work.folder)
 
@@ -106,7 +107,7 @@ def _train(recipe: Recipe) -> TrainResult:
     return outcome
 
 
-def _harvest(outcome: TrainResult, labels: dict[str, Any]) -> dict[str, Any]:
+def _harvest(outcome: TrainResult, recipe: Recipe, labels: dict[str, Any]) -> dict[str, Any]:
     """The result of a cell, from its run."""
     run = outcome.run
     found = read_result(run.result)
@@ -123,6 +124,8 @@ def _harvest(outcome: TrainResult, labels: dict[str, Any]) -> dict[str, Any]:
         **{key: value for key, value in found.items() if key not in labels},
         **peak_memory(),
         "machine": _machine(),
+        "source": source_state(),
+        "contents": contents_of(recipe),
         "curve": _curve(run),
         "items": _items(outcome.after),
         "recipe": config,
@@ -151,20 +154,10 @@ def _curve(run: RunDir) -> list[list[float]]:
 def _machine() -> dict[str, Any]:
     found = {
         "system": platform.system(),
-        "processor": _processor(),
+        "processor": processor(),
         "vectors": torch.backends.cpu.get_cpu_capability(),  # they decide how sums are rounded
         "cores": os.cpu_count(),
     }
     if torch.cuda.is_available():
         found["gpu"] = torch.cuda.get_device_name()
     return found
-
-
-def _processor() -> str:
-    """The processor's name, where the system tells it."""
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text("utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

@@ -1,0 +1,119 @@
+"""Results as they are kept: two files of all finished cells, and the place of each in the plan.
+
+    cells.jsonl       one line a cell, sorted; all but its items
+    items.jsonl.gz    one line a cell: what each held-out example came to
+    places.json       place in the plan -> key of the cell that stands there
+
+While a plan runs, a finished cell is one file (runs/cells, ignored by git), so that no two
+processes write to one; `pack` puts these into the three. A place is known by the plan's own names,
+so it is found also when drlora's settings are called otherwise by now, and for results of version
+0.1, which do not say what their data were, when the data are not at hand.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from drlora.compare.cells import Cell
+from drlora.errors import CheckpointError
+from drlora.files import read_json
+from drlora.jsonl import finite
+from drlora.writing import move_into_place, write_at_once
+
+CELLS, ITEMS, PLACES = "cells.jsonl", "items.jsonl.gz", "places.json"
+
+Result = dict[str, Any]
+
+
+def place_of(cell: Cell) -> str:
+    """Where a cell stands in its plan, as one string."""
+    tuned = json.dumps(cell.tuned, sort_keys=True)
+    return f"{cell.stage} {cell.model} {cell.task} {cell.method} {cell.seed} {tuned}"
+
+
+def read_packed(folder: Path) -> Mapping[str, Result]:
+    """Key -> result of all cells that are packed in a folder of results.
+
+    Raises:
+        CheckpointError: if the two files do not fit each other or are damaged.
+    """
+    if not (folder / CELLS).is_file():
+        return {}
+    stamps = tuple((folder / n).stat().st_mtime_ns if (folder / n).is_file() else 0
+                   for n in (CELLS, ITEMS))  # fmt: skip
+    return _read(folder, stamps)
+
+
+def read_places(folder: Path) -> Mapping[str, str]:
+    """Place -> key, of the plan whose results the folder holds."""
+    path = folder / PLACES
+    return read_json(path) if path.is_file() else {}
+
+
+def pack(folder: Path, single: Path, places: Mapping[str, str]) -> None:
+    """Take the finished cells in the folder `single` into the packed files, and remove them.
+
+    Killed at any moment nothing is lost: a single file goes when its line is on the disk.
+
+    Args:
+        folder: holds, or will hold, the packed files.
+        single: one JSON file a finished cell.
+        places: place -> key of the plan's finished cells, to be kept beside those known already.
+    """
+    files = sorted(single.glob("*.json"))
+    known = dict(read_packed(folder))
+    for path in files:
+        result = read_json(path)
+        known[result["key"]] = result
+    if files:
+        lines = sorted(known.values(), key=_order)
+        _write_items(folder / ITEMS, lines)
+        rest = ({k: v for k, v in line.items() if k != "items"} for line in lines)
+        write_at_once(folder / CELLS, "".join(f"{json.dumps(finite(one))}\n" for one in rest))
+    together = {**read_places(folder), **places}
+    if together != read_places(folder):
+        text = json.dumps(dict(sorted(together.items())), indent=0)
+        write_at_once(folder / PLACES, text + "\n")
+    for path in files:
+        path.unlink()
+
+
+def _order(result: Result) -> tuple[str, ...]:
+    names = ("model", "task", "method", "stage", "seed", "key")
+    return tuple(str(result.get(name, "")).rjust(6) for name in names)
+
+
+def _write_items(path: Path, lines: list[Result]) -> None:
+    text = "".join(
+        json.dumps({"key": line["key"], "items": line.get("items")}) + "\n" for line in lines
+    )
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Without the time, so that equal contents are equal bytes.
+    temporary.write_bytes(gzip.compress(text.encode(), mtime=0))
+    move_into_place(temporary, path)
+
+
+@lru_cache(maxsize=32)
+def _read(folder: Path, stamps: tuple[int, ...]) -> dict[str, Result]:
+    """`stamps`, the times of the files, keep what changed since from coming out of the cache."""
+    try:
+        lines = (folder / CELLS).read_text("utf-8").splitlines()
+        found = {one["key"]: one for one in map(json.loads, lines)}
+        with gzip.open(folder / ITEMS, "rt", encoding="utf-8") as items:
+            for line in items:
+                one = json.loads(line)
+                if one["key"] in found:
+                    found[one["key"]]["items"] = one["items"]
+    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"the packed results in {folder} are damaged: {error}") from error
+    missing = [key for key, one in found.items() if "items" not in one]
+    if missing:
+        raise CheckpointError(f"{folder / ITEMS} lacks {len(missing)} of the cells in {CELLS}.")
+    return found
