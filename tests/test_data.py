@@ -263,10 +263,10 @@ def test_template_without_eos_gets_one():
 def test_messages_need_a_usable_template():
     with pytest.raises(DataError, match="no chat template"):
         encode([{"messages": CONVERSATION}], byte_tokenizer())
-    with pytest.raises(DataError, match="example 0.*changes earlier turns"):
+    with pytest.raises(DataError, match="example 1.*changes earlier turns"):
         encode([{"messages": CONVERSATION}], byte_tokenizer(FORGETFUL_CHAT))
     refusing = byte_tokenizer("{{ raise_exception('roles must alternate') }}")
-    with pytest.raises(DataError, match="example 0.*roles must alternate"):
+    with pytest.raises(DataError, match="example 1.*roles must alternate"):
         encode([{"messages": CONVERSATION}], refusing)
 
 
@@ -302,7 +302,7 @@ def test_nothing_left_to_learn_is_an_error():
 
 
 def test_wrong_type_in_a_later_row_is_found():
-    with pytest.raises(DataError, match="example 1: 'prompt' must be a string, not None"):
+    with pytest.raises(DataError, match="example 2: 'prompt' must be a string, not None"):
         encode([*PAIRS[:1], {"prompt": None, "completion": "x"}], byte_tokenizer())
 
 

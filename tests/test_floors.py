@@ -26,6 +26,7 @@ FLOORS: tuple[frozenset[str], ...] = (
             "places",
             "ranks",
             "version",
+            "wording",
             "writing",
         }
     ),
@@ -59,6 +60,7 @@ FLOORS: tuple[frozenset[str], ...] = (
         {
             "adapter_files",
             "checkpoint",
+            "continue_adapter",
             "dynamics",
             "export",
             "groups",
@@ -80,6 +82,7 @@ FLOORS: tuple[frozenset[str], ...] = (
             "cli",
             "compare",
             "data",
+            "draw",
             "dry_run",
             "embedded",
             "environment",
@@ -90,21 +93,28 @@ FLOORS: tuple[frozenset[str], ...] = (
             "export_run",
             "sources",
             "heat_map",
+            "held_out",
             "inspection",
             "inspection_text",
+            "job",
             "jsonl",
+            "load_data",
             "measure",
             "memory_plan",
             "model_card",
             "moved",
+            "outcome",
             "progress",
             "rank_metrics",
             "recipe",
             "report",
+            "run_record",
             "rundir",
+            "sections",
             "settings",
             "summary",
             "train",
+            "trainer",
         }
     ),
 )
@@ -122,8 +132,11 @@ ORDER_WITHIN: dict[int, tuple[frozenset[str], ...]] = {
         frozenset({"config", "ranks"}),
     ),
     # The schedule tries the allocator out in advance, to refuse settings that miss the budget.
-    # New directions are written to the rows that a process holds, which young_rows knows.
-    1: (frozenset({"allocator", "young_rows"}), frozenset({"row_directions", "schedule"})),
+    # Moments and new directions are written to the rows that a process holds, which it knows.
+    1: (
+        frozenset({"allocator", "processes"}),
+        frozenset({"row_directions", "schedule", "young_rows"}),
+    ),
     # Surgery is one operation in steps: know the families, find a block, build the layer that
     # adapts it and carries the meters that watch it, put the layer into the model.
     2: (

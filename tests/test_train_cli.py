@@ -14,12 +14,12 @@ from tiny_run import save_all
 import drlora.train as train_module
 from drlora.cli import main
 from drlora.measure import measurement_from
+from drlora.outcome import TrainResult
 from drlora.progress import MetricsLog
 from drlora.recipe import load_recipe, recipe_from
 from drlora.rundir import RunDir
 from drlora.schedule import plan_growth
 from drlora.summary import print_summary
-from drlora.train import TrainResult
 
 STEPS, EVENTS = 12, [4, 6, 8, 10]
 
@@ -226,7 +226,7 @@ def test_interrupted_before_the_first_step_it_starts_again(trained, tmp_path, mo
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_module, "_fit", press)
+        patch.setattr(train_module._Training, "fit", press)
         assert main(["train", str(recipe)]) == 130
     assert "--resume" in capsys.readouterr().err
     assert main(["train", str(recipe), "--resume"]) == 0
@@ -239,10 +239,10 @@ def test_interrupted_after_the_last_step_it_only_measures(trained, tmp_path, mon
 
     measure = train_module._measure_and_log
 
-    def press(job, model, kind, step):
+    def press(job, model, kind, *rest):
         if kind == "after":
             raise KeyboardInterrupt
-        return measure(job, model, kind, step)
+        return measure(job, model, kind, *rest)
 
     with monkeypatch.context() as patch:
         patch.setattr(train_module, "_measure_and_log", press)
@@ -270,5 +270,5 @@ def test_resume_with_other_settings_is_refused(tmp_path, monkeypatch, capsys):
         interrupt_at(3, patch)
         assert main(["train", str(recipe)]) == 130
     capsys.readouterr()
-    assert main(["train", str(recipe), "training.max_steps=14", "--resume"]) == 2
-    assert "training.max_steps was 12, now 14" in capsys.readouterr().err
+    assert main(["train", str(recipe), "training.learning_rate=0.1", "--resume"]) == 2
+    assert "training.learning_rate was 0.01, now 0.1" in capsys.readouterr().err

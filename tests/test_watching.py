@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -18,7 +19,7 @@ import drlora
 from drlora import event_log
 from drlora.growth import Grant
 from drlora.heat_map import LEVELS, block_lines, print_heat_map
-from drlora.progress import ShowProgress, growth_line
+from drlora.progress import ShowProgress, growth_line, say
 from drlora.rank_metrics import gini, top_share
 from drlora.summary import print_ranks
 
@@ -133,28 +134,64 @@ def test_growth_line_says_who():
     assert line.startswith("step 120: 2 ranks taken from 1 expert; the largest has 3; 40%")
 
 
-@pytest.mark.parametrize("is_terminal", [True, False])
-def test_the_bar_fits_a_terminal_and_is_quiet_elsewhere(is_terminal):
+BAR = ("40/100", "loss 1.235", "lr 2.0e-04", "rank 12.5", "left")
+
+
+@pytest.mark.parametrize("width", [60, 80, 100])
+def test_the_bar_fits_a_terminal(width, monkeypatch):
+    """Also without colours; what has no room is left out, not cut."""
     out = io.StringIO()
-    console = Console(file=out, force_terminal=is_terminal, width=80, color_system=None)
+    monkeypatch.setenv("NO_COLOR", "1")
+    console = Console(file=out, force_terminal=True, width=width)
+    show_a_step(console)
+    said = [re.sub("\x1b\\[[0-9;?]*[A-Za-z]", "", line) for line in out.getvalue().split("\r")]
+    (line,) = {line.strip() for line in said if "1.235" in line}
+    assert len(line) <= width and "…" not in line
+    for part in (*BAR, "3,210 tokens/s") if width > 60 else BAR:
+        assert part in line
+    assert "\x1b[3" not in out.getvalue() and "\x1b[9" not in out.getvalue(), "no colours"
+
+
+def test_elsewhere_there_are_a_few_whole_lines():
+    out = io.StringIO()
+    show_a_step(Console(file=out, force_terminal=False, width=80))
+    assert re.fullmatch(r"step 40/100, epoch 0.50, loss 1.235, \d+ s left\n", out.getvalue())
+
+
+def show_a_step(console):
     bar = ShowProgress(console)
     state = SimpleNamespace(max_steps=100, global_step=0)
     bar.on_train_begin(None, state, None)
     logs = dict(loss=1.23456, learning_rate=2e-4, tokens_per_second=3210.4, rank_mean=12.52)
     state.global_step = 40
-    bar.on_log(None, state, None, logs=logs)
+    bar.on_log(None, state, None, logs={**logs, "epoch": 0.5})
     bar.on_step_end(None, state, None)
     bar.bar.refresh()
     bar.on_train_end(None, state, None)
-    said = out.getvalue()
-    if is_terminal:
-        (line,) = {line for line in said.splitlines() if "1.235" in line and "…" not in line} or {
-            said
-        }
-        for part in ("40/100", "loss 1.235", "lr 2.0e-04", "3,210 tokens/s", "rank 12.5"):
-            assert part in line, said
-    else:
-        assert said == "step 40/100, loss 1.235\n"
+
+
+CONSOLE = dict(highlight=False, soft_wrap=True)  # that of the command line
+
+
+@pytest.mark.parametrize("width", [60, 100])
+def test_sentences_are_broken_between_words(width):
+    """On a terminal; in a log a line stays one, for whatever reads it."""
+    sentence = (
+        "evaluation.loss_examples=200, but only 93 held-out examples are there: all are taken"
+    )
+    out, log = io.StringIO(), io.StringIO()
+    say(Console(file=out, force_terminal=True, width=width, **CONSOLE), sentence)
+    lines = out.getvalue().splitlines()
+    assert all(len(line) <= width for line in lines) and len(lines) == -(-len(sentence) // width)
+    assert " ".join(line.strip() for line in lines) == sentence
+    say(Console(file=log, width=width), sentence)
+    assert log.getvalue() == sentence + "\n"
+
+
+def test_a_table_in_a_log_keeps_its_rows_whole():
+    out = io.StringIO()
+    print_ranks({"model.layers.0.mlp": {"down": [*range(10, 42)]}}, Console(file=out, width=60))
+    assert out.getvalue().splitlines()[-1].endswith(" ".join(map(str, range(10, 42))))
 
 
 def test_heat_map():

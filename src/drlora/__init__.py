@@ -15,6 +15,7 @@ from drlora import peft_method as _peft_method
 from drlora.callback import DrLoraCallback
 from drlora.checkpoint import adapter_state, newest_checkpoint, write_checkpoint
 from drlora.config import DrLoraConfig
+from drlora.continue_adapter import continue_adapter
 from drlora.dynamics import Grant, RankDynamics
 from drlora.errors import CheckpointError, ConfigError, DataError, DrLoraError, SyncError
 from drlora.import_lora import load_peft_lora
@@ -41,6 +42,7 @@ __all__ = [
     "SyncError",
     "__version__",
     "adapter_state",
+    "continue_adapter",
     "load_peft_lora",
     "newest_checkpoint",
     "place_ranks",

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 from drlora.export import FORMATS, RANKS, ROUNDING, ROUNDINGS
+from drlora.files import home
 from drlora.memory_plan import TOKENS
 from drlora.report import FORMATS as REPORT_FORMATS
 from drlora.version import __version__
@@ -21,6 +22,7 @@ TRAIN = """examples:
   drlora train recipes/embedded.yaml
   drlora train recipes/own-data.yaml model=path/to/model training.max_steps=500 --dry-run
   drlora train runs/own-data/config.yaml --resume
+  drlora train runs/own-data/config.yaml training.max_steps=8000 --resume
 """
 EVAL = """examples:
   drlora eval runs/own-data
@@ -112,21 +114,26 @@ def make_parser(actions: Mapping[str, Action]) -> Parser:
 
 
 def _train(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("recipe", metavar="RECIPE.yaml")
+    verb.add_argument("recipe", metavar="RECIPE.yaml", type=home)
     verb.add_argument("overrides", nargs="*", metavar="key=value", help="training.max_steps=100")
     verb.add_argument("--resume", action="store_true", help="continue the run in output_dir")
+    verb.add_argument("--overwrite", action="store_true", help="replace the run in output_dir")
     _dry_run(verb, "check everything but the weights and print the plan")
 
 
 def _eval(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("run", metavar="RUN", help="a run, or a folder with an adapter or a model")
+    verb.add_argument(
+        "run", metavar="RUN", type=home, help="a run, or a folder with an adapter or a model"
+    )
     verb.add_argument("--split", default="eval", help="train, eval, test or a split's name")
-    verb.add_argument("--data", metavar="FILE", help="other data than the recipe's")
+    verb.add_argument("--data", metavar="FILE", type=home, help="other data than the recipe's")
     _base_model(verb)
 
 
 def _inspect(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("model", metavar="MODEL", help="embedded, a folder, a config.json, or a name")
+    verb.add_argument(
+        "model", metavar="MODEL", type=home, help="embedded, a folder, a config.json, or a name"
+    )
     verb.add_argument("overrides", nargs="*", metavar="key=value", help="r_target=16, preset=...")
     verb.add_argument("--steps", type=int, metavar="N", help="show the growth plan of N steps")
     verb.add_argument("--dtype", help="of the weights; by default what they are stored in")
@@ -136,12 +143,16 @@ def _inspect(verb: argparse.ArgumentParser) -> None:
 
 
 def _export(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("run", metavar="RUN", help="a run directory, or a folder with an adapter")
+    verb.add_argument(
+        "run", metavar="RUN", type=home, help="a run directory, or a folder with an adapter"
+    )
     verb.add_argument("--format", required=True, choices=FORMATS)
-    verb.add_argument("-o", "--output", required=True, metavar="DIR", help="a new or empty folder")
+    verb.add_argument(
+        "-o", "--output", required=True, metavar="DIR", type=home, help="a new or empty folder"
+    )
     verb.add_argument("--rank", default="padded", choices=RANKS, help="auto: as small as it gets")
     _dry_run(verb, "print the plan, write nothing")
-    verb.add_argument("--data", metavar="FILE", help="examples to compare logits on")
+    verb.add_argument("--data", metavar="FILE", type=home, help="examples to compare logits on")
     verb.add_argument("--max-shard-size", metavar="5GB", help="of one file of merged weights")
     verb.add_argument(
         "--rounding",
@@ -154,7 +165,7 @@ def _export(verb: argparse.ArgumentParser) -> None:
 
 
 def _compare(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("plan", metavar="PLAN.yaml")
+    verb.add_argument("plan", metavar="PLAN.yaml", type=home)
     verb.add_argument("overrides", nargs="*", metavar="key=value", help="seeds=[1,2]")
     verb.add_argument("--jobs", type=int, metavar="N", help="runs at once; default: one a core")
     verb.add_argument("--threads", type=int, metavar="N", help="threads of each run")
@@ -164,8 +175,10 @@ def _compare(verb: argparse.ArgumentParser) -> None:
 
 
 def _report(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("runs", nargs="+", metavar="RUN", help="a run directory")
-    verb.add_argument("-o", "--output", metavar="FILE", help="default: report.html in the run")
+    verb.add_argument("runs", nargs="+", metavar="RUN", type=home, help="a run directory")
+    verb.add_argument(
+        "-o", "--output", metavar="FILE", type=home, help="default: report.html in the run"
+    )
     verb.add_argument(
         "--format", choices=REPORT_FORMATS, help="default: what FILE ends in, else html"
     )
@@ -180,7 +193,9 @@ def _dry_run(verb: argparse.ArgumentParser, what: str) -> None:
 
 
 def _base_model(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("--model", help="the base model, where it is not where the adapter says")
+    verb.add_argument(
+        "--model", type=home, help="the base model, where it is not where the adapter says"
+    )
     verb.add_argument(
         "--trust-remote-code", action="store_true", help="run code that comes with the model"
     )

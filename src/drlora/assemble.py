@@ -29,17 +29,20 @@ from transformers import (
 )
 
 from drlora.config import DrLoraConfig
-from drlora.data import EncodedData, encode_examples, load_examples
+from drlora.continue_adapter import continue_adapter, is_drlora, refuse_unfit
+from drlora.data import EncodedData, encode_examples
 from drlora.embedded import resolve_model
 from drlora.embeddings import fit_embeddings
 from drlora.errors import CheckpointError, ConfigError, DataError, DrLoraError
 from drlora.files import first_line
 from drlora.import_lora import load_peft_lora, refuse_other_files
 from drlora.inject import choose_blocks
+from drlora.load_data import load_source as load_source
 from drlora.places import from_root
+from drlora.processes import are_several
 from drlora.recipe import DataSection, Recipe
 from drlora.rundir import RunDir
-from drlora.schedule import Competitors, make_schedule
+from drlora.schedule import Competitors, Schedule, make_schedule, plan_of
 from drlora.starts import read_rank_map, start_ranks
 
 DEFAULT_MAX_LENGTH = 1024
@@ -89,14 +92,24 @@ def model_on_meta(config: PreTrainedConfig, trust_remote_code: bool = False) -> 
         return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
 
 
-def check_growth(model: PreTrainedModel, config: DrLoraConfig, total_steps: int) -> None:
+def check_growth(model: PreTrainedModel, config: DrLoraConfig, total_steps: int) -> int:
     """Refuse a model without fitting blocks, or a run that cannot spend the budget.
+
+    Returns:
+        The step after which ranks grow last; 0 if they do not.
 
     Raises:
         ConfigError: with the arithmetic.
     """
     groups = [Competitors(block.num_experts) for block in choose_blocks(model, config)]
-    make_schedule(config, groups, total_steps)
+    return last_event(model, config, make_schedule(config, groups, total_steps))
+
+
+def last_event(model: PreTrainedModel, config: DrLoraConfig, schedule: Schedule) -> int:
+    """The step after which ranks grow last; 0 if they do not."""
+    experts = {block.num_experts for block in choose_blocks(model, config)}
+    plans = [plan_of(config, num_experts, schedule) for num_experts in experts]
+    return max((plan.event_steps[-1] for plan in plans if plan.event_steps), default=0)
 
 
 def load_tokenizer(recipe: NamesModel, vocab_size: int) -> PreTrainedTokenizerBase:
@@ -121,23 +134,6 @@ def vocabulary_size(model: PreTrainedModel) -> int:
     weight = model.get_input_embeddings().weight
     assert isinstance(weight, torch.Tensor)
     return weight.shape[0]
-
-
-def load_role(recipe: Recipe, role: str) -> Dataset:
-    """The examples of a role (train, eval or test), cut to its limit.
-
-    Raises:
-        DataError: if they are missing, empty or malformed.
-    """
-    source, split = recipe.data.source(role)
-    return load_source(recipe.data, source, split, recipe.data.limits.get(role))
-
-
-def load_source(section: DataSection | None, source: str, split: str, limit: int | None) -> Dataset:
-    """The first `limit` examples of a source, read as the section `data` says if there is one."""
-    config, columns = (section.config, section.columns) if section else (None, None)
-    examples = load_examples(source, split=split, config=config, columns=columns)
-    return examples.select(range(min(len(examples), limit or len(examples))))
 
 
 def encode(
@@ -185,7 +181,7 @@ def training_arguments(recipe: Recipe, run: RunDir) -> TrainingArguments:
         arguments = TrainingArguments(
             output_dir=str(run.checkpoints), label_names=["labels"], **settings
         )
-    except (ValueError, TypeError, ImportError) as error:
+    except Exception as error:  # whatever the packages say that a setting asks for
         raise ConfigError(f"the section training is refused by transformers: {error}") from error
     for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
         if getattr(arguments, name) < 1:
@@ -195,18 +191,31 @@ def training_arguments(recipe: Recipe, run: RunDir) -> TrainingArguments:
             f"training.num_train_epochs={arguments.num_train_epochs} leaves nothing to train; set "
             f"it, or training.max_steps, above 0."
         )
+    if arguments.auto_find_batch_size and are_several():
+        raise ConfigError(
+            "training.auto_find_batch_size=true: each process would find a batch of its own; set "
+            "training.per_device_train_batch_size."
+        )
     return arguments
 
 
-def count_steps(arguments: TrainingArguments, num_examples: int) -> int:
+def count_steps(
+    arguments: TrainingArguments, num_examples: int, batch_size: int | None = None
+) -> int:
     """Optimizer steps of the run, as the Trainer counts them.
+
+    Args:
+        arguments: of the Trainer.
+        num_examples: of the training data.
+        batch_size: of a process, where it is not what the arguments say.
 
     Raises:
         DataError: if `dataloader_drop_last` leaves no batch.
     """
     if arguments.max_steps > 0:
         return arguments.max_steps
-    examples = num_examples / arguments.world_size / arguments.train_batch_size
+    batch_size = batch_size or arguments.train_batch_size
+    examples = num_examples / arguments.world_size / batch_size
     batches = math.floor(examples) if arguments.dataloader_drop_last else math.ceil(examples)
     if batches < 1:
         raise DataError(f"{num_examples} examples do not fill one batch; lower the batch size.")
@@ -243,12 +252,27 @@ def check_start(recipe: Recipe) -> None:
     """Refuse what a new adapter cannot start from, before anything is loaded.
 
     Raises:
-        CheckpointError: if `start_from` holds no PEFT LoRA, or `start_ranks` no rank map.
+        CheckpointError: if `start_from` holds no adapter, or `start_ranks` no rank map.
+        ConfigError: if `start_from_ranks` is for another kind of adapter.
     """
-    if recipe.start_from:
+    if recipe.start_from and continues_drlora(recipe):
+        refuse_unfit(Path(recipe.start_from))
+    elif recipe.start_from:
         refuse_other_files(Path(recipe.start_from))
+        if recipe.start_from_ranks:
+            raise ConfigError(
+                f"start_from_ranks={recipe.start_from_ranks!r} is for a DR-LoRA adapter; the LoRA "
+                f"in {recipe.start_from} has one rank for all, and grows as the section adapter "
+                f"says. Leave it out."
+            )
     if recipe.start_ranks:
         read_rank_map(recipe.start_ranks)
+
+
+def continues_drlora(recipe: Recipe) -> bool:
+    """Whether `start_from` is a run, or a folder with a DR-LoRA adapter."""
+    folder = Path(recipe.start_from or "")
+    return bool(recipe.start_from) and (is_drlora(folder) or (folder / "config.yaml").is_file())
 
 
 def add_adapter(
@@ -271,7 +295,10 @@ def add_adapter(
         # The layers that the LoRA had, without asking it again.
         config = DrLoraConfig.from_pretrained(str(checkpoint))
         config.inference_mode = False
-    if checkpoint is None and recipe.start_from:
+    if checkpoint is None and recipe.start_from and continues_drlora(recipe):
+        ranks = recipe.start_from_ranks or "keep"
+        peft_model = continue_adapter(model, recipe.start_from, config, ranks)
+    elif checkpoint is None and recipe.start_from:
         peft_model = load_peft_lora(model, recipe.start_from, config)
     else:
         peft_model = cast(PeftModel, get_peft_model(model, config))

@@ -5,8 +5,13 @@
 The callback owns a RankDynamics over the Trainer's steps, and writes `growth.jsonl`, one line a
 grant, and `events.jsonl` (see drlora.event_log) into the output directory. Ranks and statistics are
 buffers of the adapter, so the Trainer's own checkpoints carry them and `resume_from_checkpoint`
-continues them; the step count, which a GradScaler can leave behind the Trainer's, is kept in the
-checkpoint's `trainer_state.json`.
+continues them; the step count, which a GradScaler can leave behind the Trainer's, and the length
+that growth is planned for are kept in the checkpoint's `trainer_state.json`.
+
+Where `train()` is called again, by the user or because auto_find_batch_size tries a smaller batch,
+transformers counts steps from 0 again and goes on with the weights, and so do ranks and logs: the
+logs count on, so that they tell how the ranks came about. Logs of an earlier program that trained
+into the same folder are set aside as `growth-1.jsonl` and so on.
 """
 
 from __future__ import annotations
@@ -30,7 +35,7 @@ from drlora.dynamics import Grant, RankDynamics
 from drlora.errors import ConfigError
 from drlora.event_log import EVENT_LOG, EventLog
 from drlora.inject import active_adapter
-from drlora.jsonl import append_lines, forget_after
+from drlora.jsonl import append_lines, forget_after, set_aside
 from drlora.processes import wait_for_all
 from drlora.rank_metrics import RankLog
 from drlora.schedule import Schedule
@@ -52,6 +57,9 @@ class DrLoraCallback(TrainerCallback, ExportableState):
 
     Attributes:
         dynamics: the RankDynamics, from the start of training on.
+        tells_of_length: whether it warns where a run that is resumed has another length than growth
+            was planned for.
+        log_start: steps of earlier calls of `train()`, which the logs count too.
     """
 
     def __init__(
@@ -64,6 +72,9 @@ class DrLoraCallback(TrainerCallback, ExportableState):
         self.log_dir = log_dir
         self.on_growth = on_growth
         self.dynamics: RankDynamics | None = None
+        self.tells_of_length = True
+        self.log_start = 0
+        self._ended = False
         self._scale: float | None = None
 
     def on_train_begin(
@@ -75,26 +86,42 @@ class DrLoraCallback(TrainerCallback, ExportableState):
             ConfigError: if the adapter is frozen, or cannot spend its budget in this run, or its
                 ranks are to be placed and the data cannot be looked into.
         """
+        saved = self._saved(state)
+        is_new = self.dynamics is None
         if self.dynamics is not None:
+            if not self._ended and args.auto_find_batch_size:
+                _tell_of_smaller_batch(state.train_batch_size, self.dynamics.run_step)
+            self.log_start += self.dynamics.run_step
             self.dynamics.release()
+        self._ended = False
+        if state.global_step:
+            self.log_start = saved.get("log_start", 0)
         model = kwargs["model"]
         if needs_ranks(model, self.adapter):
             place_ranks(model, self._first_batches(args, **kwargs), self.adapter)
-        saved = self._saved(state)
         planned = Schedule(**saved["schedule"]) if "schedule" in saved else None
         self.dynamics = RankDynamics(model, state.max_steps, self.adapter, planned)
         _refuse_frozen(self.dynamics)
         refuse_mixed_up(args, model, self.dynamics.adapter_name)
-        _warn_of_other_length(self.dynamics, state)
+        self._tell_of_other_length(state.max_steps)
         self.dynamics.step = saved.get("step", state.global_step)
         self.dynamics.skipped = state.global_step - self.dynamics.step
         _warn_of_longer_warmup(self.dynamics, args.get_warmup_steps(state.max_steps))
         self._log = Path(self.log_dir or args.output_dir or ".") / GROWTH_LOG
-        self._events = EventLog(self._log.with_name(EVENT_LOG), self.dynamics)
+        self._events = EventLog(self._log.with_name(EVENT_LOG), self.dynamics, self.log_start)
         self._rank_log = RankLog(self.dynamics)
         if state.is_world_process_zero:
-            forget_after(self._log, state.global_step)
-            self._events.forget_after(state.global_step)
+            for log in (self._log, self._events.path):
+                if is_new and not state.global_step:
+                    set_aside(log)
+                forget_after(log, self.log_start + state.global_step)
+
+    def begin_again(self) -> None:
+        """Forget the steps so far: weights and ranks were put back to where the run began."""
+        if self.dynamics is not None:
+            self.dynamics.release()
+        self.dynamics = None
+        self.log_start = 0
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -120,7 +147,8 @@ class DrLoraCallback(TrainerCallback, ExportableState):
             grants = self.dynamics.after_optimizer_step(optimizer, skipped=skipped)
         self._rank_log.has_changed |= bool(grants)
         if grants and state.is_world_process_zero:
-            append_lines(self._log, [asdict(grant) for grant in grants])
+            lines = [asdict(grant) for grant in grants]
+            append_lines(self._log, [{**g, "step": self.log_start + g["step"]} for g in lines])
             self._events.write_event()
         if grants and self.on_growth is not None:
             self.on_growth(grants)
@@ -162,6 +190,7 @@ class DrLoraCallback(TrainerCallback, ExportableState):
         """
         assert self.dynamics is not None
         load_best(args, state, kwargs.get("model"), self.dynamics.adapter_name)
+        self._ended = True
         if state.is_world_process_zero and state.global_step >= state.max_steps:
             self._events.write_end()
         self.dynamics.warn_of_poison()
@@ -181,7 +210,8 @@ class DrLoraCallback(TrainerCallback, ExportableState):
         known = self.dynamics
         kept = {} if known is None else {"step": known.step, "schedule": asdict(known.schedule)}
         log_dir = None if self.log_dir is None else os.fspath(self.log_dir)
-        return {"args": {"adapter": self.adapter, "log_dir": log_dir}, "attributes": kept}
+        arguments = {"adapter": self.adapter, "log_dir": log_dir}
+        return {"args": arguments, "attributes": kept and {**kept, "log_start": self.log_start}}
 
     def _first_batches(
         self, args: TrainingArguments, model: Any, train_dataloader: Any, **kwargs: Any
@@ -221,6 +251,23 @@ class DrLoraCallback(TrainerCallback, ExportableState):
                 return kept
         return {}
 
+    def _tell_of_other_length(self, steps: int) -> None:
+        """Growth keeps the plan it was begun with; what that means for a run of other length."""
+        assert self.dynamics is not None
+        planned, events = self.dynamics.total_steps, self.dynamics.event_steps
+        if events and events[-1] > steps:
+            raise ConfigError(
+                f"the run was planned for {planned} steps, with its last growth event after step "
+                f"{events[-1]}, and now has {steps}: the budget would not be spent. Resume it with "
+                f"the same data, batch size and max_steps, or with max_steps={planned} or more."
+            )
+        if planned != steps and events and self.tells_of_length:
+            warnings.warn(
+                f"the run was planned for {planned} steps and now has {steps}: ranks grow as "
+                f"planned for {planned}, the learning rate follows the new length.",
+                stacklevel=2,
+            )
+
 
 def _scaler_of(optimizer: object) -> Any:
     """The GradScaler of accelerate's optimizer, None without one."""
@@ -248,17 +295,12 @@ def _refuse_frozen(dynamics: RankDynamics) -> None:
         )
 
 
-def _warn_of_other_length(dynamics: RankDynamics, state: TrainerState) -> None:
-    planned = dynamics.total_steps
-    if planned == state.max_steps or not dynamics.event_steps:
-        return
-    last = dynamics.event_steps[-1]
-    short = f", so its events after step {state.max_steps} will not take place"
+def _tell_of_smaller_batch(batch_size: int | None, step: int) -> None:
     warnings.warn(
-        f"growth was planned for a run of {planned} steps, which now has {state.max_steps}: the "
-        f"plan of the checkpoint stays, its last event is after step {last}"
-        f"{short if state.max_steps < last else ''}.",
-        stacklevel=2,
+        f"the batch did not fit at step {step}: transformers begins again at step 0 with "
+        f"{batch_size} examples at once, and goes on with the weights and ranks as they are by "
+        f"now. growth.jsonl counts on from step {step}.",
+        stacklevel=3,
     )
 
 

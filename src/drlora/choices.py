@@ -38,11 +38,7 @@ def choose(
     """
     rows = []
     for example in examples:
-        if len(example.get("choices") or ()) < 2:
-            raise DataError(
-                f"{example['prompt']!r} has the choices {example.get('choices')!r}; give every "
-                f"example two or more, or none to any"
-            )
+        refuse_single_choice(example)
         prompts = [example["prompt"]] * len(example["choices"])
         encoded = encode_completions(prompts, example["choices"], tokenizer)
         rows += [{"input_ids": ids, "labels": labels} for ids, labels in encoded]
@@ -58,6 +54,17 @@ def choose(
         example["choices"][int(losses.argmin())].strip()
         for example, losses in zip(examples, by_example, strict=True)
     ]
+
+
+def refuse_single_choice(example: Mapping[str, Any]) -> None:
+    """Raises:
+    DataError: if the example has fewer than two choices.
+    """
+    if len(example.get("choices") or ()) < 2:
+        raise DataError(
+            f"{example['prompt']!r} has the choices {example.get('choices')!r}; give every "
+            f"example two or more, or none to any"
+        )
 
 
 def summed_losses(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """The command line: verbs, arguments, and errors as one message.
 
-    drlora train RECIPE.yaml [key=value ...] [--resume] [--dry-run]
+    drlora train RECIPE.yaml [key=value ...] [--resume | --overwrite] [--dry-run]
     drlora eval RUN|EXPORT [--split SPLIT] [--data FILE]
     drlora inspect MODEL [key=value ...] [--steps N] [--tokens N]
     drlora export RUN --format peft|per-expert|merged -o DIR [--rank auto] [--dry-run]
@@ -12,7 +12,7 @@ Every verb takes --json and --help (with examples). `drlora --print-completion b
 completion script, where shtab is installed.
 
 Exit codes: 0 done, 1 a run of a comparison failed, 2 something to put right (one message on
-standard error), 130 interrupted.
+standard error), 3 a run that diverged, 130 interrupted, 143 terminated (SIGTERM).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -41,6 +42,8 @@ from drlora.files import read_json, refuse_links_out
 from drlora.inspection import inspect_model
 from drlora.inspection_text import print_inspection
 from drlora.moved import located_at
+from drlora.outcome import verdict_line
+from drlora.progress import Terminated, sigterm_interrupts
 from drlora.recipe import load_recipe, make_adapter_config
 from drlora.report import write_report
 from drlora.rundir import RunDir
@@ -49,7 +52,9 @@ from drlora.summary import print_summary
 from drlora.train import train
 
 EXIT_BAD_INPUT = 2
+EXIT_DIVERGED = 3
 EXIT_INTERRUPTED = 130
+EXIT_TERMINATED = 143
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -63,6 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     _quiet()
     try:
         return _print_completion(parser, shell) if shell else arguments.verb(arguments)
+    except Terminated:
+        return _report("terminated", EXIT_TERMINATED)
     except KeyboardInterrupt:
         return _report("interrupted", EXIT_INTERRUPTED)
     except (DrLoraError, OSError) as error:
@@ -111,34 +118,44 @@ def _print_completion(parser: Parser, shell: str) -> int:
 
 
 def _train(arguments: argparse.Namespace) -> int:
+    if arguments.resume and arguments.overwrite:
+        raise ConfigError("--resume and --overwrite contradict each other; keep one.")
     console = Console(highlight=False, soft_wrap=True, stderr=arguments.json)
-    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    recipe = load_recipe(arguments.recipe, arguments.overrides, arguments.resume)
     recipe = located_at(recipe, arguments.recipe, arguments.overrides)
     run = RunDir(Path(recipe.output_dir))
-    if arguments.resume:
+    if arguments.resume or arguments.overwrite:
         refuse_links_out(run.path)
     if arguments.dry_run:
-        found = dry_run(recipe)
+        found = dry_run(recipe, arguments.resume, arguments.overwrite)
         if arguments.json:
             print(json.dumps(found, indent=2))
         else:
             print_dry_run(found, console)
         return 0
     try:
-        result = train(recipe, arguments.resume, console)
-    except KeyboardInterrupt:
-        return _report(_way_on(run, "interrupted"), EXIT_INTERRUPTED)
+        with sigterm_interrupts():
+            result = train(recipe, arguments.resume, console, arguments.overwrite)
+    except KeyboardInterrupt as stop:
+        is_term = isinstance(stop, Terminated)
+        what = "terminated" if is_term else "interrupted"
+        return _report(_way_on(run, what), EXIT_TERMINATED if is_term else EXIT_INTERRUPTED)
     except (CheckpointError, OSError) as error:
         if arguments.debug or not run.config.is_file() or run.result.is_file():
             raise
         # Such as a full disk: what is there stays good.
         return _report(_way_on(run, f"error: {error}"), EXIT_BAD_INPUT)
     if result.interrupted:
-        what = f"interrupted at step {result.steps}; a checkpoint is saved"
-        return _report(_way_on(run, what), EXIT_INTERRUPTED)
+        is_term = result.signal == signal.SIGTERM
+        what = "terminated" if is_term else "interrupted"
+        what = f"{what} at step {result.steps}; a checkpoint is saved"
+        return _report(_way_on(run, what), EXIT_TERMINATED if is_term else EXIT_INTERRUPTED)
     print_summary(result, console)
     if arguments.json:
         print(json.dumps({"run": str(run.path), **read_json(run.result)}, indent=2))
+    if result.diverged:
+        rate = float(recipe.training["learning_rate"])
+        return _report(verdict_line(result, rate), EXIT_DIVERGED)
     return 0
 
 

@@ -8,46 +8,60 @@ from typing import Any
 from rich.console import Console
 
 from drlora.assemble import training_arguments
+from drlora.held_out import evaluation_notes
 from drlora.inspection import inspect_model
 from drlora.inspection_text import print_inspection
+from drlora.job import Job, prepare
+from drlora.progress import say
 from drlora.recipe import Recipe
 from drlora.rundir import RunDir
-from drlora.train import prepare
 
 
-def dry_run(recipe: Recipe) -> dict[str, Any]:
+def dry_run(recipe: Recipe, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
     """Check everything that can be checked without the weights.
+
+    Args:
+        recipe: what would be done.
+        resume: whether the run in output_dir would be continued.
+        overwrite: whether it would be replaced.
 
     Returns:
         `recipe` (with all defaults), `steps`, `examples` (role -> how many are used, dropped and
-        truncated), and `model`: what `inspect_model` says of it, with the growth plan.
+        truncated), `notes` (what is printed of them), and `model`: what `inspect_model` says of
+        it, with the growth plan and the memory of this recipe's batches.
 
     Raises:
         DrLoraError: what `train` would refuse.
     """
     run = RunDir(Path(recipe.output_dir))
-    run.refuse_second_run()
-    job = prepare(recipe, run, training_arguments(recipe, run), checkpoint=None)
-    examples = {
-        role: {"used": len(e.dataset), "dropped": e.dropped, "truncated": e.truncated}
-        for role, e in (("train", job.train.encoded), ("eval", job.held_out.encoded))
-    }
+    if resume:
+        run.refuse_resume_of(recipe)
+    else:
+        run.refuse_second_run(overwrite)
+    checkpoint = run.newest_checkpoint() if resume else None
+    job = prepare(recipe, run, training_arguments(recipe, run), checkpoint, resume)
     dtype = None if recipe.dtype == "auto" else recipe.dtype
-    found = inspect_model(recipe.model, recipe.adapter_config(), job.total_steps, dtype)
+    tokens = _tokens_of_a_batch(job)
+    found = inspect_model(recipe.model, recipe.adapter_config(), job.plan_steps, dtype, tokens)
     return {
         "recipe": recipe.to_dict(),
         "steps": job.total_steps,
-        "examples": examples,
+        "examples": job.counts(),
+        "notes": [*job.notes(), *evaluation_notes(job.held_out, recipe.evaluation)],
         "model": found,
     }
+
+
+def _tokens_of_a_batch(job: Job) -> int:
+    """Of the largest batch there can be, padding included."""
+    longest = max(map(len, job.train.encoded.dataset["input_ids"]))
+    accelerators = max(1, job.arguments.n_gpu)  # of one process; each has its part of the batch
+    return longest * -(-job.batch_size // accelerators)
 
 
 def print_dry_run(found: dict[str, Any], console: Console) -> None:
     """The same, for people."""
     print_inspection(found["model"], console)
-    for role, counts in found["examples"].items():
-        left_out = f", {counts['dropped']} left out" if counts["dropped"] else ""
-        cut = f", {counts['truncated']} cut" if counts["truncated"] else ""
-        console.print(f"{role:8} {counts['used']:,} examples{left_out}{cut}")
-    console.print(f"steps    {found['steps']:,}")
+    for note in found["notes"]:
+        say(console, note)
     console.print(f"dry run: nothing was written to {found['recipe']['output_dir']}")

@@ -30,7 +30,13 @@ from drlora.layer import ExpertsAdapter, RankPool
 from drlora.processes import add_up, refuse_differing
 from drlora.saliency import RANK_IMPORTANCES, ema, routed_share
 from drlora.schedule import Schedule
-from drlora.young_rows import OwnClocks, is_adam, parameter_groups, unwrap_optimizer
+from drlora.young_rows import (
+    OwnClocks,
+    is_adam,
+    parameter_groups,
+    steps_taken,
+    unwrap_optimizer,
+)
 
 
 class RankDynamics:
@@ -77,6 +83,8 @@ class RankDynamics:
         self._poisoned_steps: Tensor | int = 0
         self._told_of_poison = False
         self._has_agreed = False
+        # Steps that the optimizer took before this run, if it is that of an earlier one.
+        self._optimizer_start: int | None = None
 
     def _follow(self, schedule: Schedule) -> None:
         self.schedule = schedule
@@ -163,7 +171,8 @@ class RankDynamics:
         if self.plan_step == before or not self.growth.is_event(self.plan_step):
             return []
         self._agree()
-        grants = self.growth.event(Moment(self.plan_step, self.step, self.run_step), optimizer)
+        taken = self.step + (self._optimizer_start or 0)
+        grants = self.growth.event(Moment(self.plan_step, taken, self.run_step), optimizer)
         self._agree()
         if grants:
             self.warn_of_poison()
@@ -182,15 +191,18 @@ class RankDynamics:
 
     def _count_step(self, optimizer: object) -> None:
         """A step that the optimizer took."""
+        inner = unwrap_optimizer(optimizer)
+        if self._optimizer_start is None:
+            taken = steps_taken(inner, self._pools()[0].lora_A)
+            self._optimizer_start = max(0, taken - self.step - 1)
         if self.step == 0:
-            # Births of an earlier run that the adapter was saved from; its optimizer is not this.
-            for pool in self._pools():
+            # Births of a run that the adapter was saved from, unless its optimizer goes on.
+            for pool in self._pools() if not self._optimizer_start else ():
                 pool.birth.zero_()
             _warn_of_equal_rates(optimizer, self._pools()[0], self.config)
         self.step += 1
-        inner = unwrap_optimizer(optimizer)
         if self.config.young_rows == "own" and is_adam(inner):
-            self._clocks.correct(inner, self._pools(), self.step)
+            self._clocks.correct(inner, self._pools(), self.step + self._optimizer_start)
         self._poisoned_steps = self._poisoned_steps + self._poisoned
 
     def _agree(self) -> None:

@@ -180,7 +180,7 @@ def exact_match(
 def _answer(
     model: Any, tokenizer: PreTrainedTokenizerBase, batch: Sequence[Any], max_new_tokens: int
 ) -> Iterator[Sample]:
-    answers = [_accepted(example) for example in batch]
+    answers = [accepted_answers(example) for example in batch]
     prompts = [example["prompt"] for example in batch]
     if batch[0].get("choices"):
         predictions = choose(model, tokenizer, batch, len(batch))
@@ -190,7 +190,12 @@ def _answer(
         yield Sample(prompt, prediction, accepted, prediction in accepted)
 
 
-def _accepted(example: Mapping[str, Any]) -> tuple[str, ...]:
+def accepted_answers(example: Mapping[str, Any]) -> tuple[str, ...]:
+    """What counts as right, stripped.
+
+    Raises:
+        DataError: if the example has no prompt, or no answer on a single line.
+    """
     answers = example.get("answers") or [example.get("completion")]
     if not isinstance(example.get("prompt"), str) or not all(isinstance(a, str) for a in answers):
         raise DataError(

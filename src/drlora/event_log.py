@@ -22,7 +22,7 @@ from torch import Tensor
 from drlora.dynamics import RankDynamics
 from drlora.groups import Scored
 from drlora.growth import Growth
-from drlora.jsonl import append_lines, forget_after
+from drlora.jsonl import append_lines
 
 EVENT_LOG = "events.jsonl"
 MOST_EVENTS = 64
@@ -34,16 +34,14 @@ class EventLog:
     Args:
         path: the file.
         dynamics: whose events are written.
+        start: steps of earlier calls of `train()`, which are counted too.
     """
 
-    def __init__(self, path: Path, dynamics: RankDynamics) -> None:
+    def __init__(self, path: Path, dynamics: RankDynamics, start: int = 0) -> None:
         self.path = path
         self.dynamics = dynamics
+        self.start = start
         self.stride = -(-len(dynamics.event_steps) // MOST_EVENTS)
-
-    def forget_after(self, step: int) -> None:
-        """Drop what a run resumed at `step` will write again."""
-        forget_after(self.path, step)
 
     def write_event(self) -> None:
         """The event that was just carried out, if it is one of those that are kept."""
@@ -58,7 +56,7 @@ class EventLog:
         self._write(growth.score(group, self.dynamics.run_step) for group in growth.groups)
 
     def _write(self, scored: Iterable[Scored]) -> None:
-        step = self.dynamics.run_step
+        step = self.start + self.dynamics.run_step
         append_lines(self.path, [line for one in scored for line in _lines(one, step)])
 
 

@@ -40,7 +40,7 @@ from drlora.export import (
     make_plan,
     refuse_full_folder,
 )
-from drlora.files import read_json
+from drlora.files import home, read_json
 from drlora.layer import DrLoraExperts
 from drlora.ops.merge import Rounding, RoundingMode
 from drlora.places import from_root
@@ -99,6 +99,7 @@ def export_run(
         raise ConfigError(f"rounding={rounding!r} is not known; choose one of {list(ROUNDINGS)}.")
     how = Rounding(rounding, seed)
     source = _find_adapter(Path(folder), model, trust_remote_code)
+    output = home(str(output))
     refuse_full_folder(output)
     if dry_run:
         return ExportResult(make_plan(_adapter_without_base(source), format, rank), None)

@@ -14,7 +14,7 @@ from typing import Any
 from peft.utils import CONFIG_NAME
 from safetensors import SafetensorError, safe_open
 
-from drlora.errors import CheckpointError, DrLoraError
+from drlora.errors import CheckpointError, ConfigError, DrLoraError
 
 LARGEST_JSON_BYTES = 64 * 2**20
 _RANKS_OF_A_CONFIG = ("r", "r_init", "r_target", "target_rank")
@@ -31,7 +31,7 @@ def read_text(path: Path, largest_bytes: int, error: type[DrLoraError], what: st
         size = path.stat().st_size
         if size > largest_bytes:
             raise error(f"{name} has {size} bytes, more than such a file can have.")
-        return path.read_text("utf-8")
+        return path.read_text("utf-8-sig")  # some editors begin a file with a byte order mark
     except (OSError, ValueError) as fault:
         if isinstance(fault, DrLoraError):
             raise
@@ -65,12 +65,26 @@ def shown(value: Any, longest: int = 60) -> str:
     return text if len(text) <= longest else text[: longest - 3] + "..."
 
 
+def home(name: str) -> str:
+    """`name` with a `~` or `~user` at its start written out; the one place where that is done.
+
+    Raises:
+        ConfigError: if there is no such user.
+    """
+    if not name.startswith("~"):
+        return name
+    try:
+        return str(Path(name).expanduser())
+    except RuntimeError as error:
+        raise ConfigError(f"{name!r}: {first_line(error)}; write the folder out.") from error
+
+
 def local_path(name: str) -> Path | None:
     """The file or folder that `name` stands for, if there is one; a hub's name stands for none."""
     try:
-        path = Path(name).expanduser()
+        path = Path(home(name))
         return path if path.exists() else None
-    except (OSError, ValueError, RuntimeError):  # too long, with a null byte, of an unknown user
+    except (OSError, ValueError):  # too long, with a null byte, of an unknown user
         return None
 
 

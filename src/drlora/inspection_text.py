@@ -9,6 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from drlora.wording import counted
+
 CHART_WIDTH = 60
 CHART_HEIGHT = 6
 _EIGHTHS = " ▁▂▃▄▅▆▇█"
@@ -54,7 +56,7 @@ def _print_beside(beside: dict[str, int], console: Console) -> None:
 
 def _block_table(blocks: list[dict[str, Any]]) -> Table:
     """One row for each run of blocks of the same shape."""
-    table = Table(title=f"{len(blocks)} MoE blocks", box=None, pad_edge=False)
+    table = Table(title=counted(len(blocks), "MoE block"), box=None, pad_edge=False)
     for name in ("blocks", "experts", "top-k", "gate_up (E, 2I, H)", "down (E, H, I)"):
         table.add_column(name)
     shape = itemgetter("experts", "top_k", "hidden_size", "expert_width")

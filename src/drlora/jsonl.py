@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +34,30 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 def forget_after(path: Path, step: int) -> None:
     """Drop the entries that a run resumed at `step` will write again."""
+    _keep(path, lambda line: _step_of(line) <= step)
+
+
+def forget_kind(path: Path, kind: str, step: int) -> None:
+    """Drop the entries of a kind at a step, which are to be written again."""
+    _keep(path, lambda line: (_parse(line) or {}).get("kind") != kind or _step_of(line) != step)
+
+
+def _keep(path: Path, is_kept: Callable[[bytes], bool]) -> None:
     if not path.exists():
         return
     temporary = path.with_name(path.name + ".tmp")
     with path.open("rb") as lines, temporary.open("wb") as kept:
-        kept.writelines(line for line in lines if _step_of(line) <= step)
+        kept.writelines(line for line in lines if is_kept(line))
     move_into_place(temporary, path)
+
+
+def set_aside(path: Path) -> None:
+    """Keep the log of an earlier run as `growth-1.jsonl`, `growth-2.jsonl` and so on."""
+    if not path.exists() or not path.stat().st_size:
+        return
+    numbers = itertools.count(1)
+    names = (path.with_name(f"{path.stem}-{number}{path.suffix}") for number in numbers)
+    path.rename(next(name for name in names if not name.exists()))
 
 
 def finite(value: Any) -> Any:

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from drlora.assemble import Examples
 from drlora.data import Collator
+from drlora.draw import draw
 from drlora.errors import CheckpointError, DataError
 from drlora.evaluate import LossResult, MatchResult, evaluate_loss, exact_match
 from drlora.files import shown
@@ -76,17 +77,24 @@ def measure(
     section: EvaluationSection,
 ) -> Measurement:
     """Measure the model as it is on `examples`, as the recipe's section `evaluation` says."""
-    encoded = _front(examples.encoded.dataset, section.loss_examples)
+    encoded = draw(examples.encoded.dataset, section.loss_examples, section.draw)
     loss = evaluate_loss(model, encoded, Collator(tokenizer), section.batch_size)
-    raw = _front(examples.raw, section.exact_match_examples)
-    notes = tuple(_notes(len(examples.encoded.dataset), raw, section))
+    raw = draw(examples.raw, section.exact_match_examples, section.draw)
+    notes = tuple(notes_on(len(examples.encoded.dataset), raw, section))
     if not wants_match(raw, section):
         return Measurement(loss, None, notes)
     match = exact_match(model, tokenizer, raw, section.batch_size, section.max_new_tokens)
     return Measurement(loss, match, notes)
 
 
-def _notes(there: int, raw: Dataset, section: EvaluationSection) -> Iterator[str]:
+def notes_on(there: int, raw: Dataset, section: EvaluationSection) -> Iterator[str]:
+    """What the section asks for and does not get, and why there is no exact match, in clauses.
+
+    Args:
+        there: examples that there are for the loss.
+        raw: those for exact match.
+        section: what is asked for.
+    """
     if section.loss_examples is not None and section.loss_examples > there:
         yield f"evaluation.loss_examples={section.loss_examples}, but there are {there}"
     if section.exact_match is None and not wants_match(raw, section):
@@ -110,7 +118,3 @@ def wants_match(raw: Dataset, section: EvaluationSection) -> bool:
     if section.exact_match is None:
         return has_prompts and not any("\n" in text.strip() for text in raw["completion"])
     return section.exact_match
-
-
-def _front(rows: Dataset, limit: int | None) -> Dataset:
-    return rows.select(range(min(len(rows), limit or len(rows))))

@@ -1,4 +1,4 @@
-"""What the processes of one run share, over torch.distributed's default group.
+"""What the processes of one run share, over torch.distributed's default group, and who holds what.
 
 One process alone, or a program that never set a group up, is the common case and costs nothing.
 """
@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from drlora.errors import DrLoraError, SyncError
 
@@ -21,6 +23,11 @@ Found = TypeVar("Found")
 def are_several() -> bool:
     """Whether this run has more than one process."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def world_size() -> int:
+    """How many processes this run has."""
+    return dist.get_world_size() if are_several() else 1
 
 
 def is_main() -> bool:
@@ -90,6 +97,40 @@ def refuse_differing(
             f"would grow different models. Give every process the same seed, settings and adapter, "
             f"let the engine reduce all gradients, and continue from the last checkpoint."
         )
+
+
+class HeldRows(NamedTuple):
+    """The part of some rows of a parameter that this process holds.
+
+    Attributes:
+        chosen: which of the asked-for rows these are, as an index into them.
+        local: their row numbers in the local shard.
+    """
+
+    chosen: Tensor
+    local: Tensor
+
+
+def held_rows(parameter: Tensor, rows: Tensor) -> HeldRows:
+    """All of `rows` for an ordinary parameter; those of the local shard for a DTensor."""
+    first, end = held_range(parameter)
+    chosen = ((rows >= first) & (rows < end)).nonzero().squeeze(1)
+    return HeldRows(chosen, rows[chosen] - first)
+
+
+def held_range(parameter: Tensor) -> tuple[int, int]:
+    """First row of the parameter that this process holds, and the one after its last."""
+    if not isinstance(parameter, DTensor):
+        return 0, parameter.shape[0]
+    shape, offset = compute_local_shape_and_global_offset(
+        parameter.shape, parameter.device_mesh, parameter.placements
+    )
+    return offset[0], offset[0] + shape[0]
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """The tensor itself, or the local shard of a DTensor (same storage)."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _digest(tensors: Iterable[Tensor]) -> int:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from drlora.errors import CheckpointError
+from drlora.processes import held_rows, local_part
 from drlora.ranks import FREE, RankBook
-from drlora.young_rows import held_rows, local_part
 
 
 class RankPool(nn.Module):

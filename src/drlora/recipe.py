@@ -3,16 +3,19 @@
     recipe = load_recipe("recipes/embedded.yaml", ["training.max_steps=100"])
     train(recipe)
 
-The sections `data` and `evaluation` are the dataclasses below, `adapter` holds the settings of
-`DrLoraConfig` (or a `preset` and changes to it), `training` those of transformers'
-TrainingArguments. Whatever is not known is refused, with the nearest known name.
+The sections `data` and `evaluation` are the classes of sections.py, `adapter` holds the settings
+of `DrLoraConfig` (or a `preset` and changes to it), `training` those of transformers'
+TrainingArguments. Whatever is not known is refused, with the nearest known name. Relative paths are
+those of the working directory; what a run keeps of its recipe has them from the root on, so that it
+can be resumed from anywhere.
 """
 
 from __future__ import annotations
 
+import os
 import typing
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,15 +24,18 @@ from peft import PeftConfig, TaskType
 from transformers import TrainingArguments
 
 from drlora.config import DrLoraConfig, preset_settings
-from drlora.data.layout import KNOWN_COLUMNS
+from drlora.continue_adapter import RANKS, kept_settings
 from drlora.errors import ConfigError
+from drlora.files import home
+from drlora.places import from_root
+from drlora.sections import ROLES, DataSection, EvaluationSection
+from drlora.sections import default_split as default_split
 from drlora.settings import check_type, read_settings, refuse_unknown
 
-ROLES = ("train", "eval", "test")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-EMBEDDED_SPLITS = {"train": "train", "eval": "dev", "test": "test"}
-HUB_SPLITS = {"train": "train", "eval": "validation", "test": "test"}
-FILE_SUFFIXES = (".json", ".jsonl", ".parquet")
+
+LENGTHS = ("max_steps", "num_train_epochs")  # settings of training that say how long a run is
+_PATHS = ("model", "tokenizer", "output_dir", "start_from", "start_ranks")
 
 TRAINING_DEFAULTS: dict[str, Any] = {
     "learning_rate": 2e-4,
@@ -42,6 +48,7 @@ TRAINING_DEFAULTS: dict[str, Any] = {
     "save_total_limit": 2,
     "seed": 42,
     "report_to": "none",
+    "logging_nan_inf_filter": False,  # it logs 0 where the loss is NaN
 }
 # Fields of TrainingArguments that a recipe does not set, and why.
 NOT_IN_RECIPES = {
@@ -63,87 +70,6 @@ COMMON_TRAINING = (
 
 
 @dataclass(frozen=True)
-class DataSection:
-    """Where the examples come from.
-
-    Args:
-        train: a hub data set, a .json, .jsonl or .parquet file, or `embedded:TASK`.
-        eval: held-out data; by default the split `splits.eval` of `train`.
-        test: data for `drlora eval --split test`; by default the split `splits.test` of `train`.
-        splits: role (train, eval, test) -> name of a split, which may carry a slice
-            (`train[:90%]`).
-        config: configuration of a hub data set that has several.
-        columns: standard column (prompt, completion, answers, messages, text) -> its name in the
-            data.
-        max_length: longest example in tokens; by default what the model takes, at most 1024.
-        limits: role -> use only so many examples, from the front.
-    """
-
-    train: str
-    eval: str | None = None
-    test: str | None = None
-    splits: dict[str, str] = field(default_factory=dict)
-    config: str | None = None
-    columns: dict[str, str] | None = None
-    max_length: int | None = None
-    limits: dict[str, int] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        refuse_unknown(self.splits, ROLES, "data.splits")
-        refuse_unknown(self.limits, ROLES, "data.limits")
-        refuse_unknown(self.columns or {}, KNOWN_COLUMNS, "data.columns")
-        for role, limit in self.limits.items():
-            if check_type(limit, int, f"data.limits.{role}") < 1:
-                raise ConfigError(f"data.limits.{role}={limit} must be at least 1.")
-        if self.source("eval") == self.source("train"):
-            raise ConfigError(
-                f"data.train={self.train!r} is also what would be held out; name other data as "
-                f"data.eval, or split it: data.splits: {{train: 'train[:90%]', "
-                f"eval: 'train[90%:]'}}."
-            )
-
-    def source(self, role: str) -> tuple[str, str]:
-        """(source, split) of a role, as `drlora.data.load_examples` takes them."""
-        source = getattr(self, role) or self.train
-        return source, self.splits.get(role) or default_split(source, role)
-
-
-def default_split(source: str, role: str) -> str:
-    """The split of `source` that stands for a role where the recipe names none."""
-    if source.startswith("embedded:"):
-        return EMBEDDED_SPLITS[role]
-    return "train" if Path(source).suffix in FILE_SUFFIXES else HUB_SPLITS[role]
-
-
-@dataclass(frozen=True)
-class EvaluationSection:
-    """What is measured before and after training, on the held-out data.
-
-    Args:
-        loss_examples: examples for the loss, from the front; by default all.
-        exact_match: whether answers are generated and compared; by default where there are
-            prompts with one-line completions.
-        exact_match_examples: examples for exact match, from the front.
-        max_new_tokens: longest answer, in tokens.
-        batch_size: examples at once.
-        before: whether the untrained model is measured too, at step 0.
-    """
-
-    loss_examples: int | None = None
-    exact_match: bool | None = None
-    exact_match_examples: int = 100
-    max_new_tokens: int = 32
-    batch_size: int = 16
-    before: bool = True
-
-    def __post_init__(self) -> None:
-        for name in ("loss_examples", "exact_match_examples", "max_new_tokens", "batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"evaluation.{name}={value} must be at least 1.")
-
-
-@dataclass(frozen=True)
 class Recipe:
     """One run, checked as far as it can be without the model and the data.
 
@@ -156,8 +82,11 @@ class Recipe:
         evaluation: see EvaluationSection.
         method: a name of `drlora.methods`; what it stands for wins over `adapter`. None: `adapter`
             as it is.
-        start_from: folder of a PEFT LoRA on experts that the adapter continues; its layers and rank
+        start_from: what the adapter continues: a run, a folder with a DR-LoRA adapter
+            (`drlora.continue_adapter`), or one with a PEFT LoRA on experts, whose layers and rank
             are taken over (`drlora.load_peft_lora`).
+        start_from_ranks: of a DR-LoRA adapter, whether its ranks are to `keep`, to `grow` on from
+            where they are, or to be given out `again` from r_init on; by default keep.
         start_ranks: JSON file with the ranks to start from (`drlora.start_ranks`).
         tokenizer: where it is not the model's own.
         dtype: of the model's weights; `auto` is what they are stored in.
@@ -172,6 +101,7 @@ class Recipe:
     evaluation: EvaluationSection = EvaluationSection()
     method: str | None = None
     start_from: str | None = None
+    start_from_ranks: str | None = None
     start_ranks: str | None = None
     tokenizer: str | None = None
     dtype: str = "auto"
@@ -180,6 +110,16 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise ConfigError(f"dtype={self.dtype!r} is not known; choose one of {list(DTYPES)}.")
+        if self.start_from_ranks not in (None, *RANKS):
+            raise ConfigError(
+                f"start_from_ranks={self.start_from_ranks!r} is not known; choose one of "
+                f"{list(RANKS)}."
+            )
+        if self.start_from_ranks and not self.start_from:
+            raise ConfigError(
+                f"start_from_ranks={self.start_from_ranks!r} has no effect without start_from; "
+                f"name the adapter there, or leave it out."
+            )
         placing = {"start": "uniform", "start_a": "random"}
         for name in ("start_from", "start_ranks"):
             for setting, nothing in placing.items():
@@ -194,18 +134,43 @@ class Recipe:
         """A new DrLoraConfig of the section `adapter`."""
         return DrLoraConfig(**self.adapter, task_type=TaskType.CAUSAL_LM)
 
+    def resolved(self) -> Recipe:
+        """The same with local paths from the root on, so that it holds in any working directory."""
+        given = {name: found for name in _PATHS if (found := getattr(self, name))}
+        paths: dict[str, Any] = {
+            # Those of the first two may be names of the hub.
+            name: from_root(found) if name in ("model", "tokenizer") else os.path.abspath(found)
+            for name, found in given.items()
+        }
+        return replace(self, data=self.data.resolved(), **paths)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values with every default filled in; `recipe_from` reads them back."""
         return asdict(self)
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(path: str | Path, overrides: Sequence[str] = (), resume: bool = False) -> Recipe:
     """The recipe in the YAML file `path`, with `key=value` overrides (dotted keys) on top.
+
+    Relative paths in it are those of the working directory.
+
+    Args:
+        path: the file; `~` stands for home, as in every path in it.
+        overrides: `training.max_steps=100` and the like.
+        resume: whether a run is to go on: a length among the overrides, in steps or in epochs, then
+            takes the place of the file's, whichever that has.
 
     Raises:
         ConfigError: naming the setting, its value and the way out.
     """
-    return recipe_from(read_settings(path, overrides))
+    tree = read_settings(home(str(path)), overrides)
+    training = tree.get("training")
+    if resume and isinstance(training, dict):
+        given = {override.partition("=")[0] for override in overrides}
+        for one, other in (LENGTHS, LENGTHS[::-1]):
+            if f"training.{one}" in given and f"training.{other}" not in given:
+                training.pop(other, None)
+    return recipe_from(tree)
 
 
 def recipe_from(tree: dict[str, Any]) -> Recipe:
@@ -215,15 +180,33 @@ def recipe_from(tree: dict[str, Any]) -> Recipe:
         ConfigError: naming the setting, its value and the way out.
     """
     _refuse_unknown_in(tree, Recipe, "")
+    tree = _at_home(tree, _PATHS)
     sections = {key: _section(tree, key) for key in ("data", "adapter", "training", "evaluation")}
     training = _training(sections["training"])
     parts = {
-        "data": _build(DataSection, sections["data"], "data"),
+        "data": _build(DataSection, _at_home(sections["data"], ROLES), "data"),
         "evaluation": _build(EvaluationSection, sections["evaluation"], "evaluation"),
-        "adapter": _adapter(sections["adapter"], training, tree.get("method")),
+        "adapter": _adapter(_continued(tree, sections["adapter"]), training, tree.get("method")),
         "training": training,
     }
     return _build(Recipe, {**tree, **parts}, "")
+
+
+def _at_home(tree: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """`tree` with the paths under these names as `home` writes them."""
+    return {
+        key: home(value) if key in names and isinstance(value, str) else value
+        for key, value in tree.items()
+    }
+
+
+def _continued(tree: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """The section `adapter` on top of the settings of the DR-LoRA adapter in `start_from`."""
+    start_from = tree.get("start_from")
+    known = adapter_settings()
+    if not isinstance(start_from, str) or known.keys() <= given.keys():
+        return given
+    return kept_settings(start_from, tree.get("start_from_ranks"), known.keys(), given)
 
 
 def adapter_settings() -> dict[str, Any]:

@@ -19,7 +19,7 @@ from peft.utils.constants import TOKENIZER_CONFIG_NAME
 
 from drlora.errors import CheckpointError
 from drlora.export import RECORD
-from drlora.files import read_adapter_config, read_json, shown
+from drlora.files import home, read_adapter_config, read_json, shown
 from drlora.places import Place, leads_somewhere
 from drlora.recipe import DataSection, EvaluationSection, Recipe
 from drlora.rundir import RunDir
@@ -64,6 +64,7 @@ def find_source(folder: Path, model: str | None = None, trust_remote_code: bool 
     Raises:
         CheckpointError: if there is nothing, the run is unfinished, or the model is not known.
     """
+    folder = Path(home(str(folder)))
     run = RunDir(folder)
     if run.config.is_file():
         recipe = run.read_config()

@@ -57,6 +57,18 @@ def start_ranks(model: PeftModel, ranks: RankMap | str | Path) -> None:
         ConfigError: if a rank lies outside 1 to r_max, the budget is overspent, projections that
             share a rank differ, or a trained expert would shrink. Nothing is changed then.
     """
+    for pool, ranks_E in fitting_ranks(model, ranks):
+        _assign(pool, ranks_E)
+
+
+def fitting_ranks(
+    model: PeftModel, ranks: RankMap | str | Path
+) -> list[tuple[RankPool, list[int]]]:
+    """The ranks of a map for each pool of the active adapter, which may be without memory.
+
+    Raises:
+        CheckpointError, ConfigError: as `start_ranks` does.
+    """
     wanted = read_rank_map(ranks) if isinstance(ranks, (str, Path)) else _checked(ranks, "the map")
     adapters = _adapters(model)
     _refuse_other_keys(wanted, {name: list(a.pools) for name, a in adapters.items()})
@@ -67,8 +79,7 @@ def start_ranks(model: PeftModel, ranks: RankMap | str | Path) -> None:
     ]
     for name, adapter in adapters.items():
         _refuse_unequal(wanted[name], name, adapter.config)
-    for pool, ranks_E in changes:
-        _assign(pool, ranks_E)
+    return changes
 
 
 def ranks_from_routing(
@@ -268,7 +279,7 @@ def _fitting(ranks: Sequence[int], pool: RankPool, config: DrLoraConfig, where: 
             f"raise r_target or lower the ranks."
         )
     shrinking = [e for e, now in enumerate(pool.book.ranks()) if ranks[e] < now]
-    if shrinking and bool(pool.lora_B.any()):
+    if shrinking and not pool.lora_B.is_meta and bool(pool.lora_B.any()):
         raise ConfigError(
             f"{where}: expert {shrinking[0]} would lose rank, but the adapter is trained already; "
             f"set ranks before training, or ranks that are nowhere smaller."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 
 from rich.console import Console
@@ -9,7 +10,9 @@ from rich.table import Table
 
 from drlora.heat_map import print_heat_map
 from drlora.measure import Measurement
-from drlora.train import Ranks, TrainResult
+from drlora.outcome import Ranks, TrainResult
+from drlora.progress import say
+from drlora.wording import counted, duration
 
 MOST_IN_TABLE = 32  # experts of a layer
 
@@ -19,26 +22,37 @@ def print_summary(result: TrainResult, console: Console) -> None:
     console.print()
     if result.after is not None:
         for line in compare(result.before, result.after):
-            console.print(line)
+            say(console, line)
     print_ranks(result.ranks, console)
-    console.print(budget_line(result))
-    console.print(
+    say(console, budget_line(result))
+    say(
+        console,
         f"{result.trainable_parameters:,} trainable parameters ({result.stored_parameters:,} "
-        f"stored), {result.steps} steps, {result.seconds:.0f} s of training"
+        f"stored), {counted(result.steps, 'step')}, {duration(result.seconds)} of training",
     )
     if result.after is not None:
-        console.print(f"the run is in {result.run.path}")
+        console.print(f"the run is in {result.run.path}", soft_wrap=True, markup=False)
 
 
 def print_ranks(ranks: Ranks, console: Console) -> None:
     """A map on a terminal, and of many experts anywhere; else a table with every rank."""
     maps = _maps(ranks)
     if not console.is_terminal and max(map(len, next(iter(maps.values())))) <= MOST_IN_TABLE:
-        console.print(rank_table(ranks))
+        for line in _whole_lines(rank_table(ranks)):
+            console.print(line, soft_wrap=True, markup=False)
         return
     for label, rows in maps.items():
         console.print(f"ranks, {label}")
         print_heat_map(rows, console)
+
+
+def _whole_lines(table: Table) -> list[str]:
+    """Each row in one line, however long it is: in a log nothing is gained by breaking it."""
+    wide = Console(file=io.StringIO(), width=10_000, color_system=None)
+    wide = Console(file=io.StringIO(), width=wide.measure(table).maximum, color_system=None)
+    wide.print(table)
+    assert isinstance(wide.file, io.StringIO)
+    return [line.rstrip() for line in wide.file.getvalue().splitlines()]
 
 
 def _maps(ranks: Ranks) -> dict[str, list[Sequence[int]]]:
@@ -82,7 +96,7 @@ def budget_line(result: TrainResult) -> str:
 
 def rank_table(ranks: Ranks) -> Table:
     """One row a block, or one a projection where ranks differ between projections."""
-    table = Table(title="ranks", box=None, pad_edge=False)
+    table = Table(title="ranks", title_justify="left", box=None, pad_edge=False)
     for name in ("layer", "projection"):
         table.add_column(name)
     for name in ("min", "mean", "max"):

@@ -6,115 +6,57 @@ result.before.loss.loss, result.after.loss.loss, result.ranks
 
 from __future__ import annotations
 
-import time
+import shutil
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import transformers
 from peft import PeftModel
-from peft.optimizers import create_loraplus_optimizer
 from rich.console import Console
-from safetensors import SafetensorError
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PrinterCallback,
-    Trainer,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import PrinterCallback, set_seed
 
-from drlora.assemble import (
-    Examples,
-    add_adapter,
-    check_growth,
-    check_start,
-    count_steps,
-    encode,
-    load_architecture,
-    load_base_model,
-    load_role,
-    load_tokenizer,
-    model_on_meta,
-    training_arguments,
-    vocabulary_size,
-)
+from drlora.assemble import add_adapter, load_base_model, training_arguments
 from drlora.callback import DrLoraCallback
 from drlora.checkpoint import adapter_state, checkpoint_step
 from drlora.config import DrLoraConfig
 from drlora.data import Collator
+from drlora.dynamics import RankDynamics
 from drlora.environment import peak_memory, versions
-from drlora.errors import CheckpointError
-from drlora.files import first_line
+from drlora.held_out import measured_on
 from drlora.inject import adapted_layers
-from drlora.jsonl import append_lines, forget_after, read_lines
+from drlora.job import Job, prepare
+from drlora.jsonl import append_lines, forget_kind, read_lines
 from drlora.measure import Measurement, measure, measurement_from
 from drlora.methods import METHODS
 from drlora.model_card import write_card_if_possible
 from drlora.moved import FindBest
+from drlora.outcome import Ranks, TrainResult, reasons_of_divergence
 from drlora.processes import is_main, on_main
-from drlora.progress import MetricsLog, ShowProgress, StopOnInterrupt
+from drlora.progress import MetricsLog, ShowProgress, StopOnInterrupt, at_work, say
 from drlora.rank_pool import RankPool
 from drlora.recipe import Recipe
 from drlora.rundir import RunDir, write_json, write_yaml
-
-Ranks = dict[str, dict[str, list[int]]]
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """The outcome of a run.
-
-    Attributes:
-        run: the run directory.
-        before: held-out measurement at step 0, None if the recipe does without.
-        after: the same at the end, None if the run was interrupted.
-        ranks: block -> projection -> rank of each expert.
-        budget: spent and stored ranks, and the factors of the stored ones.
-        trainable_parameters: numbers in rows that experts own at the end, and in all else that is
-            trained (routers, other layers): what methods are compared at.
-        stored_parameters: the same with the rows that nobody owns.
-        steps: optimizer steps taken in all.
-        seconds: time in training (of this process), measurements not included.
-        interrupted: whether Ctrl-C ended it early.
-    """
-
-    run: RunDir
-    before: Measurement | None
-    after: Measurement | None
-    ranks: Ranks
-    budget: dict[str, Any]
-    trainable_parameters: int
-    stored_parameters: int
-    steps: int
-    seconds: float
-    interrupted: bool
+from drlora.starts import needs_ranks
+from drlora.trainer import Clock, NewSchedule, StopWhenLost
+from drlora.trainer import RunTrainer as _Trainer
 
 
-@dataclass(frozen=True)
-class _Job:
-    """All that a run needs, with nothing left to refuse but the weights."""
-
-    recipe: Recipe
-    run: RunDir
-    arguments: TrainingArguments
-    tokenizer: PreTrainedTokenizerBase
-    train: Examples
-    held_out: Examples
-    total_steps: int
-    checkpoint: Path | None
-
-
-def train(recipe: Recipe, resume: bool = False, console: Console | None = None) -> TrainResult:
+def train(
+    recipe: Recipe,
+    resume: bool = False,
+    console: Console | None = None,
+    overwrite: bool = False,
+) -> TrainResult:
     """Fine-tune as the recipe says, into its output_dir.
 
     Args:
         recipe: what to do.
-        resume: continue the unfinished run in output_dir from its newest checkpoint.
+        resume: continue the unfinished run in output_dir from its newest checkpoint; a finished one
+            that is given more steps, too.
         console: where progress is shown; by default standard output.
+        overwrite: replace the run that is in output_dir.
 
     Raises:
         DrLoraError: before anything is trained, with what is wrong and the way out.
@@ -123,69 +65,70 @@ def train(recipe: Recipe, resume: bool = False, console: Console | None = None) 
     arguments = training_arguments(recipe, run)  # from here on several processes know each other
     console = (console or Console()) if is_main() else Console(quiet=True)
     with ExitStack() as stack:
-        on_main(lambda: _enter(run, recipe, resume, stack))
-        checkpoint = on_main(lambda: run.newest_checkpoint(console.print))
-        job = prepare(recipe, run, arguments, checkpoint)
+        on_main(lambda: _enter(run, recipe, resume, overwrite, stack))
+        tell = console.print
+        checkpoint = on_main(lambda: run.newest_checkpoint(tell) if resume else None)
+        job = prepare(recipe, run, arguments, checkpoint, resume)
+        for note in job.notes():
+            say(console, note)
         if recipe.method:
-            console.print(f"method {recipe.method}: {METHODS[recipe.method].summary}")
-        base = load_base_model(recipe)
+            say(console, f"method {recipe.method}: {METHODS[recipe.method].summary}")
+        with at_work(console, f"loading {recipe.model}"):
+            base = load_base_model(recipe)
         set_seed(job.arguments.seed)
         model = add_adapter(base, recipe, checkpoint).to(job.arguments.device)
-        on_main(lambda: write_yaml(run.config, recipe.to_dict()))
         return _run(job, model, console)
 
 
-def _enter(run: RunDir, recipe: Recipe, resume: bool, stack: ExitStack) -> None:
+def _enter(run: RunDir, recipe: Recipe, resume: bool, overwrite: bool, stack: ExitStack) -> None:
     """Hold the run directory until `stack` is closed, if it is fit for what is wanted."""
 
     def refuse() -> None:
         if resume:
             run.refuse_resume_of(recipe)
         else:
-            run.refuse_second_run()
+            run.refuse_second_run(overwrite)
 
     refuse()
     stack.enter_context(run.held())
     refuse()  # another run may have begun, or ended, meanwhile
 
 
-def prepare(
-    recipe: Recipe, run: RunDir, arguments: TrainingArguments, checkpoint: Path | None
-) -> _Job:
-    """Everything that can be checked without the weights, in the order of its cost."""
-    if checkpoint is None:
-        check_start(recipe)
-    architecture = load_architecture(recipe.model, recipe.trust_remote_code)
-    skeleton = model_on_meta(architecture, recipe.trust_remote_code)
-    if arguments.max_steps > 0:
-        check_growth(skeleton, recipe.adapter_config(), arguments.max_steps)
-    tokenizer = load_tokenizer(recipe, vocabulary_size(skeleton))
-    train, held_out = (
-        encode(load_role(recipe, role), tokenizer, recipe, architecture)
-        for role in ("train", "eval")
-    )
-    total_steps = count_steps(arguments, len(train.encoded.dataset))
-    check_growth(skeleton, recipe.adapter_config(), total_steps)
-    return _Job(recipe, run, arguments, tokenizer, train, held_out, total_steps, checkpoint)
-
-
-def _run(job: _Job, model: PeftModel, console: Console) -> TrainResult:
-    checkpoint = job.checkpoint
-    on_main(lambda: forget_after(job.run.metrics, checkpoint_step(checkpoint) if checkpoint else 0))
-    before = _measure_before(job, model)
+def _run(job: Job, model: PeftModel, console: Console) -> TrainResult:
+    """From a job with nothing left to refuse to its result."""
+    stop = StopOnInterrupt(console)
+    training = _Training(job, model, console, stop)
+    if not job.checkpoint and not needs_ranks(model):
+        RankDynamics(model, job.plan_steps).release()  # what it refuses, it is to refuse now
+    on_main(lambda: _begin(job))
+    before = _measure_before(job, model, console)
     if before:
-        console.print(f"before: {before}")
-    if checkpoint:
-        console.print(f"continuing from {checkpoint}")
-    started = time.monotonic()
-    steps, interrupted = _fit(job, model, console)
-    seconds = time.monotonic() - started
+        say(console, f"before: {before}")
+    if job.checkpoint:
+        say(console, f"continuing from {job.checkpoint}")
+    set_seed(job.arguments.seed)
+    training.fit()
+    interrupted = stop.interrupted and training.steps < training.due
     after = None
     if not interrupted:
         _save(job, model)
-        after = _measure_and_log(job, model, "after", steps)
+        after = _measure_and_log(job, model, "after", training.steps, console)
+    result = _result(job, model, training, before, after)
+    if not interrupted:
+        on_main(lambda: write_json(job.run.result, _to_json(result, job, model, training)))
+        on_main(lambda: write_card_if_possible(job.run.path))  # now with the results
+    return result
+
+
+def _result(
+    job: Job,
+    model: PeftModel,
+    training: _Training,
+    before: Measurement | None,
+    after: Measurement | None,
+) -> TrainResult:
     stored = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    result = TrainResult(
+    return TrainResult(
         run=job.run,
         before=before,
         after=after,
@@ -193,17 +136,35 @@ def _run(job: _Job, model: PeftModel, console: Console) -> TrainResult:
         budget=_budget(model, ranks),
         trainable_parameters=stored - _free_parameters(model),
         stored_parameters=stored,
-        steps=steps,
-        seconds=seconds,
-        interrupted=interrupted,
+        steps=training.steps,
+        seconds=training.seconds,
+        interrupted=after is None,
+        diverged=_reasons(job, training, before, after) if after else (),
+        signal=training.stop.signal,
     )
-    if not interrupted:
-        on_main(lambda: write_json(job.run.result, _to_json(result, job, model)))
-        on_main(lambda: write_card_if_possible(job.run.path))  # now with the results
-    return result
 
 
-def _save(job: _Job, model: PeftModel) -> None:
+def _begin(job: Job) -> None:
+    """From here on the folder is that of this run."""
+    if job.is_resumed:
+        job.run.set_result_aside()
+    else:
+        job.run.clear()
+    job.run.start_logs_at(checkpoint_step(job.checkpoint) if job.checkpoint else 0)
+    write_json(job.run.record, job.record)
+    write_yaml(job.run.config, job.recipe.resolved().to_dict())
+
+
+def _reasons(
+    job: Job, training: _Training, before: Measurement | None, after: Measurement
+) -> tuple[str, ...]:
+    found = on_main(lambda: reasons_of_divergence(before, after, read_lines(job.run.metrics)))
+    if found and training.steps < training.due:
+        return (*found, f"training was stopped at step {training.steps} of {training.due}")
+    return found
+
+
+def _save(job: Job, model: PeftModel) -> None:
     """The trained adapter and the tokenizer; from all processes, by the main one."""
     state = adapter_state(model)
 
@@ -214,104 +175,133 @@ def _save(job: _Job, model: PeftModel) -> None:
     on_main(lambda: job.run.write_adapter(write))
 
 
-def _measure_before(job: _Job, model: PeftModel) -> Measurement | None:
+def _measure_before(job: Job, model: PeftModel, console: Console) -> Measurement | None:
     """The measurement at step 0; a resumed run has it in its metrics."""
     if not job.recipe.evaluation.before:
         return None
     entries = (e for e in read_lines(job.run.metrics) if e.get("kind") == "before")
     found = on_main(lambda: next(entries, None))
-    return measurement_from(found) if found else _measure_and_log(job, model, "before", 0)
+    if found:
+        return measurement_from(found)
+    return _measure_and_log(job, model, "before", 0, console)
 
 
-def _measure_and_log(job: _Job, model: PeftModel, kind: str, step: int) -> Measurement:
-    found = measure(model, job.tokenizer, job.held_out, job.recipe.evaluation)
+def _measure_and_log(
+    job: Job, model: PeftModel, kind: str, step: int, console: Console
+) -> Measurement:
+    section = job.recipe.evaluation
+    what = f"measuring {kind} training: {measured_on(job.held_out, section)}"
+    with at_work(console, what):
+        found = measure(model, job.tokenizer, job.held_out, section)
     entry = {"step": step, "kind": kind, **found.to_dict()}
-    on_main(lambda: append_lines(job.run.metrics, [entry]))
+    on_main(lambda: _log_measurement(job.run, entry))
     return found
 
 
-def _fit(job: _Job, model: PeftModel, console: Console) -> tuple[int, bool]:
-    """Train to the end, or until Ctrl-C; returns the steps taken and whether it was that."""
-    checkpoint = job.checkpoint
-    if checkpoint and checkpoint_step(checkpoint) >= job.total_steps:
-        # The run ended between its last step and its result; the Trainer would take one step more.
-        model.load_adapter(str(checkpoint), model.active_adapter, is_trainable=True)
-        return job.total_steps, False
-    stop = StopOnInterrupt(console)
-    trainer = _make_trainer(job, model, console, stop)
-    with stop:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    steps = trainer.state.global_step
-    return steps, stop.interrupted and steps < job.total_steps
+def _log_measurement(run: RunDir, entry: dict[str, Any]) -> None:
+    forget_kind(run.metrics, entry["kind"], entry["step"])  # of a process that was ended just then
+    append_lines(run.metrics, [entry])
 
 
-def _make_trainer(job: _Job, model: PeftModel, console: Console, stop: StopOnInterrupt) -> Trainer:
-    progress = ShowProgress(console)
-    growth = DrLoraCallback(log_dir=job.run.path, on_growth=progress.show_growth)
-    job.arguments.disable_tqdm = True
-    trainer = _Trainer(
-        model=model,
-        args=job.arguments,
-        train_dataset=job.train.encoded.dataset,
-        eval_dataset=job.held_out.encoded.dataset,
-        data_collator=Collator(job.tokenizer),
-        processing_class=job.tokenizer,
-        callbacks=[
-            growth,
-            MetricsLog(job.run.metrics),
-            _Share(growth, progress),
-            progress,
-            stop,
-            FindBest(),
-        ],
-    )
-    trainer.remove_callback(PrinterCallback)
-    growth.log_first(trainer)
-    return trainer
+class _Training:
+    """The Trainer of a run, and how far it came.
 
-
-class _Trainer(Trainer):
-    """The Trainer, with LoRA+'s parameter groups where the adapter asks for them.
-
-    What goes wrong in writing a checkpoint, it tells in one sentence.
+    Attributes:
+        steps: taken in all.
+        due: the length of the run, by the batch size that was found to fit.
+        seconds: in training, over all parts of the run.
+        restarts: batch sizes that did not fit: `batch_size`, and the `steps` and
+            `seconds` before it showed.
     """
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        try:
-            super()._save_checkpoint(model, trial)
-        except (OSError, SafetensorError, RuntimeError) as error:  # the last one is torch.save's
-            raise CheckpointError(
-                f"the checkpoint of step {self.state.global_step} could not be written to "
-                f"{self.args.output_dir}: {first_line(error)} (is the disk full, or the folder "
-                f"read-only?)"
-            ) from error
+    def __init__(self, job: Job, model: PeftModel, console: Console, stop: StopOnInterrupt) -> None:
+        self.job, self.model, self.console, self.stop = job, model, console, stop
+        self.due = job.total_steps
+        self.steps = checkpoint_step(job.checkpoint) if job.checkpoint else 0
+        self.clock = Clock()
+        self.restarts: list[dict[str, Any]] = list(job.record.get("restarts", []))
+        self.trainer = None if self.steps >= self.due else self._make_trainer()
 
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """PEFT's helper makes the groups; otherwise all is as in transformers."""
-        assert isinstance(self.model, PeftModel)
-        config = _config(self.model)
-        if self.optimizer is None and config.b_lr_ratio != 1:
-            base = cast(PreTrainedModel, self.model)
-            kind, settings = self.get_optimizer_cls_and_kwargs(self.args, base)
-            self.optimizer = create_loraplus_optimizer(
-                self.model,
-                kind,
-                loraplus_lr_ratio=config.b_lr_ratio,
-                loraplus_weight_decay=self.args.weight_decay,
-                **settings,
-            )
-        return super().create_optimizer(model)
+    @property
+    def seconds(self) -> float:
+        """In training, over all parts of the run."""
+        return self.clock.seconds if self.trainer else self.job.seconds
+
+    def fit(self) -> None:
+        """Train to the end, or until Ctrl-C or SIGTERM."""
+        checkpoint = self.job.checkpoint
+        if self.trainer is None:
+            # The run ended between its last step and its result; the Trainer would take one more.
+            name = self.model.active_adapter
+            self.model.load_adapter(str(checkpoint), name, is_trainable=True)
+            return
+        with self.stop:
+            self.trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        self.steps, self.due = self.trainer.state.global_step, self.trainer.state.max_steps
+
+    def _make_trainer(self) -> _Trainer:
+        job = self.job
+        progress = ShowProgress(self.console)
+        self.growth = DrLoraCallback(log_dir=job.run.path, on_growth=progress.show_growth)
+        self.growth.tells_of_length = False  # the notes of the job do
+        job.arguments.disable_tqdm = True
+        callbacks = [self.growth, MetricsLog(job.run.metrics), _Share(self, progress), progress]
+        callbacks += [StopWhenLost(), self.stop, self.clock, FindBest()]
+        if job.is_extended:
+            callbacks.append(NewSchedule())
+        trainer = _Trainer(
+            model=self.model,
+            args=job.arguments,
+            train_dataset=job.train.encoded.dataset,
+            eval_dataset=job.held_out.encoded.dataset,
+            data_collator=Collator(job.tokenizer),
+            processing_class=job.tokenizer,
+            callbacks=callbacks,
+        )
+        trainer.on_restart = self._restart
+        trainer.remove_callback(PrinterCallback)
+        self.growth.log_first(trainer)
+        return trainer
+
+    def _restart(self, batch_size: int, step: int) -> None:
+        """A batch did not fit: what was done with it is undone, and told once."""
+        taken, begun = self.clock.seconds, self.steps
+        self.restarts.append({"batch_size": batch_size, "steps": step, "seconds": round(taken, 2)})
+        say(
+            self.console,
+            f"out of memory at step {step} with {batch_size} examples at once; starting again at "
+            f"step {begun} with fewer, as if it had begun so",
+        )
+        self.growth.begin_again()
+        on_main(lambda: self._forget_since(begun))
+
+    def _forget_since(self, step: int) -> None:
+        self.job.run.start_logs_at(step)
+        for path in self.job.run.checkpoints.glob("checkpoint-*"):
+            if checkpoint_step(path) > step:
+                shutil.rmtree(path)
+
+    def note_length(self, steps: int, batch_size: int) -> None:
+        """Keep the length of the run and its batch, once training knows them."""
+        assert self.growth.dynamics is not None
+        self.job.record.update(
+            steps=steps,
+            batch_size=batch_size,
+            restarts=self.restarts,
+        )
+        on_main(lambda: write_json(self.job.run.record, self.job.record))
 
 
 class _Share(transformers.TrainerCallback):
-    """Lets the progress bar see the ranks, which exist from the start of training on."""
+    """Hands on what exists from the start of training on: the ranks, the length of the run."""
 
-    def __init__(self, growth: DrLoraCallback, progress: ShowProgress) -> None:
-        self.growth, self.progress = growth, progress
+    def __init__(self, training: _Training, progress: ShowProgress) -> None:
+        self.training, self.progress = training, progress
 
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        """Hand the RankDynamics over."""
-        self.progress.dynamics = self.growth.dynamics
+    def on_train_begin(self, args: Any, state: Any, *rest: Any, **kwargs: Any) -> None:
+        """Once for each batch size that is tried."""
+        self.progress.dynamics = self.training.growth.dynamics
+        self.training.note_length(state.max_steps, state.train_batch_size)
 
 
 def current_ranks(model: PeftModel) -> Ranks:
@@ -351,9 +341,13 @@ def _budget(model: PeftModel, ranks: Ranks) -> dict[str, Any]:
     }
 
 
-def _to_json(result: TrainResult, job: _Job, model: PeftModel) -> dict[str, Any]:
+def _to_json(
+    result: TrainResult, job: Job, model: PeftModel, training: _Training
+) -> dict[str, Any]:
     assert result.after is not None
     return {
+        "verdict": "diverged" if result.diverged else "ok",
+        "diverged": list(result.diverged),
         "before": result.before.to_dict() if result.before else None,
         "after": result.after.to_dict(),
         "budget": result.budget,
@@ -365,10 +359,9 @@ def _to_json(result: TrainResult, job: _Job, model: PeftModel) -> dict[str, Any]
         "total_parameters": sum(p.numel() for p in model.parameters()),
         "steps": result.steps,
         "seconds": round(result.seconds, 2),
-        "examples": {
-            role: {"used": len(e.dataset), "dropped": e.dropped, "truncated": e.truncated}
-            for role, e in (("train", job.train.encoded), ("eval", job.held_out.encoded))
-        },
+        "restarts": training.restarts,
+        "examples": job.counts(),
+        "held_out": job.record["held_out"],
         "seed": job.arguments.seed,
         "device": str(job.arguments.device),
         **peak_memory(),

@@ -25,9 +25,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.optim import Adam, AdamW, Optimizer
 
+from drlora.processes import held_range, held_rows, local_part
 from drlora.ranks import IntArray, in_turns
 
 # Beyond this the two corrections differ by less than 5e-5 and the row is grown up.
@@ -60,40 +60,6 @@ def parameter_groups(optimizer: Optimizer) -> dict[Tensor, dict]:
 def decays_weights(groups: Iterable[dict]) -> bool:
     """Whether any of the groups has weight decay, which also acts on rows that nobody owns."""
     return any(group.get("weight_decay", 0) for group in groups)
-
-
-class HeldRows(NamedTuple):
-    """The part of some rows of a parameter that this process holds.
-
-    Attributes:
-        chosen: which of the asked-for rows these are, as an index into them.
-        local: their row numbers in the local shard.
-    """
-
-    chosen: Tensor
-    local: Tensor
-
-
-def held_rows(parameter: Tensor, rows: Tensor) -> HeldRows:
-    """All of `rows` for an ordinary parameter; those of the local shard for a DTensor."""
-    first, end = _held_range(parameter)
-    chosen = ((rows >= first) & (rows < end)).nonzero().squeeze(1)
-    return HeldRows(chosen, rows[chosen] - first)
-
-
-def _held_range(parameter: Tensor) -> tuple[int, int]:
-    """First row of the parameter that this process holds, and the one after its last."""
-    if not isinstance(parameter, DTensor):
-        return 0, parameter.shape[0]
-    shape, offset = compute_local_shape_and_global_offset(
-        parameter.shape, parameter.device_mesh, parameter.placements
-    )
-    return offset[0], offset[0] + shape[0]
-
-
-def local_part(tensor: Tensor) -> Tensor:
-    """The tensor itself, or the local shard of a DTensor (same storage)."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 @torch.no_grad()
@@ -143,7 +109,7 @@ def inherit_second_moment(
     held = held_rows(parameter, rows)
     for moment in moments:
         local = local_part(moment)
-        sums_EO = _expert_sums(local, _held_range(parameter), older, num_experts)
+        sums_EO = _expert_sums(local, held_range(parameter), older, num_experts)
         if isinstance(moment, DTensor):
             dist.all_reduce(sums_EO, group=moment.device_mesh.get_group())
         local[held.local] = (sums_EO / counts_E1)[owner_R[rows[held.chosen]].long()]
@@ -246,6 +212,14 @@ class Pool(Protocol):
     lora_A: torch.nn.Parameter
     lora_B: torch.nn.Parameter
     birth: Tensor
+
+
+def steps_taken(optimizer: object, parameter: Tensor) -> int:
+    """How many steps an optimizer says it took of a parameter; 0 where it does not count them."""
+    if not isinstance(optimizer, Optimizer):
+        return 0
+    count = optimizer.state.get(parameter, {}).get("step", 0)
+    return int(count) if isinstance(count, (int, float, Tensor)) else 0
 
 
 class OwnClocks:
@@ -387,7 +361,7 @@ def _held(parameter: Tensor, rows: Rows) -> tuple[slice | Tensor, slice | Tensor
             return rows, slice(None)
         held = held_rows(parameter, rows)
         return held.local, held.chosen
-    first, end = _held_range(parameter)
+    first, end = held_range(parameter)
     start = max(rows.start, first)
     stop = max(start, min(rows.stop, end))
     return slice(start - first, stop - first), slice(start - rows.start, stop - rows.start)

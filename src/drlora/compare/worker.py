@@ -114,6 +114,8 @@ def _harvest(outcome: TrainResult, recipe: Recipe, labels: dict[str, Any]) -> di
     assert found is not None
     for measured in (found["before"], found["after"]):
         ((measured or {}).get("match") or {}).pop("samples", None)
+    for key in ("held_out", "restarts"):  # which rows, and what was tried in vain
+        found.pop(key, None)
     config = found.pop("config")
     config.pop("output_dir")
     return {

@@ -16,7 +16,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from drlora.data.conversation import common_length, encode_conversation, notes_of
-from drlora.data.layout import Layout, check_record, choose_layout
+from drlora.data.layout import PLACES, Layout, check_record, choose_layout
 from drlora.errors import ConfigError, DataError
 
 IGNORED = -100
@@ -64,7 +64,12 @@ def encode_examples(
         _encode_batch,
         batched=True,
         with_indices=True,
-        fn_kwargs={"tokenizer": tokenizer, "layout": layout, "max_length": max_length},
+        fn_kwargs={
+            "tokenizer": tokenizer,
+            "layout": layout,
+            "max_length": max_length,
+            "name": examples.info.description,
+        },
         remove_columns=examples.column_names,
         load_from_cache_file=False,  # its key does not see a change in this file
         desc="Tokenizing",
@@ -115,9 +120,10 @@ def _encode_batch(
     tokenizer: PreTrainedTokenizerBase,
     layout: Layout,
     max_length: int,
+    name: str = "",
 ) -> dict[str, list]:
     """Columns of token ids; many texts at once cost the tokenizer a fifth of one at a time."""
-    names = [f"example {index}" for index in indices]
+    names = _places(records, indices, name)
     for row, where in enumerate(names):
         check_record({key: column[row] for key, column in records.items()}, layout, where)
     if layout.form == "completion":
@@ -135,6 +141,14 @@ def _encode_batch(
         "has_target": [any(label != IGNORED for label in labels) for labels in kept],
         "is_truncated": [len(ids) > max_length for ids, _ in encoded],
     }
+
+
+def _places(records: Mapping[str, list], indices: Sequence[int], name: str) -> list[str]:
+    """`data.jsonl, line 61` for each record, as far as the data set says where it comes from."""
+    place = next((place for place in PLACES if place in records), "")
+    if not place:
+        return [f"example {index + 1}" for index in indices]
+    return [f"{name}, {place} {number}" for number in records[place]]
 
 
 def encode_prompts(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:

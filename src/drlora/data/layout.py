@@ -17,6 +17,7 @@ LAYOUTS: dict[str, tuple[str, ...]] = {
     "text": ("text",),
 }
 OPTIONAL = {"completion": ("answers", "choices")}
+PLACES = ("line", "item", "row")  # columns that say where in its file an example stands
 # Columns by these names carry what a model should see; without a place in a form they are refused.
 CONTENT_COLUMNS = (
     "system", "tools", "input", "context", "documents", "images", "image", "audio", "weight",

@@ -32,6 +32,8 @@ def lead(run: RunRecord) -> str:
     losses = [_held_out(run, kind) for kind in ("before", "after")]
     if None not in losses:
         parts.append(f"Held-out loss went from {losses[0]:.4f} to {losses[1]:.4f}.")
+    if reasons := run.result.get("diverged"):
+        parts.insert(0, f"This run diverged, its adapter is not to be used: {'; '.join(reasons)}.")
     if run.waits_for_growth:
         parts.append("There was no growth event yet.")
     if ranks := [row for rank_map in run.maps for row in rank_map.final()]:
@@ -201,10 +203,18 @@ _mean_top_share = _over_blocks(top_share, "{:.0%}")
 # What is not known of a run that has written no ranks yet.
 _OF_RANKS = (_shape, _events, _range, _routing, _mean_gini, _mean_top_share)
 
+
+def _verdict(run: RunRecord) -> str:
+    """Of a run that is no success; a good one needs no word."""
+    reasons = run.result.get("diverged")
+    return f"diverged: {'; '.join(reasons)}" if reasons else NONE
+
+
 SUMMARY: Facts = {
     "Model": _model,
     "Training data": lambda run: training_data(run) or NONE,
     "Method": _setting("method"),
+    "Verdict": _verdict,
     "Steps": lambda run: _count(run.steps) if run.steps else NONE,
     "Held-out loss before": _loss("before"),
     "Held-out loss after": _loss("after"),

@@ -123,7 +123,8 @@ class RunRecord:
     def measured(self, kind: str) -> Entry | None:
         """The held-out measurement `before` or `after` training."""
         found = self.result.get(kind)
-        return found or next((e for e in self.metrics if e.get("kind") == kind), None)
+        # A run that was given more steps was measured after each of its parts.
+        return found or next((e for e in reversed(self.metrics) if e.get("kind") == kind), None)
 
 
 def read_run(folder: Path) -> RunRecord:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from drlora.errors import CheckpointError, ConfigError
+from drlora.files import home
 from drlora.report.markdown import markdown
 from drlora.report.page import page
 from drlora.report.read import RunRecord, read_run
@@ -32,6 +33,8 @@ def write_report(
         ConfigError: if the format is not known.
         CheckpointError: if a folder holds no run, or files that do not fit each other.
     """
+    folders = [home(os.fspath(folder)) for folder in folders]
+    output = home(os.fspath(output)) if output else None
     ending = Path(output).suffix.removeprefix(".").lower() if output else ""
     format = format or (ending if ending in FORMATS else "html")
     if format not in FORMATS:

@@ -1,0 +1,63 @@
+"""What is to be measured on held-out data: said, and refused where it cannot be, beforehand."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+
+from datasets import Dataset
+
+from drlora.assemble import Examples
+from drlora.choices import refuse_single_choice
+from drlora.data.layout import PLACES
+from drlora.draw import draw
+from drlora.evaluate import accepted_answers
+from drlora.measure import notes_on, wants_match
+from drlora.recipe import EvaluationSection
+from drlora.wording import counted
+
+
+def refuse_unanswerable(raw: Dataset, section: EvaluationSection) -> None:
+    """Refuse held-out examples whose answers could not be compared, before anything is computed.
+
+    Raises:
+        DataError: naming the first of them.
+    """
+    rows = draw(raw, section.exact_match_examples, section.draw)
+    if wants_match(rows, section):
+        for row in rows:
+            accepted_answers(row)
+            if rows[0].get("choices"):
+                refuse_single_choice(row)
+
+
+def word_for_word(train: Dataset, held_out: Dataset) -> int:
+    """How many held-out examples are training examples too, whatever file they come from."""
+    known = set(_contents(train))
+    return sum(content in known for content in _contents(held_out))
+
+
+def _contents(rows: Dataset) -> Iterator[bytes]:
+    """A short hash of each example, its place left out."""
+    names = [name for name in sorted(rows.column_names) if name not in PLACES]
+    for batch in rows.select_columns(names).iter(1000):
+        for values in zip(*(batch[name] for name in names), strict=True):
+            text = json.dumps(values, sort_keys=True, default=str)
+            yield hashlib.blake2b(text.encode(), digest_size=8).digest()
+
+
+def measured_on(examples: Examples, section: EvaluationSection) -> str:
+    """`93 examples, 60 answers`: for the loss, and for exact match where it is measured."""
+    counts = [len(examples.encoded.dataset), len(examples.raw)]
+    wanted = [section.loss_examples, section.exact_match_examples]
+    loss, match = (min(n, limit or n) for n, limit in zip(counts, wanted, strict=True))
+    text = counted(loss, "example")
+    rows = draw(examples.raw, section.exact_match_examples, section.draw)
+    return f"{text}, {counted(match, 'answer')}" if wants_match(rows, section) else text
+
+
+def evaluation_notes(examples: Examples, section: EvaluationSection) -> list[str]:
+    """What a measurement will say of what it could not do, for a dry run."""
+    rows = draw(examples.raw, section.exact_match_examples, section.draw)
+    return list(notes_on(len(examples.encoded.dataset), rows, section))

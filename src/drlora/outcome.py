@@ -1,0 +1,108 @@
+"""What became of a run: its result, and whether it is one that anybody wants."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from drlora.measure import Measurement
+from drlora.rundir import RunDir
+
+Ranks = dict[str, dict[str, list[int]]]
+# Without a held-out loss to compare with, the training loss must have risen by this factor: it
+# differs between batches too.
+RISEN = 1.2
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """The outcome of a run.
+
+    Attributes:
+        run: the run directory.
+        before: held-out measurement at step 0, None if the recipe does without.
+        after: the same at the end, None if the run was interrupted.
+        ranks: block -> projection -> rank of each expert.
+        budget: spent and stored ranks, and the factors of the stored ones.
+        trainable_parameters: numbers in rows that experts own at the end, and in all else that is
+            trained (routers, other layers): what methods are compared at.
+        stored_parameters: the same with the rows that nobody owns.
+        steps: optimizer steps taken in all.
+        seconds: time in training of the whole run, its resumed parts included, measurements not.
+        interrupted: whether Ctrl-C or SIGTERM ended it early.
+        diverged: why it is no success; empty if it is one.
+        signal: what ended it early.
+    """
+
+    run: RunDir
+    before: Measurement | None
+    after: Measurement | None
+    ranks: Ranks
+    budget: dict[str, Any]
+    trainable_parameters: int
+    stored_parameters: int
+    steps: int
+    seconds: float
+    interrupted: bool
+    diverged: tuple[str, ...] = ()
+    signal: int | None = None
+
+
+def reasons_of_divergence(
+    before: Measurement | None, after: Measurement | None, entries: Iterable[Mapping[str, Any]]
+) -> tuple[str, ...]:
+    """Why a run is no success, each reason as a clause; none if it may be one.
+
+    A held-out loss that rose above where it began; without one from before the training, a training
+    loss that did. A loss that is NaN or infinite. A training loss of exactly 0, which no model
+    reaches: nothing was learned from, or 16 bits were not enough.
+
+    Args:
+        before: held-out measurement at step 0, None where there is none.
+        after: at the end.
+        entries: of metrics.jsonl.
+    """
+    logged = [(e["step"], e["loss"]) for e in entries if e.get("kind") == "log" and "loss" in e]
+    return tuple([*_of_training(logged), *_of_held_out(before, after), *_of_rise(before, logged)])
+
+
+def _of_training(logged: list[tuple[int, Any]]) -> Iterator[str]:
+    for what, is_so in (("NaN or infinite", _is_no_number), ("exactly 0", lambda loss: loss == 0)):
+        steps = [step for step, loss in logged if is_so(loss)]
+        if steps:
+            yield f"the training loss was {what} at step {steps[0]}"
+
+
+def _of_held_out(before: Measurement | None, after: Measurement | None) -> Iterator[str]:
+    if after is None:
+        return
+    if not math.isfinite(after.loss.loss):
+        yield f"the held-out loss is {after.loss.loss}"
+    elif before is not None and after.loss.loss > before.loss.loss:
+        yield f"the held-out loss rose from {before.loss.loss:.4g} to {after.loss.loss:.4g}"
+
+
+def _of_rise(before: Measurement | None, logged: list[tuple[int, Any]]) -> Iterator[str]:
+    losses = [loss for _, loss in logged if not _is_no_number(loss)]
+    if before is not None or len(losses) < 2:
+        return
+    late = losses[-max(1, len(losses) // 4) :]
+    end = math.fsum(late) / len(late)
+    if end > RISEN * losses[0]:
+        yield f"the training loss rose from {losses[0]:.4g} to {end:.4g}"
+
+
+def _is_no_number(loss: Any) -> bool:
+    """Also null, which a log has for NaN and infinity."""
+    return not isinstance(loss, (int, float)) or not math.isfinite(loss)
+
+
+def verdict_line(result: TrainResult, learning_rate: float) -> str:
+    """What a diverged run says last."""
+    return (
+        f"DIVERGED: {'; '.join(result.diverged)}. Nothing here is worth keeping: lower "
+        f"training.learning_rate ({learning_rate:g}), warm up longer, or see what the labels and "
+        f"the precision are, and start again with --overwrite"
+    )
