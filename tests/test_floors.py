@@ -131,11 +131,10 @@ ORDER_WITHIN: dict[int, tuple[frozenset[str], ...]] = {
         frozenset({"config_checks"}),
         frozenset({"config", "ranks"}),
     ),
-    # The schedule tries the allocator out in advance, to refuse settings that miss the budget.
     # Moments and new directions are written to the rows that a process holds, which it knows.
     1: (
-        frozenset({"allocator", "processes"}),
-        frozenset({"row_directions", "schedule", "young_rows"}),
+        frozenset({"processes"}),
+        frozenset({"row_directions", "young_rows"}),
     ),
     # Surgery is one operation in steps: know the families, find a block, build the layer that
     # adapts it and carries the meters that watch it, put the layer into the model.

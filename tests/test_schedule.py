@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from functools import cache
+from itertools import permutations
 
 import pytest
 from hypothesis import given, settings
@@ -10,7 +12,14 @@ from hypothesis import strategies as st
 
 from drlora import ConfigError, DrLoraConfig
 from drlora.allocator import allocate
-from drlora.schedule import Competitors, Schedule, make_schedule, plan_growth, simulate
+from drlora.schedule import (
+    Competitors,
+    GrowthPlan,
+    Schedule,
+    certain_ranks,
+    make_schedule,
+    plan_growth,
+)
 
 # arXiv 2601.04823 v3, Table 10: mean rank at these steps of 37,997, and the events that give it
 # (32 + 23 n / 128 of 128 modules a layer).
@@ -46,6 +55,52 @@ def test_half_of_the_events_do_not_suffice():
     """Trap 3: the quota is charged in the unit it is counted in."""
     plan = plan_growth(DrLoraConfig.preset("paper-v3"), 64, 37_997)
     assert plan.due(92) < 0.52 * plan.budget
+
+
+def under_any_saliency(ranks, dues, base, cap, r_max) -> int:
+    """The least sum of ranks at the end over every order of the experts at every event."""
+
+    @cache
+    def least(number: int, ranks: tuple[int, ...]) -> int:
+        if number == len(dues):
+            return sum(ranks)
+        quota = max(0, dues[number] - (sum(ranks) - base))
+        found = set()
+        for order in permutations(range(len(ranks))):
+            saliency = [float(-order.index(e)) for e in range(len(ranks))]
+            grants = allocate(saliency, ranks=ranks, quota=quota, cap=cap, r_max=r_max)
+            found.add(tuple(sorted(r + g for r, g in zip(ranks, grants, strict=True))))
+        return min(least(number + 1, next_ranks) for next_ranks in found)
+
+    return least(0, tuple(sorted(ranks)))
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    r_init=st.integers(1, 2), more=st.integers(1, 3), extra=st.integers(0, 3),
+    cap=st.integers(1, 5), events=st.integers(1, 6), cost=st.integers(1, 2),
+    first_event=st.integers(1, 2), moved=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)),
+                                                  max_size=3), experts=st.integers(1, 4),
+)  # fmt: skip
+def test_what_is_certain_is_what_the_worst_saliency_leaves(
+    r_init, more, extra, cap, events, cost, first_event, moved, experts
+):
+    """Against all orders of up to four experts at every event, from equal and unequal starts."""
+    r_max, base = r_init + more + extra, experts * r_init
+    config = DrLoraConfig(r_init=r_init, r_target=r_init + more, r_max=r_max)
+    budget = experts * more
+    plan = GrowthPlan(tuple(range(1, events + 1)), -(-cost * budget // events), cost, budget, base,
+                      cap)  # fmt: skip
+    start = [r_init] * experts
+    for giver, taker in moved:
+        giver, taker = giver % experts, taker % experts
+        if start[giver] > 1 and start[taker] < r_max:
+            start[giver], start[taker] = start[giver] - 1, start[taker] + 1
+    first = min(first_event, events)
+    dues = [plan.due(event) for event in range(first, events + 1)]
+    wanted = under_any_saliency(start, dues, base, cap, r_max)
+    found = certain_ranks(config, experts, plan, start, first)
+    assert (found == base + budget) == (wanted == base + budget) and found >= wanted
 
 
 @settings(max_examples=60)
@@ -108,7 +163,7 @@ def test_every_length_of_run_has_a_schedule(ranks, steps):
     """Nothing but ranks is set: the budget is spent in a run of any length."""
     config = DrLoraConfig(r_init=ranks[0], r_target=ranks[1], r_max=ranks[2])
     plan = plan_growth(config, 16, steps)
-    assert sum(simulate(config, 16, plan)[-1]) == 16 * ranks[1]
+    assert certain_ranks(config, 16, plan) == 16 * ranks[1]
     assert len(plan.event_steps) >= min(16, steps - 2)
     assert all(1 <= step <= steps for step in plan.event_steps)
 
@@ -150,11 +205,19 @@ def test_one_cap_serves_blocks_of_different_size():
         assert plan.cap <= schedule.cap
 
 
+def test_an_expert_that_is_neglected_to_the_last_is_planned_for():
+    """Preferring always the same experts is not the worst: 2 of 8 ranks would be left over."""
+    with pytest.raises(ConfigError, match="only 7 are certain"):
+        plan_growth(DrLoraConfig(r_init=1, r_target=3, r_max=3, p_grow=0.5, grow_every=1,
+                                 warmup_steps=1, settle_steps=1), 4, 5)  # fmt: skip
+    assert plan_growth(DrLoraConfig(r_init=1, r_target=3, r_max=3), 4, 5).cap == 2
+
+
 def test_growth_that_fills_every_expert_is_planned_for_the_worst_order():
     """r_target = r_max: every expert must end full, whoever was preferred."""
     config = DrLoraConfig(r_init=1, r_target=5, r_max=5, p_grow=0.5, grow_every=10, settle_steps=0)
     plan = plan_growth(config, 4, 100)
-    assert simulate(config, 4, plan)[-1] == [5] * 4
+    assert certain_ranks(config, 4, plan) == 4 * 5
 
 
 def test_no_growth_means_no_events():

@@ -21,7 +21,7 @@ from drlora.groups import Group, Scored, make_groups
 from drlora.layer import ExpertsAdapter, RankPool
 from drlora.row_directions import point_along_gradient
 from drlora.saliency import RULES, Signals
-from drlora.schedule import Schedule, simulate
+from drlora.schedule import Schedule, certain_ranks
 from drlora.young_rows import (
     decays_weights,
     forget_rows,
@@ -138,8 +138,8 @@ class Growth:
         if self.config.allocation == "prune":
             return True
         num_experts, ranks = sum(group.sizes), group.ranks()
-        last = simulate(self.config, num_experts, group.plan, ranks, first_event=event + 1)[-1]
-        return sum(last) == group.plan.owned(len(group.plan.event_steps))
+        owned = certain_ranks(self.config, num_experts, group.plan, ranks, first_event=event + 1)
+        return owned >= group.plan.owned(len(group.plan.event_steps))
 
     def _take_back(self, group: Group, event: int, saliency_E: list[float]) -> list[int]:
         """(experts of the group,) ranks that are to move to others."""

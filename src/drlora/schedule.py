@@ -21,7 +21,8 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from drlora.allocator import allocate
+import numpy as np
+
 from drlora.config import AUTO, DrLoraConfig
 from drlora.errors import ConfigError
 
@@ -199,17 +200,14 @@ def plan_growth(
     return plan_of(config, num_experts, schedule)
 
 
-def simulate(
+def certain_ranks(
     config: DrLoraConfig,
     num_experts: int,
     plan: GrowthPlan,
     start: Sequence[int] | None = None,
     first_event: int = 1,
-) -> list[list[int]]:
-    """Ranks after each event from `first_event` on if saliency always prefers the same experts.
-
-    This is the hardest case for the budget: the favourites fill up to r_max one after the other,
-    so the fewest experts are left to take what becomes due.
+) -> int:
+    """Ranks that are owned at the end whatever the saliency is; the plan's all if it is good.
 
     Args:
         config: the settings.
@@ -218,21 +216,53 @@ def simulate(
         start: (E,) ranks before `first_event`; None if all are r_init.
         first_event: events before it (from 1) grant nothing.
     """
-    ranks = list(start or [config.r_init] * num_experts)
-    preference = [float(num_experts - e) for e in range(num_experts)]
-    history = []
-    for event in range(first_event, len(plan.event_steps) + 1):
-        spent = sum(ranks) - num_experts * config.r_init
-        grants = allocate(
-            preference,
-            ranks=ranks,
-            quota=plan.due(event) - spent,
-            cap=plan.cap,
-            r_max=config.r_max,
-        )
-        ranks = [rank + grant for rank, grant in zip(ranks, grants, strict=True)]
-        history.append(ranks)
-    return history
+    ranks_E = np.sort(np.array(start or [config.r_init] * num_experts))[::-1]
+    dues = [plan.due(event) for event in range(first_event, len(plan.event_steps) + 1)]
+    base = num_experts * config.r_init
+    if not dues or _is_always_spent(ranks_E, dues, base, plan.cap, config.r_max):
+        return max(int(ranks_E.sum()), base + (dues[-1] if dues else 0))
+    return _under_worst_saliency(ranks_E, dues, base, plan.cap, config.r_max)
+
+
+def _is_always_spent(
+    ranks_E: np.ndarray, dues: Sequence[int], base: int, cap: int, r_max: int
+) -> bool:
+    """Whether every event can hand out what is due, by the least that experts can ever take.
+
+    They take least where few have all the room: sum min(cap, room_e) is concave.
+    """
+    most, owned = int(r_max - ranks_E.min()), int(ranks_E.sum())
+    for due in dues:
+        room = len(ranks_E) * r_max - owned
+        whole, rest = divmod(room, most) if most else (0, 0)
+        quota = max(0, due - (owned - base))
+        if whole * min(cap, most) + min(cap, rest) < quota:
+            return False
+        owned += quota
+    return True
+
+
+def _under_worst_saliency(
+    ranks_E: np.ndarray, dues: Sequence[int], base: int, cap: int, r_max: int
+) -> int:
+    """The least sum of ranks at the end, over saliencies that neglect some experts to the last.
+
+    The others are kept as even as they can be, so that they go on taking all that is due; who was
+    neglected then cannot take the rest. That no saliency is worse is tested against all of them.
+    """
+    experts = len(ranks_E)
+    # One row for each number of neglected experts, which are those with the most room.
+    ranks_ME = np.tile(ranks_E, (experts + 1, 1))
+    is_last_ME = np.arange(experts) >= experts - np.arange(experts + 1)[:, None]
+    for due in dues:
+        order_ME = np.argsort(ranks_ME + is_last_ME * (r_max + 1), axis=1, kind="stable")
+        takes_ME = np.minimum(cap, r_max - np.take_along_axis(ranks_ME, order_ME, 1))
+        before_ME = takes_ME.cumsum(1) - takes_ME
+        quota_M = np.maximum(0, due - (ranks_ME.sum(1) - base))
+        grants_ME = np.clip(quota_M[:, None] - before_ME, 0, takes_ME)
+        grown_ME = np.take_along_axis(ranks_ME, order_ME, 1) + grants_ME
+        np.put_along_axis(ranks_ME, order_ME, grown_ME, 1)
+    return int(ranks_ME.sum(1).min())
 
 
 def _changes_ranks(config: DrLoraConfig) -> bool:
@@ -296,9 +326,12 @@ def _missed(
     alike = {(g.num_experts, None if g.start is None else tuple(g.start)): g for g in groups}
     for group in alike.values():
         plan = plan_of(config, group.num_experts, schedule)
-        first = _first_informed(plan) if config.p_grow == AUTO else 1
-        last = simulate(config, group.num_experts, plan, group.start, first)[-1]
-        spent = sum(last) - group.num_experts * config.r_init
+        # A rule that needs no gradient knows something from the first event on; others wait.
+        firsts = {1, _first_informed(plan)} if config.p_grow == AUTO else {1}
+        owned = min(
+            certain_ranks(config, group.num_experts, plan, group.start, first) for first in firsts
+        )
+        spent = owned - group.num_experts * config.r_init
         if spent < plan.budget:
             yield group, plan, spent
 
