@@ -239,8 +239,8 @@ class TestRankAuto:
                     pool.lora_A.data[rows] = pool.lora_A.data[rows][:1]  # rank 1 in many rows
         wanted = logits(model)
         padded, auto = (make_plan(model, format, rank) for rank in ("padded", "auto"))
-        assert (padded.rank, auto.rank) == (6, 1)
-        assert auto.weight_bytes * 6 == padded.weight_bytes
+        assert padded.rank > 3 and auto.rank == 1
+        assert auto.weight_bytes * padded.rank == padded.weight_bytes
         apply_plan(auto, model, BATCHES, tmp_path / "out")
         close(PeftModel.from_pretrained(make_model(), tmp_path / "out"), wanted)
 
