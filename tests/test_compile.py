@@ -139,6 +139,7 @@ def run_traced(case, engine, free=3, dropout=0.0):
     ids=["ragged", "no rank", "one expert", "odd sizes", "gate+up+down", "down", "gelu", "dropout",
          "float64", "bfloat16"],
 )  # fmt: skip
+@pytest.mark.filterwarnings("ignore:engine=")  # sizes that grouped does not take
 def test_operator_equals_naive(engine, ranks, settings, dropout, tolerance):
     case = make_case(ranks, **settings)
     wanted, got = run("naive", case, dropout), run_traced(case, engine, dropout=dropout)

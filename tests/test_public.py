@@ -67,6 +67,7 @@ SETTINGS = {
     "target_alpha": None,
     "use_dora": False,
     "modules_to_save": None,
+    "trainable_token_indices": None,
     "experts": None,
     "base_model_type": None,
     "gate_up_order": None,
