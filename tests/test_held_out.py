@@ -76,6 +76,7 @@ def test_splits_that_touch_are_fine(data):
     for splits in (
         dict(train="train[:90%]", eval="train[90%:]"),
         dict(train="train[:10]", eval="train[20:]", test="train[10:20]"),
+        dict(train="train[:10]", eval="train[20:]", test="train[20:]"),
     ):
         train, held_out = load_training_data(DataSection(train=data, splits=splits))
         assert not set(train["line"]) & set(held_out["line"])

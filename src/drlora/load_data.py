@@ -53,6 +53,8 @@ def refuse_overlap(section: DataSection, loaded: Mapping[str, Dataset]) -> None:
         loaded: role -> its examples, as `load_placed` gives them. A test split is read where the
             section names one of the same data.
 
+    Held-out and test data may be one and the same; to share a part of it is a slip.
+
     Raises:
         DataError: naming the first row that two roles have.
     """
@@ -61,7 +63,8 @@ def refuse_overlap(section: DataSection, loaded: Mapping[str, Dataset]) -> None:
     if names_test and any(_same_data(section, "test", role) for role in loaded):
         roles["test"] = _load_whole(section, *section.source("test"))
     for one, other in itertools.combinations(roles, 2):
-        if _same_data(section, one, other):
+        is_one = one != "train" and section.source(one) == section.source(other)
+        if _same_data(section, one, other) and not is_one:
             _refuse_shared(section, one, other, roles)
 
 
