@@ -34,6 +34,7 @@ from typing import Any
 from benchmarks.fuzz_targets import TARGETS, make_settings, make_world, read_settings_case
 from benchmarks.harness import RESULTS
 from benchmarks.mutate import mutate
+from drlora.environment import source_state
 from drlora.errors import DrLoraError
 
 SECONDS = 30
@@ -184,6 +185,7 @@ def summary(seed: int, found: list[dict[str, Any]]) -> dict[str, Any]:
         "most_memory_grown_bytes": max(case["grown_bytes"] for case in found),
         "limits": {"seconds": SECONDS, "bytes": f"2 * file + {SLACK_BYTES}"},
         "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}},
+        "source": source_state(),
         "date": time.strftime("%Y-%m-%d"),
         "fault_list": [case for case in found if case.get("is_fault")],
     }

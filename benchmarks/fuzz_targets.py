@@ -25,12 +25,14 @@ from peft import LoraConfig, PeftConfig, get_peft_model
 import drlora
 from benchmarks.mutate import HOSTILE
 from drlora.assemble import load_adapter, load_tokenizer, training_arguments
+from drlora.blocks import find_blocks
 from drlora.compare.plan import load_plan
 from drlora.compare.results import Folder, read_matrix
 from drlora.data import Collator, encode_examples, load_examples
 from drlora.embedded import resolve_model
 from drlora.jsonl import forget_after, read_lines
 from drlora.measure import measurement_from
+from drlora.ordinary import choose_targets, refuse_endless
 from drlora.recipe import Recipe, adapter_settings, load_recipe, recipe_from
 from drlora.report import write_report
 from drlora.rundir import RunDir
@@ -252,6 +254,8 @@ def make_settings(rng: random.Random) -> dict[str, Any]:
     for _ in range(rng.randint(1, 6)):
         section = rng.choice(("adapter", "adapter", "adapter", "training", *sections, ""))
         key = rng.choice(sections.get(section, top))
+        if section == "adapter" and rng.random() < 0.15:
+            key = "target_modules"
         if rng.random() < 0.1:
             at = rng.randrange(len(key))
             key = key[:at] + rng.choice("xyz_") + key[at + rng.randint(0, 1) :]
@@ -265,6 +269,9 @@ _LIKELY = (
     *(1, 2, 3, 4, 8, 16, 32, 64, 0.1, 0.5, 0.9, 1.2, 100, 200),
     *("train", "frozen", "grow", "prune", "uniform", "hot", "routing", "expert", "projection"),
     *("product", "importance", "random", "layer", "model", "own", "inherit", "paper-v5", "static"),
+    # Patterns: a good one, some that are none, and some on which matching takes for ever.
+    *(r".*\.q_proj", "(", "[a-", "*", "(?P<a", r"((\w+\.?)+)+!", r"(.*\w)*\d*!"),
+    *("(a|a|.)*.*.*.*b!", r"(((\w+)+)+)+\."),
     *("all-linear", ["q_proj"], ["gate_up", "down"], ["up", "down"], {"train": "train[:50%]"}),
 )
 
@@ -284,6 +291,11 @@ def read_settings_case(tree: dict[str, Any], folder: Path) -> None:
         drlora.DrLoraConfig(**direct)
     recipe = recipe_from(tree)
     assert recipe_from(recipe.to_dict()) == recipe
+    config = recipe.adapter_config()
+    if config.target_modules:
+        model = make_model()
+        refuse_endless(config.target_modules, [name for name, _ in model.named_modules()])
+        choose_targets(model, config, find_blocks(model))
     arguments = training_arguments(recipe, RunDir(folder / "run"))
     if arguments.max_steps > 0:
-        plan_growth(recipe.adapter_config(), 4, arguments.max_steps)
+        plan_growth(config, 4, arguments.max_steps)

@@ -29,6 +29,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, Trainin
 import drlora
 from benchmarks.harness import RESULTS, where
 from drlora.embedded import model_folder
+from drlora.environment import source_state
 from drlora.jsonl import read_lines
 from drlora.progress import MetricsLog
 
@@ -174,6 +175,7 @@ def run(steps: int, folder: Path) -> dict[str, Any]:
         "minutes": round(seconds / 60, 1),
         "settings": {**SETTINGS, "move_share": 0.05, "batch": [ROWS, LENGTH]},
         **where(),
+        "source": source_state(),
     }  # fmt: skip
 
 

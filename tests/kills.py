@@ -40,7 +40,7 @@ from transformers import Trainer, TrainingArguments
 import drlora
 from drlora.callback import DrLoraCallback
 from drlora.checkpoint import checkpoint_step
-from drlora.environment import versions
+from drlora.environment import source_state, versions
 from drlora.jsonl import read_lines
 from drlora.recipe import load_recipe
 from drlora.rundir import RunDir
@@ -354,6 +354,7 @@ def summary(killer: Killer, minutes: float) -> dict:
         "checkpoint_every": EVERY,
         "minutes": round(minutes, 1),
         "versions": versions(),
+        "source": source_state(),
         "moments": [asdict(kill) for kill in killer.kills],
     }
 

@@ -15,6 +15,7 @@ from tiny import make_batch, make_model, plain_loop, trainable
 from tiny_adapter import SETTINGS, logits, make_settings, train, trained
 
 import drlora
+from drlora import ordinary
 from drlora.inject import adapted_layers
 
 ATTENTION = ["q_proj", "v_proj"]
@@ -381,3 +382,21 @@ def test_quantised_attention_beside_the_experts(targets, tmp_path):
     if targets is None:  # with LoRA on them, PEFT would have to quantise the sum anew
         merged = loaded.merge_and_unload()
         torch.testing.assert_close(logits(merged), logits(model), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "said"),
+    [
+        (r"((\w+\.?)+)+!", "takes more than .* repetitions inside repetitions"),
+        (r"(.*\w)*\d*!", "takes more than"),
+        ("(", "is no regular expression"),
+        ("[a-", "is no regular expression"),
+    ],
+)
+def test_a_pattern_that_never_ends_or_is_none_is_refused(pattern, said, monkeypatch):
+    monkeypatch.setattr(ordinary, "LONGEST_MATCH_SECONDS", 0.5)
+    model = make_model()
+    names = [name for name, _ in model.named_modules()]
+    with pytest.raises(drlora.ConfigError, match=said):
+        get_peft_model(model, drlora.DrLoraConfig(target_modules=pattern))
+    assert [name for name, _ in model.named_modules()] == names

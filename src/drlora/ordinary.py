@@ -6,8 +6,11 @@ The layers are PEFT's own, so that quantised linears work as they do there. What
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterator, Sequence
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,8 +25,11 @@ from transformers.pytorch_utils import Conv1D
 from drlora.blocks import MoEBlock
 from drlora.config import DrLoraConfig
 from drlora.errors import ConfigError
+from drlora.files import shown
 
 ALL_LINEAR = "all-linear"
+LONGEST_MATCH_SECONDS = 3.0  # of all names together
+_MATCH_ALL = "import json, re, sys; p, *n = json.load(sys.stdin); [re.fullmatch(p, k) for k in n]"
 _SAFE_TO_COPY = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -65,6 +71,46 @@ def choose_targets(model: nn.Module, config: DrLoraConfig, blocks: Sequence[MoEB
     for name in found:
         _refuse_unfit(name, modules[name], name in routers)
     return found
+
+
+def refuse_endless(pattern: object, names: Iterable[str]) -> None:
+    """Refuse a regular expression that is none, or that may take for ever.
+
+    Repetitions inside repetitions can take longer than any name is long, and nothing interrupts
+    Python's matching, which PEFT uses too. So a process of its own tries it first.
+
+    Args:
+        pattern: `target_modules`; anything but a regular expression passes.
+        names: of all modules that it will be held against.
+
+    Raises:
+        ConfigError: naming the pattern.
+    """
+    if not isinstance(pattern, str) or pattern == ALL_LINEAR:
+        return
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ConfigError(
+            f"target_modules={shown(pattern)} is no regular expression: {error}."
+        ) from error
+    if sum(pattern.count(sign) for sign in "*+{") < 2:
+        return
+    command = [sys.executable, "-I", "-S", "-c", _MATCH_ALL]
+    try:
+        subprocess.run(
+            command,
+            input=json.dumps([pattern, *names]).encode(),
+            timeout=LONGEST_MATCH_SECONDS,
+            check=True,
+            stderr=subprocess.DEVNULL,
+        )
+    except subprocess.TimeoutExpired:
+        raise ConfigError(
+            f"target_modules={shown(pattern)} takes more than {LONGEST_MATCH_SECONDS:g} s to match "
+            f"the names of the model's modules; write it without repetitions inside repetitions, "
+            f"or as a list of names."
+        ) from None
 
 
 def lora_config(config: DrLoraConfig, target: nn.Module) -> LoraConfig:

@@ -36,7 +36,7 @@ from drlora.errors import ConfigError
 from drlora.inject import adapted_layers, prepare, wrap_experts
 from drlora.layer import DrLoraExperts
 from drlora.observe import forget_tokens
-from drlora.ordinary import choose_targets, lora_config
+from drlora.ordinary import choose_targets, lora_config, refuse_endless
 from drlora.peft_type import DRLORA
 from drlora.routers import (
     forget_router_logits,
@@ -116,6 +116,9 @@ class DrLoraModel(LoraModel):
                 "DrLoraConfig alone. Leave state_dict out, and load the tensors with "
                 "peft.set_peft_model_state_dict when the adapter is in."
             )
+        config = self.peft_config[adapter_name]
+        assert isinstance(config, DrLoraConfig)
+        refuse_endless(config.target_modules, [name for name, _ in model.named_modules()])
         # The copy that PEFT makes of a trained router must not copy its hook, and what that holds.
         forget_router_logits(model)
         try:
