@@ -102,7 +102,7 @@ def test_a_turn_of_weight_0_is_read_and_not_learned(template):
 
 
 def test_a_role_that_nobody_knows_is_refused():
-    with pytest.raises(DataError, match="example 1: message 1 has the role 'human'.*human to user"):
+    with pytest.raises(DataError, match="example 2: message 1 has the role 'human'.*human to user"):
         encode(PLAIN, turns(("user", "a"), ("assistant", "b")), turns(("human", "a"), ("gpt", "b")))
 
 
