@@ -30,7 +30,7 @@ import drlora
 from benchmarks.harness import RESULTS, where
 from drlora.embedded import model_folder
 from drlora.environment import source_state
-from drlora.jsonl import read_lines
+from drlora.io.jsonl import read_lines
 from drlora.progress import MetricsLog
 
 STEPS, EVERY, WINDOW, REFERENCE_EVERY = 20_000, 20, 1000, 10

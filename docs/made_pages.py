@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from drlora.writing import write_at_once
+from drlora.io.writing import write_at_once
 
 
 def write_or_check(page: Path, remake: Callable[[str], str], description: str | None) -> int:

@@ -24,7 +24,7 @@ from drlora.compare.plan import load_plan
 from drlora.compare.results import Folder, Matrix, read_matrix
 from drlora.compare.statistics import gain, interval, mean_gain
 from drlora.compare.tables import PER_CENT, models_table, shown_gain, shown_interval, table
-from drlora.writing import write_at_once
+from drlora.io.writing import write_at_once
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "evidence.md"

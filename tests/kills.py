@@ -39,13 +39,13 @@ from transformers import Trainer, TrainingArguments
 
 import drlora
 from drlora.callback import DrLoraCallback
-from drlora.checkpoint import checkpoint_step
 from drlora.environment import source_state, versions
-from drlora.jsonl import read_lines
+from drlora.io.checkpoint import checkpoint_step
+from drlora.io.jsonl import read_lines
+from drlora.io.writing import write_at_once
 from drlora.recipe import load_recipe
 from drlora.rundir import RunDir
 from drlora.train import train
-from drlora.writing import write_at_once
 
 RESULT = Path(__file__).parents[1] / "benchmarks" / "results" / "kills.json"
 TOTAL, EVERY = 12, 3  # steps, and steps between checkpoints; ranks grow after 4, 6, 8 and 10

@@ -22,7 +22,7 @@ from transformers import (
 
 import drlora
 from drlora.inject import adapted_layers
-from drlora.jsonl import read_lines
+from drlora.io.jsonl import read_lines
 from drlora.progress import MetricsLog
 
 STEPS = 8  # growth after steps 3, 5 and 7

@@ -18,7 +18,7 @@ from tiny_run import save_all, save_examples
 import drlora
 import drlora.train as train_module
 from drlora.cli import main
-from drlora.jsonl import read_lines
+from drlora.io.jsonl import read_lines
 
 LONGER = "training.num_train_epochs=4"
 
@@ -135,7 +135,7 @@ def test_time_and_steps_are_those_of_the_whole_run(tmp_path, monkeypatch):
     state["stateful_callbacks"]["Clock"]["attributes"]["seconds"] = 1000.0
     path = tmp_path / "run/checkpoints/checkpoint-7"
     (path / "trainer_state.json").write_text(json.dumps(state))
-    drlora.checkpoint.seal(path)
+    drlora.io.checkpoint.seal(path)
     assert main(["train", str(recipe), "--resume"]) == 0
     result = result_of(tmp_path / "run")
     assert result["steps"] == 12 and 1000 < result["seconds"] < 1100

@@ -16,10 +16,10 @@ from tiny_run import save_all
 from transformers import Trainer
 
 import drlora
-import drlora.writing
-from drlora.checkpoint import MANIFEST, refuse_damaged
+import drlora.io.writing
 from drlora.cli import main
-from drlora.jsonl import append_lines, forget_after, read_lines
+from drlora.io.checkpoint import MANIFEST, refuse_damaged
+from drlora.io.jsonl import append_lines, forget_after, read_lines
 from drlora.rundir import LOCK, RunDir
 
 
@@ -109,14 +109,14 @@ def test_what_fails_while_it_is_written_is_not_there(checkpoints):
 
 def test_a_file_is_written_in_full_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "result.json"
-    drlora.writing.write_at_once(path, "old")
+    drlora.io.writing.write_at_once(path, "old")
 
     def no_space(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(drlora.writing.os, "fsync", no_space)
+    monkeypatch.setattr(drlora.io.writing.os, "fsync", no_space)
     with pytest.raises(OSError, match="No space"):
-        drlora.writing.write_at_once(path, "new")
+        drlora.io.writing.write_at_once(path, "new")
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 

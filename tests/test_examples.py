@@ -18,7 +18,7 @@ from new_process import run_python
 from safetensors.torch import load_file
 from tiny import make_batch, make_model
 
-from drlora.jsonl import read_lines
+from drlora.io.jsonl import read_lines
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ["trainer", "plain_loop", "accelerate_loop", "sft", "dpo", "grpo"]

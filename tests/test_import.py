@@ -354,7 +354,7 @@ class TestStartRanks:
     def test_a_file_that_is_not_there_or_too_large(self, tmp_path, monkeypatch):
         with pytest.raises(CheckpointError, match="no rank map"):
             drlora.start_ranks(fresh(), tmp_path / "ranks.json")
-        monkeypatch.setattr("drlora.files.LARGEST_JSON_BYTES", 3)
+        monkeypatch.setattr("drlora.io.files.LARGEST_JSON_BYTES", 3)
         (tmp_path / "ranks.json").write_text("{   }")
         with pytest.raises(CheckpointError, match="5 bytes"):
             drlora.start_ranks(fresh(), tmp_path / "ranks.json")

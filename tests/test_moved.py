@@ -12,7 +12,7 @@ from peft import AutoPeftModelForCausalLM
 from tiny_run import save_all
 
 from drlora.cli import main
-from drlora.places import Place, from_root
+from drlora.io.places import Place, from_root
 
 LENGTH = dict(training=dict(max_steps=8, save_steps=4))
 

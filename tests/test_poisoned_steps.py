@@ -14,7 +14,7 @@ from test_callback import STEPS, dynamics_of, make_trainer
 from tiny import make_batch, make_model, trainable
 
 import drlora
-from drlora.jsonl import read_lines
+from drlora.io.jsonl import read_lines
 from drlora.progress import MetricsLog
 
 SETTINGS = dict(r_init=2, r_target=4, r_max=8, p_grow=0.5, grow_every=4, warmup_steps=5,

@@ -6,8 +6,8 @@ import pytest
 import yaml
 
 from drlora.errors import ConfigError
+from drlora.io.settings import check_type, parse_yaml, split_override
 from drlora.recipe import DataSection, load_recipe, recipe_from
-from drlora.settings import check_type, parse_yaml, split_override
 
 MINIMAL = {
     "model": "embedded",

@@ -13,9 +13,9 @@ from tiny_run import make_tokenizer, save_model_folder
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import drlora
-from drlora.checkpoint import adapter_state
 from drlora.errors import CheckpointError
 from drlora.export_run import export_run
+from drlora.io.checkpoint import adapter_state
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`"),

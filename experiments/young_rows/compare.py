@@ -106,7 +106,7 @@ def _table(runs: list[dict]) -> list[dict]:
 
 def _write(path: Path, runs: list[dict]) -> None:
     from drlora.environment import versions
-    from drlora.writing import write_at_once
+    from drlora.io.writing import write_at_once
 
     content = {"settings": SETTINGS, "versions": versions(), "table": _table(runs), "runs": runs}
     write_at_once(path, json.dumps(content, indent=1) + "\n")

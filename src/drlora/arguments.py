@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 from drlora.export import FORMATS, RANKS, ROUNDING, ROUNDINGS
-from drlora.files import home
+from drlora.io.files import home
 from drlora.memory_plan import TOKENS
 from drlora.report import FORMATS as REPORT_FORMATS
 from drlora.version import __version__

@@ -34,11 +34,11 @@ from drlora.data import EncodedData, encode_examples
 from drlora.embedded import resolve_model
 from drlora.embeddings import fit_embeddings
 from drlora.errors import CheckpointError, ConfigError, DataError, DrLoraError
-from drlora.files import first_line
 from drlora.import_lora import load_peft_lora, refuse_other_files
 from drlora.inject import choose_blocks
+from drlora.io.files import first_line
+from drlora.io.places import from_root
 from drlora.load_data import load_source as load_source
-from drlora.places import from_root
 from drlora.processes import are_several
 from drlora.recipe import DataSection, Recipe
 from drlora.rundir import RunDir

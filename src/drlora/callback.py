@@ -30,17 +30,17 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from drlora.best_model import load_best, refuse_mixed_up
-from drlora.checkpoint import seal
 from drlora.dynamics import Grant, RankDynamics
 from drlora.errors import ConfigError
 from drlora.event_log import EVENT_LOG, EventLog
 from drlora.inject import active_adapter
-from drlora.jsonl import append_lines, forget_after, set_aside
+from drlora.io.checkpoint import seal
+from drlora.io.jsonl import append_lines, forget_after, set_aside
+from drlora.io.writing import sync
 from drlora.processes import wait_for_all
 from drlora.rank_metrics import RankLog
 from drlora.schedule import Schedule
 from drlora.starts import needs_ranks, place_ranks
-from drlora.writing import sync
 from drlora.young_rows import unwrap_optimizer
 
 GROWTH_LOG = "growth.jsonl"

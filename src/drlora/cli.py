@@ -38,16 +38,16 @@ from drlora.environment import describe
 from drlora.errors import CheckpointError, ConfigError, DrLoraError
 from drlora.evaluate_run import evaluate_run
 from drlora.export_run import ExportResult, export_run, print_plan
-from drlora.files import read_json, refuse_links_out
 from drlora.inspection import inspect_model
 from drlora.inspection_text import print_inspection
+from drlora.io.files import read_json, refuse_links_out
+from drlora.io.settings import split_override
 from drlora.moved import located_at
 from drlora.outcome import verdict_line
 from drlora.progress import Terminated, sigterm_interrupts
 from drlora.recipe import load_recipe, make_adapter_config
 from drlora.report import write_report
 from drlora.rundir import RunDir
-from drlora.settings import split_override
 from drlora.summary import print_summary
 from drlora.train import train
 

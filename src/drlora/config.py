@@ -23,7 +23,7 @@ from drlora.config_checks import (
     whole_number,
 )
 from drlora.errors import ConfigError
-from drlora.files import shown
+from drlora.io.files import shown
 from drlora.methods import method_settings
 from drlora.peft_type import DRLORA, SavedConfig
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any, Final
 
 from drlora.errors import ConfigError
-from drlora.files import shown
+from drlora.io.files import shown
 
 # Chosen by the length of the run and the budget (drlora.schedule).
 AUTO: Final = "auto"

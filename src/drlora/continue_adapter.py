@@ -31,8 +31,8 @@ from transformers import PreTrainedModel
 from drlora.config import DrLoraConfig
 from drlora.embeddings import fit_embeddings
 from drlora.errors import CheckpointError, ConfigError, DrLoraError
-from drlora.files import first_line, home, read_adapter_config, read_shapes
 from drlora.inject import adapted_layers
+from drlora.io.files import first_line, home, read_adapter_config, read_shapes
 from drlora.rank_pool import RankPool
 from drlora.ranks import FREE
 

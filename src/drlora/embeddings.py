@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel
 
 from drlora.errors import CheckpointError
-from drlora.files import read_shapes
+from drlora.io.files import read_shapes
 
 # What stands between the name of an embedding and its weight in the files that PEFT writes.
 _PARTS = ("", "original_module.", "modules_to_save.", "base_layer.")

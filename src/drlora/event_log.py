@@ -22,7 +22,7 @@ from torch import Tensor
 from drlora.dynamics import RankDynamics
 from drlora.groups import Scored
 from drlora.growth import Growth
-from drlora.jsonl import append_lines
+from drlora.io.jsonl import append_lines
 
 EVENT_LOG = "events.jsonl"
 MOST_EVENTS = 64

@@ -40,10 +40,10 @@ from drlora.export import (
     make_plan,
     refuse_full_folder,
 )
-from drlora.files import home, read_json
+from drlora.io.files import home, read_json
+from drlora.io.places import from_root
 from drlora.layer import DrLoraExperts
 from drlora.ops.merge import Rounding, RoundingMode
-from drlora.places import from_root
 from drlora.recipe import default_split
 from drlora.sources import Source, find_source
 

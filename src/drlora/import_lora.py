@@ -25,8 +25,8 @@ from drlora.errors import CheckpointError, ConfigError
 from drlora.export.factors import Factors
 from drlora.export.peft_lora import read
 from drlora.export.updates import PARAMETERS, Updates, base_of, seen_transposed
-from drlora.files import first_line, read_adapter_config
 from drlora.inject import adapted_layers
+from drlora.io.files import first_line, read_adapter_config
 from drlora.layer import DrLoraExperts
 from drlora.rank_pool import RankPool
 

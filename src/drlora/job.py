@@ -24,10 +24,10 @@ from drlora.assemble import (
     vocabulary_size,
 )
 from drlora.callback import DrLoraCallback
-from drlora.checkpoint import checkpoint_step
 from drlora.errors import CheckpointError, ConfigError
-from drlora.files import read_json
 from drlora.held_out import refuse_unanswerable, word_for_word
+from drlora.io.checkpoint import checkpoint_step
+from drlora.io.files import read_json
 from drlora.load_data import load_training_data
 from drlora.processes import on_main, world_size
 from drlora.recipe import Recipe

@@ -15,7 +15,7 @@ from drlora.data import Collator
 from drlora.draw import draw
 from drlora.errors import CheckpointError, DataError
 from drlora.evaluate import LossResult, MatchResult, evaluate_loss, exact_match
-from drlora.files import shown
+from drlora.io.files import shown
 from drlora.recipe import EvaluationSection
 
 

@@ -1,6 +1,6 @@
 """A run that lies elsewhere than where it was started: its recipe and its checkpoints, from here.
 
-See `drlora.places` for what a stored path means.
+See `drlora.io.places` for what a stored path means.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from drlora.places import Place, leads_somewhere
+from drlora.io.places import Place, leads_somewhere
 from drlora.recipe import ROLES, Recipe
 
 _PATHS = ("model", "tokenizer", "start_from", "start_ranks")

@@ -25,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from drlora.blocks import MoEBlock
 from drlora.config import DrLoraConfig
 from drlora.errors import ConfigError
-from drlora.files import shown
+from drlora.io.files import shown
 
 ALL_LINEAR = "all-linear"
 LONGEST_MATCH_SECONDS = 3.0  # of all names together

@@ -21,10 +21,10 @@ from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from drlora.dynamics import Grant, RankDynamics
-from drlora.jsonl import append_lines
+from drlora.io.jsonl import append_lines
+from drlora.io.writing import sync
 from drlora.processes import are_several
 from drlora.wording import counted, duration
-from drlora.writing import sync
 
 PLAIN_LINES = 10
 

@@ -26,11 +26,11 @@ from transformers import TrainingArguments
 from drlora.config import DrLoraConfig, preset_settings
 from drlora.continue_adapter import RANKS, kept_settings
 from drlora.errors import ConfigError
-from drlora.files import home
-from drlora.places import from_root
+from drlora.io.files import home
+from drlora.io.places import from_root
+from drlora.io.settings import check_type, read_settings, refuse_unknown
 from drlora.sections import ROLES, DataSection, EvaluationSection
 from drlora.sections import default_split as default_split
-from drlora.settings import check_type, read_settings, refuse_unknown
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 

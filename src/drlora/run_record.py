@@ -27,7 +27,7 @@ from drlora.assemble import Examples
 from drlora.data.layout import PLACES
 from drlora.draw import drawn
 from drlora.errors import ConfigError
-from drlora.files import read_json
+from drlora.io.files import read_json
 from drlora.processes import world_size
 from drlora.recipe import EvaluationSection
 

@@ -24,14 +24,14 @@ import yaml
 from filelock import FileLock, Timeout
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
-from drlora.checkpoint import newest_checkpoint
 from drlora.errors import CheckpointError, ConfigError, DrLoraError
-from drlora.files import read_json
-from drlora.jsonl import finite, forget_after, read_lines
+from drlora.io.checkpoint import newest_checkpoint
+from drlora.io.files import read_json
+from drlora.io.jsonl import finite, forget_after, read_lines
+from drlora.io.settings import read_settings
+from drlora.io.writing import move_into_place, write_at_once
 from drlora.moved import located
 from drlora.recipe import LENGTHS, Recipe, recipe_from
-from drlora.settings import read_settings
-from drlora.writing import move_into_place, write_at_once
 
 LOCK = ".lock"  # held by the process that trains, and gone with it
 _PARTIAL = ".adapter.partial"

@@ -9,8 +9,8 @@ from typing import Any
 from drlora.data.layout import KNOWN_COLUMNS
 from drlora.data.load import is_file_name
 from drlora.errors import ConfigError
-from drlora.files import home
-from drlora.settings import check_type, refuse_unknown
+from drlora.io.files import home
+from drlora.io.settings import check_type, refuse_unknown
 
 ROLES = ("train", "eval", "test")
 EMBEDDED_SPLITS = {"train": "train", "eval": "dev", "test": "test"}

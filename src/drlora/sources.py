@@ -5,7 +5,7 @@
     a folder with a model      an export as merged
 
 An export says which run it came from; where that is still there, its data and settings are used.
-Paths in what is stored are followed as `drlora.places` says.
+Paths in what is stored are followed as `drlora.io.places` says.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from peft.utils.constants import TOKENIZER_CONFIG_NAME
 
 from drlora.errors import CheckpointError
 from drlora.export import RECORD
-from drlora.files import home, read_adapter_config, read_json, shown
-from drlora.places import Place, leads_somewhere
+from drlora.io.files import home, read_adapter_config, read_json, shown
+from drlora.io.places import Place, leads_somewhere
 from drlora.recipe import DataSection, EvaluationSection, Recipe
 from drlora.rundir import RunDir
 

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from drlora.config import DrLoraConfig
 from drlora.errors import CheckpointError, ConfigError
-from drlora.files import read_json, shown
 from drlora.inject import active_adapter, adapted_layers
+from drlora.io.files import read_json, shown
 from drlora.layer import ExpertsAdapter
 from drlora.placement import hot_ranks, proportional_ranks, strongest_ranks
 from drlora.probe import Directions, gradients_of_batches, probe_gradients

@@ -29,11 +29,11 @@ from transformers import (
 )
 from transformers.trainer_callback import ExportableState
 
-from drlora.checkpoint import adapter_state
 from drlora.config import DrLoraConfig
 from drlora.errors import CheckpointError, ConfigError
-from drlora.files import first_line
 from drlora.inject import adapted_layers
+from drlora.io.checkpoint import adapter_state
+from drlora.io.files import first_line
 from drlora.processes import are_several
 
 

@@ -22,9 +22,9 @@ from typing import Any
 
 from drlora.compare.cells import Cell
 from drlora.errors import CheckpointError
-from drlora.files import read_json
-from drlora.jsonl import finite
-from drlora.writing import move_into_place, write_at_once
+from drlora.io.files import read_json
+from drlora.io.jsonl import finite
+from drlora.io.writing import move_into_place, write_at_once
 
 CELLS, ITEMS, PLACES = "cells.jsonl", "items.jsonl.gz", "places.json"
 

@@ -20,7 +20,7 @@ from drlora.compare.tables import (
     shown_interval,
     table,
 )
-from drlora.writing import write_at_once
+from drlora.io.writing import write_at_once
 
 FIGURES = "figures"
 

@@ -28,9 +28,9 @@ from drlora.compare.metrics import METRICS, items_of, value_of
 from drlora.compare.packed import Result, pack, place_of, read_packed, read_places
 from drlora.compare.plan import Plan, Settings
 from drlora.errors import CheckpointError
-from drlora.files import read_json
-from drlora.jsonl import finite
-from drlora.writing import write_at_once
+from drlora.io.files import read_json
+from drlora.io.jsonl import finite
+from drlora.io.writing import write_at_once
 
 Place = tuple[str, str, str]
 """(model, task, method)."""

@@ -17,7 +17,7 @@ from datasets.exceptions import DatasetsError
 from drlora.data.layout import PLACES, Layout, check_record, choose_layout, unused_columns
 from drlora.data.slices import base_of, rows_of
 from drlora.errors import DataError
-from drlora.files import home, local_path
+from drlora.io.files import home, local_path
 
 EMBEDDED_PREFIX = "embedded:"
 EMBEDDED_FOLDER = Path(__file__).resolve().parents[1] / "embedded" / "tasks"

@@ -36,8 +36,8 @@ from drlora.export.make import ROUNDING, Made, make
 from drlora.export.readme import readme
 from drlora.export.updates import Updates, base_of, collect_updates
 from drlora.inject import adapted_layers
+from drlora.io.places import from_root
 from drlora.ops.merge import Rounding
-from drlora.places import from_root
 
 FORMATS = ("peft", "per-expert", "merged")
 RANKS = ("padded", "auto")

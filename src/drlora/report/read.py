@@ -25,9 +25,9 @@ from safetensors import SafetensorError, safe_open
 from drlora.callback import GROWTH_LOG
 from drlora.errors import CheckpointError, DrLoraError
 from drlora.event_log import EVENT_LOG
-from drlora.files import read_json
-from drlora.jsonl import read_lines
-from drlora.settings import read_settings
+from drlora.io.files import read_json
+from drlora.io.jsonl import read_lines
+from drlora.io.settings import read_settings
 
 NO_EXPERT = -1
 RECIPE = "config.yaml"

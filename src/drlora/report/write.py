@@ -8,11 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from drlora.errors import CheckpointError, ConfigError
-from drlora.files import home
+from drlora.io.files import home
+from drlora.io.writing import move_into_place
 from drlora.report.markdown import markdown
 from drlora.report.page import page
 from drlora.report.read import RunRecord, read_run
-from drlora.writing import move_into_place
 
 FORMATS = ("html", "png", "svg", "md")
 

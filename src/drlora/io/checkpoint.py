@@ -29,7 +29,7 @@ from torch.distributed.tensor import DTensor
 
 from drlora.embeddings import embedding_names, rows_before
 from drlora.errors import CheckpointError
-from drlora.writing import sync, write_at_once
+from drlora.io.writing import sync, write_at_once
 
 MANIFEST = "manifest.json"
 # In the keys of what PEFT and this package add to a model.

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from drlora.writing import move_into_place
+from drlora.io.writing import move_into_place
 
 
 def append_lines(path: Path, entries: Iterable[dict[str, Any]]) -> None:
