@@ -22,7 +22,7 @@ from typing import Any
 
 from drlora.compare.cells import compare_cells, places
 from drlora.compare.plan import load_plan
-from drlora.config import DrLoraConfig
+from drlora.config.adapter import DrLoraConfig
 from drlora.inspection import inspect_model
 from drlora.recipe import Recipe, load_recipe
 

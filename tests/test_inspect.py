@@ -11,7 +11,7 @@ from tiny_run import save_model_folder
 from transformers import AutoModelForCausalLM, OlmoeConfig
 
 from drlora.cli import main
-from drlora.config import DrLoraConfig
+from drlora.config.adapter import DrLoraConfig
 from drlora.embedded import model_folder
 from drlora.inspection import inspect_model
 from drlora.inspection_text import CHART_HEIGHT, growth_chart, print_inspection

@@ -28,7 +28,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from drlora.config import DrLoraConfig
+from drlora.config.adapter import DrLoraConfig
 from drlora.continue_adapter import continue_adapter, is_drlora, refuse_unfit
 from drlora.data import EncodedData, encode_examples
 from drlora.embedded import resolve_model

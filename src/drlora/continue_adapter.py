@@ -28,7 +28,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from drlora.config import DrLoraConfig
+from drlora.config.adapter import DrLoraConfig
 from drlora.embeddings import fit_embeddings
 from drlora.errors import CheckpointError, ConfigError, DrLoraError
 from drlora.inject import adapted_layers

@@ -21,7 +21,7 @@ from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from drlora.config import DrLoraConfig
+from drlora.config.adapter import DrLoraConfig
 from drlora.errors import CheckpointError, ConfigError
 from drlora.groups import schedule_for
 from drlora.growth import Grant, Growth, Moment

@@ -27,7 +27,7 @@ from drlora.assemble import (
     model_on_meta,
     vocabulary_size,
 )
-from drlora.config import DrLoraConfig
+from drlora.config.adapter import DrLoraConfig
 from drlora.data import Collator, encode_examples
 from drlora.embeddings import fit_embeddings
 from drlora.errors import CheckpointError, ConfigError, DrLoraError

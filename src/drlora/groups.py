@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from drlora.config import DrLoraConfig
+from drlora.config.adapter import DrLoraConfig
 from drlora.layer import ExpertsAdapter, RankPool
 from drlora.saliency import Signals, expert_sums
 from drlora.schedule import Competitors, GrowthPlan, Schedule, make_schedule, plan_of

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from drlora.allocator import allocate_in_layers, least_important, reserve, take_back
-from drlora.config import DrLoraConfig
+from drlora.config.adapter import DrLoraConfig
 from drlora.groups import Group, Scored, make_groups
 from drlora.layer import ExpertsAdapter, RankPool
 from drlora.row_directions import point_along_gradient

@@ -20,7 +20,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapp
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from drlora.config import DrLoraConfig
+from drlora.config.adapter import DrLoraConfig
 from drlora.errors import CheckpointError, ConfigError
 from drlora.export.factors import Factors
 from drlora.export.peft_lora import read

@@ -9,7 +9,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from drlora.blocks import MoEBlock, active_experts, find_blocks
-from drlora.config import DrLoraConfig
+from drlora.config.adapter import DrLoraConfig
 from drlora.errors import ConfigError
 from drlora.families import family_of
 from drlora.layer import DrLoraExperts

@@ -21,7 +21,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from drlora.assemble import load_architecture, model_on_meta
 from drlora.blocks import MoEBlock, active_experts
-from drlora.config import DrLoraConfig
+from drlora.config.adapter import DrLoraConfig
 from drlora.errors import ConfigError
 from drlora.inject import choose_blocks
 from drlora.memory_plan import TOKENS, Beside, adapter_parameters, memory_plan, stored_rank

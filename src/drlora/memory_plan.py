@@ -21,7 +21,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from drlora.blocks import MoEBlock
-from drlora.config import DrLoraConfig
+from drlora.config.adapter import DrLoraConfig
 
 GB = 1e9
 NUMBER_BYTES = 4  # adapters are trained in float32

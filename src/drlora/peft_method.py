@@ -31,13 +31,13 @@ from drlora.adapter_files import (
     refuse_damaged_ranks,
     refuse_other_tensors,
 )
-from drlora.config import DrLoraConfig
+from drlora.config.adapter import DrLoraConfig
+from drlora.config.peft_type import DRLORA
 from drlora.errors import ConfigError
 from drlora.inject import adapted_layers, prepare, wrap_experts
 from drlora.layer import DrLoraExperts
 from drlora.observe import forget_tokens
 from drlora.ordinary import choose_targets, lora_config, refuse_endless
-from drlora.peft_type import DRLORA
 from drlora.routers import (
     forget_router_logits,
     note_router_logits,

@@ -23,7 +23,7 @@ from typing import Any
 from peft import PeftConfig, TaskType
 from transformers import TrainingArguments
 
-from drlora.config import DrLoraConfig, preset_settings
+from drlora.config.adapter import DrLoraConfig, preset_settings
 from drlora.continue_adapter import RANKS, kept_settings
 from drlora.errors import ConfigError
 from drlora.io.files import home
@@ -80,7 +80,7 @@ class Recipe:
         adapter: all settings of DrLoraConfig.
         training: fields of TrainingArguments.
         evaluation: see EvaluationSection.
-        method: a name of `drlora.methods`; what it stands for wins over `adapter`. None: `adapter`
+        method: a name of `drlora.config.methods`; what it stands for wins over `adapter`. None: `adapter`
             as it is.
         start_from: what the adapter continues: a run, a folder with a DR-LoRA adapter
             (`drlora.continue_adapter`), or one with a PEFT LoRA on experts, whose layers and rank

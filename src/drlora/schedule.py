@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from drlora.config import AUTO, DrLoraConfig
+from drlora.config.adapter import AUTO, DrLoraConfig
 from drlora.errors import ConfigError
 
 # Published: T_grow, the steps without growth at the end, p_grow (arXiv 2601.04823).

@@ -21,7 +21,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from drlora.config import DrLoraConfig
+from drlora.config.adapter import DrLoraConfig
 from drlora.errors import CheckpointError, ConfigError
 from drlora.inject import active_adapter, adapted_layers
 from drlora.io.files import read_json, shown

@@ -19,7 +19,8 @@ from transformers import PrinterCallback, set_seed
 
 from drlora.assemble import add_adapter, load_base_model, training_arguments
 from drlora.callback import DrLoraCallback
-from drlora.config import DrLoraConfig
+from drlora.config.adapter import DrLoraConfig
+from drlora.config.methods import METHODS
 from drlora.data import Collator
 from drlora.dynamics import RankDynamics
 from drlora.environment import peak_memory, versions
@@ -29,7 +30,6 @@ from drlora.io.checkpoint import adapter_state, checkpoint_step
 from drlora.io.jsonl import append_lines, forget_kind, read_lines
 from drlora.job import Job, prepare
 from drlora.measure import Measurement, measure, measurement_from
-from drlora.methods import METHODS
 from drlora.model_card import write_card_if_possible
 from drlora.moved import FindBest
 from drlora.outcome import Ranks, TrainResult, reasons_of_divergence

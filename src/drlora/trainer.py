@@ -29,7 +29,7 @@ from transformers import (
 )
 from transformers.trainer_callback import ExportableState
 
-from drlora.config import DrLoraConfig
+from drlora.config.adapter import DrLoraConfig
 from drlora.errors import CheckpointError, ConfigError
 from drlora.inject import adapted_layers
 from drlora.io.checkpoint import adapter_state

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from drlora.compare.plan import SPLIT_ROLES, Plan, Settings, merged
+from drlora.config.methods import method_settings
 from drlora.data.load import EMBEDDED_FOLDER, EMBEDDED_PREFIX
 from drlora.embedded import resolve_model
 from drlora.errors import ConfigError
 from drlora.io.files import local_path
-from drlora.methods import method_settings
 from drlora.recipe import Recipe, recipe_from
 
 KEY_LENGTH = 12

@@ -12,7 +12,7 @@ import math
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Literal
 
-from drlora.config_checks import (
+from drlora.config.checks import (
     AUTO,
     in_range,
     number,
@@ -22,10 +22,10 @@ from drlora.config_checks import (
     target_names,
     whole_number,
 )
+from drlora.config.methods import method_settings
+from drlora.config.peft_type import DRLORA, SavedConfig
 from drlora.errors import ConfigError
 from drlora.io.files import shown
-from drlora.methods import method_settings
-from drlora.peft_type import DRLORA, SavedConfig
 
 PROJECTION_SETS = (
     ("gate_up", "down"),
@@ -218,7 +218,7 @@ class DrLoraConfig(SavedConfig):
 
     @classmethod
     def for_method(cls, name: str, **settings: Any) -> DrLoraConfig:
-        """The settings that a method stands for (`drlora.methods`), on top of `settings`."""
+        """The settings that a method stands for (`drlora.config.methods`), on top of `settings`."""
         defaults = {f.name: f.default for f in fields(cls) if f.default is not MISSING}
         return cls(**{**settings, **method_settings(name, {**defaults, **settings})})
 
