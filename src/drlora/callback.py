@@ -30,6 +30,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from drlora.best_model import load_best, refuse_mixed_up
+from drlora.distributed import wait_for_all
 from drlora.dynamics import Grant, RankDynamics
 from drlora.errors import ConfigError
 from drlora.event_log import EVENT_LOG, EventLog
@@ -37,7 +38,6 @@ from drlora.inject import active_adapter
 from drlora.io.checkpoint import seal
 from drlora.io.jsonl import append_lines, forget_after, set_aside
 from drlora.io.writing import sync
-from drlora.processes import wait_for_all
 from drlora.rank_metrics import RankLog
 from drlora.schedule import Schedule
 from drlora.starts import needs_ranks, place_ranks

@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import torch
 
-from drlora.processes import are_several
+from drlora.distributed import are_several
 from drlora.version import __version__
 
 COMPUTING = ("torch", "transformers", "peft", "accelerate", "datasets")

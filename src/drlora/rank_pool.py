@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from drlora.distributed import held_rows, local_part
 from drlora.errors import CheckpointError
-from drlora.processes import held_rows, local_part
 from drlora.ranks import FREE, RankBook
 
 

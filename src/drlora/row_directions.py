@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from drlora.processes import held_rows, local_part
+from drlora.distributed import held_rows, local_part
 
 # Weaker directions than this part of the whole gradient are rounding.
 _NEGLIGIBLE = 1e-4

@@ -25,10 +25,10 @@ from transformers import PreTrainedTokenizerBase
 
 from drlora.assemble import Examples
 from drlora.data.layout import PLACES
+from drlora.distributed import world_size
 from drlora.draw import drawn
 from drlora.errors import ConfigError
 from drlora.io.files import read_json
-from drlora.processes import world_size
 from drlora.recipe import EvaluationSection
 
 _BATCH = 1000

@@ -22,13 +22,13 @@ from peft import PeftModel
 from torch import Tensor
 
 from drlora.config.adapter import DrLoraConfig
+from drlora.distributed import add_up
 from drlora.errors import CheckpointError, ConfigError
 from drlora.inject import active_adapter, adapted_layers
 from drlora.io.files import read_json, shown
 from drlora.layer import ExpertsAdapter
 from drlora.placement import hot_ranks, proportional_ranks, strongest_ranks
 from drlora.probe import Directions, gradients_of_batches, probe_gradients
-from drlora.processes import add_up
 from drlora.rank_pool import RankPool
 from drlora.ranks import FREE
 from drlora.row_directions import lay_rows

@@ -22,6 +22,7 @@ from drlora.callback import DrLoraCallback
 from drlora.config.adapter import DrLoraConfig
 from drlora.config.methods import METHODS
 from drlora.data import Collator
+from drlora.distributed import is_main, on_main
 from drlora.dynamics import RankDynamics
 from drlora.environment import peak_memory, versions
 from drlora.held_out import measured_on
@@ -33,7 +34,6 @@ from drlora.measure import Measurement, measure, measurement_from
 from drlora.model_card import write_card_if_possible
 from drlora.moved import FindBest
 from drlora.outcome import Ranks, TrainResult, reasons_of_divergence
-from drlora.processes import is_main, on_main
 from drlora.progress import MetricsLog, ShowProgress, StopOnInterrupt, at_work, say
 from drlora.rank_pool import RankPool
 from drlora.recipe import Recipe

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Adam, AdamW, Optimizer
 
-from drlora.processes import held_range, held_rows, local_part
+from drlora.distributed import held_range, held_rows, local_part
 from drlora.ranks import IntArray, in_turns
 
 # Beyond this the two corrections differ by less than 5e-5 and the row is grown up.
