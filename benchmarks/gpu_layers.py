@@ -196,7 +196,7 @@ def first_wait(step: Callable[[], None], setting: Setting) -> str | None:
 
 def tile_sweep(shape: Shape, setting: Setting) -> Iterator[Row]:
     """(e) Other tile sizes for the Triton kernels, each checked, beside the ones in use."""
-    from drlora.ops import triton_tiles as tiles
+    from drlora.ops.triton import tiles
 
     case, layer = f"gpu tiles {shape.name}", Layer(shape, setting)
     block = layer.adapted("following", engine="triton")

@@ -9,7 +9,8 @@ import pytest
 import torch
 from test_ops import assert_engines_agree, make_case, run
 
-from drlora.ops import loop, loop_tasks
+from drlora.ops.loop.engine import engine as loop
+from drlora.ops.loop.engine import tasks as loop_tasks
 
 
 @pytest.fixture

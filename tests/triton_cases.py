@@ -132,7 +132,7 @@ def uninitialised_memory_is_nan():
 
 def interpret() -> dict[str, dict[str, float]]:
     """Errors of every small case, in Triton's interpreter."""
-    assert "drlora.ops.triton_engine" not in sys.modules, "imported before it was chosen"
+    assert "drlora.ops.triton.engine" not in sys.modules, "imported before it was chosen"
     return {name: relative_errors(case) for name, case in CASES.items()}
 
 
@@ -174,9 +174,10 @@ def compile_for_hopper() -> dict[str, dict[str, int]]:
     """Compile all kernels of a forward and a backward pass, with the tiles of a Hopper chip."""
     from triton.runtime import driver
 
-    import drlora.ops.triton_engine as engine
-    import drlora.ops.triton_tiles as tiles
-    from drlora.ops import triton_kernels, triton_rowwise
+    import drlora.ops.triton.engine as engine
+    import drlora.ops.triton.tiles as tiles
+    from drlora.ops.triton import kernels as triton_kernels
+    from drlora.ops.triton import rowwise as triton_rowwise
 
     driver.set_active(_Hopper())
     found: dict[str, dict[str, int]] = {}

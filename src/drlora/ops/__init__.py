@@ -15,7 +15,7 @@ from torch import Tensor
 from drlora.errors import ConfigError
 from drlora.ops.compiled import TracedPiece, experts_traced
 from drlora.ops.grouped import experts_grouped, grouped_fits, grouped_misfit
-from drlora.ops.loop import experts_loop
+from drlora.ops.loop.engine import experts_loop
 from drlora.ops.naive import experts_naive
 from drlora.ops.parts import (
     Apart,
@@ -107,7 +107,7 @@ def _is_common(base: ExpertWeights) -> bool:
 
 def _triton_engine() -> Engine:
     try:
-        from drlora.ops.triton_engine import experts_triton
+        from drlora.ops.triton.engine import experts_triton
     except ImportError as error:
         if (error.name or "").partition(".")[0] != "triton":
             raise

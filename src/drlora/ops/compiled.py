@@ -25,8 +25,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from drlora.ops.grouped import ALIGNMENT_BYTES, grouped_fits, grouped_misfit, pad_rows, padded_rows
-from drlora.ops.loop import working_dtype
-from drlora.ops.loop_matrices import Widen
+from drlora.ops.loop.engine import working_dtype
+from drlora.ops.loop.matrices import Widen
 from drlora.ops.parts import DropoutMasks, ExpertWeights, Matrix, Routing
 from drlora.ops.stand_ins import tell_once
 

@@ -12,9 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from drlora.ops.loop_tasks import Segment, Task
+from drlora.ops.loop.scratch import scratch
+from drlora.ops.loop.tasks import Segment, Task
 from drlora.ops.parts import ExpertWeights, LoraPiece, Matrix, Routing, Stack
-from drlora.ops.scratch import scratch
 
 
 class Plan(NamedTuple):

@@ -33,10 +33,10 @@ from torch import Tensor, promote_types
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from drlora.ops.loop_matrices import Buffers, Plan, Projection, Widen, empty_shrunk, write_back
-from drlora.ops.loop_tasks import Task, Work, cut, share_out
+from drlora.ops.loop.matrices import Buffers, Plan, Projection, Widen, empty_shrunk, write_back
+from drlora.ops.loop.scratch import scratch
+from drlora.ops.loop.tasks import Task, Work, cut, share_out
 from drlora.ops.parts import DropoutMasks, ExpertWeights, LoraPiece, Routing
-from drlora.ops.scratch import scratch
 
 
 def experts_loop(

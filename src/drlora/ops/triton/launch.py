@@ -17,10 +17,9 @@ import torch
 import triton  # type: ignore[import-not-found, import-untyped, unused-ignore]
 from torch import Tensor
 
-from drlora.ops import triton_kernels as kernels
-from drlora.ops import triton_rowwise as rowwise
 from drlora.ops.parts import LoraPiece
-from drlora.ops.triton_tiles import Sorted
+from drlora.ops.triton import kernels, rowwise
+from drlora.ops.triton.tiles import Sorted
 
 RANK_BLOCK = 16  # the least width of a tensor core product
 _GROUP = 8
