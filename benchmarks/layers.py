@@ -19,8 +19,8 @@ from transformers import OlmoeConfig
 from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
 
 from drlora import DrLoraConfig
-from drlora.blocks import MoEBlock
 from drlora.layer import DrLoraExperts
+from drlora.moe.blocks import MoEBlock
 
 
 @dataclass(frozen=True)

@@ -31,9 +31,9 @@ from torch.func import functional_call
 import drlora
 from drlora.errors import CheckpointError
 from drlora.export import apply_plan, make_plan
-from drlora.families import family_of
 from drlora.inject import adapted_layers
 from drlora.model_card import MARK
+from drlora.moe.families import family_of
 from drlora.report.read import read_run
 
 # Model classes that follow transformers' experts interface, flags and all.
@@ -58,7 +58,7 @@ INTERFACE = """
     Qwen3VLMoeForConditionalGeneration Qwen4ExpForCausalLM SolarOpenForCausalLM
     UnlimitedOcrForConditionalGeneration ZayaForCausalLM
 """.split()  # noqa: SIM905
-# Those that do not, and so have a file in drlora.families.
+# Those that do not, and so have a file in drlora.moe.families.
 EXCEPTIONS = """
     DbrxForCausalLM JetMoeForCausalLM Llama4ForCausalLM Llama4ForConditionalGeneration
     LongcatFlashForCausalLM Step3p7ForConditionalGeneration
@@ -315,7 +315,7 @@ def test_model_class(class_name, tmp_path):
 
 def description(base):
     """How the experts of a model differ from the common layout."""
-    block = drlora.blocks.find_blocks(base)[0]
+    block = drlora.moe.blocks.find_blocks(base)[0]
     experts = base.get_submodule(block.experts_name)
     family = family_of(experts)
     weights = family.weights(experts)

@@ -18,8 +18,8 @@ from transformers.integrations.mxfp4 import Mxfp4GptOssExperts
 from transformers.modeling_outputs import CausalLMOutput
 
 import drlora
-from drlora.blocks import find_blocks
 from drlora.inject import adapted_layers
+from drlora.moe.blocks import find_blocks
 from drlora.report.read import read_run
 
 PROJECTIONS = [["gate_up", "down"], ["up", "down"], ["gate", "up", "down"]]

@@ -136,7 +136,7 @@ def test_experts_that_are_sharded_inside(two_ranks, dim):
 def test_experts_that_are_sharded_from_one_another_are_not_refused(two_ranks, placement):
     model = make_model()
     shard(model, two_ranks, placement)
-    assert len(drlora.blocks.find_blocks(model)) == 2
+    assert len(drlora.moe.blocks.find_blocks(model)) == 2
 
 
 def test_weights_under_zero_init():

@@ -8,14 +8,14 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
-from drlora.blocks import MoEBlock, active_experts, find_blocks
 from drlora.config.adapter import DrLoraConfig
 from drlora.errors import ConfigError
-from drlora.families import family_of
 from drlora.layer import DrLoraExperts
+from drlora.moe.blocks import MoEBlock, active_experts, find_blocks
+from drlora.moe.families import family_of
+from drlora.moe.refusals import refuse_unfit_model, refuse_unfit_weights
 from drlora.observe import watch_tokens
 from drlora.ops import choose_engine
-from drlora.refusals import refuse_unfit_model, refuse_unfit_weights
 
 
 def prepare(model: nn.Module, config: DrLoraConfig, model_type: str | None) -> list[MoEBlock]:
@@ -49,7 +49,7 @@ def choose_blocks(model: nn.Module, config: DrLoraConfig) -> list[MoEBlock]:
     Raises:
         ConfigError: if a name in `config.experts` is no experts module of the model, or the
             router is to be trained but was not recognised, or there is no gate to adapt, or
-            weights are not where an adapter can read them (`drlora.refusals`).
+            weights are not where an adapter can read them (`drlora.moe.refusals`).
     """
     refuse_unfit_model(model)
     blocks = find_blocks(model)

@@ -20,11 +20,11 @@ from peft.utils import ModulesToSaveWrapper
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from drlora.assemble import load_architecture, model_on_meta
-from drlora.blocks import MoEBlock, active_experts
 from drlora.config.adapter import DrLoraConfig
 from drlora.errors import ConfigError
 from drlora.inject import choose_blocks
 from drlora.memory_plan import TOKENS, Beside, adapter_parameters, memory_plan, stored_rank
+from drlora.moe.blocks import MoEBlock, active_experts
 from drlora.ops.parts import MATRICES
 from drlora.recipe import DTYPES
 from drlora.schedule import Competitors, GrowthPlan, make_schedule, plan_of

@@ -17,10 +17,10 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from drlora.blocks import MoEBlock
 from drlora.config.adapter import DrLoraConfig
 from drlora.errors import ConfigError
-from drlora.families import family_of
+from drlora.moe.blocks import MoEBlock
+from drlora.moe.families import family_of
 from drlora.observe import (
     FirstPasses,
     Masks,
@@ -235,7 +235,7 @@ class DrLoraExperts(nn.Module, BaseTunerLayer):
         *,
         routing: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """The experts' output, (T, H); see `drlora.families.Run` for the arguments."""
+        """The experts' output, (T, H); see `drlora.moe.families.Run` for the arguments."""
         logits_TE = self._take_logits()
         names = self._names()
         adapters = [self.adapter(name) for name in names]

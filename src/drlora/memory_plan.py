@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from drlora.blocks import MoEBlock
 from drlora.config.adapter import DrLoraConfig
+from drlora.moe.blocks import MoEBlock
 
 GB = 1e9
 NUMBER_BYTES = 4  # adapters are trained in float32

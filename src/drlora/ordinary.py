@@ -22,10 +22,10 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from drlora.blocks import MoEBlock
 from drlora.config.adapter import DrLoraConfig
 from drlora.errors import ConfigError
 from drlora.io.files import shown
+from drlora.moe.blocks import MoEBlock
 
 ALL_LINEAR = "all-linear"
 LONGEST_MATCH_SECONDS = 3.0  # of all names together

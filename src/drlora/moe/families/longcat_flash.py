@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from drlora.families.base import Family, Run, gated, run_routed_rows
+from drlora.moe.families.base import Family, Run, gated, run_routed_rows
 from drlora.ops import ExpertWeights
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from drlora.families.base import Family, gated
+from drlora.moe.families.base import Family, gated
 from drlora.ops import ExpertWeights
 
 

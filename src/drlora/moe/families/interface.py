@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.integrations import moe as hf_moe
 
-from drlora.families.base import Family, is_silu
+from drlora.moe.families.base import Family, is_silu
 from drlora.ops import ExpertWeights
 
 # `has_post_expert_norm` came after transformers 5.17.

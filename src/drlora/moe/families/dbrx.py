@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from drlora.families.base import Family, Run, gated
+from drlora.moe.families.base import Family, Run, gated
 from drlora.ops import Apart, ExpertWeights
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from drlora.families.base import Family
+from drlora.moe.families.base import Family
 from drlora.ops import ExpertWeights
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from drlora.families.base import Family, Run, gated
+from drlora.moe.families.base import Family, Run, gated
 from drlora.ops import Apart, ExpertWeights, adapted_experts
 
 # Names of an expert's gate, up and down.

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from drlora.families.base import Family, Run, gated
+from drlora.moe.families.base import Family, Run, gated
 from drlora.ops import ExpertWeights
 
 

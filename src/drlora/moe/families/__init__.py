@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from torch import nn
 
-from drlora.families.base import Family, Run
-from drlora.families.dbrx import Dbrx
-from drlora.families.interface import InterfaceExperts
-from drlora.families.jetmoe import JetMoe
-from drlora.families.llama4 import Llama4
-from drlora.families.longcat_flash import LongcatFlash
-from drlora.families.module_list import ModuleListExperts
-from drlora.families.step3p7 import Step3p7
+from drlora.moe.families.base import Family, Run
+from drlora.moe.families.dbrx import Dbrx
+from drlora.moe.families.interface import InterfaceExperts
+from drlora.moe.families.jetmoe import JetMoe
+from drlora.moe.families.llama4 import Llama4
+from drlora.moe.families.longcat_flash import LongcatFlash
+from drlora.moe.families.module_list import ModuleListExperts
+from drlora.moe.families.step3p7 import Step3p7
 
 __all__ = ["FAMILIES", "Family", "Run", "family_of"]
 

@@ -1,6 +1,6 @@
 """Find the Mixture-of-Experts blocks of a model by their structure, never by a list of models.
 
-What experts look like is said by the families (`drlora.families`): transformers' experts interface,
+What experts look like is said by the families (`drlora.moe.families`): transformers' experts interface,
 which nearly all models follow, and a few exceptions. A module that looks like experts and that no
 family understands is refused by name, so that no model is adapted by half.
 """
@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from drlora.errors import ConfigError
-from drlora.families import FAMILIES, Family, family_of
+from drlora.moe.families import FAMILIES, Family, family_of
+from drlora.moe.refusals import is_plain, refuse_unfit_weights
 from drlora.ops import ExpertWeights, Matrix
 from drlora.ops.parts import MATRICES
-from drlora.refusals import is_plain, refuse_unfit_weights
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _TOP_K_NAMES = ("num_experts_per_tok", "moe_topk", "moe_top_k", "num_selected_experts")
@@ -96,7 +96,7 @@ def find_blocks(model: nn.Module) -> list[MoEBlock]:
         raise ConfigError(
             f"{type(model).__name__} has no Mixture-of-Experts block: no module follows "
             f"transformers' experts interface, and none is of a family with a file of its own in "
-            f"drlora.families. Use PEFT's LoraConfig for a dense model."
+            f"drlora.moe.families. Use PEFT's LoraConfig for a dense model."
         )
     return blocks
 
@@ -146,7 +146,7 @@ def _not_understood(name: str, module: nn.Module) -> str:
         return f"{kind}: it is quantised. {_QUANTISED}"
     return (
         f"{kind}: it does not follow transformers' experts interface (it has no flags such as "
-        f"is_transposed), and no family in drlora.families recognises it. The model was left as it "
+        f"is_transposed), and no family in drlora.moe.families recognises it. The model was left as it "
         f"is; docs/families.md shows how to add a family."
     )
 

@@ -1,0 +1,1 @@
+"""The frozen experts of a model: where its blocks are, and how their families lie in memory."""
