@@ -25,7 +25,7 @@ from torch import nn
 from benchmarks.harness import Row, alternate, append, line_of, parser, rows_of
 from benchmarks.models import ModelShape, make_base, optimizer_step, ours, twin_of
 from drlora import DrLoraConfig, RankDynamics
-from drlora.layer import DrLoraExperts, RankPool
+from drlora.adapter.layer import DrLoraExperts, RankPool
 from drlora.schedule import plan_growth
 from drlora.young_rows import Clock, Cohort, young_spans
 

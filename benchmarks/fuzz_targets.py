@@ -24,6 +24,7 @@ from peft import LoraConfig, PeftConfig, get_peft_model
 
 import drlora
 from benchmarks.mutate import HOSTILE
+from drlora.adapter.linear import choose_targets, refuse_endless
 from drlora.assemble import load_adapter, load_tokenizer, training_arguments
 from drlora.compare.plan import load_plan
 from drlora.compare.results import Folder, read_matrix
@@ -32,7 +33,6 @@ from drlora.embedded import resolve_model
 from drlora.io.jsonl import forget_after, read_lines
 from drlora.measure import measurement_from
 from drlora.moe.blocks import find_blocks
-from drlora.ordinary import choose_targets, refuse_endless
 from drlora.recipe import Recipe, adapter_settings, load_recipe, recipe_from
 from drlora.report import write_report
 from drlora.rundir import RunDir

@@ -19,7 +19,7 @@ from transformers import OlmoeConfig
 from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
 
 from drlora import DrLoraConfig
-from drlora.layer import DrLoraExperts
+from drlora.adapter.layer import DrLoraExperts
 from drlora.moe.blocks import MoEBlock
 
 

@@ -17,7 +17,7 @@ from torch import nn
 from benchmarks.checks import WrongResultError, pool_rows
 from benchmarks.harness import Row, alternate, parser, rows_of, run_cases
 from benchmarks.models import ModelShape, batch_of, masked, ours, peft, training_step, twins
-from drlora.inject import adapted_layers
+from drlora.adapter.inject import adapted_layers
 
 RANK, R_MAX = 16, 64
 SHAPES = [

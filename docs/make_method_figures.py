@@ -14,8 +14,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from drlora.adapter.row_book import FREE, RankBook
 from drlora.allocator import allocate
-from drlora.ranks import FREE, RankBook
 from drlora.saliency import saliency
 
 IMAGES = Path(__file__).parent / "images"

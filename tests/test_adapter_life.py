@@ -34,7 +34,7 @@ from tiny_config import tiny_config
 from transformers import GptOssConfig, GptOssForCausalLM
 
 import drlora
-from drlora.inject import adapted_layers
+from drlora.adapter.inject import adapted_layers
 
 KINDS = {
     "experts": {},

@@ -29,9 +29,9 @@ from tiny_config import VOCAB, tiny_config
 from torch.func import functional_call
 
 import drlora
+from drlora.adapter.inject import adapted_layers
 from drlora.errors import CheckpointError
 from drlora.export import apply_plan, make_plan
-from drlora.inject import adapted_layers
 from drlora.model_card import MARK
 from drlora.moe.families import family_of
 from drlora.report.read import read_run

@@ -24,9 +24,9 @@ from tiny_adapter import SETTINGS, logits, make_settings, trained
 from transformers import Trainer, TrainingArguments
 
 import drlora
+from drlora.adapter.inject import adapted_layers
 from drlora.cli import main
 from drlora.export import apply_plan, make_plan
-from drlora.inject import adapted_layers
 
 HEADS = {
     "SEQ_CLS": ("Qwen3MoeForSequenceClassification", AutoPeftModelForSequenceClassification),

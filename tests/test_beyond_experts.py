@@ -15,8 +15,8 @@ from tiny import make_batch, make_model, plain_loop, trainable
 from tiny_adapter import SETTINGS, logits, make_settings, train, trained
 
 import drlora
-from drlora import ordinary
-from drlora.inject import adapted_layers
+from drlora.adapter import linear as ordinary
+from drlora.adapter.inject import adapted_layers
 
 ATTENTION = ["q_proj", "v_proj"]
 GATED = ["gate_proj", "up_proj", "down_proj"]

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 import drlora
-from drlora.inject import adapted_layers
+from drlora.adapter.inject import adapted_layers
 from drlora.io.jsonl import read_lines
 from drlora.progress import MetricsLog
 

@@ -17,7 +17,7 @@ from test_ops import gelu_gate, make_case, run
 from tiny import make_batch, make_class, make_model, plain_loop, trainable
 
 import drlora
-from drlora.inject import adapted_layers
+from drlora.adapter.inject import adapted_layers
 from drlora.ops import TracedPiece, stand_ins, traced_experts
 
 # torch's own: dynamo makes an instance of each autograd function that it traces, and asks each

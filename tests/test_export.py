@@ -16,11 +16,11 @@ from tiny_run import save_all
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import drlora
+from drlora.adapter.inject import adapted_layers
 from drlora.cli import main
 from drlora.errors import CheckpointError, ConfigError
 from drlora.export import FORMATS, apply_plan, make_plan
 from drlora.export.factors import expert_factors, refactor
-from drlora.inject import adapted_layers
 
 IDS = make_batch(7)["input_ids"]
 BATCHES = [{"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}]

@@ -11,13 +11,13 @@ from peft import get_peft_model
 from tiny import FAMILIES, make_batch, make_model
 
 import drlora
-import drlora.layer
+import drlora.adapter.layer
+from drlora.adapter.inject import adapted_layers
 from drlora.errors import CheckpointError
 from drlora.export import Made, apply_plan, make_plan, per_expert
 from drlora.export import peft_lora as peft_format
 from drlora.export.float32 import in_float32
 from drlora.export.reference import Deviation
-from drlora.inject import adapted_layers
 from drlora.ops.merge import Rounding
 
 IDS = make_batch(7)["input_ids"]
@@ -75,14 +75,14 @@ DEFECTS = {
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
 @pytest.mark.parametrize("defect", DEFECTS)
 def test_a_merge_with_a_defect_is_refused(tmp_path, monkeypatch, dtype, std, rounding, defect):
-    add = drlora.layer.add_update
+    add = drlora.adapter.layer.add_update
 
     def broken(base, piece, how, name):
         piece = DEFECTS[defect](piece, name)
         if piece is not None:
             add(base, piece, how, name)
 
-    monkeypatch.setattr("drlora.layer.add_update", broken)
+    monkeypatch.setattr("drlora.adapter.layer.add_update", broken)
     with pytest.raises(CheckpointError, match=r"does not do what the adapter does: expert \d of"):
         export(adapted(dtype, std), tmp_path / "out", "merged", rounding=Rounding(rounding))
     assert not list(tmp_path.iterdir())

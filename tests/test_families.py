@@ -18,7 +18,7 @@ from transformers.integrations.mxfp4 import Mxfp4GptOssExperts
 from transformers.modeling_outputs import CausalLMOutput
 
 import drlora
-from drlora.inject import adapted_layers
+from drlora.adapter.inject import adapted_layers
 from drlora.moe.blocks import find_blocks
 from drlora.report.read import read_run
 
@@ -256,7 +256,7 @@ def test_experts_in_a_module_list(kind, engine):
     config = drlora.DrLoraConfig(r_init=2, r_target=4, r_max=8, p_grow=0.5, lora_alpha=8.0,
                                  projections=["gate", "up", "down"], engine=engine,
                                  task_type="FEATURE_EXTRACTION")  # fmt: skip
-    model = drlora.peft_method.DrLoraModel(base, config, "default")
+    model = drlora.adapter.model.DrLoraModel(base, config, "default")
     randomise(model)
     layer = next(iter(adapted_layers(model, "default").values()))
     pools = layer.adapter("default").rank_pools

@@ -8,7 +8,7 @@ from peft import get_peft_model
 from tiny import make_batch, make_model, plain_loop, trainable
 
 import drlora
-from drlora.inject import adapted_layers
+from drlora.adapter.inject import adapted_layers
 
 SETTINGS = dict(r_init=2, r_target=4, r_max=8, p_grow=0.5, grow_every=4, warmup_steps=1,
                 settle_steps=2, lora_alpha=8.0)  # fmt: skip

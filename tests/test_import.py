@@ -17,10 +17,10 @@ from tiny_run import save_all, save_model_folder
 from transformers import AutoModelForCausalLM
 
 import drlora
+from drlora.adapter.inject import adapted_layers
 from drlora.cli import main
 from drlora.errors import CheckpointError, ConfigError
 from drlora.export import apply_plan, make_plan
-from drlora.inject import adapted_layers
 from drlora.placement import proportional_ranks
 
 GROWTH = dict(p_grow=0.5, grow_every=2, warmup_steps=1, settle_steps=1)

@@ -15,9 +15,9 @@ from tiny_run import save_all
 
 import drlora
 from drlora import ConfigError, DrLoraConfig
+from drlora.adapter.inject import adapted_layers
 from drlora.config.adapter import CHOICES
 from drlora.config.methods import METHODS
-from drlora.inject import adapted_layers
 from drlora.recipe import load_recipe
 from drlora.saliency import RANK_IMPORTANCES, RULES, Signals
 from drlora.starts import RULES as START_RULES

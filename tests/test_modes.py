@@ -12,7 +12,7 @@ from test_compile import start as start_of_layers
 from tiny import plain_loop, trainable
 
 import drlora
-from drlora.inject import adapted_layers
+from drlora.adapter.inject import adapted_layers
 
 ENGINES = ["naive", "loop", "grouped"]
 start = partial(start_of_layers, layers=2)

@@ -10,7 +10,7 @@ from peft import get_peft_model
 from tiny import make_batch, make_model
 
 import drlora
-from drlora.inject import adapted_layers
+from drlora.adapter.inject import adapted_layers
 
 
 def start(**changes):

@@ -13,7 +13,7 @@ from tiny import make_batch, make_model, plain_loop, trainable
 from tiny_adapter import SETTINGS, logits, trained
 
 import drlora
-from drlora.inject import adapted_layers
+from drlora.adapter.inject import adapted_layers
 
 
 def test_the_method_is_registered():

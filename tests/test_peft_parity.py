@@ -7,7 +7,7 @@ from peft import LoraConfig, get_peft_model
 from tiny import make_batch, make_model
 
 import drlora
-from drlora.inject import adapted_layers
+from drlora.adapter.inject import adapted_layers
 
 RANK, ALPHA = 4, 8.0
 PARAMETERS = {"gate_up": "gate_up_proj", "down": "down_proj"}

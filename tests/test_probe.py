@@ -12,7 +12,7 @@ from transformers import Trainer, TrainingArguments
 
 import drlora
 from drlora import ConfigError, DrLoraConfig
-from drlora.inject import adapted_layers
+from drlora.adapter.inject import adapted_layers
 from drlora.placement import strongest_ranks
 from drlora.probe import probe_gradients
 

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import drlora.adapter.row_book
 import drlora.allocator
 import drlora.placement
-import drlora.ranks
 import drlora.row_directions
-from drlora.ranks import FREE, RankBook
+from drlora.adapter.row_book import FREE, RankBook
 
 
 @given(
@@ -65,7 +65,7 @@ def test_negative_grants_and_foreign_owners_are_refused():
 
 @pytest.mark.parametrize(
     "module",
-    [drlora.ranks, drlora.allocator, drlora.row_directions, drlora.placement],
+    [drlora.adapter.row_book, drlora.allocator, drlora.row_directions, drlora.placement],
     ids=lambda m: m.__name__,
 )
 def test_docstring_examples(module):

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from drlora import growth, ranks, row_directions, saliency, young_rows
+from drlora import growth, row_directions, saliency, young_rows
+from drlora.adapter import row_book as ranks
 from drlora.saliency import ema, expert_sums, rank_importance, routed_share
 from drlora.young_rows import inherit_second_moment
 

@@ -13,7 +13,7 @@ from tiny import make_batch, make_model
 from tiny_config import VOCAB
 
 import drlora
-from drlora.inject import adapted_layers
+from drlora.adapter.inject import adapted_layers
 
 IDS = torch.randint(3, VOCAB, (1, 5), generator=torch.Generator().manual_seed(7))
 CLASSES = json.loads((DOCS / "families.json").read_text())["classes"]

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from tiny import make_batch, make_model, plain_loop, trainable
 
 import drlora
-from drlora.inject import adapted_layers
+from drlora.adapter.inject import adapted_layers
 
 HERE = Path(__file__).parent
 SETTINGS = dict(r_init=2, r_target=4, r_max=8, p_grow=0.5, grow_every=4, warmup_steps=3,

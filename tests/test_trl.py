@@ -16,7 +16,7 @@ from tiny_run import make_tokenizer
 from transformers import TrainerCallback
 
 import drlora
-from drlora.inject import adapted_layers
+from drlora.adapter.inject import adapted_layers
 
 trl = pytest.importorskip("trl")
 

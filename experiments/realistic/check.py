@@ -37,7 +37,7 @@ from unittest import mock
 import torch
 from safetensors.torch import load_file
 
-import drlora.layer
+import drlora.adapter.layer
 from drlora.errors import CheckpointError
 from drlora.export import peft_lora, per_expert
 from drlora.export_run import export_run
@@ -170,14 +170,14 @@ CASES = [
 @contextmanager
 def broken_merge(defect: str) -> Iterator[None]:
     """Merges go through a function with the defect."""
-    add = drlora.layer.add_update
+    add = drlora.adapter.layer.add_update
 
     def broken(base: Any, piece: Any, rounding: Any, name: str) -> None:
         left = MERGES[defect](piece, name)
         if left is not None:
             add(base, left, rounding, name)
 
-    with mock.patch.object(drlora.layer, "add_update", broken):
+    with mock.patch.object(drlora.adapter.layer, "add_update", broken):
         yield
 
 

@@ -11,7 +11,7 @@ Importing drlora registers the method with PEFT. The method: arXiv 2601.04823.
 
 from __future__ import annotations
 
-from drlora import peft_method as _peft_method
+from drlora.adapter import model as _peft_method
 from drlora.callback import DrLoraCallback
 from drlora.config.adapter import DrLoraConfig
 from drlora.config.peft_type import AFTER_SAVE as _AFTER_SAVE

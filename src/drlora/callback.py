@@ -29,12 +29,12 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from drlora.adapter.inject import active_adapter
 from drlora.best_model import load_best, refuse_mixed_up
 from drlora.distributed import wait_for_all
 from drlora.dynamics import Grant, RankDynamics
 from drlora.errors import ConfigError
 from drlora.event_log import EVENT_LOG, EventLog
-from drlora.inject import active_adapter
 from drlora.io.checkpoint import seal
 from drlora.io.jsonl import append_lines, forget_after, set_aside
 from drlora.io.writing import sync

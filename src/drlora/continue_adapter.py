@@ -28,13 +28,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from drlora.adapter.embeddings import fit_embeddings
+from drlora.adapter.inject import adapted_layers
+from drlora.adapter.pool import RankPool
+from drlora.adapter.row_book import FREE
 from drlora.config.adapter import DrLoraConfig
-from drlora.embeddings import fit_embeddings
 from drlora.errors import CheckpointError, ConfigError, DrLoraError
-from drlora.inject import adapted_layers
 from drlora.io.files import first_line, home, read_adapter_config, read_shapes
-from drlora.rank_pool import RankPool
-from drlora.ranks import FREE
 
 RANKS = ("keep", "grow", "again")
 # What belongs to a run and its length, not to the adapter.

@@ -21,13 +21,13 @@ from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from drlora.adapter.inject import active_adapter, adapted_layers
+from drlora.adapter.layer import ExpertsAdapter, RankPool
 from drlora.config.adapter import DrLoraConfig
 from drlora.distributed import add_up, refuse_differing
 from drlora.errors import CheckpointError, ConfigError
 from drlora.groups import schedule_for
 from drlora.growth import Grant, Growth, Moment
-from drlora.inject import active_adapter, adapted_layers
-from drlora.layer import ExpertsAdapter, RankPool
 from drlora.saliency import RANK_IMPORTANCES, ema, routed_share
 from drlora.schedule import Schedule
 from drlora.young_rows import (

@@ -18,6 +18,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from drlora.adapter.embeddings import fit_embeddings
+from drlora.adapter.layer import DrLoraExperts
 from drlora.assemble import (
     load_adapter,
     load_architecture,
@@ -29,7 +31,6 @@ from drlora.assemble import (
 )
 from drlora.config.adapter import DrLoraConfig
 from drlora.data import Collator, encode_examples
-from drlora.embeddings import fit_embeddings
 from drlora.errors import CheckpointError, ConfigError, DrLoraError
 from drlora.export import (
     ROUNDING,
@@ -42,7 +43,6 @@ from drlora.export import (
 )
 from drlora.io.files import home, read_json
 from drlora.io.places import from_root
-from drlora.layer import DrLoraExperts
 from drlora.ops.merge import Rounding, RoundingMode
 from drlora.recipe import default_split
 from drlora.sources import Source, find_source

@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from drlora.adapter.layer import ExpertsAdapter, RankPool
 from drlora.config.adapter import DrLoraConfig
-from drlora.layer import ExpertsAdapter, RankPool
 from drlora.saliency import Signals, expert_sums
 from drlora.schedule import Competitors, GrowthPlan, Schedule, make_schedule, plan_of
 

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from drlora.adapter.layer import ExpertsAdapter, RankPool
 from drlora.allocator import allocate_in_layers, least_important, reserve, take_back
 from drlora.config.adapter import DrLoraConfig
 from drlora.groups import Group, Scored, make_groups
-from drlora.layer import ExpertsAdapter, RankPool
 from drlora.row_directions import point_along_gradient
 from drlora.saliency import RULES, Signals
 from drlora.schedule import Schedule, certain_ranks

@@ -20,15 +20,15 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapp
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from drlora.adapter.inject import adapted_layers
+from drlora.adapter.layer import DrLoraExperts
+from drlora.adapter.pool import RankPool
 from drlora.config.adapter import DrLoraConfig
 from drlora.errors import CheckpointError, ConfigError
 from drlora.export.factors import Factors
 from drlora.export.peft_lora import read
 from drlora.export.updates import PARAMETERS, Updates, base_of, seen_transposed
-from drlora.inject import adapted_layers
 from drlora.io.files import first_line, read_adapter_config
-from drlora.layer import DrLoraExperts
-from drlora.rank_pool import RankPool
 
 
 def load_peft_lora(

@@ -19,10 +19,10 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from drlora.adapter.inject import choose_blocks
 from drlora.assemble import load_architecture, model_on_meta
 from drlora.config.adapter import DrLoraConfig
 from drlora.errors import ConfigError
-from drlora.inject import choose_blocks
 from drlora.memory_plan import TOKENS, Beside, adapter_parameters, memory_plan, stored_rank
 from drlora.moe.blocks import MoEBlock, active_experts
 from drlora.ops.parts import MATRICES

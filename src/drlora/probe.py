@@ -22,9 +22,9 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
+from drlora.adapter.layer import ExpertsAdapter, ProbeRows
 from drlora.distributed import add_up
 from drlora.errors import ConfigError
-from drlora.layer import ExpertsAdapter, ProbeRows
 
 # More rows than directions wanted, since a sketch of exactly as many misses part of them.
 OVERSAMPLING = 8

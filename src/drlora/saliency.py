@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from drlora.ranks import in_turns
+from drlora.adapter.row_book import in_turns
 
 
 def ema(previous: Tensor, value: Tensor, beta: float) -> Tensor:

@@ -21,16 +21,16 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
+from drlora.adapter.inject import active_adapter, adapted_layers
+from drlora.adapter.layer import ExpertsAdapter
+from drlora.adapter.pool import RankPool
+from drlora.adapter.row_book import FREE
 from drlora.config.adapter import DrLoraConfig
 from drlora.distributed import add_up
 from drlora.errors import CheckpointError, ConfigError
-from drlora.inject import active_adapter, adapted_layers
 from drlora.io.files import read_json, shown
-from drlora.layer import ExpertsAdapter
 from drlora.placement import hot_ranks, proportional_ranks, strongest_ranks
 from drlora.probe import Directions, gradients_of_batches, probe_gradients
-from drlora.rank_pool import RankPool
-from drlora.ranks import FREE
 from drlora.row_directions import lay_rows
 from drlora.saliency import routed_share
 

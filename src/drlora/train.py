@@ -17,6 +17,8 @@ from peft import PeftModel
 from rich.console import Console
 from transformers import PrinterCallback, set_seed
 
+from drlora.adapter.inject import adapted_layers
+from drlora.adapter.pool import RankPool
 from drlora.assemble import add_adapter, load_base_model, training_arguments
 from drlora.callback import DrLoraCallback
 from drlora.config.adapter import DrLoraConfig
@@ -26,7 +28,6 @@ from drlora.distributed import is_main, on_main
 from drlora.dynamics import RankDynamics
 from drlora.environment import peak_memory, versions
 from drlora.held_out import measured_on
-from drlora.inject import adapted_layers
 from drlora.io.checkpoint import adapter_state, checkpoint_step
 from drlora.io.jsonl import append_lines, forget_kind, read_lines
 from drlora.job import Job, prepare
@@ -35,7 +36,6 @@ from drlora.model_card import write_card_if_possible
 from drlora.moved import FindBest
 from drlora.outcome import Ranks, TrainResult, reasons_of_divergence
 from drlora.progress import MetricsLog, ShowProgress, StopOnInterrupt, at_work, say
-from drlora.rank_pool import RankPool
 from drlora.recipe import Recipe
 from drlora.rundir import RunDir, write_json, write_yaml
 from drlora.starts import needs_ranks

@@ -29,10 +29,10 @@ from transformers import (
 )
 from transformers.trainer_callback import ExportableState
 
+from drlora.adapter.inject import adapted_layers
 from drlora.config.adapter import DrLoraConfig
 from drlora.distributed import are_several
 from drlora.errors import CheckpointError, ConfigError
-from drlora.inject import adapted_layers
 from drlora.io.checkpoint import adapter_state
 from drlora.io.files import first_line
 

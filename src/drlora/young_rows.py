@@ -27,8 +27,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Adam, AdamW, Optimizer
 
+from drlora.adapter.row_book import IntArray, in_turns
 from drlora.distributed import held_range, held_rows, local_part
-from drlora.ranks import IntArray, in_turns
 
 # Beyond this the two corrections differ by less than 5e-5 and the row is grown up.
 _NEGLIGIBLE_BIAS = 1e-4

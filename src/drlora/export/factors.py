@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from drlora.layer import ExpertsAdapter
+from drlora.adapter.layer import ExpertsAdapter
 from drlora.ops import LoraPiece, Matrix
 
 # Singular values below the largest one times this are lost in float32's own rounding.

@@ -18,12 +18,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from drlora.adapter.layer import DrLoraExperts
+from drlora.adapter.linear import ExactLinear
 from drlora.export.reference import BlockReference, Deviation, Reference
-from drlora.layer import DrLoraExperts
 from drlora.ops import Matrix
 from drlora.ops.merge import Rounding, exact_device
 from drlora.ops.parts import MATRICES
-from drlora.ordinary import ExactLinear
 
 
 @dataclass

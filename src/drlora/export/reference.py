@@ -15,10 +15,10 @@ from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from drlora.adapter.inject import adapted_layers
+from drlora.adapter.layer import DrLoraExperts
 from drlora.export.factors import Factors
 from drlora.export.updates import linear_updates
-from drlora.inject import adapted_layers
-from drlora.layer import DrLoraExperts
 from drlora.ops import LoraPiece, Matrix
 from drlora.ops.merge import Rounding, exact_device, place
 from drlora.ops.parts import MATRICES

@@ -13,11 +13,11 @@ from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from drlora.embeddings import embedding_names, rows_before
+from drlora.adapter.embeddings import embedding_names, rows_before
+from drlora.adapter.inject import adapted_layers
+from drlora.adapter.layer import DrLoraExperts
 from drlora.errors import ConfigError
 from drlora.export.factors import Factors, expert_factors
-from drlora.inject import adapted_layers
-from drlora.layer import DrLoraExperts
 from drlora.ops import Matrix
 
 # The parameter of an experts module that holds a matrix of all experts.

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from drlora.embeddings import embedding_names, rows_before
+from drlora.adapter.embeddings import embedding_names, rows_before
 from drlora.errors import CheckpointError
 from drlora.io.writing import sync, write_at_once
 

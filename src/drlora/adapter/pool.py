@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from drlora.adapter.row_book import FREE, RankBook
 from drlora.distributed import held_rows, local_part
 from drlora.errors import CheckpointError
-from drlora.ranks import FREE, RankBook
 
 
 class RankPool(nn.Module):

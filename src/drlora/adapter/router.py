@@ -14,7 +14,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from drlora.layer import DrLoraExperts
+from drlora.adapter.layer import DrLoraExperts
 
 _KNOWN = "_drlora_output_dtypes"
 

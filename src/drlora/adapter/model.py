@@ -25,25 +25,25 @@ from peft.utils import (
 )
 from torch import Tensor, nn
 
-from drlora.adapter_files import (
+from drlora.adapter.files import (
     CONTAINER,
     put_embeddings_in_place,
     refuse_damaged_ranks,
     refuse_other_tensors,
 )
-from drlora.config.adapter import DrLoraConfig
-from drlora.config.peft_type import DRLORA
-from drlora.errors import ConfigError
-from drlora.inject import adapted_layers, prepare, wrap_experts
-from drlora.layer import DrLoraExperts
-from drlora.observe import forget_tokens
-from drlora.ordinary import choose_targets, lora_config, refuse_endless
-from drlora.routers import (
+from drlora.adapter.inject import adapted_layers, prepare, wrap_experts
+from drlora.adapter.layer import DrLoraExperts
+from drlora.adapter.linear import choose_targets, lora_config, refuse_endless
+from drlora.adapter.observe import forget_tokens
+from drlora.adapter.router import (
     forget_router_logits,
     note_router_logits,
     release_router,
     train_in_float32,
 )
+from drlora.config.adapter import DrLoraConfig
+from drlora.config.peft_type import DRLORA
+from drlora.errors import ConfigError
 
 # In the keys of pools, "drlora_adapters", as in those of ordinary LoRA, "lora_A". transformers'
 # load_adapter puts the adapter's name behind the first part of a key that begins with it.

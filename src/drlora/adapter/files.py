@@ -14,8 +14,8 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from drlora.adapter.embeddings import embedding_names, has_tied_embeddings, rows_before
 from drlora.config.adapter import DrLoraConfig
-from drlora.embeddings import embedding_names, has_tied_embeddings, rows_before
 from drlora.errors import CheckpointError
 
 CONTAINER = ".drlora_adapters."

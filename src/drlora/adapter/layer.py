@@ -17,11 +17,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from drlora.config.adapter import DrLoraConfig
-from drlora.errors import ConfigError
-from drlora.moe.blocks import MoEBlock
-from drlora.moe.families import family_of
-from drlora.observe import (
+from drlora.adapter.observe import (
     FirstPasses,
     Masks,
     RoutingMeter,
@@ -31,10 +27,14 @@ from drlora.observe import (
     real_tokens,
     routing_sums,
 )
+from drlora.adapter.pool import RankPool, in_float32
+from drlora.config.adapter import DrLoraConfig
+from drlora.errors import ConfigError
+from drlora.moe.blocks import MoEBlock
+from drlora.moe.families import family_of
 from drlora.ops import ExpertWeights, LoraPiece, TracedPiece, adapted_experts, traced_experts
 from drlora.ops.merge import NEAREST, Rounding, add_update, is_finite
 from drlora.ops.parts import MATRICES
-from drlora.rank_pool import RankPool, in_float32
 
 
 class ProbeRows(NamedTuple):

@@ -8,13 +8,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
+from drlora.adapter.layer import DrLoraExperts
+from drlora.adapter.observe import watch_tokens
 from drlora.config.adapter import DrLoraConfig
 from drlora.errors import ConfigError
-from drlora.layer import DrLoraExperts
 from drlora.moe.blocks import MoEBlock, active_experts, find_blocks
 from drlora.moe.families import family_of
 from drlora.moe.refusals import refuse_unfit_model, refuse_unfit_weights
-from drlora.observe import watch_tokens
 from drlora.ops import choose_engine
 
 
