@@ -15,11 +15,11 @@ import drlora
 from drlora.assemble import Examples
 from drlora.cli import main
 from drlora.data import encode_examples, load_examples
+from drlora.data.draw import drawn
 from drlora.data.load import load_placed
+from drlora.data.roles import load_source, load_training_data
 from drlora.data.slices import rows_of
-from drlora.draw import drawn
 from drlora.held_out import evaluation_notes
-from drlora.load_data import load_source, load_training_data
 from drlora.recipe import DataSection, EvaluationSection
 from drlora.run_record import held_out_record
 from drlora.starts import read_rank_map

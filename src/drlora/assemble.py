@@ -33,13 +33,13 @@ from drlora.adapter.inject import choose_blocks
 from drlora.config.adapter import DrLoraConfig
 from drlora.continue_adapter import continue_adapter, is_drlora, refuse_unfit
 from drlora.data import EncodedData, encode_examples
+from drlora.data.roles import load_source as load_source
 from drlora.distributed import are_several
 from drlora.embedded import resolve_model
 from drlora.errors import CheckpointError, ConfigError, DataError, DrLoraError
 from drlora.import_lora import load_peft_lora, refuse_other_files
 from drlora.io.files import first_line
 from drlora.io.places import from_root
-from drlora.load_data import load_source as load_source
 from drlora.recipe import DataSection, Recipe
 from drlora.rundir import RunDir
 from drlora.schedule import Competitors, Schedule, make_schedule, plan_of

@@ -10,8 +10,8 @@ from datasets import Dataset
 
 from drlora.assemble import Examples
 from drlora.choices import refuse_single_choice
+from drlora.data.draw import draw
 from drlora.data.layout import PLACES
-from drlora.draw import draw
 from drlora.evaluate import accepted_answers
 from drlora.measure import notes_on, wants_match
 from drlora.recipe import EvaluationSection

@@ -24,12 +24,12 @@ from drlora.assemble import (
     vocabulary_size,
 )
 from drlora.callback import DrLoraCallback
+from drlora.data.roles import load_training_data
 from drlora.distributed import on_main, world_size
 from drlora.errors import CheckpointError, ConfigError
 from drlora.held_out import refuse_unanswerable, word_for_word
 from drlora.io.checkpoint import checkpoint_step
 from drlora.io.files import read_json
-from drlora.load_data import load_training_data
 from drlora.recipe import Recipe
 from drlora.run_record import data_record, held_out_record, read_record, refuse_other_data
 from drlora.rundir import RunDir

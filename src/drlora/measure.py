@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from drlora.assemble import Examples
 from drlora.data import Collator
-from drlora.draw import draw
+from drlora.data.draw import draw
 from drlora.errors import CheckpointError, DataError
 from drlora.evaluate import LossResult, MatchResult, evaluate_loss, exact_match
 from drlora.io.files import shown

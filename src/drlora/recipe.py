@@ -25,12 +25,12 @@ from transformers import TrainingArguments
 
 from drlora.config.adapter import DrLoraConfig, preset_settings
 from drlora.continue_adapter import RANKS, kept_settings
+from drlora.data.section import ROLES, DataSection, EvaluationSection
+from drlora.data.section import default_split as default_split
 from drlora.errors import ConfigError
 from drlora.io.files import home
 from drlora.io.places import from_root
 from drlora.io.settings import check_type, read_settings, refuse_unknown
-from drlora.sections import ROLES, DataSection, EvaluationSection
-from drlora.sections import default_split as default_split
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 

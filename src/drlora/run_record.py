@@ -24,9 +24,9 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from drlora.assemble import Examples
+from drlora.data.draw import drawn
 from drlora.data.layout import PLACES
 from drlora.distributed import world_size
-from drlora.draw import drawn
 from drlora.errors import ConfigError
 from drlora.io.files import read_json
 from drlora.recipe import EvaluationSection

@@ -8,12 +8,12 @@ from collections.abc import Mapping
 
 from datasets import Dataset
 
+from drlora.data.draw import draw
 from drlora.data.layout import PLACES
 from drlora.data.load import data_file, load_placed
+from drlora.data.section import DataSection
 from drlora.data.slices import base_of
-from drlora.draw import draw
 from drlora.errors import DataError
-from drlora.sections import DataSection
 from drlora.wording import counted
 
 
