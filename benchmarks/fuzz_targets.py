@@ -30,8 +30,8 @@ from drlora.compare.plan import load_plan
 from drlora.compare.results import Folder, read_matrix
 from drlora.data import Collator, encode_examples, load_examples
 from drlora.embedded import resolve_model
+from drlora.evaluation.measure import measurement_from
 from drlora.io.jsonl import forget_after, read_lines
-from drlora.measure import measurement_from
 from drlora.moe.blocks import find_blocks
 from drlora.recipe import Recipe, adapter_settings, load_recipe, recipe_from
 from drlora.report import write_report

@@ -10,7 +10,7 @@ from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast
 
 from drlora.data import Collator
 from drlora.errors import ConfigError, DataError
-from drlora.evaluate import edit_distance, evaluate_loss, exact_match
+from drlora.evaluation.evaluate import edit_distance, evaluate_loss, exact_match
 
 EOS = 256
 VOCABULARY = 258

@@ -15,8 +15,8 @@ from tiny_run import save_all, save_model_folder
 import drlora
 import drlora.train as train_module
 from drlora.cli import main
-from drlora.evaluate import LossResult
-from drlora.measure import Measurement
+from drlora.evaluation.evaluate import LossResult
+from drlora.evaluation.measure import Measurement
 from drlora.outcome import reasons_of_divergence
 from drlora.progress import MetricsLog
 from drlora.report.facts import lead

@@ -12,7 +12,7 @@ from types import ModuleType
 import pytest
 
 from drlora.data import load_examples
-from drlora.evaluate import Sample, word_error_rate
+from drlora.evaluation.evaluate import Sample, word_error_rate
 
 FOLDER = Path(__file__).resolve().parents[1] / "experiments" / "tasks"
 TASKS = ("headlines", "returns", "sums")

@@ -13,7 +13,7 @@ from tiny_run import save_all
 
 import drlora.train as train_module
 from drlora.cli import main
-from drlora.measure import measurement_from
+from drlora.evaluation.measure import measurement_from
 from drlora.outcome import TrainResult
 from drlora.progress import MetricsLog
 from drlora.recipe import load_recipe, recipe_from

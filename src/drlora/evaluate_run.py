@@ -20,8 +20,8 @@ from drlora.assemble import (
 )
 from drlora.data import encode_examples
 from drlora.errors import ConfigError
+from drlora.evaluation.measure import Measurement, measure
 from drlora.io.places import from_root
-from drlora.measure import Measurement, measure
 from drlora.recipe import ROLES, default_split
 from drlora.sources import Source, find_source
 

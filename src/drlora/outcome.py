@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from drlora.measure import Measurement
+from drlora.evaluation.measure import Measurement
 from drlora.rundir import RunDir
 
 Ranks = dict[str, dict[str, list[int]]]

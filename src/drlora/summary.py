@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
+from drlora.evaluation.measure import Measurement
 from drlora.heat_map import print_heat_map
-from drlora.measure import Measurement
 from drlora.outcome import Ranks, TrainResult
 from drlora.progress import say
 from drlora.wording import counted, duration

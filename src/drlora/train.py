@@ -27,11 +27,11 @@ from drlora.data import Collator
 from drlora.distributed import is_main, on_main
 from drlora.dynamics import RankDynamics
 from drlora.environment import peak_memory, versions
+from drlora.evaluation.measure import Measurement, measure, measurement_from
 from drlora.held_out import measured_on
 from drlora.io.checkpoint import adapter_state, checkpoint_step
 from drlora.io.jsonl import append_lines, forget_kind, read_lines
 from drlora.job import Job, prepare
-from drlora.measure import Measurement, measure, measurement_from
 from drlora.model_card import write_card_if_possible
 from drlora.moved import FindBest
 from drlora.outcome import Ranks, TrainResult, reasons_of_divergence

@@ -13,7 +13,7 @@ class Metric:
 
     Attributes:
         title: for tables.
-        path: where it is in a run's measurement (`drlora.measure.Measurement.to_dict`).
+        path: where it is in a run's measurement (`drlora.evaluation.measure.Measurement.to_dict`).
         higher_is_better: its direction.
         scale: factor to the shown unit: 100 for a share shown in per cent.
         digits: shown behind the decimal point.

@@ -23,8 +23,8 @@ from drlora.compare.cells import contents_of
 from drlora.compare.results import read_result, write_result
 from drlora.environment import peak_memory, processor, source_state
 from drlora.errors import CheckpointError, ConfigError
+from drlora.evaluation.measure import Measurement
 from drlora.io.jsonl import read_lines
-from drlora.measure import Measurement
 from drlora.recipe import Recipe, recipe_from
 from drlora.rundir import RunDir
 from drlora.train import TrainResult, train

@@ -16,9 +16,9 @@ from typing import Any, Protocol
 import torch
 from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
-from drlora.choices import choose, summed_losses
 from drlora.data import encode_prompts, pad_token_id
 from drlora.errors import ConfigError, DataError
+from drlora.evaluation.choices import choose, summed_losses
 
 IGNORED = -100
 SAMPLES_KEPT = 5
@@ -145,7 +145,7 @@ def exact_match(
 
     The answer is the greedy continuation up to the end-of-sequence token or the first newline,
     stripped, as are the accepted ones; prompts are padded on the left. Where an example has
-    `choices`, it is the choice of least loss (`drlora.choices.choose`) instead.
+    `choices`, it is the choice of least loss (`drlora.evaluation.choices.choose`) instead.
 
     Args:
         model: a transformers causal LM or a PEFT model of one.

@@ -14,7 +14,7 @@ from drlora.assemble import Examples
 from drlora.data import Collator
 from drlora.data.draw import draw
 from drlora.errors import CheckpointError, DataError
-from drlora.evaluate import LossResult, MatchResult, evaluate_loss, exact_match
+from drlora.evaluation.evaluate import LossResult, MatchResult, evaluate_loss, exact_match
 from drlora.io.files import shown
 from drlora.recipe import EvaluationSection
 

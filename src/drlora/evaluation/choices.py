@@ -1,6 +1,6 @@
 """Answer by choice: of the completions an example offers, the one the model finds likeliest.
 
-Used by `drlora.evaluate.exact_match` where examples have `choices`.
+Used by `drlora.evaluation.evaluate.exact_match` where examples have `choices`.
 """
 
 from collections.abc import Mapping, Sequence
