@@ -26,8 +26,8 @@ from benchmarks.harness import Row, alternate, append, line_of, parser, rows_of
 from benchmarks.models import ModelShape, make_base, optimizer_step, ours, twin_of
 from drlora import DrLoraConfig, RankDynamics
 from drlora.adapter.layer import DrLoraExperts, RankPool
-from drlora.schedule import plan_growth
-from drlora.young_rows import Clock, Cohort, young_spans
+from drlora.ranks.schedule import plan_growth
+from drlora.ranks.young_rows import Clock, Cohort, young_spans
 
 SHAPE = ModelShape(512, 256, 64, 8, 4, 1024)
 RANK = 16

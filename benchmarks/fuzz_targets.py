@@ -33,10 +33,10 @@ from drlora.embedded import resolve_model
 from drlora.evaluation.measure import measurement_from
 from drlora.io.jsonl import forget_after, read_lines
 from drlora.moe.blocks import find_blocks
+from drlora.ranks.schedule import plan_growth
 from drlora.recipe import Recipe, adapter_settings, load_recipe, recipe_from
 from drlora.report import write_report
 from drlora.rundir import RunDir
-from drlora.schedule import plan_growth
 from drlora.sources import find_source
 
 RANKS = dict(r_init=1, r_target=2, r_max=4, p_grow=0.5, grow_every=2, settle_steps=2)

@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from drlora.adapter.row_book import FREE, RankBook
-from drlora.allocator import allocate
-from drlora.saliency import saliency
+from drlora.ranks.allocator import allocate
+from drlora.ranks.saliency import saliency
 
 IMAGES = Path(__file__).parent / "images"
 INK, PAPER, QUIET, STRONG = "#1f2328", "#ffffff", "#9aa5b1", "#b3541e"

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from drlora.allocator import allocate
 from drlora.event_log import MOST_EVENTS
+from drlora.ranks.allocator import allocate
 
 EVERY = 20
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from drlora.allocator import allocate, allocate_in_layers, take_back
+from drlora.ranks.allocator import allocate, allocate_in_layers, take_back
 
 R_MAX = 8
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from drlora import ConfigError, DrLoraConfig
-from drlora.schedule import Competitors, make_schedule
+from drlora.ranks.schedule import Competitors, make_schedule
 
 BAD = {
     "order": (dict(r_init=9, r_target=8, r_max=16), "r_init=9, r_target=8, r_max=16"),

@@ -20,9 +20,9 @@ from drlora.data.load import load_placed
 from drlora.data.roles import load_source, load_training_data
 from drlora.data.slices import rows_of
 from drlora.held_out import evaluation_notes
+from drlora.ranks.starts import read_rank_map
 from drlora.recipe import DataSection, EvaluationSection
 from drlora.run_record import held_out_record
-from drlora.starts import read_rank_map
 
 STRICT = (
     "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system turn') }}"

@@ -18,9 +18,9 @@ from drlora import ConfigError, DrLoraConfig
 from drlora.adapter.inject import adapted_layers
 from drlora.config.adapter import CHOICES
 from drlora.config.methods import METHODS
+from drlora.ranks.saliency import RANK_IMPORTANCES, RULES, Signals
+from drlora.ranks.starts import RULES as START_RULES
 from drlora.recipe import load_recipe
-from drlora.saliency import RANK_IMPORTANCES, RULES, Signals
-from drlora.starts import RULES as START_RULES
 from drlora.train import train
 
 SETTINGS = dict(r_init=2, r_target=4, r_max=8, p_grow=0.5, grow_every=2, warmup_steps=3,

@@ -13,8 +13,8 @@ from transformers import Trainer, TrainingArguments
 import drlora
 from drlora import ConfigError, DrLoraConfig
 from drlora.adapter.inject import adapted_layers
-from drlora.placement import strongest_ranks
-from drlora.probe import probe_gradients
+from drlora.ranks.placement import strongest_ranks
+from drlora.ranks.probe import probe_gradients
 
 RANKS = dict(r_init=2, r_target=3, r_max=8, p_grow=0.5)
 

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import drlora.adapter.row_book
-import drlora.allocator
-import drlora.placement
-import drlora.row_directions
+import drlora.ranks.allocator
+import drlora.ranks.directions
+import drlora.ranks.placement
 from drlora.adapter.row_book import FREE, RankBook
 
 
@@ -65,7 +65,12 @@ def test_negative_grants_and_foreign_owners_are_refused():
 
 @pytest.mark.parametrize(
     "module",
-    [drlora.adapter.row_book, drlora.allocator, drlora.row_directions, drlora.placement],
+    [
+        drlora.adapter.row_book,
+        drlora.ranks.allocator,
+        drlora.ranks.directions,
+        drlora.ranks.placement,
+    ],
     ids=lambda m: m.__name__,
 )
 def test_docstring_examples(module):

@@ -16,7 +16,7 @@ from tiny_run import make_tokenizer
 
 import drlora
 from drlora.data import load_examples
-from drlora.schedule import Competitors, make_schedule, plan_growth
+from drlora.ranks.schedule import Competitors, make_schedule, plan_growth
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text("utf-8")

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from drlora import growth, row_directions, saliency, young_rows
 from drlora.adapter import row_book as ranks
-from drlora.saliency import ema, expert_sums, rank_importance, routed_share
-from drlora.young_rows import inherit_second_moment
+from drlora.ranks import directions as row_directions
+from drlora.ranks import event as growth
+from drlora.ranks import saliency, young_rows
+from drlora.ranks.saliency import ema, expert_sums, rank_importance, routed_share
+from drlora.ranks.young_rows import inherit_second_moment
 
 
 def test_rank_importance_is_the_product_of_two_one_norms():

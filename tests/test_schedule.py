@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from drlora import ConfigError, DrLoraConfig
-from drlora.allocator import allocate
-from drlora.schedule import (
+from drlora.ranks.allocator import allocate
+from drlora.ranks.schedule import (
     Competitors,
     GrowthPlan,
     Schedule,

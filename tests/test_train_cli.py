@@ -16,9 +16,9 @@ from drlora.cli import main
 from drlora.evaluation.measure import measurement_from
 from drlora.outcome import TrainResult
 from drlora.progress import MetricsLog
+from drlora.ranks.schedule import plan_growth
 from drlora.recipe import load_recipe, recipe_from
 from drlora.rundir import RunDir
-from drlora.schedule import plan_growth
 from drlora.summary import print_summary
 
 STEPS, EVENTS = 12, [4, 6, 8, 10]

@@ -17,10 +17,10 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import drlora
 from drlora import event_log
-from drlora.growth import Grant
 from drlora.heat_map import LEVELS, block_lines, print_heat_map
 from drlora.progress import ShowProgress, growth_line, say
 from drlora.rank_metrics import gini, top_share
+from drlora.ranks.event import Grant
 from drlora.summary import print_ranks
 
 STEPS, EVENTS = 8, [3, 5, 7]

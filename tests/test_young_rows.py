@@ -11,8 +11,8 @@ from tiny import make_batch, make_model, plain_loop, trainable
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import drlora
-from drlora import young_rows
-from drlora.young_rows import Clock, Cohort, OwnClocks, read_cohorts, young_spans
+from drlora.ranks import young_rows
+from drlora.ranks.young_rows import Clock, Cohort, OwnClocks, read_cohorts, young_spans
 
 BIRTHS = torch.tensor([0, 0, 0, 3, 3, 5, 5, 5, 0, 0], dtype=torch.int32)
 APART = torch.tensor([5, 0, 3, 3, 0, 5, 0, 3, 0, 0], dtype=torch.int32)

@@ -15,14 +15,14 @@ from drlora.adapter import model as _peft_method
 from drlora.callback import DrLoraCallback
 from drlora.config.adapter import DrLoraConfig
 from drlora.config.peft_type import AFTER_SAVE as _AFTER_SAVE
-from drlora.continue_adapter import continue_adapter
-from drlora.dynamics import Grant, RankDynamics
 from drlora.errors import CheckpointError, ConfigError, DataError, DrLoraError, SyncError
 from drlora.import_lora import load_peft_lora
 from drlora.io.checkpoint import adapter_state, newest_checkpoint, write_checkpoint
 from drlora.model_card import keep_cards as _keep_cards
 from drlora.model_card import write_card_if_possible as _write_card
-from drlora.starts import place_ranks, rank_map, ranks_from_routing, start_ranks
+from drlora.ranks.continue_adapter import continue_adapter
+from drlora.ranks.dynamics import Grant, RankDynamics
+from drlora.ranks.starts import place_ranks, rank_map, ranks_from_routing, start_ranks
 from drlora.version import __version__
 
 _peft_method.register()

@@ -31,7 +31,6 @@ from transformers import (
 from drlora.adapter.embeddings import fit_embeddings
 from drlora.adapter.inject import choose_blocks
 from drlora.config.adapter import DrLoraConfig
-from drlora.continue_adapter import continue_adapter, is_drlora, refuse_unfit
 from drlora.data import EncodedData, encode_examples
 from drlora.data.roles import load_source as load_source
 from drlora.distributed import are_several
@@ -40,10 +39,11 @@ from drlora.errors import CheckpointError, ConfigError, DataError, DrLoraError
 from drlora.import_lora import load_peft_lora, refuse_other_files
 from drlora.io.files import first_line
 from drlora.io.places import from_root
+from drlora.ranks.continue_adapter import continue_adapter, is_drlora, refuse_unfit
+from drlora.ranks.schedule import Competitors, Schedule, make_schedule, plan_of
+from drlora.ranks.starts import read_rank_map, start_ranks
 from drlora.recipe import DataSection, Recipe
 from drlora.rundir import RunDir
-from drlora.schedule import Competitors, Schedule, make_schedule, plan_of
-from drlora.starts import read_rank_map, start_ranks
 
 DEFAULT_MAX_LENGTH = 1024
 

@@ -32,16 +32,16 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from drlora.adapter.inject import active_adapter
 from drlora.best_model import load_best, refuse_mixed_up
 from drlora.distributed import wait_for_all
-from drlora.dynamics import Grant, RankDynamics
 from drlora.errors import ConfigError
 from drlora.event_log import EVENT_LOG, EventLog
 from drlora.io.checkpoint import seal
 from drlora.io.jsonl import append_lines, forget_after, set_aside
 from drlora.io.writing import sync
 from drlora.rank_metrics import RankLog
-from drlora.schedule import Schedule
-from drlora.starts import needs_ranks, place_ranks
-from drlora.young_rows import unwrap_optimizer
+from drlora.ranks.dynamics import Grant, RankDynamics
+from drlora.ranks.schedule import Schedule
+from drlora.ranks.starts import needs_ranks, place_ranks
+from drlora.ranks.young_rows import unwrap_optimizer
 
 GROWTH_LOG = "growth.jsonl"
 

@@ -19,10 +19,10 @@ from typing import Any
 
 from torch import Tensor
 
-from drlora.dynamics import RankDynamics
-from drlora.groups import Scored
-from drlora.growth import Growth
 from drlora.io.jsonl import append_lines
+from drlora.ranks.dynamics import RankDynamics
+from drlora.ranks.event import Growth
+from drlora.ranks.groups import Scored
 
 EVENT_LOG = "events.jsonl"
 MOST_EVENTS = 64

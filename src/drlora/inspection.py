@@ -26,8 +26,8 @@ from drlora.errors import ConfigError
 from drlora.memory_plan import TOKENS, Beside, adapter_parameters, memory_plan, stored_rank
 from drlora.moe.blocks import MoEBlock, active_experts
 from drlora.ops.parts import MATRICES
+from drlora.ranks.schedule import Competitors, GrowthPlan, make_schedule, plan_of
 from drlora.recipe import DTYPES
-from drlora.schedule import Competitors, GrowthPlan, make_schedule, plan_of
 
 EARLY, LATE, FEW_EVENTS = 0.6, 0.95, 4
 

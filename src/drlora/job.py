@@ -30,11 +30,11 @@ from drlora.errors import CheckpointError, ConfigError
 from drlora.held_out import refuse_unanswerable, word_for_word
 from drlora.io.checkpoint import checkpoint_step
 from drlora.io.files import read_json
+from drlora.ranks.schedule import Schedule
+from drlora.ranks.starts import fitting_ranks
 from drlora.recipe import Recipe
 from drlora.run_record import data_record, held_out_record, read_record, refuse_other_data
 from drlora.rundir import RunDir
-from drlora.schedule import Schedule
-from drlora.starts import fitting_ranks
 from drlora.trainer import rehearse, seconds_of
 from drlora.wording import counted
 

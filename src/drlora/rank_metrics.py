@@ -21,7 +21,7 @@ import torch.distributed as dist
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from drlora.dynamics import RankDynamics
+from drlora.ranks.dynamics import RankDynamics
 
 TOP = 0.1
 

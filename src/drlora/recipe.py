@@ -24,13 +24,13 @@ from peft import PeftConfig, TaskType
 from transformers import TrainingArguments
 
 from drlora.config.adapter import DrLoraConfig, preset_settings
-from drlora.continue_adapter import RANKS, kept_settings
 from drlora.data.section import ROLES, DataSection, EvaluationSection
 from drlora.data.section import default_split as default_split
 from drlora.errors import ConfigError
 from drlora.io.files import home
 from drlora.io.places import from_root
 from drlora.io.settings import check_type, read_settings, refuse_unknown
+from drlora.ranks.continue_adapter import RANKS, kept_settings
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -83,7 +83,7 @@ class Recipe:
         method: a name of `drlora.config.methods`; what it stands for wins over `adapter`. None: `adapter`
             as it is.
         start_from: what the adapter continues: a run, a folder with a DR-LoRA adapter
-            (`drlora.continue_adapter`), or one with a PEFT LoRA on experts, whose layers and rank
+            (`drlora.ranks.continue_adapter`), or one with a PEFT LoRA on experts, whose layers and rank
             are taken over (`drlora.load_peft_lora`).
         start_from_ranks: of a DR-LoRA adapter, whether its ranks are to `keep`, to `grow` on from
             where they are, or to be given out `again` from r_init on; by default keep.

@@ -25,7 +25,6 @@ from drlora.config.adapter import DrLoraConfig
 from drlora.config.methods import METHODS
 from drlora.data import Collator
 from drlora.distributed import is_main, on_main
-from drlora.dynamics import RankDynamics
 from drlora.environment import peak_memory, versions
 from drlora.evaluation.measure import Measurement, measure, measurement_from
 from drlora.held_out import measured_on
@@ -36,9 +35,10 @@ from drlora.model_card import write_card_if_possible
 from drlora.moved import FindBest
 from drlora.outcome import Ranks, TrainResult, reasons_of_divergence
 from drlora.progress import MetricsLog, ShowProgress, StopOnInterrupt, at_work, say
+from drlora.ranks.dynamics import RankDynamics
+from drlora.ranks.starts import needs_ranks
 from drlora.recipe import Recipe
 from drlora.rundir import RunDir, write_json, write_yaml
-from drlora.starts import needs_ranks
 from drlora.trainer import Clock, NewSchedule, StopWhenLost
 from drlora.trainer import RunTrainer as _Trainer
 

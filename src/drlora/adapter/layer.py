@@ -70,7 +70,7 @@ class ExpertsAdapter(nn.Module):
         pools: projection -> RankPool.
         frequency: (E,) float32 buffer, the routing frequency f.
         meter: routing sums of the optimizer step under way.
-        probes: projection -> ProbeRows, only while `drlora.probe` is at work.
+        probes: projection -> ProbeRows, only while `drlora.ranks.probe` is at work.
     """
 
     frequency: Tensor

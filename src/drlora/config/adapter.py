@@ -104,7 +104,7 @@ class DrLoraConfig(SavedConfig):
             gives it to the strongest directions of the gradient, whose ever they are
             (`drlora.place_ranks`; the callback and `drlora train` call it).
         start_a: rows of A that experts own at the start are `random`, or lie along the strongest
-            directions of the `gradient` of their expert's weight (`drlora.probe`).
+            directions of the `gradient` of their expert's weight (`drlora.ranks.probe`).
         start_a_scale: length of such rows, over that of a random one.
         start_batches: batches that routing is counted and gradients are taken over.
         hot_fraction: share of a block's experts that `hot` takes, in (0, 1].
@@ -149,7 +149,7 @@ class DrLoraConfig(SavedConfig):
         gate_up_order: how gate and up lie in the fused matrix, `halves` or `interleaved`; filled in
             and compared likewise, since a version of transformers may change it.
         schedule: what growth was planned with when the adapter was last trained (the numbers of
-            `drlora.schedule.Schedule`); filled in when training begins, for the record alone.
+            `drlora.ranks.schedule.Schedule`); filled in when training begins, for the record alone.
 
     Raises:
         ConfigError: naming the setting, its value and the way out.

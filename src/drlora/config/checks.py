@@ -9,7 +9,7 @@ from typing import Any, Final
 from drlora.errors import ConfigError
 from drlora.io.files import shown
 
-# Chosen by the length of the run and the budget (drlora.schedule).
+# Chosen by the length of the run and the budget (drlora.ranks.schedule).
 AUTO: Final = "auto"
 
 

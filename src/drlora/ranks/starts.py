@@ -29,10 +29,10 @@ from drlora.config.adapter import DrLoraConfig
 from drlora.distributed import add_up
 from drlora.errors import CheckpointError, ConfigError
 from drlora.io.files import read_json, shown
-from drlora.placement import hot_ranks, proportional_ranks, strongest_ranks
-from drlora.probe import Directions, gradients_of_batches, probe_gradients
-from drlora.row_directions import lay_rows
-from drlora.saliency import routed_share
+from drlora.ranks.directions import lay_rows
+from drlora.ranks.placement import hot_ranks, proportional_ranks, strongest_ranks
+from drlora.ranks.probe import Directions, gradients_of_batches, probe_gradients
+from drlora.ranks.saliency import routed_share
 
 RankMap = Mapping[str, Mapping[str, Sequence[int]]]
 

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from drlora.adapter.layer import ExpertsAdapter, RankPool
-from drlora.allocator import allocate_in_layers, least_important, reserve, take_back
 from drlora.config.adapter import DrLoraConfig
-from drlora.groups import Group, Scored, make_groups
-from drlora.row_directions import point_along_gradient
-from drlora.saliency import RULES, Signals
-from drlora.schedule import Schedule, certain_ranks
-from drlora.young_rows import (
+from drlora.ranks.allocator import allocate_in_layers, least_important, reserve, take_back
+from drlora.ranks.directions import point_along_gradient
+from drlora.ranks.groups import Group, Scored, make_groups
+from drlora.ranks.saliency import RULES, Signals
+from drlora.ranks.schedule import Schedule, certain_ranks
+from drlora.ranks.young_rows import (
     decays_weights,
     forget_rows,
     inherit_second_moment,

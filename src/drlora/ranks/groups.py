@@ -16,8 +16,8 @@ from torch import Tensor
 
 from drlora.adapter.layer import ExpertsAdapter, RankPool
 from drlora.config.adapter import DrLoraConfig
-from drlora.saliency import Signals, expert_sums
-from drlora.schedule import Competitors, GrowthPlan, Schedule, make_schedule, plan_of
+from drlora.ranks.saliency import Signals, expert_sums
+from drlora.ranks.schedule import Competitors, GrowthPlan, Schedule, make_schedule, plan_of
 
 
 @dataclass(frozen=True)

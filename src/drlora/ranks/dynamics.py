@@ -26,11 +26,11 @@ from drlora.adapter.layer import ExpertsAdapter, RankPool
 from drlora.config.adapter import DrLoraConfig
 from drlora.distributed import add_up, refuse_differing
 from drlora.errors import CheckpointError, ConfigError
-from drlora.groups import schedule_for
-from drlora.growth import Grant, Growth, Moment
-from drlora.saliency import RANK_IMPORTANCES, ema, routed_share
-from drlora.schedule import Schedule
-from drlora.young_rows import (
+from drlora.ranks.event import Grant, Growth, Moment
+from drlora.ranks.groups import schedule_for
+from drlora.ranks.saliency import RANK_IMPORTANCES, ema, routed_share
+from drlora.ranks.schedule import Schedule
+from drlora.ranks.young_rows import (
     OwnClocks,
     is_adam,
     parameter_groups,

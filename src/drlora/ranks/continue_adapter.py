@@ -1,6 +1,6 @@
 """Start a new run from a DR-LoRA adapter that was trained before.
 
-    model = drlora.continue_adapter(base_model, "runs/first", ranks="grow")
+    model = drlora.ranks.continue_adapter(base_model, "runs/first", ranks="grow")
 
 The new run has its own plan of growth, optimizer and statistics; what the adapter computes comes
 along. Of its ranks there are three things to make:
