@@ -16,7 +16,7 @@ from drlora.callback import DrLoraCallback
 from drlora.config.adapter import DrLoraConfig
 from drlora.config.peft_type import AFTER_SAVE as _AFTER_SAVE
 from drlora.errors import CheckpointError, ConfigError, DataError, DrLoraError, SyncError
-from drlora.import_lora import load_peft_lora
+from drlora.export.import_lora import load_peft_lora
 from drlora.io.checkpoint import adapter_state, newest_checkpoint, write_checkpoint
 from drlora.model_card import keep_cards as _keep_cards
 from drlora.model_card import write_card_if_possible as _write_card

@@ -36,7 +36,7 @@ from drlora.data.roles import load_source as load_source
 from drlora.distributed import are_several
 from drlora.embedded import resolve_model
 from drlora.errors import CheckpointError, ConfigError, DataError, DrLoraError
-from drlora.import_lora import load_peft_lora, refuse_other_files
+from drlora.export.import_lora import load_peft_lora, refuse_other_files
 from drlora.io.files import first_line
 from drlora.io.places import from_root
 from drlora.ranks.continue_adapter import continue_adapter, is_drlora, refuse_unfit

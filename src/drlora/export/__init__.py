@@ -5,7 +5,7 @@ per-expert   2-D keys of each expert: vLLM, SGLang, llama.cpp's converter
 merged       full weights in the model's own checkpoint format
 """
 
-from drlora.export.compare import Difference
+from drlora.export.check import Difference
 from drlora.export.make import ROUNDING, ROUNDINGS, Made
 from drlora.export.plan import (
     FORMATS,

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from drlora.export import peft_lora, per_expert
 from drlora.export.attached import compare_attached
-from drlora.export.compare import Batch, Difference, Gap, difference, logits_of, ratio
+from drlora.export.check import Batch, Difference, Gap, difference, logits_of, ratio
 from drlora.export.float32 import NARROW, can_be_widened
 from drlora.export.merging import as_if_merged, merge, round_trained, untie
 from drlora.export.reference import Deviation, Reference, compare_trained

@@ -32,7 +32,7 @@ from drlora.adapter.embeddings import has_tied_embeddings
 from drlora.adapter.inject import adapted_layers
 from drlora.errors import CheckpointError, ConfigError
 from drlora.export import peft_lora, per_expert
-from drlora.export.compare import Batch, refuse_if_different
+from drlora.export.check import Batch, refuse_if_different
 from drlora.export.make import ROUNDING, Made, make
 from drlora.export.readme import readme
 from drlora.export.updates import Updates, base_of, collect_updates
