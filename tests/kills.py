@@ -38,7 +38,6 @@ from tiny_run import save_examples, save_model_folder, save_recipe
 from transformers import Trainer, TrainingArguments
 
 import drlora
-from drlora.callback import DrLoraCallback
 from drlora.environment import source_state, versions
 from drlora.io.checkpoint import checkpoint_step
 from drlora.io.jsonl import read_lines
@@ -46,6 +45,7 @@ from drlora.io.writing import write_at_once
 from drlora.recipe import load_recipe
 from drlora.rundir import RunDir
 from drlora.train import train
+from drlora.trainer.callback import DrLoraCallback
 
 RESULT = Path(__file__).parents[1] / "benchmarks" / "results" / "kills.json"
 TOTAL, EVERY = 12, 3  # steps, and steps between checkpoints; ranks grow after 4, 6, 8 and 10

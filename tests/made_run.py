@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from drlora.event_log import MOST_EVENTS
 from drlora.ranks.allocator import allocate
+from drlora.trainer.event_log import MOST_EVENTS
 
 EVERY = 20
 

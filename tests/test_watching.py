@@ -16,12 +16,12 @@ from tiny import make_batch, make_model
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import drlora
-from drlora import event_log
 from drlora.heat_map import LEVELS, block_lines, print_heat_map
 from drlora.progress import ShowProgress, growth_line, say
-from drlora.rank_metrics import gini, top_share
 from drlora.ranks.event import Grant
 from drlora.summary import print_ranks
+from drlora.trainer.rank_log import gini, top_share
+from drlora.trainer.trainer import event_log
 
 STEPS, EVENTS = 8, [3, 5, 7]
 SETTINGS = dict(r_init=2, r_target=4, r_max=8, p_grow=0.5, grow_every=2, warmup_steps=3,

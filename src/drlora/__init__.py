@@ -12,7 +12,6 @@ Importing drlora registers the method with PEFT. The method: arXiv 2601.04823.
 from __future__ import annotations
 
 from drlora.adapter import model as _peft_method
-from drlora.callback import DrLoraCallback
 from drlora.config.adapter import DrLoraConfig
 from drlora.config.peft_type import AFTER_SAVE as _AFTER_SAVE
 from drlora.errors import CheckpointError, ConfigError, DataError, DrLoraError, SyncError
@@ -23,6 +22,7 @@ from drlora.model_card import write_card_if_possible as _write_card
 from drlora.ranks.continue_adapter import continue_adapter
 from drlora.ranks.dynamics import Grant, RankDynamics
 from drlora.ranks.starts import place_ranks, rank_map, ranks_from_routing, start_ranks
+from drlora.trainer.callback import DrLoraCallback
 from drlora.version import __version__
 
 _peft_method.register()

@@ -23,7 +23,6 @@ from drlora.assemble import (
     model_on_meta,
     vocabulary_size,
 )
-from drlora.callback import DrLoraCallback
 from drlora.data.roles import load_training_data
 from drlora.distributed import on_main, world_size
 from drlora.errors import CheckpointError, ConfigError
@@ -35,7 +34,8 @@ from drlora.ranks.starts import fitting_ranks
 from drlora.recipe import Recipe
 from drlora.run_record import data_record, held_out_record, read_record, refuse_other_data
 from drlora.rundir import RunDir
-from drlora.trainer import rehearse, seconds_of
+from drlora.trainer.callback import DrLoraCallback
+from drlora.trainer.trainer import rehearse, seconds_of
 from drlora.wording import counted
 
 

@@ -20,7 +20,6 @@ from transformers import PrinterCallback, set_seed
 from drlora.adapter.inject import adapted_layers
 from drlora.adapter.pool import RankPool
 from drlora.assemble import add_adapter, load_base_model, training_arguments
-from drlora.callback import DrLoraCallback
 from drlora.config.adapter import DrLoraConfig
 from drlora.config.methods import METHODS
 from drlora.data import Collator
@@ -39,8 +38,9 @@ from drlora.ranks.dynamics import RankDynamics
 from drlora.ranks.starts import needs_ranks
 from drlora.recipe import Recipe
 from drlora.rundir import RunDir, write_json, write_yaml
-from drlora.trainer import Clock, NewSchedule, StopWhenLost
-from drlora.trainer import RunTrainer as _Trainer
+from drlora.trainer.callback import DrLoraCallback
+from drlora.trainer.trainer import Clock, NewSchedule, StopWhenLost
+from drlora.trainer.trainer import RunTrainer as _Trainer
 
 
 def train(

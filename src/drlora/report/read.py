@@ -22,12 +22,12 @@ from numpy.typing import NDArray
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
-from drlora.callback import GROWTH_LOG
 from drlora.errors import CheckpointError, DrLoraError
-from drlora.event_log import EVENT_LOG
 from drlora.io.files import read_json
 from drlora.io.jsonl import read_lines
 from drlora.io.settings import read_settings
+from drlora.trainer.callback import GROWTH_LOG
+from drlora.trainer.event_log import EVENT_LOG
 
 NO_EXPERT = -1
 RECIPE = "config.yaml"

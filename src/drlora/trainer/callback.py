@@ -3,7 +3,7 @@
     Trainer(model=peft_model, ..., callbacks=[drlora.DrLoraCallback()])
 
 The callback owns a RankDynamics over the Trainer's steps, and writes `growth.jsonl`, one line a
-grant, and `events.jsonl` (see drlora.event_log) into the output directory. Ranks and statistics are
+grant, and `events.jsonl` (see drlora.trainer.event_log) into the output directory. Ranks and statistics are
 buffers of the adapter, so the Trainer's own checkpoints carry them and `resume_from_checkpoint`
 continues them; the step count, which a GradScaler can leave behind the Trainer's, and the length
 that growth is planned for are kept in the checkpoint's `trainer_state.json`.
@@ -30,18 +30,18 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from drlora.adapter.inject import active_adapter
-from drlora.best_model import load_best, refuse_mixed_up
 from drlora.distributed import wait_for_all
 from drlora.errors import ConfigError
-from drlora.event_log import EVENT_LOG, EventLog
 from drlora.io.checkpoint import seal
 from drlora.io.jsonl import append_lines, forget_after, set_aside
 from drlora.io.writing import sync
-from drlora.rank_metrics import RankLog
 from drlora.ranks.dynamics import Grant, RankDynamics
 from drlora.ranks.schedule import Schedule
 from drlora.ranks.starts import needs_ranks, place_ranks
 from drlora.ranks.young_rows import unwrap_optimizer
+from drlora.trainer.best_model import load_best, refuse_mixed_up
+from drlora.trainer.event_log import EVENT_LOG, EventLog
+from drlora.trainer.rank_log import RankLog
 
 GROWTH_LOG = "growth.jsonl"
 

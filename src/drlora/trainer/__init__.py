@@ -1,0 +1,1 @@
+"""The door to transformers' Trainer: growth, logs, and the best checkpoint."""
