@@ -19,7 +19,7 @@ import peft
 import drlora
 
 RECORD = Path(__file__).with_suffix(".json")
-# What drlora.model_card puts a function of its own around.
+# What drlora.report.card puts a function of its own around.
 WRAPPED = (peft.PeftModel.create_or_update_model_card,)
 
 

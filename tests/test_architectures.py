@@ -32,8 +32,8 @@ import drlora
 from drlora.adapter.inject import adapted_layers
 from drlora.errors import CheckpointError
 from drlora.export import apply_plan, make_plan
-from drlora.model_card import MARK
 from drlora.moe.families import family_of
+from drlora.report.card import MARK
 from drlora.report.read import read_run
 
 # Model classes that follow transformers' experts interface, flags and all.

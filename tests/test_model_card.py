@@ -15,7 +15,7 @@ from tiny import make_model
 from transformers import OlmoeForCausalLM, Trainer, TrainingArguments
 
 import drlora
-from drlora.model_card import MARK, write_card
+from drlora.report.card import MARK, write_card
 
 SETTINGS = dict(r_init=2, r_target=3, r_max=6, p_grow=0.5)
 HOSTILE = 'a: "b"\n---\n# <script>alert(1)</script> | `x`'

@@ -17,11 +17,11 @@ from drlora.config.peft_type import AFTER_SAVE as _AFTER_SAVE
 from drlora.errors import CheckpointError, ConfigError, DataError, DrLoraError, SyncError
 from drlora.export.import_lora import load_peft_lora
 from drlora.io.checkpoint import adapter_state, newest_checkpoint, write_checkpoint
-from drlora.model_card import keep_cards as _keep_cards
-from drlora.model_card import write_card_if_possible as _write_card
 from drlora.ranks.continue_adapter import continue_adapter
 from drlora.ranks.dynamics import Grant, RankDynamics
 from drlora.ranks.starts import place_ranks, rank_map, ranks_from_routing, start_ranks
+from drlora.report.card import keep_cards as _keep_cards
+from drlora.report.card import write_card_if_possible as _write_card
 from drlora.trainer.callback import DrLoraCallback
 from drlora.version import __version__
 

@@ -30,13 +30,13 @@ from drlora.held_out import measured_on
 from drlora.io.checkpoint import adapter_state, checkpoint_step
 from drlora.io.jsonl import append_lines, forget_kind, read_lines
 from drlora.job import Job, prepare
-from drlora.model_card import write_card_if_possible
 from drlora.moved import FindBest
 from drlora.outcome import Ranks, TrainResult, reasons_of_divergence
 from drlora.progress import MetricsLog, ShowProgress, StopOnInterrupt, at_work, say
 from drlora.ranks.dynamics import RankDynamics
 from drlora.ranks.starts import needs_ranks
 from drlora.recipe import Recipe
+from drlora.report.card import write_card_if_possible
 from drlora.rundir import RunDir, write_json, write_yaml
 from drlora.trainer.callback import DrLoraCallback
 from drlora.trainer.trainer import Clock, NewSchedule, StopWhenLost

@@ -21,7 +21,7 @@ from drlora.compare.gains import gains_by_task
 from drlora.compare.metrics import METRICS
 from drlora.compare.results import Matrix
 from drlora.compare.statistics import gain, interval
-from drlora.figure_style import COLOURS, INK, PAPER, STYLE
+from drlora.report.style import COLOURS, INK, PAPER, STYLE
 
 MARKERS = "osD^vP*X<>hp"
 BUDGET_MARK = "@"

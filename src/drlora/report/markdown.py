@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from drlora.heat_map import LEVELS, block_lines
 from drlora.report.facts import COST, SETUP, SUMMARY, Facts, Row, lead, table, title
+from drlora.report.heat_map import LEVELS, block_lines
 from drlora.report.read import RunRecord
 
 WIDEST_MAP = 128
