@@ -34,8 +34,8 @@ from typing import Any
 from benchmarks.fuzz_targets import TARGETS, make_settings, make_world, read_settings_case
 from benchmarks.harness import RESULTS
 from benchmarks.mutate import mutate
-from drlora.environment import source_state
 from drlora.errors import DrLoraError
+from drlora.runs.environment import source_state
 
 SECONDS = 30
 LONGEST_SILENCE_SECONDS = 300  # of a process that also has to start

@@ -25,7 +25,6 @@ from peft import LoraConfig, PeftConfig, get_peft_model
 import drlora
 from benchmarks.mutate import HOSTILE
 from drlora.adapter.linear import choose_targets, refuse_endless
-from drlora.assemble import load_adapter, load_tokenizer, training_arguments
 from drlora.compare.plan import load_plan
 from drlora.compare.results import Folder, read_matrix
 from drlora.data import Collator, encode_examples, load_examples
@@ -34,10 +33,11 @@ from drlora.evaluation.measure import measurement_from
 from drlora.io.jsonl import forget_after, read_lines
 from drlora.moe.blocks import find_blocks
 from drlora.ranks.schedule import plan_growth
-from drlora.recipe import Recipe, adapter_settings, load_recipe, recipe_from
 from drlora.report import write_report
-from drlora.rundir import RunDir
-from drlora.sources import find_source
+from drlora.runs.loading import load_adapter, load_tokenizer, training_arguments
+from drlora.runs.recipe import Recipe, adapter_settings, load_recipe, recipe_from
+from drlora.runs.rundir import RunDir
+from drlora.runs.sources import find_source
 
 RANKS = dict(r_init=1, r_target=2, r_max=4, p_grow=0.5, grow_every=2, settle_steps=2)
 RECIPE: dict[str, Any] = {

@@ -29,9 +29,9 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, Trainin
 import drlora
 from benchmarks.harness import RESULTS, where
 from drlora.embedded import model_folder
-from drlora.environment import source_state
 from drlora.io.jsonl import read_lines
-from drlora.progress import MetricsLog
+from drlora.runs.environment import source_state
+from drlora.runs.progress import MetricsLog
 
 STEPS, EVERY, WINDOW, REFERENCE_EVERY = 20_000, 20, 1000, 10
 ROWS, LENGTH, VOCABULARY = 2, 24, 4096

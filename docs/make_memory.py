@@ -15,8 +15,8 @@ from made_pages import write_or_check
 from transformers import OlmoeConfig, PreTrainedConfig, Qwen3MoeConfig
 
 from drlora import DrLoraConfig
-from drlora.assemble import load_architecture, model_on_meta
-from drlora.inspection import inspect_model
+from drlora.runs.inspect import inspect_model
+from drlora.runs.loading import load_architecture, model_on_meta
 
 PAGE = Path(__file__).parent / "many-processes.md"
 BEGIN, END = "<!-- make_memory.py: begin -->\n", "<!-- make_memory.py: end -->\n"

@@ -23,8 +23,8 @@ from typing import Any
 from drlora.compare.cells import compare_cells, places
 from drlora.compare.plan import load_plan
 from drlora.config.adapter import DrLoraConfig
-from drlora.inspection import inspect_model
-from drlora.recipe import Recipe, load_recipe
+from drlora.runs.inspect import inspect_model
+from drlora.runs.recipe import Recipe, load_recipe
 
 ROOT = Path(__file__).parents[1]
 PEAK = 989e12  # dense bfloat16 operations a second of an H100 SXM, as its maker says

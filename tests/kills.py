@@ -38,13 +38,13 @@ from tiny_run import save_examples, save_model_folder, save_recipe
 from transformers import Trainer, TrainingArguments
 
 import drlora
-from drlora.environment import source_state, versions
 from drlora.io.checkpoint import checkpoint_step
 from drlora.io.jsonl import read_lines
 from drlora.io.writing import write_at_once
-from drlora.recipe import load_recipe
-from drlora.rundir import RunDir
-from drlora.train import train
+from drlora.runs.environment import source_state, versions
+from drlora.runs.recipe import load_recipe
+from drlora.runs.rundir import RunDir
+from drlora.runs.train import train
 from drlora.trainer.callback import DrLoraCallback
 
 RESULT = Path(__file__).parents[1] / "benchmarks" / "results" / "kills.json"

@@ -138,7 +138,7 @@ def test_a_causal_model_without_a_hint_generates_and_trains_in_the_trainer(tmp_p
 
 
 def test_a_recipe_makes_an_adapter_for_causal_language_models():
-    recipe = drlora.recipe.recipe_from(
+    recipe = drlora.runs.recipe.recipe_from(
         {"model": "embedded", "output_dir": "x", "data": {"train": "embedded:arithmetic"}}
     )
     assert recipe.adapter_config().task_type == "CAUSAL_LM"

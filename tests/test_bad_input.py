@@ -35,7 +35,7 @@ def refused(folder, capsys, monkeypatch):
     def no_training(*arguments, **settings):
         raise AssertionError("training was started")
 
-    monkeypatch.setattr("drlora.train._Trainer", no_training)
+    monkeypatch.setattr("drlora.runs.train._Trainer", no_training)
 
     def call(*arguments: str) -> str:
         code = main(["train", str(folder / "recipe.yaml"), *arguments])
@@ -114,7 +114,7 @@ def test_settings(refused, monkeypatch, override, parts):
     def no_weights(*arguments):
         raise AssertionError("weights were loaded")
 
-    monkeypatch.setattr("drlora.train.load_base_model", no_weights)
+    monkeypatch.setattr("drlora.runs.train.load_base_model", no_weights)
     message = refused(*override.split("; "))
     for part in parts:
         assert part in message

@@ -334,7 +334,7 @@ def test_a_young_row_of_b_takes_the_step_of_its_group():
 
 
 def test_settings_of_a_recipe_reach_the_ordinary_layers():
-    from drlora.recipe import make_adapter_config
+    from drlora.runs.recipe import make_adapter_config
 
     for wanted in ("all-linear", ["q_proj"]):
         config = make_adapter_config({**SETTINGS, "target_modules": wanted, "target_rank": 2})

@@ -23,7 +23,7 @@ from transformers import (
 import drlora
 from drlora.adapter.inject import adapted_layers
 from drlora.io.jsonl import read_lines
-from drlora.progress import MetricsLog
+from drlora.runs.progress import MetricsLog
 
 STEPS = 8  # growth after steps 3, 5 and 7
 SETTINGS = dict(r_init=2, r_target=4, r_max=8, p_grow=0.5, grow_every=2, warmup_steps=1,

@@ -54,7 +54,7 @@ def test_misspelt_words(words, said, capsys):
 
 
 def test_dry_run_of_a_recipe(folder, capsys, monkeypatch):
-    monkeypatch.setattr("drlora.train.load_base_model", None)  # no weights
+    monkeypatch.setattr("drlora.runs.train.load_base_model", None)  # no weights
     recipe = str(folder / "recipe.yaml")
     assert main(["train", recipe, "--dry-run", "training.max_steps=14"]) == 0
     shown = capsys.readouterr().out

@@ -15,7 +15,7 @@ import yaml
 from tiny_run import save_all, save_examples
 
 import drlora.compare.cells as cells_module
-import drlora.train as train_module
+import drlora.runs.train as train_module
 from drlora.cli import main
 from drlora.compare.cells import compare_cells, places, tune_cells
 from drlora.compare.gains import best_baselines, gains_by_task, relative

@@ -16,7 +16,7 @@ from tiny import make_batch, make_model, plain_loop, trainable
 from tiny_run import save_all, save_examples
 
 import drlora
-import drlora.train as train_module
+import drlora.runs.train as train_module
 from drlora.cli import main
 from drlora.io.jsonl import read_lines
 

@@ -20,7 +20,7 @@ import drlora.io.writing
 from drlora.cli import main
 from drlora.io.checkpoint import MANIFEST, refuse_damaged
 from drlora.io.jsonl import append_lines, forget_after, read_lines
-from drlora.rundir import LOCK, RunDir
+from drlora.runs.rundir import LOCK, RunDir
 
 
 def test_killed_runs_end_as_if_nothing_had_happened(tmp_path):

@@ -12,17 +12,17 @@ from test_data import byte_tokenizer
 from tiny_run import save_all, save_examples, save_model_folder
 
 import drlora
-from drlora.assemble import Examples
 from drlora.cli import main
 from drlora.data import encode_examples, load_examples
 from drlora.data.draw import drawn
 from drlora.data.load import load_placed
 from drlora.data.roles import load_source, load_training_data
 from drlora.data.slices import rows_of
-from drlora.held_out import evaluation_notes
 from drlora.ranks.starts import read_rank_map
-from drlora.recipe import DataSection, EvaluationSection
-from drlora.run_record import held_out_record
+from drlora.runs.held_out import evaluation_notes
+from drlora.runs.loading import Examples
+from drlora.runs.recipe import DataSection, EvaluationSection
+from drlora.runs.run_record import held_out_record
 
 STRICT = (
     "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system turn') }}"
@@ -205,7 +205,7 @@ def test_a_byte_order_mark_is_read(tmp_path, name):
 def test_a_byte_order_mark_before_settings_and_ranks(tmp_path):
     recipe = save_all(tmp_path)
     recipe.write_bytes(b"\xef\xbb\xbf" + recipe.read_bytes())
-    assert drlora.recipe.load_recipe(recipe).training["max_steps"] == 12
+    assert drlora.runs.recipe.load_recipe(recipe).training["max_steps"] == 12
     ranks = tmp_path / "ranks.json"
     ranks.write_bytes(b"\xef\xbb\xbf" + b'{"a": {"down": [1]}}')
     assert read_rank_map(ranks) == {"a": {"down": [1]}}
@@ -229,11 +229,13 @@ def test_paths_in_a_recipe_are_the_working_directorys(tmp_path, monkeypatch):
     recipe = save_all(tmp_path / "here")
     tree = yaml.safe_load(recipe.read_text().replace(f"{tmp_path / 'here'}/", ""))
     monkeypatch.chdir(tmp_path / "here")
-    found = drlora.recipe.recipe_from(tree)
+    found = drlora.runs.recipe.recipe_from(tree)
     assert found.model == "model" and found.data.train == "train.jsonl"
     kept = found.resolved()
     assert kept.model == str(tmp_path / "here/model")
     assert kept.data.train == str(tmp_path / "here/train.jsonl")
     assert kept.output_dir == str(tmp_path / "here/run") and kept.resolved() == kept
-    names = drlora.recipe.recipe_from({**tree, "model": "some/model", "data": {"train": "a/b"}})
+    names = drlora.runs.recipe.recipe_from(
+        {**tree, "model": "some/model", "data": {"train": "a/b"}}
+    )
     assert names.resolved().model == "some/model" and names.resolved().data.train == "a/b"

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, OlmoeConfig
 from drlora.cli import main
 from drlora.config.adapter import DrLoraConfig
 from drlora.embedded import model_folder
-from drlora.inspection import inspect_model
 from drlora.inspection_text import CHART_HEIGHT, growth_chart, print_inspection
+from drlora.runs.inspect import inspect_model
 
 
 @pytest.fixture(scope="module")

@@ -20,8 +20,8 @@ from drlora.config.adapter import CHOICES
 from drlora.config.methods import METHODS
 from drlora.ranks.saliency import RANK_IMPORTANCES, RULES, Signals
 from drlora.ranks.starts import RULES as START_RULES
-from drlora.recipe import load_recipe
-from drlora.train import train
+from drlora.runs.recipe import load_recipe
+from drlora.runs.train import train
 
 SETTINGS = dict(r_init=2, r_target=4, r_max=8, p_grow=0.5, grow_every=2, warmup_steps=3,
                 settle_steps=1, lora_alpha=8.0)  # fmt: skip

@@ -15,7 +15,7 @@ from tiny import make_batch, make_model, trainable
 
 import drlora
 from drlora.io.jsonl import read_lines
-from drlora.progress import MetricsLog
+from drlora.runs.progress import MetricsLog
 
 SETTINGS = dict(r_init=2, r_target=4, r_max=8, p_grow=0.5, grow_every=4, warmup_steps=5,
                 settle_steps=2, lora_alpha=8.0)  # fmt: skip

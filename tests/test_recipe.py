@@ -7,7 +7,7 @@ import yaml
 
 from drlora.errors import ConfigError
 from drlora.io.settings import check_type, parse_yaml, split_override
-from drlora.recipe import DataSection, load_recipe, recipe_from
+from drlora.runs.recipe import DataSection, load_recipe, recipe_from
 
 MINIMAL = {
     "model": "embedded",

@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 
 from drlora.adapter.inject import choose_blocks
-from drlora.assemble import check_growth, load_architecture, model_on_meta
 from drlora.cli import main
 from drlora.data import load_examples
-from drlora.recipe import load_recipe
+from drlora.runs.loading import check_growth, load_architecture, model_on_meta
+from drlora.runs.recipe import load_recipe
 from experiments import estimate
 
 ROOT = Path(__file__).parents[1]

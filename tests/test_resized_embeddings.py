@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import drlora
 from drlora.errors import CheckpointError
-from drlora.export_run import export_run
 from drlora.io.checkpoint import adapter_state
+from drlora.runs.export import export_run
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`"),

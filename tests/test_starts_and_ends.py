@@ -13,14 +13,14 @@ from test_train_cli import lines
 from tiny_run import save_all, save_model_folder
 
 import drlora
-import drlora.train as train_module
+import drlora.runs.train as train_module
 from drlora.cli import main
 from drlora.evaluation.evaluate import LossResult
 from drlora.evaluation.measure import Measurement
-from drlora.outcome import reasons_of_divergence
-from drlora.progress import MetricsLog
 from drlora.report.facts import lead
 from drlora.report.read import read_run
+from drlora.runs.outcome import reasons_of_divergence
+from drlora.runs.progress import MetricsLog
 
 
 @pytest.fixture(scope="module")
@@ -118,12 +118,12 @@ def test_overwrite_replaces_a_run_and_nothing_else(recipe, tmp_path, capsys, mon
     assert json.loads((run / "result.json").read_text())["seed"] == 7
     assert (run / "notes.txt").read_text() == "mine"
     # Nor does it follow a link out of the run.
-    drlora.rundir.shutil.rmtree(run / "checkpoints")
+    drlora.runs.rundir.shutil.rmtree(run / "checkpoints")
     (run / "checkpoints").symlink_to(outside)
     capsys.readouterr()
     assert main(["train", str(recipe), *SHORT, "--overwrite"]) == 2
     assert "leads out of the run" in capsys.readouterr().err
-    drlora.rundir.RunDir(run).clear()
+    drlora.runs.rundir.RunDir(run).clear()
     assert (outside / "checkpoint-9" / "mine").read_text() == "kept"
     assert [p.name for p in run.iterdir() if p.name != "README.md"] == ["notes.txt"]
 

@@ -11,14 +11,14 @@ from rich.console import Console
 from safetensors.torch import load_file
 from tiny_run import save_all
 
-import drlora.train as train_module
+import drlora.runs.train as train_module
 from drlora.cli import main
 from drlora.evaluation.measure import measurement_from
-from drlora.outcome import TrainResult
-from drlora.progress import MetricsLog
 from drlora.ranks.schedule import plan_growth
-from drlora.recipe import load_recipe, recipe_from
-from drlora.rundir import RunDir
+from drlora.runs.outcome import TrainResult
+from drlora.runs.progress import MetricsLog
+from drlora.runs.recipe import load_recipe, recipe_from
+from drlora.runs.rundir import RunDir
 from drlora.summary import print_summary
 
 STEPS, EVENTS = 12, [4, 6, 8, 10]

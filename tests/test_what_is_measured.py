@@ -9,7 +9,7 @@ from tiny_run import save_all
 
 from drlora.cli import main
 from drlora.errors import ConfigError
-from drlora.export_run import export_run
+from drlora.runs.export import export_run
 
 SHORT = dict(training=dict(max_steps=8, save_steps=8))
 

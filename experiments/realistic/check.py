@@ -40,8 +40,8 @@ from safetensors.torch import load_file
 import drlora.adapter.layer
 from drlora.errors import CheckpointError
 from drlora.export import peft_lora, per_expert
-from drlora.export_run import export_run
-from drlora.train import peak_memory, versions
+from drlora.runs.export import export_run
+from drlora.runs.train import peak_memory, versions
 
 HERE = Path(__file__).parent
 WORK = Path(".cache/realistic")

@@ -46,8 +46,8 @@ def run(task: str, mode: str, rate: float, seed: int, folder: str) -> dict:
     import torch
     from rich.console import Console
 
-    from drlora.recipe import load_recipe
-    from drlora.train import train
+    from drlora.runs.recipe import load_recipe
+    from drlora.runs.train import train
 
     torch.set_num_threads(1)
     overrides = [
@@ -105,8 +105,8 @@ def _table(runs: list[dict]) -> list[dict]:
 
 
 def _write(path: Path, runs: list[dict]) -> None:
-    from drlora.environment import versions
     from drlora.io.writing import write_at_once
+    from drlora.runs.environment import versions
 
     content = {"settings": SETTINGS, "versions": versions(), "table": _table(runs), "runs": runs}
     write_at_once(path, json.dumps(content, indent=1) + "\n")

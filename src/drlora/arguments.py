@@ -12,8 +12,8 @@ from typing import Any, NoReturn
 
 from drlora.export import FORMATS, RANKS, ROUNDING, ROUNDINGS
 from drlora.io.files import home
-from drlora.memory_plan import TOKENS
 from drlora.report import FORMATS as REPORT_FORMATS
+from drlora.runs.memory import TOKENS
 from drlora.version import __version__
 
 Action = Callable[[argparse.Namespace], int]

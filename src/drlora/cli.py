@@ -33,23 +33,23 @@ from rich.console import Console
 
 from drlora.arguments import Parser, make_parser
 from drlora.compare import compare
-from drlora.dry_run import dry_run, print_dry_run
-from drlora.environment import describe
 from drlora.errors import CheckpointError, ConfigError, DrLoraError
-from drlora.evaluate_run import evaluate_run
-from drlora.export_run import ExportResult, export_run, print_plan
-from drlora.inspection import inspect_model
 from drlora.inspection_text import print_inspection
 from drlora.io.files import read_json, refuse_links_out
 from drlora.io.settings import split_override
-from drlora.moved import located_at
-from drlora.outcome import verdict_line
-from drlora.progress import Terminated, sigterm_interrupts
-from drlora.recipe import load_recipe, make_adapter_config
 from drlora.report import write_report
-from drlora.rundir import RunDir
+from drlora.runs.dry_run import dry_run, print_dry_run
+from drlora.runs.environment import describe
+from drlora.runs.evaluate import evaluate_run
+from drlora.runs.export import ExportResult, export_run, print_plan
+from drlora.runs.inspect import inspect_model
+from drlora.runs.moved import located_at
+from drlora.runs.outcome import verdict_line
+from drlora.runs.progress import Terminated, sigterm_interrupts
+from drlora.runs.recipe import load_recipe, make_adapter_config
+from drlora.runs.rundir import RunDir
+from drlora.runs.train import train
 from drlora.summary import print_summary
-from drlora.train import train
 
 EXIT_BAD_INPUT = 2
 EXIT_DIVERGED = 3

@@ -9,9 +9,9 @@ from rich.console import Console
 from rich.table import Table
 
 from drlora.evaluation.measure import Measurement
-from drlora.outcome import Ranks, TrainResult
-from drlora.progress import say
 from drlora.report.heat_map import print_heat_map
+from drlora.runs.outcome import Ranks, TrainResult
+from drlora.runs.progress import say
 from drlora.wording import counted, duration
 
 MOST_IN_TABLE = 32  # experts of a layer

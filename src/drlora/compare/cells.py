@@ -22,7 +22,7 @@ from drlora.data.load import EMBEDDED_FOLDER, EMBEDDED_PREFIX
 from drlora.embedded import resolve_model
 from drlora.errors import ConfigError
 from drlora.io.files import local_path
-from drlora.recipe import Recipe, recipe_from
+from drlora.runs.recipe import Recipe, recipe_from
 
 KEY_LENGTH = 12
 HASHED_WHOLE = 64 << 20

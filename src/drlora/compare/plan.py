@@ -21,7 +21,7 @@ from typing import Any
 from drlora.compare.metrics import METRICS
 from drlora.errors import ConfigError
 from drlora.io.settings import check_type, read_settings, refuse_unknown, set_in
-from drlora.recipe import Recipe
+from drlora.runs.recipe import Recipe
 
 Settings = dict[str, Any]
 SPLIT_ROLES = {"dev": "eval", "test": "test"}

@@ -21,13 +21,13 @@ from rich.console import Console
 
 from drlora.compare.cells import contents_of
 from drlora.compare.results import read_result, write_result
-from drlora.environment import peak_memory, processor, source_state
 from drlora.errors import CheckpointError, ConfigError
 from drlora.evaluation.measure import Measurement
 from drlora.io.jsonl import read_lines
-from drlora.recipe import Recipe, recipe_from
-from drlora.rundir import RunDir
-from drlora.train import TrainResult, train
+from drlora.runs.environment import peak_memory, processor, source_state
+from drlora.runs.recipe import Recipe, recipe_from
+from drlora.runs.rundir import RunDir
+from drlora.runs.train import TrainResult, train
 
 CURVE_POINTS = 50
 EXIT_FAILED = 1

@@ -10,13 +10,13 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from drlora.assemble import Examples
 from drlora.data import Collator
 from drlora.data.draw import draw
 from drlora.errors import CheckpointError, DataError
 from drlora.evaluation.evaluate import LossResult, MatchResult, evaluate_loss, exact_match
 from drlora.io.files import shown
-from drlora.recipe import EvaluationSection
+from drlora.runs.loading import Examples
+from drlora.runs.recipe import EvaluationSection
 
 
 @dataclass(frozen=True)

@@ -19,25 +19,25 @@ from transformers import PrinterCallback, set_seed
 
 from drlora.adapter.inject import adapted_layers
 from drlora.adapter.pool import RankPool
-from drlora.assemble import add_adapter, load_base_model, training_arguments
 from drlora.config.adapter import DrLoraConfig
 from drlora.config.methods import METHODS
 from drlora.data import Collator
 from drlora.distributed import is_main, on_main
-from drlora.environment import peak_memory, versions
 from drlora.evaluation.measure import Measurement, measure, measurement_from
-from drlora.held_out import measured_on
 from drlora.io.checkpoint import adapter_state, checkpoint_step
 from drlora.io.jsonl import append_lines, forget_kind, read_lines
-from drlora.job import Job, prepare
-from drlora.moved import FindBest
-from drlora.outcome import Ranks, TrainResult, reasons_of_divergence
-from drlora.progress import MetricsLog, ShowProgress, StopOnInterrupt, at_work, say
 from drlora.ranks.dynamics import RankDynamics
 from drlora.ranks.starts import needs_ranks
-from drlora.recipe import Recipe
 from drlora.report.card import write_card_if_possible
-from drlora.rundir import RunDir, write_json, write_yaml
+from drlora.runs.environment import peak_memory, versions
+from drlora.runs.held_out import measured_on
+from drlora.runs.job import Job, prepare
+from drlora.runs.loading import add_adapter, load_base_model, training_arguments
+from drlora.runs.moved import FindBest
+from drlora.runs.outcome import Ranks, TrainResult, reasons_of_divergence
+from drlora.runs.progress import MetricsLog, ShowProgress, StopOnInterrupt, at_work, say
+from drlora.runs.recipe import Recipe
+from drlora.runs.rundir import RunDir, write_json, write_yaml
 from drlora.trainer.callback import DrLoraCallback
 from drlora.trainer.trainer import Clock, NewSchedule, StopWhenLost
 from drlora.trainer.trainer import RunTrainer as _Trainer

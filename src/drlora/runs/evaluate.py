@@ -8,7 +8,11 @@ from typing import Any
 
 import torch
 
-from drlora.assemble import (
+from drlora.data import encode_examples
+from drlora.errors import ConfigError
+from drlora.evaluation.measure import Measurement, measure
+from drlora.io.places import from_root
+from drlora.runs.loading import (
     Examples,
     load_adapter,
     load_architecture,
@@ -18,12 +22,8 @@ from drlora.assemble import (
     longest_example,
     vocabulary_size,
 )
-from drlora.data import encode_examples
-from drlora.errors import ConfigError
-from drlora.evaluation.measure import Measurement, measure
-from drlora.io.places import from_root
-from drlora.recipe import ROLES, default_split
-from drlora.sources import Source, find_source
+from drlora.runs.recipe import ROLES, default_split
+from drlora.runs.sources import Source, find_source
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,15 @@ from typing import Any
 from peft import PeftModel, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
-from drlora.assemble import (
+from drlora.data.roles import load_training_data
+from drlora.distributed import on_main, world_size
+from drlora.errors import CheckpointError, ConfigError
+from drlora.io.checkpoint import checkpoint_step
+from drlora.io.files import read_json
+from drlora.ranks.schedule import Schedule
+from drlora.ranks.starts import fitting_ranks
+from drlora.runs.held_out import refuse_unanswerable, word_for_word
+from drlora.runs.loading import (
     Examples,
     check_growth,
     check_start,
@@ -23,17 +31,9 @@ from drlora.assemble import (
     model_on_meta,
     vocabulary_size,
 )
-from drlora.data.roles import load_training_data
-from drlora.distributed import on_main, world_size
-from drlora.errors import CheckpointError, ConfigError
-from drlora.held_out import refuse_unanswerable, word_for_word
-from drlora.io.checkpoint import checkpoint_step
-from drlora.io.files import read_json
-from drlora.ranks.schedule import Schedule
-from drlora.ranks.starts import fitting_ranks
-from drlora.recipe import Recipe
-from drlora.run_record import data_record, held_out_record, read_record, refuse_other_data
-from drlora.rundir import RunDir
+from drlora.runs.recipe import Recipe
+from drlora.runs.run_record import data_record, held_out_record, read_record, refuse_other_data
+from drlora.runs.rundir import RunDir
 from drlora.trainer.callback import DrLoraCallback
 from drlora.trainer.trainer import rehearse, seconds_of
 from drlora.wording import counted

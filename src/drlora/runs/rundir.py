@@ -30,8 +30,8 @@ from drlora.io.files import read_json
 from drlora.io.jsonl import finite, forget_after, read_lines
 from drlora.io.settings import read_settings
 from drlora.io.writing import move_into_place, write_at_once
-from drlora.moved import located
-from drlora.recipe import LENGTHS, Recipe, recipe_from
+from drlora.runs.moved import located
+from drlora.runs.recipe import LENGTHS, Recipe, recipe_from
 
 LOCK = ".lock"  # held by the process that trains, and gone with it
 _PARTIAL = ".adapter.partial"

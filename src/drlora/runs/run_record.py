@@ -23,13 +23,13 @@ import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from drlora.assemble import Examples
 from drlora.data.draw import drawn
 from drlora.data.layout import PLACES
 from drlora.distributed import world_size
 from drlora.errors import ConfigError
 from drlora.io.files import read_json
-from drlora.recipe import EvaluationSection
+from drlora.runs.loading import Examples
+from drlora.runs.recipe import EvaluationSection
 
 _BATCH = 1000
 _NAMES = {"train": "training", "eval": "held-out"}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from drlora.evaluation.measure import Measurement
-from drlora.rundir import RunDir
+from drlora.runs.rundir import RunDir
 
 Ranks = dict[str, dict[str, list[int]]]
 # Without a held-out loss to compare with, the training loss must have risen by this factor: it

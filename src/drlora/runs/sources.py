@@ -21,15 +21,15 @@ from drlora.errors import CheckpointError
 from drlora.export import RECORD
 from drlora.io.files import home, read_adapter_config, read_json, shown
 from drlora.io.places import Place, leads_somewhere
-from drlora.recipe import DataSection, EvaluationSection, Recipe
-from drlora.rundir import RunDir
+from drlora.runs.recipe import DataSection, EvaluationSection, Recipe
+from drlora.runs.rundir import RunDir
 
 KINDS = ("DRLORA", "LORA")
 
 
 @dataclass(frozen=True)
 class Source:
-    """An adapter or a model; reads as drlora.assemble's `NamesModel`.
+    """An adapter or a model; reads as drlora.runs.loading's `NamesModel`.
 
     Attributes:
         folder: what the user named.

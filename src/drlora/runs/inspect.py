@@ -20,14 +20,14 @@ from peft.utils import ModulesToSaveWrapper
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from drlora.adapter.inject import choose_blocks
-from drlora.assemble import load_architecture, model_on_meta
 from drlora.config.adapter import DrLoraConfig
 from drlora.errors import ConfigError
-from drlora.memory_plan import TOKENS, Beside, adapter_parameters, memory_plan, stored_rank
 from drlora.moe.blocks import MoEBlock, active_experts
 from drlora.ops.parts import MATRICES
 from drlora.ranks.schedule import Competitors, GrowthPlan, make_schedule, plan_of
-from drlora.recipe import DTYPES
+from drlora.runs.loading import load_architecture, model_on_meta
+from drlora.runs.memory import TOKENS, Beside, adapter_parameters, memory_plan, stored_rank
+from drlora.runs.recipe import DTYPES
 
 EARLY, LATE, FEW_EVENTS = 0.6, 0.95, 4
 
@@ -51,7 +51,7 @@ def inspect_model(
     Returns:
         A JSON-ready mapping: `blocks`, `parameters`, `adapter` (trained parameters if every expert
         had a rank, as many as the rows that are `stored`, and those `beside` the experts, which are
-        part of all of these), `memory_gb` (see drlora.memory_plan), and with `steps` `growth` and
+        part of all of these), `memory_gb` (see drlora.runs.memory), and with `steps` `growth` and
         `warnings`. A plan that cannot spend the budget has `reached: false` and the reason.
 
     Raises:

@@ -20,15 +20,6 @@ from transformers import PreTrainedTokenizerBase
 
 from drlora.adapter.embeddings import fit_embeddings
 from drlora.adapter.layer import DrLoraExperts
-from drlora.assemble import (
-    load_adapter,
-    load_architecture,
-    load_base_model,
-    load_source,
-    load_tokenizer,
-    model_on_meta,
-    vocabulary_size,
-)
 from drlora.config.adapter import DrLoraConfig
 from drlora.data import Collator, encode_examples
 from drlora.errors import CheckpointError, ConfigError, DrLoraError
@@ -44,8 +35,17 @@ from drlora.export import (
 from drlora.io.files import home, read_json
 from drlora.io.places import from_root
 from drlora.ops.merge import Rounding, RoundingMode
-from drlora.recipe import default_split
-from drlora.sources import Source, find_source
+from drlora.runs.loading import (
+    load_adapter,
+    load_architecture,
+    load_base_model,
+    load_source,
+    load_tokenizer,
+    model_on_meta,
+    vocabulary_size,
+)
+from drlora.runs.recipe import default_split
+from drlora.runs.sources import Source, find_source
 
 EXAMPLES, MAX_TOKENS = 8, 128
 

@@ -7,14 +7,14 @@ from typing import Any
 
 from rich.console import Console
 
-from drlora.assemble import training_arguments
-from drlora.held_out import evaluation_notes
-from drlora.inspection import inspect_model
 from drlora.inspection_text import print_inspection
-from drlora.job import Job, prepare
-from drlora.progress import say
-from drlora.recipe import Recipe
-from drlora.rundir import RunDir
+from drlora.runs.held_out import evaluation_notes
+from drlora.runs.inspect import inspect_model
+from drlora.runs.job import Job, prepare
+from drlora.runs.loading import training_arguments
+from drlora.runs.progress import say
+from drlora.runs.recipe import Recipe
+from drlora.runs.rundir import RunDir
 
 
 def dry_run(recipe: Recipe, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:

@@ -42,8 +42,8 @@ from drlora.io.places import from_root
 from drlora.ranks.continue_adapter import continue_adapter, is_drlora, refuse_unfit
 from drlora.ranks.schedule import Competitors, Schedule, make_schedule, plan_of
 from drlora.ranks.starts import read_rank_map, start_ranks
-from drlora.recipe import DataSection, Recipe
-from drlora.rundir import RunDir
+from drlora.runs.recipe import DataSection, Recipe
+from drlora.runs.rundir import RunDir
 
 DEFAULT_MAX_LENGTH = 1024
 

@@ -13,7 +13,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from drlora.io.places import Place, leads_somewhere
-from drlora.recipe import ROLES, Recipe
+from drlora.runs.recipe import ROLES, Recipe
 
 _PATHS = ("model", "tokenizer", "start_from", "start_ranks")
 
