@@ -25,7 +25,7 @@ from transformers import Trainer, TrainingArguments
 
 import drlora
 from drlora.adapter.inject import adapted_layers
-from drlora.cli import main
+from drlora.cli.main import main
 from drlora.export import apply_plan, make_plan
 
 HEADS = {

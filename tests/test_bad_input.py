@@ -10,7 +10,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from tiny_run import make_tokenizer, save_all, save_model_folder
 
-from drlora.cli import main
+from drlora.cli.main import main
 
 GOOD = {"prompt": "ab:", "completion": " ba"}
 

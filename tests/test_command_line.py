@@ -11,8 +11,8 @@ import pytest
 from tiny_run import save_all
 
 import drlora
-from drlora.arguments import VERBS
-from drlora.cli import _parser, main
+from drlora.cli.arguments import VERBS
+from drlora.cli.main import _parser, main
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from tiny_run import save_all, save_examples
 
 import drlora.compare.cells as cells_module
 import drlora.runs.train as train_module
-from drlora.cli import main
+from drlora.cli.main import main
 from drlora.compare.cells import compare_cells, places, tune_cells
 from drlora.compare.gains import best_baselines, gains_by_task, relative
 from drlora.compare.packed import pack, read_packed

@@ -17,7 +17,7 @@ from tiny_run import save_all, save_examples
 
 import drlora
 import drlora.runs.train as train_module
-from drlora.cli import main
+from drlora.cli.main import main
 from drlora.io.jsonl import read_lines
 
 LONGER = "training.num_train_epochs=4"

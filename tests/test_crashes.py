@@ -17,7 +17,7 @@ from transformers import Trainer
 
 import drlora
 import drlora.io.writing
-from drlora.cli import main
+from drlora.cli.main import main
 from drlora.io.checkpoint import MANIFEST, refuse_damaged
 from drlora.io.jsonl import append_lines, forget_after, read_lines
 from drlora.runs.rundir import LOCK, RunDir

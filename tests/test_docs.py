@@ -22,7 +22,7 @@ from tiny import make_batch, make_model
 from tiny_run import save_all, save_examples
 
 import drlora
-from drlora.cli import main
+from drlora.cli.main import main
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(path.name for path in (ROOT / "docs").glob("*.md"))
@@ -188,7 +188,7 @@ def test_the_tutorial():
 
 
 def test_every_verb_has_a_section_and_every_page_is_in_the_site():
-    from drlora.arguments import VERBS
+    from drlora.cli.arguments import VERBS
 
     page = (ROOT / "docs/command-line.md").read_text("utf-8")
     assert re.findall(r"^## drlora (\w+)$", page, re.M) == list(VERBS)

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import drlora
 from drlora.adapter.inject import adapted_layers
-from drlora.cli import main
+from drlora.cli.main import main
 from drlora.errors import CheckpointError, ConfigError
 from drlora.export import FORMATS, apply_plan, make_plan
 from drlora.export.factors import expert_factors, refactor

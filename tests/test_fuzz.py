@@ -13,7 +13,7 @@ import pytest
 
 from benchmarks import fuzz
 from benchmarks.fuzz_targets import TARGETS, Target, make_world
-from drlora.cli import main
+from drlora.cli.main import main
 from drlora.errors import DrLoraError
 
 FILES_EACH, SETTINGS = 3, 20

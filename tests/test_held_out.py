@@ -12,7 +12,7 @@ from test_data import byte_tokenizer
 from tiny_run import save_all, save_examples, save_model_folder
 
 import drlora
-from drlora.cli import main
+from drlora.cli.main import main
 from drlora.data import encode_examples, load_examples
 from drlora.data.draw import drawn
 from drlora.data.load import load_placed

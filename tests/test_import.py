@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 import drlora
 from drlora.adapter.inject import adapted_layers
-from drlora.cli import main
+from drlora.cli.main import main
 from drlora.errors import CheckpointError, ConfigError
 from drlora.export import apply_plan, make_plan
 from drlora.ranks.placement import proportional_ranks

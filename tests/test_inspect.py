@@ -10,10 +10,10 @@ from tiny import make_model
 from tiny_run import save_model_folder
 from transformers import AutoModelForCausalLM, OlmoeConfig
 
-from drlora.cli import main
+from drlora.cli.inspection import CHART_HEIGHT, growth_chart, print_inspection
+from drlora.cli.main import main
 from drlora.config.adapter import DrLoraConfig
 from drlora.embedded import model_folder
-from drlora.inspection_text import CHART_HEIGHT, growth_chart, print_inspection
 from drlora.runs.inspect import inspect_model
 
 

@@ -15,7 +15,7 @@ from peft import PeftModel
 from tiny_run import save_all, save_model_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from drlora.cli import main
+from drlora.cli.main import main
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
 

@@ -11,7 +11,7 @@ import pytest
 from peft import AutoPeftModelForCausalLM
 from tiny_run import save_all
 
-from drlora.cli import main
+from drlora.cli.main import main
 from drlora.io.places import Place, from_root
 
 LENGTH = dict(training=dict(max_steps=8, save_steps=4))

@@ -7,7 +7,7 @@ import dataclasses
 import inspect
 
 import drlora
-from drlora.cli import _parser
+from drlora.cli.main import _parser
 
 NAMES = {
     "CheckpointError",

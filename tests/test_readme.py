@@ -41,7 +41,7 @@ def test_make_verbs_exist():
 
 
 def test_drlora_verbs_and_files_exist():
-    from drlora.cli import _parser
+    from drlora.cli.main import _parser
 
     commands = re.findall(r"`drlora ([a-z]+) ([^`]+)`", README)
     assert commands

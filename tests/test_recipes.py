@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from drlora.adapter.inject import choose_blocks
-from drlora.cli import main
+from drlora.cli.main import main
 from drlora.data import load_examples
 from drlora.runs.loading import check_growth, load_architecture, model_on_meta
 from drlora.runs.recipe import load_recipe

@@ -19,7 +19,7 @@ from peft import get_peft_model
 from tiny import make_model
 
 import drlora
-from drlora.cli import main
+from drlora.cli.main import main
 from drlora.errors import CheckpointError
 from drlora.report.encode import SIGNAL_BYTES, encode_runs, quantise
 from drlora.report.markdown import markdown

@@ -14,7 +14,7 @@ from tiny_run import save_all, save_model_folder
 
 import drlora
 import drlora.runs.train as train_module
-from drlora.cli import main
+from drlora.cli.main import main
 from drlora.evaluation.evaluate import LossResult
 from drlora.evaluation.measure import Measurement
 from drlora.report.facts import lead

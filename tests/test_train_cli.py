@@ -12,14 +12,14 @@ from safetensors.torch import load_file
 from tiny_run import save_all
 
 import drlora.runs.train as train_module
-from drlora.cli import main
+from drlora.cli.main import main
+from drlora.cli.summary import print_summary
 from drlora.evaluation.measure import measurement_from
 from drlora.ranks.schedule import plan_growth
 from drlora.runs.outcome import TrainResult
 from drlora.runs.progress import MetricsLog
 from drlora.runs.recipe import load_recipe, recipe_from
 from drlora.runs.rundir import RunDir
-from drlora.summary import print_summary
 
 STEPS, EVENTS = 12, [4, 6, 8, 10]
 

@@ -16,10 +16,10 @@ from tiny import make_batch, make_model
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import drlora
+from drlora.cli.summary import print_ranks
 from drlora.ranks.event import Grant
 from drlora.report.heat_map import LEVELS, block_lines, print_heat_map
 from drlora.runs.progress import ShowProgress, growth_line, say
-from drlora.summary import print_ranks
 from drlora.trainer.rank_log import gini, top_share
 from drlora.trainer.trainer import event_log
 

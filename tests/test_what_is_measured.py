@@ -7,7 +7,7 @@ import json
 import pytest
 from tiny_run import save_all
 
-from drlora.cli import main
+from drlora.cli.main import main
 from drlora.errors import ConfigError
 from drlora.runs.export import export_run
 

@@ -2,6 +2,6 @@
 
 import sys
 
-from drlora.cli import main
+from drlora.cli.main import main
 
 sys.exit(main())

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
-from drlora.inspection_text import print_inspection
+from drlora.cli.inspection import print_inspection
 from drlora.runs.held_out import evaluation_notes
 from drlora.runs.inspect import inspect_model
 from drlora.runs.job import Job, prepare

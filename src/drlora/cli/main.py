@@ -31,10 +31,11 @@ import datasets
 import transformers
 from rich.console import Console
 
-from drlora.arguments import Parser, make_parser
+from drlora.cli.arguments import Parser, make_parser
+from drlora.cli.inspection import print_inspection
+from drlora.cli.summary import print_summary
 from drlora.compare import compare
 from drlora.errors import CheckpointError, ConfigError, DrLoraError
-from drlora.inspection_text import print_inspection
 from drlora.io.files import read_json, refuse_links_out
 from drlora.io.settings import split_override
 from drlora.report import write_report
@@ -49,7 +50,6 @@ from drlora.runs.progress import Terminated, sigterm_interrupts
 from drlora.runs.recipe import load_recipe, make_adapter_config
 from drlora.runs.rundir import RunDir
 from drlora.runs.train import train
-from drlora.summary import print_summary
 
 EXIT_BAD_INPUT = 2
 EXIT_DIVERGED = 3

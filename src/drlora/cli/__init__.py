@@ -1,0 +1,5 @@
+"""The command line, the only place that prints."""
+
+from drlora.cli.main import main
+
+__all__ = ["main"]
