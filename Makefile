@@ -1,5 +1,5 @@
 # Every verb works from a clean checkout: the first one builds .venv, later ones reuse it.
-# Extra words for a verb go through ARGS: make test ARGS="-k floors", make train ARGS="training.seed=3".
+# Extra words for a verb go through ARGS: make test ARGS="-k wings", make train ARGS="training.seed=3".
 
 PYTHON  ?= python3
 WORKERS ?= 2

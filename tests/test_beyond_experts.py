@@ -11,7 +11,7 @@ from peft.optimizers import create_loraplus_optimizer
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from test_peft_parity import PARAMETERS, peft_factors, to_pool_layout
-from tiny import make_batch, make_model, plain_loop, trainable
+from tiny import checkpoint_activations, make_batch, make_model, plain_loop, trainable
 from tiny_adapter import SETTINGS, logits, make_settings, train, trained
 
 import drlora
@@ -248,7 +248,7 @@ def test_gradient_checkpointing(use_reentrant):
         if checkpointing:
             model.enable_input_require_grads()
             inner = model.get_base_model()
-            inner.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+            checkpoint_activations(inner, use_reentrant=use_reentrant)
         model.train()(**batch).loss.backward()
         gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
     assert set(gradients[0]) == set(gradients[1]) and any("q_proj" in n for n in gradients[0])

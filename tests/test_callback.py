@@ -11,7 +11,14 @@ import torch._dynamo as dynamo
 from accelerate.optimizer import AcceleratedOptimizer
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
-from tiny import VOCAB, make_batch, make_model, trainable
+from tiny import (
+    VOCAB,
+    checkpoint_activations,
+    checkpointing_arguments,
+    make_batch,
+    make_model,
+    trainable,
+)
 from transformers import (
     GptOssConfig,
     GptOssForCausalLM,
@@ -224,7 +231,7 @@ def test_compiled_training_equals_checkpointed_training_then_generation(family, 
         trainer = make_trainer(
             tmp_path, base=one_layer(family), settings=dict(router="train"), save_strategy="no",
             torch_compile=compiled, torch_compile_backend="aot_eager" if compiled else None,
-            activation_checkpointing=not compiled,
+            **({} if compiled else checkpointing_arguments()),
         )  # fmt: skip
         router = Watch(next(p for n, p in trainer.model.named_parameters() if _is_router(n)))
         trainer.add_callback(router)
@@ -268,7 +275,7 @@ def one_layer(family):
 def test_several_padded_passes_before_one_backward():
     """What is computed again in the backward pass is counted with its own padding."""
     model = get_peft_model(make_model(), drlora.DrLoraConfig(**SETTINGS)).train()
-    model.get_base_model().activation_checkpointing_enable()
+    checkpoint_activations(model.get_base_model())
     model.enable_input_require_grads()
     loss = 0.0
     for pad in (2, 5, 0):

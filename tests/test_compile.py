@@ -14,7 +14,7 @@ import torch
 import torch._dynamo as dynamo
 from peft import get_peft_model
 from test_ops import gelu_gate, make_case, run
-from tiny import make_batch, make_class, make_model, plain_loop, trainable
+from tiny import checkpoint_activations, make_batch, make_class, make_model, plain_loop, trainable
 
 import drlora
 from drlora.adapter.inject import adapted_layers
@@ -266,7 +266,7 @@ def test_two_passes_in_one_backward_both_count():
 @pytest.mark.parametrize("family", ["olmoe", "gpt_oss"])
 def test_checkpointing_inside_the_graph(family):
     model, twin = start(family), start(family)
-    model.base_model.model.activation_checkpointing_enable({"use_reentrant": False})
+    checkpoint_activations(model.base_model.model, use_reentrant=False)
     # transformers' hook on the embeddings breaks the graph, and only re-entrant mode needs it.
     model.base_model.model.disable_input_require_grads()
     compiled(model)(**batch()).loss.backward()
@@ -281,7 +281,7 @@ def test_reentrant_checkpointing_breaks_no_more_than_the_frozen_base():
     model, twin = start(), start()
     found = []
     for whole, inner in ((frozen, frozen), (model, model.base_model.model)):
-        inner.activation_checkpointing_enable({"use_reentrant": True})
+        checkpoint_activations(inner, use_reentrant=True)
         inner.get_input_embeddings().requires_grad_(True)
         dynamo.reset()
         dynamo.utils.counters.clear()

@@ -261,7 +261,7 @@ def test_a_continued_adapter_computes_the_same(grown):
             **{**SETTINGS, **change}, router="train", target_modules=["q_proj"], target_rank=4,
             target_alpha=8.0,
         )  # fmt: skip
-        model = drlora.ranks.continue_adapter(make_model(), folder, config, ranks="grow")
+        model = drlora.continue_adapter(make_model(), folder, config, ranks="grow")
         torch.testing.assert_close(model.eval()(**make_batch(5)).logits, logits)
         assert drlora.rank_map(model) == ranks
         pools = [p for p in model.modules() if hasattr(p, "birth")]
@@ -272,11 +272,11 @@ def test_ranks_given_out_again_keep_the_strongest_directions(grown):
     folder, logits, _ = grown
     config = dict(router="train", target_modules=["q_proj"], target_rank=4, target_alpha=8.0)
     enough = drlora.DrLoraConfig(**{**SETTINGS, "r_init": 8, "r_target": 9, "r_max": 9}, **config)
-    model = drlora.ranks.continue_adapter(make_model(), folder, enough, ranks="again")
+    model = drlora.continue_adapter(make_model(), folder, enough, ranks="again")
     torch.testing.assert_close(model.eval()(**make_batch(5)).logits, logits, rtol=1e-4, atol=1e-5)
     few = drlora.DrLoraConfig(**{**SETTINGS, "r_init": 1}, **config)
     with pytest.warns(UserWarning, match="the experts keep [0-9.]+% of their squared update"):
-        model = drlora.ranks.continue_adapter(make_model(), folder, few, ranks="again")
+        model = drlora.continue_adapter(make_model(), folder, few, ranks="again")
     assert {r for b in drlora.rank_map(model).values() for row in b.values() for r in row} == {1}
 
 

@@ -15,13 +15,13 @@ import drlora
 from drlora.cli.main import main
 from drlora.data import encode_examples, load_examples
 from drlora.data.draw import drawn
+from drlora.data.encode import Examples
 from drlora.data.load import load_placed
 from drlora.data.roles import load_source, load_training_data
+from drlora.data.section import DataSection, EvaluationSection
 from drlora.data.slices import rows_of
 from drlora.ranks.starts import read_rank_map
 from drlora.runs.held_out import evaluation_notes
-from drlora.runs.loading import Examples
-from drlora.runs.recipe import DataSection, EvaluationSection
 from drlora.runs.run_record import held_out_record
 
 STRICT = (

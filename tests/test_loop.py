@@ -9,8 +9,8 @@ import pytest
 import torch
 from test_ops import assert_engines_agree, make_case, run
 
-from drlora.ops.loop.engine import engine as loop
-from drlora.ops.loop.engine import tasks as loop_tasks
+from drlora.ops.loop import engine as loop
+from drlora.ops.loop import tasks as loop_tasks
 
 
 @pytest.fixture

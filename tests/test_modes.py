@@ -9,7 +9,7 @@ import torch
 from peft import get_peft_model
 from test_compile import FAMILIES, assert_same, base_model, batch, meters
 from test_compile import start as start_of_layers
-from tiny import plain_loop, trainable
+from tiny import checkpoint_activations, plain_loop, trainable
 
 import drlora
 from drlora.adapter.inject import adapted_layers
@@ -28,7 +28,7 @@ def relative_error(model, twin):
 @pytest.mark.parametrize("engine", ["loop", "grouped"])
 def test_gradient_checkpointing(family, reentrant, engine):
     model, twin = start(family, engine=engine), start(family, engine=engine)
-    model.base_model.model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    checkpoint_activations(model.base_model.model, use_reentrant=reentrant)
     model.enable_input_require_grads()
     calls = []
     layer = next(iter(adapted_layers(model, "default").values()))

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from peft import get_peft_model
-from tiny import make_batch, make_model
+from tiny import checkpoint_activations, make_batch, make_model
 
 import drlora
 from drlora.adapter.inject import adapted_layers
@@ -38,7 +38,7 @@ def assert_same(one, other):
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
 def test_gradient_checkpointing_counts_once(reentrant):
     plain, checkpointed = start(), start()
-    checkpointed.activation_checkpointing_enable({"use_reentrant": reentrant})
+    checkpoint_activations(checkpointed, use_reentrant=reentrant)
     checkpointed.enable_input_require_grads()
     for model in (plain, checkpointed):
         model(**make_batch()).loss.backward()
@@ -197,7 +197,7 @@ def test_passes_with_masks_of_their_own_before_one_backward(order, reentrant):
     """What is computed again in the backward pass is counted with the mask it was computed with."""
     batches = [masked(1, real=3), masked(2, real=9)]
     apart, together = start(), start()
-    together.activation_checkpointing_enable({"use_reentrant": reentrant})
+    checkpoint_activations(together, use_reentrant=reentrant)
     together.enable_input_require_grads()
     for batch in batches:
         apart(**batch).loss.backward()

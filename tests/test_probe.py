@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import get_peft_model
-from tiny import make_batch, make_model, plain_loop, trainable
+from tiny import checkpointing_arguments, make_batch, make_model, plain_loop, trainable
 from transformers import Trainer, TrainingArguments
 
 import drlora
@@ -110,8 +110,7 @@ def test_probing_in_the_trainer_under_reentrant_checkpointing(method, tmp_path):
     data = [{key: value[0] for key, value in make_batch(seed).items()} for seed in range(4)]
     arguments = TrainingArguments(
         output_dir=str(tmp_path), max_steps=1, per_device_train_batch_size=2, report_to=[],
-        use_cpu=True, disable_tqdm=True, activation_checkpointing=True,
-        activation_checkpointing_kwargs={"use_reentrant": True},
+        use_cpu=True, disable_tqdm=True, **checkpointing_arguments(use_reentrant=True),
     )  # fmt: skip
     callback = drlora.DrLoraCallback()
     Trainer(model, arguments, train_dataset=data, callbacks=[callback]).train()

@@ -112,7 +112,7 @@ def test_dynamics_and_callback_signatures():
 def test_signatures_of_imports():
     for function, parameters in (
         (drlora.load_peft_lora, ["model", "folder", "config"]),
-        (drlora.ranks.continue_adapter, ["model", "folder", "config", "ranks"]),
+        (drlora.continue_adapter, ["model", "folder", "config", "ranks"]),
         (drlora.place_ranks, ["model", "batches", "adapter"]),
         (drlora.rank_map, ["model"]),
         (drlora.start_ranks, ["model", "ranks"]),

@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from drlora.data.section import DataSection
 from drlora.errors import ConfigError
 from drlora.io.settings import check_type, parse_yaml, split_override
-from drlora.runs.recipe import DataSection, load_recipe, recipe_from
+from drlora.runs.recipe import load_recipe, recipe_from
 
 MINIMAL = {
     "model": "embedded",

@@ -13,8 +13,8 @@ from tiny_run import make_tokenizer, save_model_folder
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import drlora
+from drlora.adapter.state import adapter_state
 from drlora.errors import CheckpointError
-from drlora.io.checkpoint import adapter_state
 from drlora.runs.export import export_run
 
 pytestmark = [

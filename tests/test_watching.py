@@ -17,11 +17,11 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import drlora
 from drlora.cli.summary import print_ranks
+from drlora.ranks.concentration import gini, top_share
 from drlora.ranks.event import Grant
 from drlora.report.heat_map import LEVELS, block_lines, print_heat_map
 from drlora.runs.progress import ShowProgress, growth_line, say
-from drlora.trainer.rank_log import gini, top_share
-from drlora.trainer.trainer import event_log
+from drlora.trainer import event_log
 
 STEPS, EVENTS = 8, [3, 5, 7]
 SETTINGS = dict(r_init=2, r_target=4, r_max=8, p_grow=0.5, grow_every=2, warmup_steps=3,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import transformers
 from tiny_config import VOCAB, tiny_config
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainingArguments
 
 _COMMON: dict[str, Any] = dict(
     vocab_size=VOCAB,
@@ -158,3 +158,19 @@ def plain_loop(
 def trainable(model: torch.nn.Module) -> list[torch.nn.Parameter]:
     """The parameters that an optimizer is given."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def checkpoint_activations(model, **settings) -> None:
+    """Gradient checkpointing, by the name that this version of transformers has for it."""
+    name = "activation_checkpointing_enable"
+    getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")(
+        *([settings] if settings else [])
+    )
+
+
+def checkpointing_arguments(**settings) -> dict:
+    """The same, for TrainingArguments."""
+    fields = TrainingArguments.__dataclass_fields__
+    name = "activation_checkpointing"
+    name = name if name in fields else "gradient_checkpointing"
+    return {name: True, **({f"{name}_kwargs": settings} if settings else {})}

@@ -12,11 +12,12 @@ Importing drlora registers the method with PEFT. The method: arXiv 2601.04823.
 from __future__ import annotations
 
 from drlora.adapter import model as _peft_method
+from drlora.adapter.state import adapter_state
 from drlora.config.adapter import DrLoraConfig
 from drlora.config.peft_type import AFTER_SAVE as _AFTER_SAVE
 from drlora.errors import CheckpointError, ConfigError, DataError, DrLoraError, SyncError
 from drlora.export.import_lora import load_peft_lora
-from drlora.io.checkpoint import adapter_state, newest_checkpoint, write_checkpoint
+from drlora.io.checkpoint import newest_checkpoint, write_checkpoint
 from drlora.ranks.continue_adapter import continue_adapter
 from drlora.ranks.dynamics import Grant, RankDynamics
 from drlora.ranks.starts import place_ranks, rank_map, ranks_from_routing, start_ranks

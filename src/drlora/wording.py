@@ -1,6 +1,8 @@
-"""Numbers in sentences: `1 event`, `2 events`, `1:05:00`."""
+"""How values, numbers and errors stand in sentences: `1 event`, `1:05 min`, a value cut short."""
 
 from __future__ import annotations
+
+from typing import Any
 
 
 def counted(number: int, noun: str) -> str:
@@ -26,3 +28,18 @@ def duration(seconds: float) -> str:
         return f"{minutes}:{rest:02} min"
     hours, minutes = divmod(minutes, 60)
     return f"{hours:,}:{minutes:02} h"
+
+
+def shown(value: Any, longest: int = 60) -> str:
+    """`value` as in Python, cut where it is long; for messages."""
+    try:
+        text = repr(value)
+    except (RecursionError, ValueError):  # nested too deeply, or a number of too many digits
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= longest else text[: longest - 3] + "..."
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, without its full stop; its type if it says nothing."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__).rstrip(".")

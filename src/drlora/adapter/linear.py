@@ -24,8 +24,8 @@ from transformers.pytorch_utils import Conv1D
 
 from drlora.config.adapter import DrLoraConfig
 from drlora.errors import ConfigError
-from drlora.io.files import shown
 from drlora.moe.blocks import MoEBlock
+from drlora.wording import shown
 
 ALL_LINEAR = "all-linear"
 LONGEST_MATCH_SECONDS = 3.0  # of all names together

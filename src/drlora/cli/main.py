@@ -32,6 +32,7 @@ import transformers
 from rich.console import Console
 
 from drlora.cli.arguments import Parser, make_parser
+from drlora.cli.dry_run import print_dry_run
 from drlora.cli.inspection import print_inspection
 from drlora.cli.summary import print_summary
 from drlora.compare import compare
@@ -39,7 +40,7 @@ from drlora.errors import CheckpointError, ConfigError, DrLoraError
 from drlora.io.files import read_json, refuse_links_out
 from drlora.io.settings import split_override
 from drlora.report import write_report
-from drlora.runs.dry_run import dry_run, print_dry_run
+from drlora.runs.dry_run import dry_run
 from drlora.runs.environment import describe
 from drlora.runs.evaluate import evaluate_run
 from drlora.runs.export import ExportResult, export_run, print_plan

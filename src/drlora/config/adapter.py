@@ -25,7 +25,7 @@ from drlora.config.checks import (
 from drlora.config.methods import method_settings
 from drlora.config.peft_type import DRLORA, SavedConfig
 from drlora.errors import ConfigError
-from drlora.io.files import shown
+from drlora.wording import shown
 
 PROJECTION_SETS = (
     ("gate_up", "down"),

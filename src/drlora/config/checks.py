@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any, Final
 
 from drlora.errors import ConfigError
-from drlora.io.files import shown
+from drlora.wording import shown
 
 # Chosen by the length of the run and the budget (drlora.ranks.schedule).
 AUTO: Final = "auto"

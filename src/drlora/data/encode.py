@@ -41,6 +41,14 @@ class EncodedData:
     truncated: int
 
 
+@dataclass(frozen=True)
+class Examples:
+    """Examples as loaded (`raw`) and as token ids (`encoded`)."""
+
+    raw: Dataset
+    encoded: EncodedData
+
+
 def encode_examples(
     examples: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> EncodedData:

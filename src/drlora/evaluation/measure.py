@@ -12,11 +12,11 @@ from transformers import PreTrainedTokenizerBase
 
 from drlora.data import Collator
 from drlora.data.draw import draw
+from drlora.data.encode import Examples
+from drlora.data.section import EvaluationSection
 from drlora.errors import CheckpointError, DataError
 from drlora.evaluation.evaluate import LossResult, MatchResult, evaluate_loss, exact_match
-from drlora.io.files import shown
-from drlora.runs.loading import Examples
-from drlora.runs.recipe import EvaluationSection
+from drlora.wording import shown
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,8 @@ from drlora.errors import CheckpointError, ConfigError
 from drlora.export.factors import Factors
 from drlora.export.peft_lora import read
 from drlora.export.updates import PARAMETERS, Updates, base_of, seen_transposed
-from drlora.io.files import first_line, read_adapter_config
+from drlora.io.files import read_adapter_config
+from drlora.wording import first_line
 
 
 def load_peft_lora(

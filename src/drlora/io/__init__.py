@@ -1,1 +1,1 @@
-"""Files of a run and of others: how they are read, written at once or not at all, and found again."""
+"""Files of a run and of others: read, written at once or not at all, and found again."""

@@ -23,17 +23,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-
-from drlora.adapter.embeddings import embedding_names, rows_before
 from drlora.errors import CheckpointError
 from drlora.io.writing import sync, write_at_once
 
 MANIFEST = "manifest.json"
-# In the keys of what PEFT and this package add to a model.
-_ADDED = (".lora_", ".drlora_adapters.", ".modules_to_save.", ".token_adapter.trainable_tokens_")
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -111,25 +104,6 @@ def newest_checkpoint(
         except (CheckpointError, OSError) as error:
             on_skip(f"checkpoint {path.name} is passed over: {error}")
     return None
-
-
-def adapter_state(model: nn.Module) -> dict[str, Tensor]:
-    """What `model.save_pretrained(folder, state_dict=...)` needs of a model that may be sharded.
-
-    Every process must call it: sharded tensors (FSDP2) are gathered.
-
-    Returns:
-        The adapters' part of `model.state_dict()`, each tensor in full, without the base model's;
-        but with its embeddings where they were resized, since PEFT saves these too.
-    """
-    resized = embedding_names(model) if rows_before(model) is not None else []
-    added = (*_ADDED, *(f"{name}." for name in resized))
-    with torch.no_grad():
-        return {
-            key: value.full_tensor() if isinstance(value, DTensor) else value
-            for key, value in model.state_dict().items()
-            if any(part in key for part in added)
-        }
 
 
 def checkpoint_step(folder: Path) -> int:

@@ -15,6 +15,7 @@ from peft.utils import CONFIG_NAME
 from safetensors import SafetensorError, safe_open
 
 from drlora.errors import CheckpointError, ConfigError, DrLoraError
+from drlora.wording import first_line, shown
 
 LARGEST_JSON_BYTES = 64 * 2**20
 _RANKS_OF_A_CONFIG = ("r", "r_init", "r_target", "target_rank")
@@ -56,15 +57,6 @@ def read_json(path: Path, what: str = "") -> dict[str, Any]:
     return value
 
 
-def shown(value: Any, longest: int = 60) -> str:
-    """`value` as in Python, cut where it is long; for messages."""
-    try:
-        text = repr(value)
-    except (RecursionError, ValueError):  # nested too deeply, or a number of too many digits
-        text = f"a {type(value).__name__}"
-    return text if len(text) <= longest else text[: longest - 3] + "..."
-
-
 def home(name: str) -> str:
     """`name` with a `~` or `~user` at its start written out; the one place where that is done.
 
@@ -101,12 +93,6 @@ def refuse_links_out(folder: Path) -> None:
                 f"{path} leads out of the run, to {path.resolve()}; what is written to the run "
                 f"would land there. Put the file or folder itself in its place."
             )
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of what an error says, without its full stop; its type if it says nothing."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__).rstrip(".")
 
 
 def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:

@@ -1,8 +1,8 @@
 """Find the Mixture-of-Experts blocks of a model by their structure, never by a list of models.
 
-What experts look like is said by the families (`drlora.moe.families`): transformers' experts interface,
-which nearly all models follow, and a few exceptions. A module that looks like experts and that no
-family understands is refused by name, so that no model is adapted by half.
+What experts look like is said by the families (`drlora.moe.families`): transformers' experts
+interface, which nearly all models follow, and a few exceptions. A module that looks like experts
+and that no family understands is refused by name, so that no model is adapted by half.
 """
 
 from __future__ import annotations
@@ -146,8 +146,8 @@ def _not_understood(name: str, module: nn.Module) -> str:
         return f"{kind}: it is quantised. {_QUANTISED}"
     return (
         f"{kind}: it does not follow transformers' experts interface (it has no flags such as "
-        f"is_transposed), and no family in drlora.moe.families recognises it. The model was left as it "
-        f"is; docs/families.md shows how to add a family."
+        f"is_transposed), and no family in drlora.moe.families recognises it. The model was left "
+        f"as it is; docs/families.md shows how to add a family."
     )
 
 

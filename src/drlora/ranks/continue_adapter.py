@@ -1,6 +1,6 @@
 """Start a new run from a DR-LoRA adapter that was trained before.
 
-    model = drlora.ranks.continue_adapter(base_model, "runs/first", ranks="grow")
+    model = drlora.continue_adapter(base_model, "runs/first", ranks="grow")
 
 The new run has its own plan of growth, optimizer and statistics; what the adapter computes comes
 along. Of its ranks there are three things to make:
@@ -34,7 +34,8 @@ from drlora.adapter.pool import RankPool
 from drlora.adapter.row_book import FREE
 from drlora.config.adapter import DrLoraConfig
 from drlora.errors import CheckpointError, ConfigError, DrLoraError
-from drlora.io.files import first_line, home, read_adapter_config, read_shapes
+from drlora.io.files import home, read_adapter_config, read_shapes
+from drlora.wording import first_line
 
 RANKS = ("keep", "grow", "again")
 # What belongs to a run and its length, not to the adapter.

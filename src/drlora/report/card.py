@@ -219,7 +219,7 @@ def _method(run: RunRecord) -> str:
 
 
 def _text(run: RunRecord) -> str:
-    from drlora import __version__  # the package itself registers what is here
+    from drlora.version import __version__  # the package itself registers what is here
 
     base = _base(run) or "BASE_MODEL"
     where = "" if _base(run) else ", with the base model's name or folder for `BASE_MODEL`"

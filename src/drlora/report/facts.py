@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from drlora.ranks.concentration import gini, top_share
 from drlora.report.read import RankMap, RunRecord
-from drlora.trainer.rank_log import gini, top_share
 
 NONE = "–"
 Row = tuple[str, list[str]]

@@ -12,10 +12,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import StrMethodFormatter
 
+from drlora.ranks.concentration import gini
 from drlora.report.facts import last_routing, title
 from drlora.report.read import NO_EXPERT, RankMap, RunRecord
 from drlora.report.style import COLOURS, PAPER, STYLE
-from drlora.trainer.rank_log import gini
 
 DASHES = ("-", "--", ":", "-.")
 

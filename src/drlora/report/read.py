@@ -25,9 +25,8 @@ from safetensors import SafetensorError, safe_open
 from drlora.errors import CheckpointError, DrLoraError
 from drlora.io.files import read_json
 from drlora.io.jsonl import read_lines
+from drlora.io.run_files import EVENT_LOG, GROWTH_LOG
 from drlora.io.settings import read_settings
-from drlora.trainer.callback import GROWTH_LOG
-from drlora.trainer.event_log import EVENT_LOG
 
 NO_EXPERT = -1
 RECIPE = "config.yaml"

@@ -5,14 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
-from drlora.cli.inspection import print_inspection
 from drlora.runs.held_out import evaluation_notes
 from drlora.runs.inspect import inspect_model
 from drlora.runs.job import Job, prepare
 from drlora.runs.loading import training_arguments
-from drlora.runs.progress import say
 from drlora.runs.recipe import Recipe
 from drlora.runs.rundir import RunDir
 
@@ -57,11 +53,3 @@ def _tokens_of_a_batch(job: Job) -> int:
     longest = max(map(len, job.train.encoded.dataset["input_ids"]))
     accelerators = max(1, job.arguments.n_gpu)  # of one process; each has its part of the batch
     return longest * -(-job.batch_size // accelerators)
-
-
-def print_dry_run(found: dict[str, Any], console: Console) -> None:
-    """The same, for people."""
-    print_inspection(found["model"], console)
-    for note in found["notes"]:
-        say(console, note)
-    console.print(f"dry run: nothing was written to {found['recipe']['output_dir']}")

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from drlora.data import encode_examples
+from drlora.data.encode import Examples
 from drlora.errors import ConfigError
 from drlora.evaluation.measure import Measurement, measure
 from drlora.io.places import from_root
 from drlora.runs.loading import (
-    Examples,
     load_adapter,
     load_architecture,
     load_base_model,

@@ -9,12 +9,12 @@ from collections.abc import Iterator
 from datasets import Dataset
 
 from drlora.data.draw import draw
+from drlora.data.encode import Examples
 from drlora.data.layout import PLACES
+from drlora.data.section import EvaluationSection
 from drlora.evaluation.choices import refuse_single_choice
 from drlora.evaluation.evaluate import accepted_answers
 from drlora.evaluation.measure import notes_on, wants_match
-from drlora.runs.loading import Examples
-from drlora.runs.recipe import EvaluationSection
 from drlora.wording import counted
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from peft import PeftModel, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
+from drlora.data.encode import Examples
 from drlora.data.roles import load_training_data
 from drlora.distributed import on_main, world_size
 from drlora.errors import CheckpointError, ConfigError
@@ -19,7 +20,6 @@ from drlora.ranks.schedule import Schedule
 from drlora.ranks.starts import fitting_ranks
 from drlora.runs.held_out import refuse_unanswerable, word_for_word
 from drlora.runs.loading import (
-    Examples,
     check_growth,
     check_start,
     count_steps,

@@ -10,7 +10,6 @@ import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -31,19 +30,21 @@ from transformers import (
 from drlora.adapter.embeddings import fit_embeddings
 from drlora.adapter.inject import choose_blocks
 from drlora.config.adapter import DrLoraConfig
-from drlora.data import EncodedData, encode_examples
+from drlora.data import encode_examples
+from drlora.data.encode import Examples
 from drlora.data.roles import load_source as load_source
+from drlora.data.section import DataSection
 from drlora.distributed import are_several
 from drlora.embedded import resolve_model
 from drlora.errors import CheckpointError, ConfigError, DataError, DrLoraError
 from drlora.export.import_lora import load_peft_lora, refuse_other_files
-from drlora.io.files import first_line
 from drlora.io.places import from_root
 from drlora.ranks.continue_adapter import continue_adapter, is_drlora, refuse_unfit
 from drlora.ranks.schedule import Competitors, Schedule, make_schedule, plan_of
 from drlora.ranks.starts import read_rank_map, start_ranks
-from drlora.runs.recipe import DataSection, Recipe
+from drlora.runs.recipe import Recipe
 from drlora.runs.rundir import RunDir
+from drlora.wording import first_line
 
 DEFAULT_MAX_LENGTH = 1024
 
@@ -62,14 +63,6 @@ class NamesModel(Protocol):
 
     @property
     def trust_remote_code(self) -> bool: ...
-
-
-@dataclass(frozen=True)
-class Examples:
-    """Examples as loaded (`raw`) and as token ids (`encoded`)."""
-
-    raw: Dataset
-    encoded: EncodedData
 
 
 def load_architecture(model: str, trust_remote_code: bool = False) -> PreTrainedConfig:

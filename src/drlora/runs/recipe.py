@@ -80,10 +80,10 @@ class Recipe:
         adapter: all settings of DrLoraConfig.
         training: fields of TrainingArguments.
         evaluation: see EvaluationSection.
-        method: a name of `drlora.config.methods`; what it stands for wins over `adapter`. None: `adapter`
-            as it is.
+        method: a name of `drlora.config.methods`; what it stands for wins over `adapter`. None:
+            `adapter` as it is.
         start_from: what the adapter continues: a run, a folder with a DR-LoRA adapter
-            (`drlora.ranks.continue_adapter`), or one with a PEFT LoRA on experts, whose layers and rank
+            (`drlora.continue_adapter`), or one with a PEFT LoRA on experts, whose layers and rank
             are taken over (`drlora.load_peft_lora`).
         start_from_ranks: of a DR-LoRA adapter, whether its ranks are to `keep`, to `grow` on from
             where they are, or to be given out `again` from r_init on; by default keep.

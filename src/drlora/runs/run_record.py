@@ -24,12 +24,12 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from drlora.data.draw import drawn
+from drlora.data.encode import Examples
 from drlora.data.layout import PLACES
+from drlora.data.section import EvaluationSection
 from drlora.distributed import world_size
 from drlora.errors import ConfigError
 from drlora.io.files import read_json
-from drlora.runs.loading import Examples
-from drlora.runs.recipe import EvaluationSection
 
 _BATCH = 1000
 _NAMES = {"train": "training", "eval": "held-out"}

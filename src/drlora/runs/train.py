@@ -19,12 +19,13 @@ from transformers import PrinterCallback, set_seed
 
 from drlora.adapter.inject import adapted_layers
 from drlora.adapter.pool import RankPool
+from drlora.adapter.state import adapter_state
 from drlora.config.adapter import DrLoraConfig
 from drlora.config.methods import METHODS
 from drlora.data import Collator
 from drlora.distributed import is_main, on_main
 from drlora.evaluation.measure import Measurement, measure, measurement_from
-from drlora.io.checkpoint import adapter_state, checkpoint_step
+from drlora.io.checkpoint import checkpoint_step
 from drlora.io.jsonl import append_lines, forget_kind, read_lines
 from drlora.ranks.dynamics import RankDynamics
 from drlora.ranks.starts import needs_ranks

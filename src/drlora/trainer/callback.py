@@ -3,10 +3,11 @@
     Trainer(model=peft_model, ..., callbacks=[drlora.DrLoraCallback()])
 
 The callback owns a RankDynamics over the Trainer's steps, and writes `growth.jsonl`, one line a
-grant, and `events.jsonl` (see drlora.trainer.event_log) into the output directory. Ranks and statistics are
-buffers of the adapter, so the Trainer's own checkpoints carry them and `resume_from_checkpoint`
-continues them; the step count, which a GradScaler can leave behind the Trainer's, and the length
-that growth is planned for are kept in the checkpoint's `trainer_state.json`.
+grant, and `events.jsonl` (see drlora.trainer.event_log) into the output directory. Ranks and
+statistics are buffers of the adapter, so the Trainer's own checkpoints carry them and
+`resume_from_checkpoint` continues them; the step count, which a GradScaler can leave behind the
+Trainer's, and the length that growth is planned for are kept in the checkpoint's
+`trainer_state.json`.
 
 Where `train()` is called again, by the user or because auto_find_batch_size tries a smaller batch,
 transformers counts steps from 0 again and goes on with the weights, and so do ranks and logs: the
@@ -34,16 +35,15 @@ from drlora.distributed import wait_for_all
 from drlora.errors import ConfigError
 from drlora.io.checkpoint import seal
 from drlora.io.jsonl import append_lines, forget_after, set_aside
+from drlora.io.run_files import EVENT_LOG, GROWTH_LOG
 from drlora.io.writing import sync
 from drlora.ranks.dynamics import Grant, RankDynamics
 from drlora.ranks.schedule import Schedule
 from drlora.ranks.starts import needs_ranks, place_ranks
 from drlora.ranks.young_rows import unwrap_optimizer
 from drlora.trainer.best_model import load_best, refuse_mixed_up
-from drlora.trainer.event_log import EVENT_LOG, EventLog
+from drlora.trainer.event_log import EventLog
 from drlora.trainer.rank_log import RankLog
-
-GROWTH_LOG = "growth.jsonl"
 
 
 class DrLoraCallback(TrainerCallback, ExportableState):

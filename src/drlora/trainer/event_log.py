@@ -24,7 +24,6 @@ from drlora.ranks.dynamics import RankDynamics
 from drlora.ranks.event import Growth
 from drlora.ranks.groups import Scored
 
-EVENT_LOG = "events.jsonl"
 MOST_EVENTS = 64
 
 

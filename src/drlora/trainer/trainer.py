@@ -30,11 +30,11 @@ from transformers import (
 from transformers.trainer_callback import ExportableState
 
 from drlora.adapter.inject import adapted_layers
+from drlora.adapter.state import adapter_state
 from drlora.config.adapter import DrLoraConfig
 from drlora.distributed import are_several
 from drlora.errors import CheckpointError, ConfigError
-from drlora.io.checkpoint import adapter_state
-from drlora.io.files import first_line
+from drlora.wording import first_line
 
 
 def rehearse(arguments: TrainingArguments, total_steps: int) -> None:

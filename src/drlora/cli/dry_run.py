@@ -1,0 +1,18 @@
+"""What `drlora train --dry-run` prints."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+
+from drlora.cli.inspection import print_inspection
+from drlora.runs.progress import say
+
+
+def print_dry_run(found: dict[str, Any], console: Console) -> None:
+    """The same, for people."""
+    print_inspection(found["model"], console)
+    for note in found["notes"]:
+        say(console, note)
+    console.print(f"dry run: nothing was written to {found['recipe']['output_dir']}")

@@ -1,0 +1,11 @@
+"""The names of a run's files, each spelt once."""
+
+CONFIG = "config.yaml"  # the resolved recipe; the mark of a run
+RECORD = "run.json"  # what the run holds fast when it begins
+METRICS = "metrics.jsonl"  # one line a log entry or evaluation
+GROWTH_LOG = "growth.jsonl"  # one line a grant
+EVENT_LOG = "events.jsonl"  # what each event knew of every expert
+RESULT = "result.json"  # the outcome; the mark of a finished run
+EARLIER_RESULTS = "result-at-*.json"  # of a run that was given more steps
+CHECKPOINTS = "checkpoints"
+REPORT = "report.html"
