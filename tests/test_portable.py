@@ -9,7 +9,10 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+import torch
 from packaging.requirements import Requirement
+
+from drlora.distributed import best_device
 
 ROOT = Path(__file__).parents[1]
 SRC = ROOT / "src" / "drlora"
@@ -117,3 +120,16 @@ def test_source_is_of_the_oldest_python():
     assert oldest == (3, 11)
     for path in SRC.rglob("*.py"):
         ast.parse(path.read_text("utf-8"), feature_version=oldest)
+
+
+def test_a_cuda_build_of_torch_without_a_driver_computes_on_the_cpu(monkeypatch):
+    """It names the accelerator that it was built for, unless it is asked whether there is one."""
+
+    def of_a_cuda_build(check_available: bool = False) -> torch.device | None:
+        return None if check_available else torch.device("cuda")
+
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", of_a_cuda_build)
+    assert best_device() == torch.device("cpu")
+    for path in SRC.rglob("*.py"):
+        asked = re.findall(r"current_accelerator\(([^)]*)\)", path.read_text("utf-8"))
+        assert all("check_available=True" in words for words in asked), path

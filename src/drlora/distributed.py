@@ -30,6 +30,14 @@ def world_size() -> int:
     return dist.get_world_size() if are_several() else 1
 
 
+def best_device() -> torch.device:
+    """The accelerator that this machine has, or the CPU.
+
+    A build of torch for CUDA names its accelerator also where there is no driver for it.
+    """
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
 def is_main() -> bool:
     """Whether this is the process that writes files and talks: the first, or the only one."""
     return not are_several() or dist.get_rank() == 0

@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import torch
 
-from drlora.distributed import are_several
+from drlora.distributed import are_several, best_device
 from drlora.version import __version__
 
 COMPUTING = ("torch", "transformers", "peft", "accelerate", "datasets")
@@ -113,8 +113,8 @@ def processor() -> str:
 
 def _accelerators() -> list[dict[str, Any]]:
     if not torch.cuda.is_available():
-        device = torch.accelerator.current_accelerator()
-        return [] if device is None else [{"name": device.type}]
+        device = best_device()
+        return [] if device.type == "cpu" else [{"name": device.type}]
     found = []
     for number in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(number)

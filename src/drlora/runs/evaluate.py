@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from drlora.data import encode_examples
 from drlora.data.encode import Examples
+from drlora.distributed import best_device
 from drlora.errors import ConfigError
 from drlora.evaluation.measure import Measurement, measure
 from drlora.io.places import from_root
@@ -81,7 +80,7 @@ def evaluate_run(
         subject = load_adapter(subject, str(source.folder))
     tokenizer = load_tokenizer(source, vocabulary_size(subject))
     examples = Examples(raw, encode_examples(raw, tokenizer, length))
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    device = best_device()
     found = measure(subject.to(device), tokenizer, examples, source.evaluation)
     model = from_root(source.model)
     return Evaluation(

@@ -22,6 +22,7 @@ from drlora.adapter.embeddings import fit_embeddings
 from drlora.adapter.layer import DrLoraExperts
 from drlora.config.adapter import DrLoraConfig
 from drlora.data import Collator, encode_examples
+from drlora.distributed import best_device
 from drlora.errors import CheckpointError, ConfigError, DrLoraError
 from drlora.export import (
     ROUNDING,
@@ -116,7 +117,7 @@ def export_run(
         "dtype": str(base.dtype).removeprefix("torch."),
         "compared_on": what,
     }
-    adapted.to(torch.accelerator.current_accelerator() or torch.device("cpu"))
+    adapted.to(best_device())
     written = apply_plan(plan, adapted, batches, output, tokenizer, record, max_shard_size, how)
     return ExportResult(plan, written.difference, tuple(written.notes))
 
