@@ -79,3 +79,9 @@ def test_the_cap_is_not_lost_to_rounding():
 
 def test_projections_are_put_in_order():
     assert DrLoraConfig(projections=["down", "up"]).projections == ["up", "down"]
+
+
+def test_a_whole_number_may_be_written_as_a_float():
+    """Version 0.1 took settle_steps=20.0, so saved configurations may have it."""
+    config = DrLoraConfig(settle_steps=20.0)
+    assert config.settle_steps == 20 and isinstance(config.settle_steps, int)

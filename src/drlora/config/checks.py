@@ -63,6 +63,9 @@ def whole_number(config: Any, name: str, lowest: int, unit: str, may_be_auto: bo
     value = getattr(config, name)
     if may_be_auto and value == AUTO:
         return
+    if isinstance(value, float) and value.is_integer():  # as version 0.1 let settle_steps be
+        value = int(value)
+        setattr(config, name, value)
     if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
         other = f", or {AUTO!r}" if may_be_auto else ""
         raise ConfigError(
