@@ -1,4 +1,4 @@
-"""The cases of tests/test_triton.py, and the programs that need a process of their own for them.
+"""The cases of tests/ops/test_triton.py, and programs that need a process of their own for them.
 
     TRITON_INTERPRET=1 python tests/triton_cases.py interpret    {case: {name: relative error}}
     python tests/triton_cases.py compile                         {kernel variant: {what: how many}}
@@ -15,7 +15,7 @@ from collections.abc import Callable
 from contextlib import contextmanager
 
 import torch
-from test_ops import gelu_gate, make_case
+from op_cases import gelu_gate, make_case
 
 from drlora.ops import ExpertWeights, adapted_experts
 

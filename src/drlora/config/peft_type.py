@@ -2,7 +2,8 @@
 
 PEFT registers methods through `register_peft_method`, but only names that are members of its
 `PeftType` enumeration. The member is added here, through the enumeration's private maps, once, at
-import. Tried with PEFT 0.21.2 on Python 3.11; tests/test_peft.py notices when it stops working.
+import. Tried with PEFT 0.21.2 on Python 3.11; tests/adapter/test_peft.py notices when it stops
+working.
 """
 
 from __future__ import annotations

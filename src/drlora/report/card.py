@@ -94,8 +94,8 @@ def keep_cards() -> None:
 
     PEFT writes into the card at each saving, and so does transformers' Trainer through PEFT: its
     own draft in the place of the card, and the folder where the base model lies. `push_to_hub`
-    uploads a draft too. Tried with PEFT 0.21.2 and transformers 5.23; tests/test_model_card.py
-    notices when it stops working.
+    uploads a draft too. Tried with PEFT 0.21.2 and transformers 5.23;
+    tests/report/test_model_card.py notices when it stops working.
     """
     if hasattr(PeftModel.create_or_update_model_card, "__wrapped__"):
         return

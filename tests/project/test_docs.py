@@ -1,0 +1,223 @@
+"""The code of the README and the pages runs: commands through the CLI, Python page by page.
+
+What is not run has a comment `<!-- not run: reason -->` before it, or is named in `ELSEWHERE`.
+Run: make test ARGS=tests/project/test_docs.py
+"""
+
+import importlib.util
+import json
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+import transformers
+import yaml
+from peft import PeftModel, get_peft_model
+from safetensors.torch import save_file
+from tiny import make_batch, make_model
+from tiny_run import save_all, save_examples
+
+import drlora
+from drlora.cli.main import main
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted(path.name for path in (ROOT / "docs").glob("*.md"))
+# Fences of these languages are text; what is said in them is tested where the page says.
+TEXT = {"", "text", "diff", "yaml", "bibtex", "console"}
+# Code that other tests run.
+ELSEWHERE = {"README.md": "tests/project/test_readme.py", "tutorial.md": "test_the_tutorial"}
+# Page -> how many of its blocks are marked as not run, with the reason beside them.
+NOT_RUN_HERE = {
+    "many-processes.md": 1, "methods.md": 1, "serving.md": 2, "training.md": 1, "using-it.md": 1,
+}  # fmt: skip
+NOT_RUN = re.compile(r"<!-- not run: (.+?) -->\s*\Z")
+SHORT = ["training.max_steps=2", "training.warmup_steps=0", "adapter.r_init=3"]
+
+
+def blocks(page: str) -> list[tuple[str, str, str]]:
+    """(language, code, reason not to run it) of each fenced block."""
+    text, found = (ROOT / page).read_text("utf-8"), []
+    for match in re.finditer(r"^```(\w*)\n(.*?)^```$", text, re.M | re.S):
+        reason = NOT_RUN.search(text[: match.start()])
+        found.append((match[1], match[2], reason[1] if reason else ""))
+    return found
+
+
+def commands(page: str) -> list[str]:
+    """Lines of indented blocks that call drlora; what has brackets is a synopsis."""
+    text = (ROOT / page).read_text("utf-8")
+    return [
+        line
+        for line in re.findall(r"^ {4,8}(drlora [a-z].*)$", text, re.M)
+        if not re.search(r"\[\w+[ =.]|\[-|\[RUN|\.\.\.\]", line)
+    ]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder with the files that the pages name: a model, data, recipes, finished runs."""
+    folder = tmp_path_factory.mktemp("pages")
+    save_all(folder / "path" / "to")
+    shutil.move(folder / "path/to/recipe.yaml", folder / "tiny.yaml")
+    (folder / "recipes").mkdir()
+    recipe = yaml.safe_load((folder / "tiny.yaml").read_text())
+    for name in ("own-data", "embedded"):
+        recipe["output_dir"] = f"runs/{name}"
+        recipe["data"]["test"] = recipe["data"]["eval"]
+        (folder / "recipes" / f"{name}.yaml").write_text(yaml.safe_dump(recipe))
+    shutil.copytree(
+        ROOT / "experiments",
+        folder / "experiments",
+        ignore=lambda d, n: [
+            name
+            for name in n
+            if name in ("results", "tasks", "pretrain", "young_rows", "__pycache__")
+        ],
+    )
+    save_examples(folder / "held-out.jsonl", 6)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for name in ("own-data", "embedded"):
+            assert main(["train", f"recipes/{name}.yaml", *SHORT]) == 0
+        export = ["export", "runs/own-data", "-o"]
+        for name in ("peft", "merged"):
+            assert main([*export, f"out/{name}", "--format", name]) == 0
+    return folder
+
+
+NAMES = {
+    "allenai/OLMoE-1B-7B-0924": "path/to/model",
+    "RECIPE.yaml": "recipes/own-data.yaml",
+    "MODEL": "path/to/model",
+    "RUN": "runs/own-data",
+}
+
+
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/{name}" for name in PAGES)])
+def test_commands(page, world, tmp_path, monkeypatch, capsys):
+    """Training and comparing stop before the weights; the pages' own numbers of steps stay."""
+    monkeypatch.chdir(world)
+    for line in commands(page):
+        words = [NAMES.get(word, word) for word in shlex.split(line, comments=True)[1:]]
+        verb = words[0]
+        if verb in ("train", "compare") and "--resume" not in words:
+            words += [] if "--dry-run" in words else ["--dry-run"]
+            if verb == "train":
+                words.append(f"output_dir={tmp_path / 'new'}")
+        elif "--resume" in words:
+            assert main(words) == 2  # the world's runs are finished
+            assert "finished" in capsys.readouterr().err
+            continue
+        if verb == "export":
+            words[words.index("-o") + 1] = str(tmp_path / str(len(list(tmp_path.iterdir()))))
+        assert main(words) == 0, (line, capsys.readouterr().err)
+
+
+class StopEarly(transformers.TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step >= 2
+
+
+@pytest.fixture
+def names(tmp_path, monkeypatch):
+    """What the pages' code takes for granted."""
+    make_trainer = transformers.Trainer.__init__
+
+    def new_trainer(trainer, *args, **kwargs):
+        make_trainer(trainer, *args, **kwargs)
+        trainer.add_callback(StopEarly())
+
+    monkeypatch.setattr(transformers.Trainer, "__init__", new_trainer)
+    monkeypatch.chdir(tmp_path)
+    config = drlora.DrLoraConfig(r_init=8, r_target=16, r_max=32)
+    model = get_peft_model(make_model(), config)
+    (tmp_path / "ranks.json").write_text(json.dumps(drlora.rank_map(model)))
+    rows = make_batch(rows=8)
+    data = [{key: value[i] for key, value in rows.items()} for i in range(8)]
+    arguments = transformers.TrainingArguments("out", max_steps=8, use_cpu=True, report_to="none")
+    found = dict(vars(drlora), drlora=drlora, torch=torch, safetensors=safetensors)
+    return found | dict(
+        model=model, config=config, data=data, n=3750, total_steps=3750,
+        batches=[make_batch(seed) for seed in range(4)], folder=tmp_path, arguments=arguments,
+        Trainer=transformers.Trainer, PeftModel=PeftModel, get_peft_model=get_peft_model,
+        Tensor=torch.Tensor, Signals=object, Family=object, save_file=save_file, step=2,
+        dynamics=drlora.RankDynamics(model, 3750),
+    )  # fmt: skip
+
+
+def refresh(names):
+    """A base model that no block before has wrapped, and an optimizer of the model of now."""
+    trained = [p for p in names["model"].parameters() if p.requires_grad]
+    names["base_model"] = make_model()
+    names["optimizer"] = torch.optim.AdamW(trained)
+    names["schedule"] = torch.optim.lr_scheduler.ConstantLR(names["optimizer"])
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_python(page, names):
+    """Each block runs, in the order of the page."""
+    for language, code, reason in blocks(f"docs/{page}"):
+        assert language in TEXT | {"python", "bash", "sh"}, (page, language)
+        if language == "python" and not reason and page not in ELSEWHERE:
+            refresh(names)
+            exec(compile(code, page, "exec"), names)
+        assert language not in ("bash", "sh") or reason, (page, code)
+        if language == "python":
+            compile(code.replace(", ...)", ")"), page, "exec")
+
+
+def test_the_tutorial():
+    """Its cells run, and the notebook is the page."""
+    spec = importlib.util.spec_from_file_location("make_tutorial", ROOT / "tools/make_tutorial.py")
+    assert spec is not None and spec.loader is not None
+    tutorial = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tutorial)
+    cells = tutorial.cells_of(tutorial.PAGE.read_text("utf-8"))
+    printed = tutorial.run(cells)
+    assert "mean 8.0" in printed[4] and "loaded: True\nmerged: True" in printed[5]
+    kept = json.loads(tutorial.NOTEBOOK.read_text("utf-8"))
+    sources = [(cell["cell_type"], "".join(cell["source"])) for cell in kept["cells"]]
+    assert sources == cells
+    outputs = [cell["outputs"] for cell in kept["cells"] if cell["cell_type"] == "code"]
+    shown = ["".join(out[0]["text"]) if out else "" for out in outputs]
+    assert shown[0] == printed[0] and "mean 8.0" in shown[4]
+
+
+def test_every_verb_has_a_section_and_every_page_is_in_the_site():
+    from drlora.cli.arguments import VERBS
+
+    page = (ROOT / "docs/command-line.md").read_text("utf-8")
+    assert re.findall(r"^## drlora (\w+)$", page, re.M) == list(VERBS)
+    nav = (ROOT / "mkdocs.yml").read_text("utf-8")
+    assert all(f": {name}" in nav for name in PAGES)
+
+
+def test_code_is_found():
+    """What collects the code does not miss it."""
+    pages = ["README.md", *(f"docs/{name}" for name in PAGES)]
+    assert sum(len(commands(page)) for page in pages) >= 35
+    python = [block for page in pages for block in blocks(page) if block[0] == "python"]
+    assert len(python) >= 20
+    marked = {name: [b for b in blocks(f"docs/{name}") if b[2]] for name in PAGES}
+    counts = {name: len(found) for name, found in marked.items() if found}
+    assert counts == {name: count for name, count in NOT_RUN_HERE.items() if name in PAGES}
+
+
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/{name}" for name in PAGES)])
+def test_yaml_and_other_commands(page):
+    """YAML can be read; what make and python are asked for exists."""
+    for language, code, _ in blocks(page):
+        if language == "yaml":
+            assert yaml.safe_load(code), (page, code)
+    text = (ROOT / page).read_text("utf-8")
+    verbs = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text("utf-8"), re.M)
+    for verb in re.findall(r"^ {4,8}make ([a-z]+)", text, re.M):
+        assert verb in verbs, (page, verb)
+    for script in re.findall(r"^ {4,8}(?:\S+=\S+ )*python ([\w/.-]+\.py)", text, re.M):
+        assert (ROOT / script).is_file(), (page, script)
+    for module in re.findall(r"^ {4,8}(?:\S+=\S+ )*python -m (\S+)", text, re.M):
+        assert importlib.util.find_spec(module), (page, module)

@@ -1,0 +1,36 @@
+"""docs/evidence.md states what the result files say. Run: pytest tests/project/test_evidence.py"""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "tools"))
+
+import make_evidence  # noqa: E402
+
+BLOCKS = {
+    found["plan"]: found
+    for found in make_evidence.BLOCK.finditer(make_evidence.PAGE.read_text("utf-8"))
+}
+
+
+@pytest.mark.parametrize("plan", BLOCKS)
+def test_the_tables_are_those_of_the_results(plan, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert make_evidence.tables(BLOCKS[plan]) == BLOCKS[plan]["tables"]
+
+
+def test_a_number_that_the_results_do_not_have_is_noticed(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    text = make_evidence.PAGE.read_text("utf-8")
+    changed = text.replace("+9.20", "+9.30")
+    assert changed != text and make_evidence.with_tables(changed) == make_evidence.with_tables(text)
+
+
+@pytest.mark.parametrize("name", make_evidence.FIGURES)
+def test_the_figures_are_those_of_the_comparisons(name):
+    shown = make_evidence.PAGE.parent / "images" / name
+    assert shown.read_bytes() == make_evidence.FIGURES[name].read_bytes()
+    assert f"images/{name}" in make_evidence.PAGE.read_text("utf-8")
