@@ -15,7 +15,7 @@ MAX_LINES = 400
 
 # Lowest first. Wings of one row do not know each other.
 ORDER: tuple[frozenset[str], ...] = (
-    frozenset({"errors", "version", "wording"}),
+    frozenset({"errors", "version"}),
     frozenset({"io", "config", "distributed", "embedded", "ops"}),
     frozenset({"data", "moe"}),
     frozenset({"evaluation", "adapter"}),

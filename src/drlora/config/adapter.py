@@ -24,8 +24,7 @@ from drlora.config.checks import (
 )
 from drlora.config.methods import method_settings
 from drlora.config.peft_type import DRLORA, SavedConfig
-from drlora.errors import ConfigError
-from drlora.wording import shown
+from drlora.errors import ConfigError, shown
 
 PROJECTION_SETS = (
     ("gate_up", "down"),

@@ -24,12 +24,11 @@ from drlora.adapter.inject import adapted_layers
 from drlora.adapter.layer import DrLoraExperts
 from drlora.adapter.pool import RankPool
 from drlora.config.adapter import DrLoraConfig
-from drlora.errors import CheckpointError, ConfigError
+from drlora.errors import CheckpointError, ConfigError, first_line
 from drlora.export.factors import Factors
 from drlora.export.peft_lora import read
 from drlora.export.updates import PARAMETERS, Updates, base_of, seen_transposed
 from drlora.io.files import read_adapter_config
-from drlora.wording import first_line
 
 
 def load_peft_lora(

@@ -14,8 +14,7 @@ from typing import Any
 from peft.utils import CONFIG_NAME
 from safetensors import SafetensorError, safe_open
 
-from drlora.errors import CheckpointError, ConfigError, DrLoraError
-from drlora.wording import first_line, shown
+from drlora.errors import CheckpointError, ConfigError, DrLoraError, first_line, shown
 
 LARGEST_JSON_BYTES = 64 * 2**20
 _RANKS_OF_A_CONFIG = ("r", "r_init", "r_target", "target_rank")

@@ -33,9 +33,8 @@ from drlora.adapter.inject import adapted_layers
 from drlora.adapter.pool import RankPool
 from drlora.adapter.row_book import FREE
 from drlora.config.adapter import DrLoraConfig
-from drlora.errors import CheckpointError, ConfigError, DrLoraError
+from drlora.errors import CheckpointError, ConfigError, DrLoraError, first_line
 from drlora.io.files import home, read_adapter_config, read_shapes
-from drlora.wording import first_line
 
 RANKS = ("keep", "grow", "again")
 # What belongs to a run and its length, not to the adapter.

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 from drlora.data.encode import Examples
 from drlora.data.roles import load_training_data
 from drlora.distributed import on_main, world_size
-from drlora.errors import CheckpointError, ConfigError
+from drlora.errors import CheckpointError, ConfigError, counted
 from drlora.io.checkpoint import checkpoint_step
 from drlora.io.files import read_json
 from drlora.ranks.schedule import Schedule
@@ -36,7 +36,6 @@ from drlora.runs.run_record import data_record, held_out_record, read_record, re
 from drlora.runs.rundir import RunDir
 from drlora.trainer.callback import DrLoraCallback
 from drlora.trainer.trainer import rehearse, seconds_of
-from drlora.wording import counted
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ from drlora.data.roles import load_source as load_source
 from drlora.data.section import DataSection
 from drlora.distributed import are_several
 from drlora.embedded import resolve_model
-from drlora.errors import CheckpointError, ConfigError, DataError, DrLoraError
+from drlora.errors import CheckpointError, ConfigError, DataError, DrLoraError, first_line
 from drlora.export.import_lora import load_peft_lora, refuse_other_files
 from drlora.io.places import from_root
 from drlora.ranks.continue_adapter import continue_adapter, is_drlora, refuse_unfit
@@ -44,7 +44,6 @@ from drlora.ranks.schedule import Competitors, Schedule, make_schedule, plan_of
 from drlora.ranks.starts import read_rank_map, start_ranks
 from drlora.runs.recipe import Recipe
 from drlora.runs.rundir import RunDir
-from drlora.wording import first_line
 
 DEFAULT_MAX_LENGTH = 1024
 

@@ -21,10 +21,10 @@ from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from drlora.distributed import are_several
+from drlora.errors import counted, duration
 from drlora.io.jsonl import append_lines
 from drlora.io.writing import sync
 from drlora.ranks.dynamics import Grant, RankDynamics
-from drlora.wording import counted, duration
 
 PLAIN_LINES = 10
 

@@ -18,13 +18,12 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from peft.utils.constants import TOKENIZER_CONFIG_NAME
 
 from drlora.data.section import DataSection, EvaluationSection
-from drlora.errors import CheckpointError
+from drlora.errors import CheckpointError, shown
 from drlora.export import RECORD
 from drlora.io.files import home, read_adapter_config, read_json
 from drlora.io.places import Place, leads_somewhere
 from drlora.runs.recipe import Recipe
 from drlora.runs.rundir import RunDir
-from drlora.wording import shown
 
 KINDS = ("DRLORA", "LORA")
 
