@@ -28,6 +28,10 @@ class CheckpointError(DrLoraError, ValueError):
     """A checkpoint or adapter that is missing, incomplete or does not fit the model."""
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, where no training is under way that could end after its step."""
+
+
 def counted(number: int, noun: str) -> str:
     """The number and its noun, in the plural where it is not one.
 

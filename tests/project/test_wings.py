@@ -21,7 +21,7 @@ ORDER: tuple[frozenset[str], ...] = (
     frozenset({"evaluation", "adapter"}),
     frozenset({"export", "ranks"}),
     frozenset({"report", "trainer"}),
-    frozenset({"runs"}),
+    frozenset({"runs", "registration"}),
     frozenset({"compare"}),
     frozenset({"cli"}),
 )

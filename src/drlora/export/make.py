@@ -30,7 +30,6 @@ from drlora.export.updates import Updates, base_of
 from drlora.ops.merge import NEAREST, Rounding
 
 ROUNDING = Rounding("stochastic")
-ROUNDINGS = ("stochastic", "nearest")
 WORTH_SAYING = 0.1  # of the adapter's effect
 
 

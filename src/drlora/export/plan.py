@@ -23,7 +23,6 @@ import peft
 import torch
 import transformers
 from peft import PeftConfig, PeftModel
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -33,17 +32,17 @@ from drlora.adapter.inject import adapted_layers
 from drlora.errors import CheckpointError, ConfigError
 from drlora.export import peft_lora, per_expert
 from drlora.export.check import Batch, refuse_if_different
+from drlora.export.choices import FORMATS, RANKS
 from drlora.export.make import ROUNDING, Made, make
 from drlora.export.readme import readme
 from drlora.export.updates import Updates, base_of, collect_updates
 from drlora.io.places import from_root
+from drlora.io.run_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from drlora.ops.merge import Rounding
 
-FORMATS = ("peft", "per-expert", "merged")
-RANKS = ("padded", "auto")
 VERSIONS = {module.__name__: module.__version__ for module in (peft, torch, transformers)}
 RECORD = "drlora_export.json"
-ADAPTER_FILES = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, RECORD, "README.md")
+ADAPTER_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, RECORD, "README.md")
 MERGED_FILES = ("config.json", "generation_config.json", "model*.safetensors",
                 "the tokenizer's files", RECORD, "README.md")  # fmt: skip
 
@@ -241,7 +240,7 @@ def _write_weights(
         config.inference_mode = True
         config.base_model_name_or_path = _named_from_root(config)
         config.save_pretrained(str(folder))
-        save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+        save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
         return
     if plan.format == "peft":
         assert plan.updates is not None

@@ -1,4 +1,4 @@
-"""The names of a run's files, each spelt once."""
+"""The names of a run's files, each spelt once; light, for the command line reads them too."""
 
 CONFIG = "config.yaml"  # the resolved recipe; the mark of a run
 RECORD = "run.json"  # what the run holds fast when it begins
@@ -9,3 +9,5 @@ RESULT = "result.json"  # the outcome; the mark of a finished run
 EARLIER_RESULTS = "result-at-*.json"  # of a run that was given more steps
 CHECKPOINTS = "checkpoints"
 REPORT = "report.html"
+ADAPTER_CONFIG = "adapter_config.json"  # these two are PEFT's
+ADAPTER_WEIGHTS = "adapter_model.safetensors"

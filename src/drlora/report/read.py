@@ -19,13 +19,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
 from drlora.errors import CheckpointError, DrLoraError
 from drlora.io.files import read_json
 from drlora.io.jsonl import read_lines
-from drlora.io.run_files import EVENT_LOG, GROWTH_LOG
+from drlora.io.run_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, EVENT_LOG, GROWTH_LOG
 from drlora.io.settings import read_settings
 
 NO_EXPERT = -1
@@ -133,14 +132,14 @@ def read_run(folder: Path) -> RunRecord:
         CheckpointError: if it holds no run, or files that do not fit each other.
     """
     recipe = _mapping(folder / RECIPE)
-    adapter = recipe.get("adapter") or _mapping(folder / CONFIG_NAME)
+    adapter = recipe.get("adapter") or _mapping(folder / ADAPTER_CONFIG)
     if not adapter:
         raise CheckpointError(
-            f"{folder} is no run directory: it has neither {RECIPE} nor {CONFIG_NAME}."
+            f"{folder} is no run directory: it has neither {RECIPE} nor {ADAPTER_CONFIG}."
         )
     result = _mapping(folder / "result.json")
     # Settings that are `auto` in the recipe, as they were chosen.
-    saved = _mapping(folder / CONFIG_NAME).get("schedule") or result.get("schedule") or {}
+    saved = _mapping(folder / ADAPTER_CONFIG).get("schedule") or result.get("schedule") or {}
     adapter = adapter | {name: saved[name] for name in _CHOSEN if name in saved}
     try:
         maps = _maps(folder, result)
@@ -213,10 +212,10 @@ def _starts(
 def _saved_ranks(folder: Path, growth: list[Entry]) -> dict[str, dict[str, list[int]]]:
     """block -> projection -> ranks, of the saved adapter, or of a checkpoint before any event."""
     logged = {entry["block"] for entry in growth}
-    if found := _ranks_of_adapter(folder / SAFETENSORS_WEIGHTS_NAME, logged):
+    if found := _ranks_of_adapter(folder / ADAPTER_WEIGHTS, logged):
         return found
     for checkpoint in () if growth else sorted(folder.glob("checkpoint-*")):
-        if found := _ranks_of_adapter(checkpoint / SAFETENSORS_WEIGHTS_NAME, logged):
+        if found := _ranks_of_adapter(checkpoint / ADAPTER_WEIGHTS, logged):
             return found
     return {}
 

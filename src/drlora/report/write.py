@@ -10,11 +10,10 @@ from pathlib import Path
 from drlora.errors import CheckpointError, ConfigError
 from drlora.io.files import home
 from drlora.io.writing import move_into_place
+from drlora.report import FORMATS
 from drlora.report.markdown import markdown
 from drlora.report.page import page
 from drlora.report.read import RunRecord, read_run
-
-FORMATS = ("html", "png", "svg", "md")
 
 
 def write_report(

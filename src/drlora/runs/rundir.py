@@ -22,12 +22,12 @@ from typing import Any
 
 import yaml
 from filelock import FileLock, Timeout
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
 from drlora.errors import CheckpointError, ConfigError, DrLoraError
 from drlora.io.checkpoint import newest_checkpoint
 from drlora.io.files import read_json
 from drlora.io.jsonl import finite, forget_after, read_lines
+from drlora.io.run_files import ADAPTER_WEIGHTS
 from drlora.io.settings import read_settings
 from drlora.io.writing import move_into_place, write_at_once
 from drlora.runs.moved import located
@@ -101,7 +101,7 @@ class RunDir:
     @property
     def adapter(self) -> Path:
         """The weights of the trained adapter."""
-        return self.path / SAFETENSORS_WEIGHTS_NAME
+        return self.path / ADAPTER_WEIGHTS
 
     @property
     def resume_command(self) -> str:
@@ -277,7 +277,7 @@ class RunDir:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         save(temporary)
-        for path in sorted(temporary.iterdir(), key=lambda p: p.name == SAFETENSORS_WEIGHTS_NAME):
+        for path in sorted(temporary.iterdir(), key=lambda p: p.name == ADAPTER_WEIGHTS):
             move_into_place(path, self.path / path.name)
         temporary.rmdir()
 

@@ -1,0 +1,7 @@
+"""What may be asked of an export, for the command line to show without importing torch."""
+
+from __future__ import annotations
+
+FORMATS = ("peft", "per-expert", "merged")
+RANKS = ("padded", "auto")
+ROUNDINGS = ("stochastic", "nearest")
