@@ -1,0 +1,159 @@
+"""Options: settings that only some methods need, kept in `DrLoraConfig.options`.
+
+    DrLoraConfig(start="hot", options={"hot_fraction": 0.25})
+
+Rivals, controls and ablations are made of these, and of rules that a user registers with options of
+their own. What everybody sets is a field of DrLoraConfig.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from drlora.errors import ConfigError
+from drlora.wording import shown
+
+
+@dataclass(frozen=True)
+class Option:
+    """What one option may be.
+
+    Attributes:
+        default: its value where it is not given; also says its type.
+        says: what it does, in a line.
+        choices: of a text.
+        low: smallest number that is allowed.
+        high: largest number that is allowed.
+        above: a number must be greater than this.
+    """
+
+    default: Any
+    says: str
+    choices: tuple[str, ...] = ()
+    low: float = -math.inf
+    high: float = math.inf
+    above: float = -math.inf
+
+    def check(self, name: str, value: Any) -> Any:
+        """`value`, as a number of the right kind.
+
+        Raises:
+            ConfigError: naming the option, its value and what it may be.
+        """
+        full = f"options.{name}={shown(value)}"
+        if self.choices:
+            if value not in self.choices:
+                raise ConfigError(f"{full} is not known; choose one of {list(self.choices)}.")
+            return value
+        if isinstance(self.default, bool):
+            if not isinstance(value, bool):
+                raise ConfigError(f"{full} must be true or false.")
+            return value
+        if isinstance(self.default, (int, float)):
+            return self._number(full, value)
+        if self.default is not None and not isinstance(value, type(self.default)):
+            raise ConfigError(f"{full} must be a {type(self.default).__name__}.")
+        return value
+
+    def _number(self, full: str, value: Any) -> Any:
+        is_whole = isinstance(self.default, int)
+        if isinstance(value, float) and is_whole and value.is_integer():
+            value = int(value)
+        fits = isinstance(value, int if is_whole else (int, float)) and not isinstance(value, bool)
+        if not fits or not self.low <= value <= self.high or not self.above < value < math.inf:
+            raise ConfigError(
+                f"{full} must be a {'whole ' if is_whole else ''}number{self._bounds()}."
+            )
+        return value
+
+    def _bounds(self) -> str:
+        if self.above > -math.inf:
+            high = f" and at most {self.high:g}" if self.high < math.inf else ""
+            return f" greater than {self.above:g}{high}"
+        if self.high < math.inf:
+            return f" from {self.low:g} to {self.high:g}"
+        return f" of at least {self.low:g}" if self.low > -math.inf else ""
+
+
+# Those that have an effect whatever is chosen. Others are registered with what they belong to.
+GENERAL: dict[str, Option] = {
+    "routing_signal": Option(
+        "topk_weight",
+        "what counts as routing: the top-k weight (0 where not selected), the router's softmax "
+        "probability, or the count of selections",
+        choices=("topk_weight", "probability", "count"),
+    ),
+    "rank_importance": Option(
+        "product",
+        "importance of one rank: the paper's s_j, or AdaLoRA's sensitivity (a sum; rows are kept "
+        "by its average times how much it varies)",
+        choices=("product", "sensitivity"),
+    ),
+    "rank_per": Option(
+        "expert",
+        "whether the projections of an expert share one rank (the paper), or each has its own "
+        "pool, saliency and quota",
+        choices=("expert", "projection"),
+    ),
+    "start_a": Option(
+        "random",
+        "rows of A that experts own at the start: random, or along the strongest directions of "
+        "the gradient of their expert's weight",
+        choices=("random", "gradient"),
+    ),
+    "start_a_scale": Option(
+        1.0, "with start_a=gradient: length of such rows, over that of a random one", above=0
+    ),
+    "start_batches": Option(
+        8, "batches that routing is counted and gradients are taken over before the start", low=1
+    ),
+    "b_lr_ratio": Option(
+        1.0, "learning rate of B over that of A (LoRA+); `drlora train` sets it up", above=0
+    ),
+    "split_by_active": Option(
+        False,
+        "whether ranks and alpha are divided by the number of experts a token uses when the "
+        "adapter is put in (LoRA Without Regret)",
+    ),
+}
+
+
+def check_options(
+    given: Any,
+    choices: Mapping[str, tuple[str, Mapping[str, Option]]],
+    registered: Mapping[str, str],
+) -> dict[str, Any]:
+    """The given options, checked against what the chosen rules take.
+
+    Args:
+        given: name -> value.
+        choices: setting -> (its value, the options of that choice).
+        registered: every option that some other choice takes -> that choice, as `setting=name`.
+
+    Raises:
+        ConfigError: if one is unknown, has a wrong value, or has no effect with these choices.
+    """
+    if not isinstance(given, Mapping):
+        raise ConfigError(f"options={shown(given)} must be a mapping from names to values.")
+    known = dict(GENERAL)
+    for _, options in choices.values():
+        known |= options
+    checked = {}
+    for name, value in given.items():
+        if name in known:
+            checked[name] = known[name].check(name, value)
+            continue
+        if name in registered:
+            setting = registered[name].partition("=")[0]
+            raise ConfigError(
+                f"options.{name}={shown(value)} has no effect with {setting}="
+                f"{choices[setting][0]!r}: it goes with {registered[name]}; leave it out."
+            )
+        raise ConfigError(
+            f"options.{name}={shown(value)} is not known; known with these settings are "
+            f"{', '.join(sorted(known))}."
+        )
+    return checked
