@@ -10,7 +10,8 @@ import difflib
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from drlora.export.choices import FORMATS, RANKS, ROUNDINGS
+from drlora.export.choices import RANKS, ROUNDINGS
+from drlora.export.formats import FORMATS
 from drlora.io.files import home
 from drlora.report import FORMATS as REPORT_FORMATS
 from drlora.version import __version__
@@ -137,7 +138,7 @@ def _export(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "run", metavar="RUN", type=home, help="a run directory, or a folder with an adapter"
     )
-    verb.add_argument("--format", required=True, choices=FORMATS)
+    verb.add_argument("--format", required=True, choices=list(FORMATS))
     verb.add_argument(
         "-o", "--output", required=True, metavar="DIR", type=home, help="a new or empty folder"
     )

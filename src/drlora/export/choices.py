@@ -2,6 +2,5 @@
 
 from __future__ import annotations
 
-FORMATS = ("peft", "per-expert", "merged")
 RANKS = ("padded", "auto")
 ROUNDINGS = ("stochastic", "nearest")

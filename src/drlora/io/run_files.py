@@ -11,3 +11,5 @@ CHECKPOINTS = "checkpoints"
 REPORT = "report.html"
 ADAPTER_CONFIG = "adapter_config.json"  # these two are PEFT's
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+EXPORT_RECORD = "drlora_export.json"
+README = "README.md"

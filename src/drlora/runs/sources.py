@@ -18,10 +18,9 @@ from peft.utils.constants import TOKENIZER_CONFIG_NAME
 
 from drlora.data.section import DataSection, EvaluationSection
 from drlora.errors import CheckpointError, shown
-from drlora.export.plan import RECORD
 from drlora.io.files import home, read_adapter_config, read_json
 from drlora.io.places import Place, leads_somewhere
-from drlora.io.run_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from drlora.io.run_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, EXPORT_RECORD
 from drlora.runs.recipe import Recipe
 from drlora.runs.rundir import RunDir
 
@@ -162,7 +161,7 @@ def _with_recipe(source: Source, recipe: Recipe) -> Source:
 
 def _record(folder: Path) -> dict[str, Any]:
     """What an export says of itself; empty for what is none."""
-    path = folder / RECORD
+    path = folder / EXPORT_RECORD
     return read_json(path) if path.is_file() else {}
 
 
