@@ -6,6 +6,7 @@ import os
 from typing import Any
 
 from drlora.export.format import Format
+from drlora.io.run_files import EXPORT_RECORD
 
 
 def readme(format: Format, record: dict[str, Any], difference: str) -> str:
@@ -25,6 +26,6 @@ def readme(format: Format, record: dict[str, Any], difference: str) -> str:
         f"- checked before writing: {difference}",
         *(f"- {note}" for note in record["notes"]),
         "",
-        "`drlora_export.json` holds the same for programs, and where adapter and base model were.",
+        f"`{EXPORT_RECORD}` holds the same for programs, and where adapter and base model were.",
     ]
     return "\n".join(lines) + "\n"

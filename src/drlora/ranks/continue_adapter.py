@@ -34,7 +34,7 @@ from drlora.adapter.row_book import FREE
 from drlora.config.adapter import DrLoraConfig
 from drlora.errors import CheckpointError, ConfigError, DrLoraError, first_line
 from drlora.io.files import home, read_adapter_config, read_shapes
-from drlora.io.run_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from drlora.io.run_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CHECKPOINTS, CONFIG
 
 RANKS = ("keep", "grow", "again")
 # What belongs to a run and its length, not to the adapter.
@@ -166,10 +166,10 @@ def refuse_unfit(folder: Path) -> None:
     Raises:
         CheckpointError: saying what is missing.
     """
-    if not (folder / ADAPTER_WEIGHTS).is_file() and (folder / "config.yaml").is_file():
+    if not (folder / ADAPTER_WEIGHTS).is_file() and (folder / CONFIG).is_file():
         raise CheckpointError(
             f"the run in {folder} is not finished, so it has no adapter to start from; finish it "
-            f"with --resume, or name one of {folder / 'checkpoints'}."
+            f"with --resume, or name one of {folder / CHECKPOINTS}."
         )
     if not is_drlora(folder):
         raise CheckpointError(f"{folder} holds no DR-LoRA adapter.")

@@ -23,7 +23,7 @@ from peft import PeftModel
 from drlora.config.adapter import DrLoraConfig
 from drlora.config.peft_type import AFTER_SAVE
 from drlora.errors import DrLoraError
-from drlora.io.run_files import ADAPTER_CONFIG
+from drlora.io.run_files import ADAPTER_CONFIG, README
 from drlora.io.writing import write_at_once
 from drlora.report.facts import COST, SETUP, SUMMARY, is_path, lead, training_data
 from drlora.report.markdown import plain, ranks_as_text, tables
@@ -66,7 +66,7 @@ def write_card(folder: str | os.PathLike[str], name: str | None = None) -> Path 
     Raises:
         CheckpointError: if the folder holds no adapter.
     """
-    path = Path(folder) / "README.md"
+    path = Path(folder) / README
     before = path.read_text("utf-8", errors="replace") if path.is_file() else ""
     if before and not _may_replace(before):
         return None
@@ -104,7 +104,7 @@ def keep_cards() -> None:
 
     @functools.wraps(update)
     def create_or_update_model_card(self: Any, output_dir: str) -> None:
-        path = Path(output_dir) / "README.md"
+        path = Path(output_dir) / README
         before = _data_of(path.read_text("utf-8", errors="replace") if path.is_file() else "")
         update(self, output_dir)
         if _has_ours(self):

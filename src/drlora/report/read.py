@@ -24,11 +24,19 @@ from safetensors import SafetensorError, safe_open
 from drlora.errors import CheckpointError, DrLoraError
 from drlora.io.files import read_json
 from drlora.io.jsonl import read_lines
-from drlora.io.run_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, EVENT_LOG, GROWTH_LOG
+from drlora.io.run_files import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    CHECKPOINT,
+    CONFIG,
+    EVENT_LOG,
+    GROWTH_LOG,
+    METRICS,
+    RESULT,
+)
 from drlora.io.settings import read_settings
 
 NO_EXPERT = -1
-RECIPE = "config.yaml"
 SIGNALS = ("routing", "importance", "saliency")
 _OWNER = ".owner"
 _CHOSEN = ("grow_every", "settle_steps", "cap")
@@ -131,13 +139,13 @@ def read_run(folder: Path) -> RunRecord:
     Raises:
         CheckpointError: if it holds no run, or files that do not fit each other.
     """
-    recipe = _mapping(folder / RECIPE)
+    recipe = _mapping(folder / CONFIG)
     adapter = recipe.get("adapter") or _mapping(folder / ADAPTER_CONFIG)
     if not adapter:
         raise CheckpointError(
-            f"{folder} is no run directory: it has neither {RECIPE} nor {ADAPTER_CONFIG}."
+            f"{folder} is no run directory: it has neither {CONFIG} nor {ADAPTER_CONFIG}."
         )
-    result = _mapping(folder / "result.json")
+    result = _mapping(folder / RESULT)
     # Settings that are `auto` in the recipe, as they were chosen.
     saved = _mapping(folder / ADAPTER_CONFIG).get("schedule") or result.get("schedule") or {}
     adapter = adapter | {name: saved[name] for name in _CHOSEN if name in saved}
@@ -149,7 +157,7 @@ def read_run(folder: Path) -> RunRecord:
         raise CheckpointError(
             f"the files of {folder} do not fit each other: {type(error).__name__}: {error}"
         ) from error
-    metrics = list(read_lines(folder / "metrics.jsonl"))
+    metrics = list(read_lines(folder / METRICS))
     return RunRecord(folder.resolve().name, recipe, adapter, metrics, result, maps)
 
 
@@ -193,10 +201,10 @@ def _starts(
                 )
         return ranks
     final = result.get("ranks") or _saved_ranks(folder, growth)
-    if not final and (growth or not (folder / RECIPE).is_file()):
+    if not final and (growth or not (folder / CONFIG).is_file()):
         raise CheckpointError(
             f"{folder} does not tell the ranks of its experts: there is no {EVENT_LOG}, "
-            f"result.json or saved adapter."
+            f"{RESULT} or saved adapter."
         )
     if not final:
         return {}
@@ -214,7 +222,7 @@ def _saved_ranks(folder: Path, growth: list[Entry]) -> dict[str, dict[str, list[
     logged = {entry["block"] for entry in growth}
     if found := _ranks_of_adapter(folder / ADAPTER_WEIGHTS, logged):
         return found
-    for checkpoint in () if growth else sorted(folder.glob("checkpoint-*")):
+    for checkpoint in () if growth else sorted(folder.glob(CHECKPOINT.format("*"))):
         if found := _ranks_of_adapter(checkpoint / ADAPTER_WEIGHTS, logged):
             return found
     return {}

@@ -16,6 +16,7 @@ from drlora.distributed import on_main, world_size
 from drlora.errors import CheckpointError, ConfigError, counted
 from drlora.io.checkpoint import checkpoint_step
 from drlora.io.files import read_json
+from drlora.io.run_files import TRAINER_STATE
 from drlora.ranks.schedule import Schedule
 from drlora.ranks.starts import fitting_ranks
 from drlora.runs.held_out import refuse_unanswerable, word_for_word
@@ -141,7 +142,7 @@ class _Past:
                 f"new one from its adapter, with start_from: {run.path} and another output_dir."
             )
         record = on_main(lambda: read_record(run.record)) if resume else {}
-        state = read_json(checkpoint / "trainer_state.json") if checkpoint else {}
+        state = read_json(checkpoint / TRAINER_STATE) if checkpoint else {}
         return cls(resume, checkpoint, record, state)
 
     @property
