@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
+from drlora.config.adapter import with_options_apart
 from drlora.errors import CheckpointError, DrLoraError
 from drlora.io.files import read_json
 from drlora.io.jsonl import read_lines
@@ -133,15 +134,16 @@ def read_run(folder: Path) -> RunRecord:
         CheckpointError: if it holds no run, or files that do not fit each other.
     """
     recipe = _mapping(folder / RECIPE)
-    adapter = recipe.get("adapter") or _mapping(folder / CONFIG_NAME)
-    if not adapter:
+    saved = with_options_apart(_mapping(folder / CONFIG_NAME))
+    adapter = with_options_apart(recipe["adapter"]) if recipe.get("adapter") else saved
+    if not recipe.get("adapter") and not (folder / CONFIG_NAME).is_file():
         raise CheckpointError(
             f"{folder} is no run directory: it has neither {RECIPE} nor {CONFIG_NAME}."
         )
     result = _mapping(folder / "result.json")
     # Settings that are `auto` in the recipe, as they were chosen.
-    saved = _mapping(folder / CONFIG_NAME).get("schedule") or result.get("schedule") or {}
-    adapter = adapter | {name: saved[name] for name in _CHOSEN if name in saved}
+    schedule = (saved["record"] or {}).get("schedule") or result.get("schedule") or {}
+    adapter = adapter | {name: schedule[name] for name in _CHOSEN if name in schedule}
     try:
         maps = _maps(folder, result)
     except DrLoraError:
