@@ -326,7 +326,7 @@ def test_a_method_wins_over_settings_and_can_be_named_twice():
         DrLoraConfig.for_method("loar")
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*METHODS])
 def test_a_recipe_names_a_method_and_its_record_means_the_same(method, tmp_path):
     path = save_all(tmp_path, method=method)
     recipe = load_recipe(path)
