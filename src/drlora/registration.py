@@ -28,7 +28,9 @@ def register_with_peft() -> None:
 
 
 def _register() -> None:
+    # Importing the rules fills the registries of what settings name.
     from drlora.adapter.model import register
+    from drlora.ranks import event, starts  # noqa: F401
     from drlora.report.card import keep_cards
 
     register()

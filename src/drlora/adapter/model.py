@@ -147,7 +147,7 @@ class DrLoraModel(LoraModel):
     def _note_routers(self) -> None:
         for layer in self.model.modules():
             if isinstance(layer, DrLoraExperts) and any(
-                layer.adapter(name).config.routing_signal == "probability"
+                layer.adapter(name).routing_signal == "probability"
                 for name in layer.drlora_adapters
             ):
                 assert layer.block.router_name is not None

@@ -22,7 +22,7 @@ from drlora.cli.summary import print_summary
 from drlora.compare import compare
 from drlora.errors import CheckpointError, ConfigError, Terminated
 from drlora.io.files import read_json, refuse_links_out
-from drlora.io.settings import split_override
+from drlora.io.settings import set_in, split_override
 from drlora.report.write import write_report
 from drlora.runs.dry_run import dry_run
 from drlora.runs.environment import describe
@@ -129,10 +129,10 @@ def _eval(arguments: argparse.Namespace) -> int:
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    settings = {}
+    settings: dict[str, Any] = {}
     for override in arguments.overrides:
         path, value = split_override(override)
-        settings[".".join(path).removeprefix("adapter.")] = value
+        set_in(settings, path[1:] if path[0] == "adapter" else path, value)
     config = make_adapter_config(settings, settings.pop("method", None))
     found = inspect_model(
         arguments.model, config, arguments.steps, arguments.dtype, arguments.tokens

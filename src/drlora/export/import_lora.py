@@ -52,8 +52,8 @@ def load_peft_lora(
     """
     if config is not None and config.starts_from_data:
         raise ConfigError(
-            f"start={config.start!r}, start_a={config.start_a!r}: a LoRA that is continued has "
-            f"ranks and rows of its own; leave these settings out."
+            f"start={config.start!r}, start_a={config.option('start_a')!r}: a LoRA that is "
+            f"continued has ranks and rows of its own; leave these settings out."
         )
     updates = _read_lora(model, Path(folder))
     rank = max(rank for factors in updates.experts.values() for rank in factors.ranks)

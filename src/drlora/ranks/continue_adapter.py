@@ -31,7 +31,8 @@ from drlora.adapter.embeddings import fit_embeddings
 from drlora.adapter.inject import adapted_layers
 from drlora.adapter.pool import RankPool
 from drlora.adapter.row_book import FREE
-from drlora.config.adapter import DrLoraConfig
+from drlora.config.adapter import DrLoraConfig, with_options_apart
+from drlora.config.registry import WITH_OPTIONS, known_options
 from drlora.errors import CheckpointError, ConfigError, DrLoraError, first_line
 from drlora.io.files import home, read_adapter_config, read_shapes
 from drlora.io.run_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CHECKPOINTS, CONFIG
@@ -43,10 +44,10 @@ _OF_A_RUN = (
     "settle_steps",
     "p_grow",
     "warmup_steps",
-    "schedule",
     "start",
-    "start_a",
+    "record",
 )
+_OPTIONS_OF_A_RUN = ("start_a", "start_a_scale", "start_batches", "hot_fraction")
 _POOLS, _OWNER = ".drlora_adapters.pools.", ".owner"
 _FREQUENCY = ".drlora_adapters.frequency"
 
@@ -77,18 +78,28 @@ def kept_settings(
     if not is_drlora(folder):
         return dict(given)
     path = Path(home(str(folder)))
-    config = read_adapter_config(path, ADAPTER_WEIGHTS)
+    config = with_options_apart(read_adapter_config(path, ADAPTER_WEIGHTS))
     saved = {k: config[k] for k in known if k in config and k not in _OF_A_RUN}
+    brought = config.get("options")
+    options = {
+        k: v
+        for k, v in (brought if isinstance(brought, dict) else {}).items()
+        if k not in _OPTIONS_OF_A_RUN
+    }
     if "r_target" in given and "lora_alpha" not in given:  # the scaling stays as it is
         wanted = int(given["r_target"]) / saved["r_target"]
         saved["lora_alpha"] *= math.sqrt(wanted) if saved.get("use_rslora") else wanted
     found = {**saved, **given}
+    still = known_options({setting: found[setting] for setting in WITH_OPTIONS if setting in found})
+    options = {k: v for k, v in options.items() if k in still}
+    found["options"] = {**options, **(given.get("options") or {})}
     if (ranks or "keep") == "keep":
         _refuse_growth(found, given)
-        return {**found, "r_init": found["r_target"], "move_share": 0.0, "allocation": "grow"}
+        still = {k: v for k, v in found["options"].items() if k != "move_share"}
+        return {**found, "r_init": found["r_target"], "options": still, "allocation": "grow"}
     if ranks == "grow" and "r_init" not in given:
         found["r_init"] = min(_lowest_mean_rank(path), found["r_target"])
-    if found["r_init"] >= found["r_target"] and not found["move_share"]:
+    if found["r_init"] >= found["r_target"] and not found["options"].get("move_share"):
         raise ConfigError(
             f"start_from_ranks={ranks!r}: the adapter in {folder} has spent its budget of "
             f"{found['r_target']} ranks an expert; raise adapter.r_target (and adapter.r_max), or "

@@ -7,7 +7,7 @@ from a rule (saliency), how it is shared out from the allocator.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,10 +17,12 @@ from torch import Tensor
 
 from drlora.adapter.layer import ExpertsAdapter, RankPool
 from drlora.config.adapter import DrLoraConfig
+from drlora.config.options import Option
+from drlora.config.registry import ALLOCATIONS, SALIENCIES
 from drlora.ranks.allocator import allocate_in_layers, least_important, reserve, take_back
 from drlora.ranks.directions import point_along_gradient
 from drlora.ranks.groups import Group, Scored, make_groups
-from drlora.ranks.saliency import RULES, Signals
+from drlora.ranks.saliency import Signals
 from drlora.ranks.schedule import Schedule, certain_ranks
 from drlora.ranks.young_rows import (
     decays_weights,
@@ -78,6 +80,7 @@ class Growth:
     ) -> None:
         self.config = config
         self.groups = make_groups(adapters, config, schedule)
+        self._rule: Callable[[Signals], Tensor] = SALIENCIES[config.saliency]
         self.scored: list[Scored] = []
         self._warned: set[str] = set()
 
@@ -105,7 +108,7 @@ class Growth:
     def score(self, group: Group, step: int) -> Scored:
         """What is known of the experts of a group at a step of the run."""
         signals = group.signals(self.config, step)
-        return Scored(group, signals, RULES[self.config.saliency](signals).tolist())
+        return Scored(group, signals, self._rule(signals).tolist())
 
     def _change(self, group: Group, event: int, now: Moment, optimizer: object) -> list[Grant]:
         scored = self.score(group, now.run)
@@ -148,7 +151,7 @@ class Growth:
             saliency_E,
             ranks=ranks,
             quota=group.plan.owned(event) - sum(ranks),
-            share=self.config.move_share,
+            share=self.config.option("move_share"),
             cap=group.plan.cap,
             r_max=self.config.r_max,
         )
@@ -165,7 +168,7 @@ class Growth:
             ],
             group.sizes,
             due=group.plan.due(event),
-            share=self.config.layer_floor,
+            share=self.config.option("layer_floor"),
         )
         # Who just gave ranks up does not get them back.
         full = [self.config.r_max if gave else r for r, gave in zip(ranks, taken, strict=True)]
@@ -226,7 +229,7 @@ class Growth:
                 self._warn_unknown(optimizer)
         if decays_weights(optimizer.param_groups):
             pool.redraw(rows, now.run)
-        if self.config.young_a == "gradient":
+        if self.config.option("young_a") == "gradient":
             self._point_rows(pool, rows, optimizer)
 
     def _point_rows(self, pool: RankPool, rows: Tensor, optimizer: torch.optim.Optimizer) -> None:
@@ -243,7 +246,7 @@ class Growth:
         point_along_gradient(pool.lora_A, gradient, pool.owner, rows, pool.row_norm)
 
     def _restart_importance(self, pool: RankPool, grants: list[int]) -> None:
-        if self.config.importance_reset == "all":
+        if self.config.option("importance_reset") == "all":
             pool.importance.zero_()
             return
         # The extra last entry stands for the free rows, whose owner is -1.
@@ -293,3 +296,34 @@ def _grants(
         for expert, (old, new, f, g, s) in enumerate(of_member):
             if new != old:
                 yield Grant(step, member.block, projection, expert, new - old, new, f, g, s)
+
+
+_OF_GROWTH = {
+    "move_share": Option(
+        0.0,
+        "at an event, up to this share of all ranks moves from the experts of least saliency to "
+        "those of most; their weakest ranks go, and never the last one",
+        low=0,
+        high=1,
+    ),
+    "layer_floor": Option(
+        0.0,
+        "with budget_scope=model: share of a budget of its own that each layer is sure of",
+        low=0,
+        high=1,
+    ),
+    "importance_reset": Option(
+        "grown",
+        "whose rank importance restarts from 0 after an event: the grown experts' (the paper's "
+        "text), or that of all (its Algorithm 1)",
+        choices=("grown", "all"),
+    ),
+    "young_a": Option(
+        "random",
+        "rows of A that wake up late: random, or along the part of the gradient that their "
+        "expert's A does not reach yet",
+        choices=("random", "gradient"),
+    ),
+}
+ALLOCATIONS.add("grow", "grow", _OF_GROWTH)
+ALLOCATIONS.add("prune", "prune")

@@ -174,7 +174,7 @@ def make_schedule(
 
 def plan_of(config: DrLoraConfig, num_experts: int, schedule: Schedule) -> GrowthPlan:
     """The plan of one group of `num_experts` experts in a schedule."""
-    cost = len(config.projections) if config.rank_per == "expert" else 1
+    cost = len(config.projections) if config.option("rank_per") == "expert" else 1
     budget = num_experts * abs(config.r_target - config.r_init)
     steps = schedule.event_steps if _changes_ranks(config) else ()
     quota = -(-cost * budget // len(steps)) if steps else 0
@@ -266,7 +266,7 @@ def _under_worst_saliency(
 
 
 def _changes_ranks(config: DrLoraConfig) -> bool:
-    return config.r_init != config.r_target or config.move_share > 0
+    return config.r_init != config.r_target or config.options.get("move_share", 0) > 0
 
 
 def _settle_steps(config: DrLoraConfig, warmup: int, total_steps: int) -> int:

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
+from drlora.config.adapter import with_options_apart
 from drlora.errors import CheckpointError, DrLoraError
 from drlora.io.files import read_json
 from drlora.io.jsonl import read_lines
@@ -140,15 +141,16 @@ def read_run(folder: Path) -> RunRecord:
         CheckpointError: if it holds no run, or files that do not fit each other.
     """
     recipe = _mapping(folder / CONFIG)
-    adapter = recipe.get("adapter") or _mapping(folder / ADAPTER_CONFIG)
-    if not adapter:
+    saved = with_options_apart(_mapping(folder / ADAPTER_CONFIG))
+    adapter = with_options_apart(recipe["adapter"]) if recipe.get("adapter") else saved
+    if not recipe.get("adapter") and not (folder / ADAPTER_CONFIG).is_file():
         raise CheckpointError(
             f"{folder} is no run directory: it has neither {CONFIG} nor {ADAPTER_CONFIG}."
         )
     result = _mapping(folder / RESULT)
     # Settings that are `auto` in the recipe, as they were chosen.
-    saved = _mapping(folder / ADAPTER_CONFIG).get("schedule") or result.get("schedule") or {}
-    adapter = adapter | {name: saved[name] for name in _CHOSEN if name in saved}
+    schedule = (saved["record"] or {}).get("schedule") or result.get("schedule") or {}
+    adapter = adapter | {name: schedule[name] for name in _CHOSEN if name in schedule}
     try:
         maps = _maps(folder, result)
     except DrLoraError:

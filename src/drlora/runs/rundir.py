@@ -23,6 +23,7 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 
+from drlora.config.adapter import with_options_apart
 from drlora.errors import CheckpointError, ConfigError, DrLoraError
 from drlora.io.checkpoint import newest_checkpoint
 from drlora.io.files import read_json
@@ -249,7 +250,11 @@ class RunDir:
         """
         if not self.config.is_file():
             raise CheckpointError(f"{self.path} is no run directory: it has no {CONFIG}.")
-        return recipe_from(read_settings(self.config))
+        tree = read_settings(self.config)
+        if isinstance(tree.get("adapter"), dict):  # of version 0.1, perhaps
+            tree["adapter"] = with_options_apart(tree["adapter"])
+            tree["adapter"].pop("record", None)
+        return recipe_from(tree)
 
     def newest_checkpoint(self, on_skip: Callable[[str], Any] = lambda reason: None) -> Path | None:
         """The whole checkpoint of the latest step; `on_skip` is told of those passed over."""

@@ -354,7 +354,7 @@ def _to_json(
         "after": result.after.to_dict(),
         "budget": result.budget,
         "ranks": result.ranks,
-        "schedule": _config(model).schedule,
+        "schedule": _config(model).recorded("schedule"),
         "method": job.recipe.method,
         "trainable_parameters": result.trainable_parameters,
         "stored_parameters": result.stored_parameters,
