@@ -14,7 +14,7 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.process import BaseProcess
 from typing import Any
 
@@ -128,7 +128,7 @@ def _work(cell: Cell, folder: Folder, pool: Pool) -> Work:
         "method": cell.method,
         "tuned": cell.tuned,
     }
-    recipe = {**cell.recipe.to_dict(), "output_dir": str(place / "run")}
+    recipe = replace(cell.recipe, output_dir=str(place / "run"))
     return Work(recipe, labels, place, folder.cell_file(cell), pool.threads)
 
 

@@ -25,7 +25,7 @@ from drlora.errors import CheckpointError, ConfigError
 from drlora.evaluation.measure import Measurement
 from drlora.io.jsonl import read_lines
 from drlora.runs.environment import peak_memory, processor, source_state
-from drlora.runs.recipe import Recipe, recipe_from
+from drlora.runs.recipe import Recipe
 from drlora.runs.rundir import RunDir
 from drlora.runs.train import TrainResult, train
 
@@ -39,14 +39,14 @@ class Work:
     """A cell as its process gets it.
 
     Attributes:
-        recipe: plain values of the recipe, output_dir included.
+        recipe: of the run.
         labels: what the result says of its place in the plan.
         folder: where the run and the log go; removed at the end.
         target: the result file.
         threads: of torch.
     """
 
-    recipe: dict[str, Any]
+    recipe: Recipe
     labels: dict[str, Any]
     folder: Path
     target: Path
@@ -65,7 +65,7 @@ def run_cell(work: Work) -> None:
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(work.threads)
     started = time.monotonic()
-    recipe = recipe_from(work.recipe)
+    recipe = work.recipe
     is_resumed = RunDir(Path(recipe.output_dir)).newest_checkpoint() is not None
     outcome = _train(recipe)
     seconds = {"wall_seconds": round(time.monotonic() - started, 2), "is_resumed": is_resumed}
