@@ -35,6 +35,7 @@ from drlora.io.files import home
 from drlora.io.places import from_root
 from drlora.io.settings import check_type, read_settings, refuse_unknown
 from drlora.ranks.continue_adapter import RANKS, kept_settings
+from drlora.runs.moved import located_at
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -161,7 +162,8 @@ class Recipe:
 def load_recipe(path: str | Path, overrides: Sequence[str] = (), resume: bool = False) -> Recipe:
     """The recipe in the YAML file `path`, with `key=value` overrides (dotted keys) on top.
 
-    Relative paths in it are those of the working directory.
+    Relative paths in it are those of the working directory. The config.yaml of a run that was moved
+    is read with the paths that it means now.
 
     Args:
         path: the file; `~` stands for home, as in every path in it.
@@ -179,7 +181,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), resume: bool = 
         for one, other in (LENGTHS, LENGTHS[::-1]):
             if f"training.{one}" in given and f"training.{other}" not in given:
                 training.pop(other, None)
-    return recipe_from(tree)
+    return located_at(recipe_from(tree), path, overrides)
 
 
 def recipe_from(tree: dict[str, Any]) -> Recipe:
