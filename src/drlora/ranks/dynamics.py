@@ -198,7 +198,7 @@ class RankDynamics:
         if self.step == 0:
             # Births of a run that the adapter was saved from, unless its optimizer goes on.
             for pool in self._pools() if not self._optimizer_start else ():
-                pool.birth.zero_()
+                pool.forget_births()
             _warn_of_equal_rates(optimizer, self._pools()[0], self.config)
         self.step += 1
         if self.config.young_rows == "own" and is_adam(inner):
@@ -268,10 +268,12 @@ class RankDynamics:
                     f"{key} has shape {tuple(state[key].shape)} in the state but "
                     f"{tuple(buffer.shape)} in this model."
                 )
-        for key, buffer in buffers.items():
-            buffer.copy_(state[key])
-        for pool in self._pools():
-            pool.read_owners()
+        for name, adapter in self.adapters.items():
+            adapter.frequency.copy_(state[f"{name}.frequency"])
+            for projection, pool in adapter.rank_pools.items():
+                place = f"{name}.{projection}."
+                own = {key: state[place + key] for key in pool.state_keys}
+                pool.load_state_dict(own, strict=False)  # weights are no part of it
         self.step = int(state["step"])
         # States of version 0.1 do not have the two below.
         self.skipped = int(state.get("skipped", 0))
