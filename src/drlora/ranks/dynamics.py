@@ -26,17 +26,17 @@ from drlora.adapter.layer import ExpertsAdapter, RankPool
 from drlora.config.adapter import DrLoraConfig
 from drlora.distributed import add_up, refuse_differing
 from drlora.errors import CheckpointError, ConfigError
-from drlora.ranks.event import Grant, Growth, Moment
+from drlora.ranks.event import Grant, Growth
 from drlora.ranks.groups import schedule_for
-from drlora.ranks.saliency import RANK_IMPORTANCES, ema, routed_share
-from drlora.ranks.schedule import Schedule
-from drlora.ranks.young_rows import (
-    OwnClocks,
+from drlora.ranks.optimizer_rows import (
     is_adam,
     parameter_groups,
     steps_taken,
     unwrap_optimizer,
 )
+from drlora.ranks.saliency import RANK_IMPORTANCES, ema, routed_share
+from drlora.ranks.schedule import Schedule, StepCounts
+from drlora.ranks.young_rows import OwnClocks
 
 
 class RankDynamics:
@@ -172,7 +172,7 @@ class RankDynamics:
             return []
         self._agree()
         taken = self.step + (self._optimizer_start or 0)
-        grants = self.growth.event(Moment(self.plan_step, taken, self.run_step), optimizer)
+        grants = self.growth.event(StepCounts(self.plan_step, taken, self.run_step), optimizer)
         self._agree()
         if grants:
             self.warn_of_poison()

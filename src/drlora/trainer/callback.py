@@ -38,9 +38,9 @@ from drlora.io.jsonl import append_lines, forget_after, set_aside
 from drlora.io.run_files import EVENT_LOG, GROWTH_LOG
 from drlora.io.writing import sync
 from drlora.ranks.dynamics import Grant, RankDynamics
+from drlora.ranks.optimizer_rows import unwrap_optimizer
 from drlora.ranks.schedule import Schedule
 from drlora.ranks.starts import needs_ranks, place_ranks
-from drlora.ranks.young_rows import unwrap_optimizer
 from drlora.trainer.best_model import load_best, refuse_mixed_up
 from drlora.trainer.event_log import EventLog
 from drlora.trainer.rank_log import RankLog
