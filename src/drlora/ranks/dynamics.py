@@ -26,7 +26,7 @@ from drlora.adapter.layer import ExpertsAdapter, RankPool
 from drlora.config.adapter import DrLoraConfig
 from drlora.distributed import add_up, refuse_differing
 from drlora.errors import CheckpointError, ConfigError
-from drlora.ranks.event import Grant, Growth
+from drlora.ranks.event import Event, Growth
 from drlora.ranks.groups import schedule_for
 from drlora.ranks.optimizer_rows import (
     is_adam,
@@ -143,9 +143,7 @@ class RankDynamics:
                 parameter.grad = None
 
     @torch.no_grad()
-    def after_optimizer_step(
-        self, optimizer: object = None, *, skipped: bool = False
-    ) -> list[Grant]:
+    def after_optimizer_step(self, optimizer: object = None, *, skipped: bool = False) -> Event:
         """Count the step and, if the plan has an event, grow; call it before the scheduler steps.
 
         Args:
@@ -155,7 +153,8 @@ class RankDynamics:
                 than `settle_steps` are skipped: then the plan goes on without them.
 
         Returns:
-            The changes of rank in this step, empty if it was no event.
+            The changes of rank in this step as a sequence of `Grant`, empty if it was no event; its
+            `scored` is what was known of the experts.
 
         Raises:
             SyncError: at the first step and at every event, if the processes of the run differ in
@@ -169,14 +168,14 @@ class RankDynamics:
         if not self._has_agreed:
             self._agree()
         if self.plan_step == before or not self.growth.is_event(self.plan_step):
-            return []
+            return Event()
         self._agree()
         taken = self.step + (self._optimizer_start or 0)
-        grants = self.growth.event(StepCounts(self.plan_step, taken, self.run_step), optimizer)
+        event = self.growth.event(StepCounts(self.plan_step, taken, self.run_step), optimizer)
         self._agree()
-        if grants:
+        if event.grants:
             self.warn_of_poison()
-        return grants
+        return event
 
     def warn_of_poison(self) -> None:
         """Say, once, that the optimizer took steps with gradients that were not finite."""

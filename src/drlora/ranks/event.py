@@ -7,8 +7,9 @@ from a rule (saliency), how it is shared out from the allocator.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import overload
 
 import numpy as np
 import torch
@@ -43,12 +44,37 @@ class Grant:
     saliency: float
 
 
+@dataclass(frozen=True)
+class Event(Sequence[Grant]):
+    """What came of one step: its grants, as a sequence, and what decided them.
+
+    Attributes:
+        grants: the changes of rank, empty if there was none.
+        scored: what was known of all experts before any was changed, one entry a group that had an
+            event; empty if none had.
+    """
+
+    grants: tuple[Grant, ...] = ()
+    scored: tuple[Scored, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.grants)
+
+    @overload
+    def __getitem__(self, index: int) -> Grant: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Grant]: ...
+
+    def __getitem__(self, index: int | slice) -> Grant | Sequence[Grant]:
+        return self.grants[index]
+
+
 class Growth:
     """The events of all groups over a run.
 
     Attributes:
         groups: what shares a budget.
-        scored: what the latest event knew of all experts, one entry a group, before it changed any.
     """
 
     def __init__(
@@ -56,7 +82,6 @@ class Growth:
     ) -> None:
         self.config = config
         self.groups = make_groups(adapters, config, schedule)
-        self.scored: list[Scored] = []
         self._starter: RowStarter | None = None
         self._has_warned = False
 
@@ -71,16 +96,17 @@ class Growth:
         """Whether the plan of any group has an event there."""
         return any(group.plan.event_number(plan_step) for group in self.groups)
 
-    def event(self, now: StepCounts, optimizer: object) -> list[Grant]:
+    def event(self, now: StepCounts, optimizer: object) -> Event:
         """What happens now; nothing, unless the plan has an event."""
-        self.scored = []
         starter = self._starter_for(optimizer)
-        return [
-            grant
-            for group in self.groups
-            if (number := group.plan.event_number(now.plan))
-            for grant in self._change(group, number, now, starter)
-        ]
+        grants: list[Grant] = []
+        scored: list[Scored] = []
+        for group in self.groups:
+            if number := group.plan.event_number(now.plan):
+                known = self.score(group, now.run)
+                scored.append(known)
+                grants += self._change(known, number, now, starter)
+        return Event(tuple(grants), tuple(scored))
 
     def score(self, group: Group, step: int) -> Scored:
         """What is known of the experts of a group at a step of the run."""
@@ -88,11 +114,10 @@ class Growth:
         return Scored(group, signals, RULES[self.config.saliency](signals).tolist())
 
     def _change(
-        self, group: Group, event: int, now: StepCounts, starter: RowStarter
+        self, scored: Scored, event: int, now: StepCounts, starter: RowStarter
     ) -> list[Grant]:
-        scored = self.score(group, now.run)
-        self.scored.append(scored)
-        signals, saliency_E, before = scored.signals, scored.saliency_E, group.ranks()
+        group, signals, saliency_E = scored
+        before = group.ranks()
         if not any(saliency_E):
             if self._can_wait(group, event):
                 return []
