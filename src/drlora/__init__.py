@@ -19,7 +19,8 @@ from drlora.errors import CheckpointError, ConfigError, DataError, DrLoraError, 
 from drlora.export.import_lora import load_peft_lora
 from drlora.io.checkpoint import newest_checkpoint, write_checkpoint
 from drlora.ranks.continue_adapter import continue_adapter
-from drlora.ranks.dynamics import Grant, RankDynamics
+from drlora.ranks.dynamics import RankDynamics
+from drlora.ranks.event import Grant
 from drlora.ranks.starts import place_ranks, rank_map, ranks_from_routing, start_ranks
 from drlora.report.card import keep_cards as _keep_cards
 from drlora.report.card import write_card_if_possible as _write_card

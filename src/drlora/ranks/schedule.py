@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -75,6 +76,20 @@ class Schedule:
             f"{steps[-1]:,} of {self.total_steps:,}, at most {self.cap} "
             f"rank{'s' * (self.cap > 1)} an expert and event"
         )
+
+
+class StepCounts(NamedTuple):
+    """Where a run is. All counts are the same unless a GradScaler skipped steps.
+
+    Attributes:
+        plan: the step of the plan of growth.
+        taken: steps that the optimizer took, its own count.
+        run: all steps of the run; no two events have the same.
+    """
+
+    plan: int
+    taken: int
+    run: int
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,6 @@ from torch import Tensor
 from drlora.adapter.inject import active_adapter, adapted_layers
 from drlora.adapter.layer import ExpertsAdapter
 from drlora.adapter.pool import RankPool
-from drlora.adapter.row_book import FREE
 from drlora.config.adapter import DrLoraConfig
 from drlora.config.options import HOT_FRACTION
 from drlora.config.registry import STARTS
@@ -324,10 +323,7 @@ def _assign(pool: RankPool, ranks_E: list[int]) -> None:
     if (grants >= 0).all():
         pool.grant(grants.tolist(), step=0)
         return
-    owner_R = np.full(len(pool.book.owner_R), FREE)
-    owner_R[: sum(ranks_E)] = np.repeat(np.arange(len(ranks_E)), ranks_E)
-    pool.owner.copy_(torch.from_numpy(owner_R))
-    pool.read_owners()
+    pool.set_ranks(ranks_E)
 
 
 def _routed_shares(

@@ -23,7 +23,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from drlora.distributed import are_several
 from drlora.io.jsonl import append_lines
 from drlora.io.writing import sync
-from drlora.ranks.dynamics import Grant, RankDynamics
+from drlora.ranks.dynamics import RankDynamics
+from drlora.ranks.event import Grant
 from drlora.wording import counted, duration
 
 PLAIN_LINES = 10
