@@ -20,7 +20,7 @@ import drlora
 from drlora.adapter.inject import adapted_layers
 from drlora.cli.main import main
 from drlora.errors import CheckpointError, ConfigError
-from drlora.export import apply_plan, make_plan
+from drlora.export.plan import apply_plan, make_plan
 from drlora.ranks.placement import proportional_ranks
 
 GROWTH = dict(p_grow=0.5, grow_every=2, warmup_steps=1, settle_steps=1)

@@ -7,7 +7,7 @@ import dataclasses
 import inspect
 
 import drlora
-from drlora.cli.main import _parser
+from drlora.cli.arguments import make_parser
 
 NAMES = {
     "CheckpointError",
@@ -107,7 +107,7 @@ def test_signatures_of_imports():
 
 
 def test_command_line_verbs():
-    (verbs,) = [a for a in _parser()._actions if isinstance(a, argparse._SubParsersAction)]
+    (verbs,) = [a for a in make_parser()._actions if isinstance(a, argparse._SubParsersAction)]
     assert set(verbs.choices) == {
         "train", "eval", "inspect", "export", "compare", "report", "env",
     }  # fmt: skip

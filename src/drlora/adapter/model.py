@@ -253,7 +253,7 @@ def _take_hooks_off(model: nn.Module) -> None:
 
 
 def register() -> None:
-    """Make PEFT know the method; called when drlora is imported."""
+    """Make PEFT know the method; see `drlora.registration`."""
     from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 
     if DRLORA not in PEFT_TYPE_TO_TUNER_MAPPING:

@@ -27,8 +27,7 @@ from drlora.config.methods import method_settings
 from drlora.config.options import check_options
 from drlora.config.peft_type import DRLORA, SavedConfig
 from drlora.config.registry import REGISTRIES, WITH_OPTIONS, known_options, registered_options
-from drlora.errors import ConfigError
-from drlora.wording import shown
+from drlora.errors import ConfigError, shown
 
 PROJECTION_SETS = (
     ("gate_up", "down"),

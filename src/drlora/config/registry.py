@@ -16,8 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Generic, TypeVar
 
 from drlora.config.options import GENERAL, Option
-from drlora.errors import ConfigError
-from drlora.wording import shown
+from drlora.errors import ConfigError, shown
 
 T = TypeVar("T")
 

@@ -23,7 +23,6 @@ from typing import Any, cast
 import numpy as np
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -34,9 +33,9 @@ from drlora.adapter.pool import RankPool
 from drlora.adapter.row_book import FREE
 from drlora.config.adapter import DrLoraConfig, with_options_apart
 from drlora.config.registry import WITH_OPTIONS, known_options
-from drlora.errors import CheckpointError, ConfigError, DrLoraError
+from drlora.errors import CheckpointError, ConfigError, DrLoraError, first_line
 from drlora.io.files import home, read_adapter_config, read_shapes
-from drlora.wording import first_line
+from drlora.io.run_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CHECKPOINTS, CONFIG
 
 RANKS = ("keep", "grow", "again")
 # What belongs to a run and its length, not to the adapter.
@@ -56,9 +55,9 @@ _FREQUENCY = ".drlora_adapters.frequency"
 def is_drlora(folder: str | Path) -> bool:
     """Whether a folder holds a DR-LoRA adapter, as a run directory does."""
     path = Path(home(str(folder)))
-    if not (path / CONFIG_NAME).is_file():
+    if not (path / ADAPTER_CONFIG).is_file():
         return False
-    return read_adapter_config(path, SAFETENSORS_WEIGHTS_NAME).get("peft_type") == "DRLORA"
+    return read_adapter_config(path, ADAPTER_WEIGHTS).get("peft_type") == "DRLORA"
 
 
 def kept_settings(
@@ -79,7 +78,7 @@ def kept_settings(
     if not is_drlora(folder):
         return dict(given)
     path = Path(home(str(folder)))
-    config = with_options_apart(read_adapter_config(path, SAFETENSORS_WEIGHTS_NAME))
+    config = with_options_apart(read_adapter_config(path, ADAPTER_WEIGHTS))
     saved = {k: config[k] for k in known if k in config and k not in _OF_A_RUN}
     brought = config.get("options")
     options = {
@@ -175,10 +174,10 @@ def refuse_unfit(folder: Path) -> None:
     Raises:
         CheckpointError: saying what is missing.
     """
-    if not (folder / SAFETENSORS_WEIGHTS_NAME).is_file() and (folder / "config.yaml").is_file():
+    if not (folder / ADAPTER_WEIGHTS).is_file() and (folder / CONFIG).is_file():
         raise CheckpointError(
             f"the run in {folder} is not finished, so it has no adapter to start from; finish it "
-            f"with --resume, or name one of {folder / 'checkpoints'}."
+            f"with --resume, or name one of {folder / CHECKPOINTS}."
         )
     if not is_drlora(folder):
         raise CheckpointError(f"{folder} holds no DR-LoRA adapter.")
@@ -187,7 +186,7 @@ def refuse_unfit(folder: Path) -> None:
 def _read(folder: Path) -> tuple[dict[str, Tensor], DrLoraConfig]:
     try:
         config = DrLoraConfig.from_pretrained(str(folder))
-        return load_file(folder / SAFETENSORS_WEIGHTS_NAME), config
+        return load_file(folder / ADAPTER_WEIGHTS), config
     except DrLoraError:
         raise
     except Exception as error:  # whatever PEFT makes of a file that it does not understand
@@ -198,7 +197,7 @@ def _read(folder: Path) -> tuple[dict[str, Tensor], DrLoraConfig]:
 
 def _lowest_mean_rank(folder: Path) -> int:
     """The mean rank of an expert in the pool where it is lowest, rounded down; at least 1."""
-    path = folder / SAFETENSORS_WEIGHTS_NAME
+    path = folder / ADAPTER_WEIGHTS
     names = [name for name in read_shapes(path) if name.endswith(_OWNER)]
     tensors = load_file(path)
     experts = {name: len(tensors[name.partition(_POOLS)[0] + _FREQUENCY]) for name in names}

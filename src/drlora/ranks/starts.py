@@ -28,13 +28,12 @@ from drlora.config.adapter import DrLoraConfig
 from drlora.config.options import HOT_FRACTION
 from drlora.config.registry import STARTS
 from drlora.distributed import add_up
-from drlora.errors import CheckpointError, ConfigError
+from drlora.errors import CheckpointError, ConfigError, shown
 from drlora.io.files import read_json
 from drlora.ranks.directions import lay_rows
 from drlora.ranks.placement import hot_ranks, proportional_ranks, strongest_ranks
 from drlora.ranks.probe import Directions, gradients_of_batches, probe_gradients
 from drlora.ranks.saliency import routed_share
-from drlora.wording import shown
 
 RankMap = Mapping[str, Mapping[str, Sequence[int]]]
 

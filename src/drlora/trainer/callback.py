@@ -301,7 +301,7 @@ def _tell_of_smaller_batch(batch_size: int | None, step: int) -> None:
     warnings.warn(
         f"the batch did not fit at step {step}: transformers begins again at step 0 with "
         f"{batch_size} examples at once, and goes on with the weights and ranks as they are by "
-        f"now. growth.jsonl counts on from step {step}.",
+        f"now. {GROWTH_LOG} counts on from step {step}.",
         stacklevel=3,
     )
 

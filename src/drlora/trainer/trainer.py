@@ -33,8 +33,7 @@ from drlora.adapter.inject import adapted_layers
 from drlora.adapter.state import adapter_state
 from drlora.config.adapter import DrLoraConfig
 from drlora.distributed import are_several
-from drlora.errors import CheckpointError, ConfigError
-from drlora.wording import first_line
+from drlora.errors import CheckpointError, ConfigError, first_line
 
 
 def rehearse(arguments: TrainingArguments, total_steps: int) -> None:
