@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -27,12 +28,18 @@ def register_with_peft() -> None:
         sys.meta_path.insert(0, _WhenPeftIsThere())
 
 
+# Modules that put rules into the registries of drlora.config.registry.
+_WITH_RULES = ("ranks.saliency", "ranks.event", "ranks.starts")
+
+
 def _register() -> None:
     from drlora.adapter.model import register
     from drlora.report.card import keep_cards
 
     register()
     keep_cards()
+    for module in _WITH_RULES:
+        import_module(f"drlora.{module}")
 
 
 class _WhenPeftIsThere(MetaPathFinder):
