@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import copy
 import functools
-import json
 import gc
+import json
 import pickle
 import re
 import weakref
