@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from drlora.config.checks import (
     AUTO,
+    HoldsRanks,
     in_range,
     number,
     one_of,
@@ -24,6 +25,7 @@ from drlora.config.checks import (
 )
 from drlora.config.methods import method_settings
 from drlora.config.peft_type import DRLORA, SavedConfig
+from drlora.config.registry import ALLOCATIONS
 from drlora.errors import ConfigError
 from drlora.wording import shown
 
@@ -43,7 +45,6 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "routing_signal": ("topk_weight", "probability", "count"),
     "saliency": ("product", "routing", "importance", "random"),
     "rank_importance": ("product", "sensitivity"),
-    "allocation": ("grow", "prune"),
     "start": ("uniform", "routing", "hot", "gradient"),
     "start_a": ("random", "gradient"),
     "budget_scope": ("layer", "model"),
@@ -241,10 +242,12 @@ class DrLoraConfig(SavedConfig):
 
     def pool_rows(self, num_experts: int) -> int:
         """Rows that a block of `num_experts` experts stores for each projection."""
-        largest = self.r_max if self.budget_scope == "model" else self.r_target
-        if self.allocation == "prune":
-            largest = self.r_init
-        return num_experts * largest
+        policy: HoldsRanks = ALLOCATIONS[self.allocation]
+        return policy.rows(self, num_experts)
+
+    def budget_rows(self, num_experts: int) -> int:
+        """Rows that hold the budget: E * r_target, or what one layer may have of the model's."""
+        return num_experts * (self.r_max if self.budget_scope == "model" else self.r_target)
 
     def resolve_warmup(self, total_steps: int) -> int:
         """`warmup_steps` as a number of steps of a run of `total_steps`."""
@@ -262,18 +265,8 @@ class DrLoraConfig(SavedConfig):
                 f"r_init={self.r_init} must be at least 1: an expert without a rank has no "
                 f"gradient to be judged by, so it would never be chosen to grow."
             )
-        if self.allocation == "prune":
-            if not self.r_target <= self.r_init <= self.r_max:
-                raise ConfigError(
-                    f"ranks are out of order: allocation='prune' goes down from "
-                    f"r_init={self.r_init} to r_target={self.r_target}; they must satisfy "
-                    f"r_target <= r_init <= r_max={self.r_max}."
-                )
-        elif not self.r_init <= self.r_target <= self.r_max:
-            raise ConfigError(
-                f"ranks are out of order: r_init={self.r_init}, r_target={self.r_target}, "
-                f"r_max={self.r_max}; they must satisfy r_init <= r_target <= r_max."
-            )
+        policy: HoldsRanks = ALLOCATIONS[self.allocation]
+        policy.check(self)
 
     def _check_numbers(self) -> None:
         in_range(self, "beta", 0, 1)

@@ -6,11 +6,12 @@ all blocks; with `rank_per="projection"`, one projection of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -86,6 +87,21 @@ class Group:
             config.gamma,
             int(self.pools[0].seed) + step,
         )
+
+    def weakest_rows(self, counts: Sequence[int]) -> list[list[int]]:
+        """For each member the rows to free, if every expert gives up so many of its own.
+
+        The rows of least score go; ties go to the lowest row.
+        """
+        freed = []
+        for member, of_member in self.split(list(counts)):
+            scores, owner_R = member.row_scores().tolist(), member.pools[0].book.owner_R
+            rows: list[int] = []
+            for expert, count in enumerate(of_member):
+                own = np.flatnonzero(owner_R == expert).tolist()
+                rows += sorted(own, key=lambda row: (scores[row], row))[:count]
+            freed.append(sorted(rows))
+        return freed
 
     def split(self, values: list) -> Iterator[tuple[Member, list]]:
         """Values of all experts, member by member."""
