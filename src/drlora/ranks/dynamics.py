@@ -89,7 +89,7 @@ class RankDynamics:
     def _follow(self, schedule: Schedule) -> None:
         self.schedule = schedule
         self.growth = Growth(self.adapters, self.config, schedule)
-        self.config.schedule = asdict(schedule)  # is saved with the adapter
+        self.config.note(schedule=asdict(schedule))  # is saved with the adapter
 
     @property
     def total_steps(self) -> int:
@@ -325,7 +325,7 @@ class RankDynamics:
         """(R,) s of this step; None without gradients."""
         if pool.lora_A.grad is None or pool.lora_B.grad is None:
             return None
-        measure = RANK_IMPORTANCES[self.config.rank_importance]
+        measure = RANK_IMPORTANCES[self.config.option("rank_importance")]
         importance_R = measure(pool.lora_A, pool.lora_A.grad, pool.lora_B, pool.lora_B.grad)
         if hasattr(importance_R, "full_tensor"):  # sharded parameters (FSDP2)
             importance_R = importance_R.full_tensor()
@@ -345,9 +345,9 @@ class RankDynamics:
 def _refuse_unplaced(config: DrLoraConfig, owned: int) -> None:
     if config.starts_from_data and not owned:
         raise ConfigError(
-            f"start={config.start!r}, start_a={config.start_a!r}, but no ranks are placed yet; "
-            f"call drlora.place_ranks(model, batches) with a few batches of the training data "
-            f"first."
+            f"start={config.start!r}, start_a={config.option('start_a')!r}, but no ranks are "
+            f"placed yet; call drlora.place_ranks(model, batches) with a few batches of the "
+            f"training data first."
         )
 
 
@@ -364,13 +364,14 @@ def _refuse_hidden_gradients(pools: Iterable[RankPool], config: DrLoraConfig) ->
 
 def _warn_of_equal_rates(optimizer: object, pool: RankPool, config: DrLoraConfig) -> None:
     inner = unwrap_optimizer(optimizer)
-    if config.b_lr_ratio == 1 or not isinstance(inner, torch.optim.Optimizer):
+    ratio = config.option("b_lr_ratio")
+    if ratio == 1 or not isinstance(inner, torch.optim.Optimizer):
         return
     groups = parameter_groups(inner)
     rates = [groups[p]["lr"] for p in (pool.lora_A, pool.lora_B) if p in groups]
     if len(rates) == 2 and rates[0] == rates[1]:
         warnings.warn(
-            f"b_lr_ratio={config.b_lr_ratio}, but A and B have the same learning rate; make the "
+            f"b_lr_ratio={ratio}, but A and B have the same learning rate; make the "
             f"optimizer with peft.optimizers.create_loraplus_optimizer.",
             stacklevel=3,
         )

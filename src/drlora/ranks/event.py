@@ -8,22 +8,23 @@ row_starter says.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import overload
 
 import torch
+from torch import Tensor
 
 from drlora.adapter.layer import ExpertsAdapter
 from drlora.config.adapter import DrLoraConfig
-from drlora.config.registry import ALLOCATIONS
+from drlora.config.registry import ALLOCATIONS, SALIENCIES
 from drlora.errors import ConfigError
 from drlora.ranks.groups import Group, Scored, make_groups
 from drlora.ranks.optimizer_rows import unwrap_optimizer
 from drlora.ranks.policies import Policy
 from drlora.ranks.policies.policy import broken_law
 from drlora.ranks.row_starter import RowStarter
-from drlora.ranks.saliency import RULES, Signals
+from drlora.ranks.saliency import Signals
 from drlora.ranks.schedule import Schedule, StepCounts
 
 
@@ -86,6 +87,7 @@ class Growth:
         self.config = config
         self.groups = make_groups(adapters, config, schedule)
         self._policy: Policy = ALLOCATIONS[config.allocation]
+        self._rule: Callable[[Signals], Tensor] = SALIENCIES[config.saliency]
         self._starter: RowStarter | None = None
         self._has_warned = False
 
@@ -120,7 +122,7 @@ class Growth:
     def score(self, group: Group, step: int) -> Scored:
         """What is known of the experts of a group at a step of the run."""
         signals = group.signals(self.config, step)
-        return Scored(group, signals, RULES[self.config.saliency](signals).tolist())
+        return Scored(group, signals, self._rule(signals).tolist())
 
     def _change(
         self, scored: Scored, event: int, now: StepCounts, starter: RowStarter

@@ -222,15 +222,16 @@ class DrLoraCallback(TrainerCallback, ExportableState):
         They are not drawn from the data loader, whose order is that of the training to come.
         """
         config = model.peft_config[self.adapter or active_adapter(model)]
+        start_a = config.option("start_a")
         data = train_dataloader.dataset
         if not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
             raise ConfigError(
-                f"start={config.start!r}, start_a={config.start_a!r}: cannot look into a "
+                f"start={config.start!r}, start_a={start_a!r}: cannot look into a "
                 f"{type(data).__name__}; call "
                 f"drlora.place_ranks(model, batches) before training."
             )
         size = args.per_device_train_batch_size
-        count = min(len(data), config.start_batches * size)
+        count = min(len(data), config.option("start_batches") * size)
         chosen = [i * len(data) // count for i in range(count)]
         for first in range(0, count, size):
             examples = [data[i] for i in chosen[first : first + size]]
@@ -300,7 +301,7 @@ def _tell_of_smaller_batch(batch_size: int | None, step: int) -> None:
     warnings.warn(
         f"the batch did not fit at step {step}: transformers begins again at step 0 with "
         f"{batch_size} examples at once, and goes on with the weights and ranks as they are by "
-        f"now. growth.jsonl counts on from step {step}.",
+        f"now. {GROWTH_LOG} counts on from step {step}.",
         stacklevel=3,
     )
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from drlora.config.adapter import AUTO, DrLoraConfig
+from drlora.config.options import Option
 from drlora.config.registry import ALLOCATIONS
 from drlora.errors import ConfigError
 from drlora.ranks.allocator import allocate_in_layers, reserve, take_back
@@ -23,7 +24,7 @@ class Grow(Policy):
 
     def changes_ranks(self, config: DrLoraConfig) -> bool:
         """Also where ranks only move."""
-        return config.r_init != config.r_target or config.move_share > 0
+        return config.r_init != config.r_target or config.option("move_share") > 0
 
     def fit(
         self, config: DrLoraConfig, groups: Sequence[Competitors], schedule: Schedule
@@ -67,7 +68,7 @@ class Grow(Policy):
             saliency_E,
             ranks=ranks,
             quota=owned - sum(ranks),
-            share=config.move_share,
+            share=config.option("move_share"),
             cap=cap,
             r_max=config.r_max,
         )
@@ -89,7 +90,7 @@ def _reserved(config: DrLoraConfig, group: Group, ranks: list[int], event: int) 
     """For each member what it still lacks of its floor."""
     granted = [sum(own) - len(own) * config.r_init for _, own in group.split(ranks)]
     due = group.plan.due(event)
-    return reserve(granted, group.sizes, due=due, share=config.layer_floor)
+    return reserve(granted, group.sizes, due=due, share=config.option("layer_floor"))
 
 
 def _missed(
@@ -115,4 +116,31 @@ def _first_informed(plan: GrowthPlan) -> int:
     return early + 1 if early < len(plan.event_steps) else 1
 
 
-ALLOCATIONS.add("grow", Grow())
+_OPTIONS = {
+    "move_share": Option(
+        0.0,
+        "at an event, up to this share of all ranks moves from the experts of least saliency to "
+        "those of most; their weakest ranks go, and never the last one",
+        low=0,
+        high=1,
+    ),
+    "layer_floor": Option(
+        0.0,
+        "with budget_scope=model: share of a budget of its own that each layer is sure of",
+        low=0,
+        high=1,
+    ),
+    "importance_reset": Option(
+        "grown",
+        "whose rank importance restarts from 0 after an event: the grown experts' (the paper's "
+        "text), or that of all (its Algorithm 1)",
+        choices=("grown", "all"),
+    ),
+    "young_a": Option(
+        "random",
+        "rows of A that wake up late: random, or along the part of the gradient that their "
+        "expert's A does not reach yet",
+        choices=("random", "gradient"),
+    ),
+}
+ALLOCATIONS.add("grow", Grow(), _OPTIONS)

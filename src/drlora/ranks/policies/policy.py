@@ -88,7 +88,7 @@ class Policy(ABC):
 
     def plan(self, config: DrLoraConfig, num_experts: int, schedule: Schedule) -> GrowthPlan:
         """The plan of one group of `num_experts` experts in a schedule."""
-        cost = len(config.projections) if config.rank_per == "expert" else 1
+        cost = len(config.projections) if config.option("rank_per") == "expert" else 1
         budget = num_experts * abs(config.r_target - config.r_init)
         steps = schedule.event_steps if self.changes_ranks(config) else ()
         quota = -(-cost * budget // len(steps)) if steps else 0
