@@ -17,12 +17,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, fields
 
 import torch
-from peft import PeftModel
-from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from drlora.adapter.inject import active_adapter, adapted_layers
 from drlora.adapter.layer import ExpertsAdapter, RankPool
+from drlora.adapter.router import TrainedRouters
 from drlora.config.adapter import DrLoraConfig
 from drlora.distributed import add_up, refuse_differing
 from drlora.errors import CheckpointError, ConfigError
@@ -53,6 +52,7 @@ class RankDynamics:
         schedule: when ranks may change, and by how much: `auto` settings as they were chosen.
         step: optimizer steps taken so far.
         skipped: steps that a GradScaler left out so far.
+        routers: those that the adapter trains; they are held during the warm-up.
 
     Raises:
         ConfigError: if the model has no such adapter, or the settings cannot reach the budget.
@@ -75,8 +75,8 @@ class RankDynamics:
         }
         _refuse_unplaced(self.config, self.budget()[0])
         self._follow(schedule or schedule_for(self.adapters, self.config, total_steps))
-        self._router_parameters = list(_router_parameters(model, self.adapters, self.adapter_name))
-        self._hooks = [p.register_hook(self._hold_router) for p in self._router_parameters]
+        self.routers = TrainedRouters(model, self.adapter_name)
+        self.routers.hold(until=lambda: self.step >= self.warmup_steps)
         self._clocks = OwnClocks()
         # Counted on the device, so that an ordinary step does not make the host wait.
         self._poisoned: Tensor | bool = False
@@ -137,10 +137,7 @@ class RankDynamics:
         """
         self._update_frequencies()
         self._update_importances()
-        if self.step < self.warmup_steps:
-            for parameter in self._router_parameters:
-                # Not a zero gradient: weight decay and Adam's step count must not run either.
-                parameter.grad = None
+        self.routers.skip_step()
 
     @torch.no_grad()
     def after_optimizer_step(self, optimizer: object = None, *, skipped: bool = False) -> Event:
@@ -228,9 +225,7 @@ class RankDynamics:
 
     def release(self) -> None:
         """Let go of the model: nothing of this object acts on it any more."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
+        self.routers.let_go()
 
     def ranks(self) -> dict[str, dict[str, list[int]]]:
         """Block -> projection -> rank of each expert."""
@@ -337,10 +332,6 @@ class RankDynamics:
             deviation_R = (importance_R - pool.importance).abs_()
             pool.uncertainty.copy_(ema(pool.uncertainty, deviation_R, self.config.beta))
 
-    def _hold_router(self, grad: Tensor) -> Tensor:
-        """During the warm-up the router's gradient must not weigh in gradient clipping either."""
-        return torch.zeros_like(grad) if self.step < self.warmup_steps else grad
-
 
 def _refuse_unplaced(config: DrLoraConfig, owned: int) -> None:
     if config.starts_from_data and not owned:
@@ -386,14 +377,3 @@ def _config_of(model: nn.Module, adapter: str) -> DrLoraConfig:
             f"adapter {adapter!r} is no DR-LoRA adapter; the model's adapters are {kinds}."
         )
     return config
-
-
-def _router_parameters(
-    model: nn.Module, adapters: Mapping[str, ExpertsAdapter], adapter_name: str
-) -> Iterator[nn.Parameter]:
-    """The trained copies of the routers of the adapted blocks."""
-    routers = {a.block.router_name for a in adapters.values() if a.config.router == "train"}
-    inner: nn.Module = model.get_base_model() if isinstance(model, PeftModel) else model
-    for name, module in inner.named_modules():
-        if name in routers and isinstance(module, ModulesToSaveWrapper):
-            yield from module.modules_to_save[adapter_name].parameters()

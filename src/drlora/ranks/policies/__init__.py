@@ -15,7 +15,7 @@ A policy of your own is a subclass of `Policy` in a file of yours:
 """
 
 from drlora.ranks.policies.grow import Grow
-from drlora.ranks.policies.policy import Change, Policy
+from drlora.ranks.policies.policy import ROW_OPTIONS, Change, Policy
 from drlora.ranks.policies.prune import Prune
 
-__all__ = ["Change", "Grow", "Policy", "Prune"]
+__all__ = ["ROW_OPTIONS", "Change", "Grow", "Policy", "Prune"]

@@ -15,7 +15,7 @@ from drlora.errors import ConfigError
 from drlora.ranks.allocator import allocate_in_layers, reserve, take_back
 from drlora.ranks.certain import certain_ranks
 from drlora.ranks.groups import Group, Scored
-from drlora.ranks.policies.policy import Change, Policy
+from drlora.ranks.policies.policy import ROW_OPTIONS, Change, Policy
 from drlora.ranks.schedule import FIRST_INFORMED_STEP, Competitors, GrowthPlan, Schedule, plan_of
 
 
@@ -116,7 +116,7 @@ def _first_informed(plan: GrowthPlan) -> int:
     return early + 1 if early < len(plan.event_steps) else 1
 
 
-_OPTIONS = {
+_OPTIONS: dict[str, Option] = {
     "move_share": Option(
         0.0,
         "at an event, up to this share of all ranks moves from the experts of least saliency to "
@@ -130,17 +130,6 @@ _OPTIONS = {
         low=0,
         high=1,
     ),
-    "importance_reset": Option(
-        "grown",
-        "whose rank importance restarts from 0 after an event: the grown experts' (the paper's "
-        "text), or that of all (its Algorithm 1)",
-        choices=("grown", "all"),
-    ),
-    "young_a": Option(
-        "random",
-        "rows of A that wake up late: random, or along the part of the gradient that their "
-        "expert's A does not reach yet",
-        choices=("random", "gradient"),
-    ),
+    **ROW_OPTIONS,
 }
 ALLOCATIONS.add("grow", Grow(), _OPTIONS)

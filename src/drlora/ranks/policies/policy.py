@@ -8,9 +8,26 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from drlora.config.adapter import DrLoraConfig
+from drlora.config.options import Option
 from drlora.errors import ConfigError
 from drlora.ranks.groups import Group, Scored
 from drlora.ranks.schedule import Competitors, GrowthPlan, Schedule
+
+# Options of any policy that grants ranks: pass them on where it is registered.
+ROW_OPTIONS: dict[str, Option] = {
+    "importance_reset": Option(
+        "grown",
+        "whose rank importance restarts from 0 after an event: the grown experts' (the paper's "
+        "text), or that of all (its Algorithm 1)",
+        choices=("grown", "all"),
+    ),
+    "young_a": Option(
+        "random",
+        "rows of A that wake up late: random, or along the part of the gradient that their "
+        "expert's A does not reach yet",
+        choices=("random", "gradient"),
+    ),
+}
 
 
 @dataclass(frozen=True)
