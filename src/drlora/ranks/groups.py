@@ -129,16 +129,21 @@ def make_groups(
 
 
 def schedule_for(
-    adapters: Mapping[str, ExpertsAdapter], config: DrLoraConfig, total_steps: int
+    adapters: Mapping[str, ExpertsAdapter], config: DrLoraConfig, total_steps: int, begins: bool
 ) -> Schedule:
-    """The schedule of a run of `total_steps`, from the ranks that the adapters have now.
+    """The schedule of a run of `total_steps`.
+
+    Args:
+        adapters: block -> adapter.
+        config: the settings.
+        total_steps: length of the run.
+        begins: whether the run has yet to begin, with the ranks that the adapters have now. One
+            that is under way was checked when it began.
 
     Raises:
         ConfigError: if a group cannot reach its budget.
     """
     competing = _competing(adapters, config)
-    # The ranks of a run that begins; one that is under way was checked then.
-    begins = not any(p.importance.any() for a in adapters.values() for p in a.rank_pools.values())
     groups = [
         Competitors(
             _num_experts(members),

@@ -101,7 +101,9 @@ def _run(job: Job, model: PeftModel, console: Console) -> TrainResult:
     stop = StopOnInterrupt(console)
     training = _Training(job, model, console, stop)
     if not job.checkpoint and not needs_ranks(model):
-        RankDynamics(model, job.plan_steps).release()  # what it refuses, it is to refuse now
+        RankDynamics(
+            model, job.plan_steps, step=0
+        ).release()  # what it refuses, it is to refuse now
     on_main(lambda: _begin(job))
     before = _measure_before(job, model, console)
     if before:
