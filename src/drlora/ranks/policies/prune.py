@@ -23,6 +23,8 @@ class PruningPlan(GrowthPlan):
 
     def due(self, event: int) -> int:
         """As for growth, but negative."""
+        if not self.event_steps:
+            return 0
         left = (1 - event / len(self.event_steps)) ** 3
         return math.ceil(self.budget * left) - self.budget
 
