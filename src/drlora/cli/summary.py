@@ -10,8 +10,9 @@ from rich.table import Table
 
 from drlora.errors import counted, duration
 from drlora.evaluation.measure import Measurement
+from drlora.ranks.rank_map import Ranks
 from drlora.report.heat_map import print_heat_map
-from drlora.runs.outcome import Ranks, TrainResult
+from drlora.runs.outcome import TrainResult
 from drlora.runs.progress import say
 
 MOST_IN_TABLE = 32  # experts of a layer

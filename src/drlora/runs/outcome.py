@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from drlora.evaluation.measure import Measurement
+from drlora.ranks.rank_map import Ranks
 from drlora.runs.rundir import RunDir
 
-Ranks = dict[str, dict[str, list[int]]]
 # Without a held-out loss to compare with, the training loss must have risen by this factor: it
 # differs between batches too.
 RISEN = 1.2

@@ -17,8 +17,6 @@ from peft import PeftModel
 from rich.console import Console
 from transformers import PrinterCallback, set_seed
 
-from drlora.adapter.inject import adapted_layers
-from drlora.adapter.pool import RankPool
 from drlora.adapter.state import adapter_state
 from drlora.config.adapter import DrLoraConfig
 from drlora.config.methods import METHODS
@@ -29,6 +27,7 @@ from drlora.io.checkpoint import checkpoint_step
 from drlora.io.jsonl import append_lines, forget_kind, read_lines
 from drlora.io.run_files import CHECKPOINT
 from drlora.ranks.dynamics import RankDynamics
+from drlora.ranks.rank_map import budget_of, free_parameters, rank_map
 from drlora.ranks.starts import needs_ranks
 from drlora.report.card import write_card_if_possible
 from drlora.runs.environment import peak_memory, versions
@@ -36,7 +35,7 @@ from drlora.runs.held_out import measured_on
 from drlora.runs.job import Job, prepare
 from drlora.runs.loading import add_adapter, load_base_model, training_arguments
 from drlora.runs.moved import FindBest
-from drlora.runs.outcome import Ranks, TrainResult, reasons_of_divergence
+from drlora.runs.outcome import TrainResult, reasons_of_divergence
 from drlora.runs.progress import MetricsLog, ShowProgress, StopOnInterrupt, at_work, say
 from drlora.runs.recipe import Recipe
 from drlora.runs.rundir import RunDir, write_json, write_yaml
@@ -101,7 +100,9 @@ def _run(job: Job, model: PeftModel, console: Console) -> TrainResult:
     stop = StopOnInterrupt(console)
     training = _Training(job, model, console, stop)
     if not job.checkpoint and not needs_ranks(model):
-        RankDynamics(model, job.plan_steps).release()  # what it refuses, it is to refuse now
+        RankDynamics(
+            model, job.plan_steps, step=0
+        ).release()  # what it refuses, it is to refuse now
     on_main(lambda: _begin(job))
     before = _measure_before(job, model, console)
     if before:
@@ -134,9 +135,9 @@ def _result(
         run=job.run,
         before=before,
         after=after,
-        ranks=(ranks := current_ranks(model)),
-        budget=_budget(model, ranks),
-        trainable_parameters=stored - _free_parameters(model),
+        ranks=rank_map(model),
+        budget=budget_of(model),
+        trainable_parameters=stored - free_parameters(model),
         stored_parameters=stored,
         steps=training.steps,
         seconds=training.seconds,
@@ -306,41 +307,10 @@ class _Share(transformers.TrainerCallback):
         self.training.note_length(state.max_steps, state.train_batch_size)
 
 
-def current_ranks(model: PeftModel) -> Ranks:
-    """Block -> projection -> rank of each expert, of the model's adapter."""
-    name = model.active_adapter
-    layers = adapted_layers(model, name)
-    return {block: layer.adapter(name).ranks() for block, layer in layers.items()}
-
-
-def _pools(model: PeftModel) -> list[RankPool]:
-    layers = adapted_layers(model, model.active_adapter).values()
-    return [p for la in layers for p in la.adapter(model.active_adapter).rank_pools.values()]
-
-
-def _free_parameters(model: PeftModel) -> int:
-    """Numbers in rows that no expert owns."""
-    return sum(
-        pool.book.free * (pool.lora_A.shape[1] + pool.lora_B.shape[1]) for pool in _pools(model)
-    )
-
-
 def _config(model: PeftModel) -> DrLoraConfig:
     config = model.peft_config[model.active_adapter]
     assert isinstance(config, DrLoraConfig)
     return config
-
-
-def _budget(model: PeftModel, ranks: Ranks) -> dict[str, Any]:
-    rows = [row for projections in ranks.values() for row in projections.values()]
-    return {
-        "spent": sum(map(sum, rows)),
-        "stored": sum(len(pool.book.owner_R) for pool in _pools(model)),
-        "r_target": _config(model).r_target,
-        "experts": len(rows[0]),
-        "layers": len(ranks),
-        "projections": len(next(iter(ranks.values()))),
-    }
 
 
 def _to_json(
