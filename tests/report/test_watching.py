@@ -123,17 +123,18 @@ def grant(expert, granted, rank, block="b"):
 
 
 def test_growth_line_says_who():
-    growth = SimpleNamespace(done_share=0.4)
-    config = SimpleNamespace(allocation="grow")
-    dynamics = SimpleNamespace(adapters={"a": None, "b": None}, growth=growth, config=config)
+    growth = SimpleNamespace(done_share=0.4, noun="growth")
+    dynamics = SimpleNamespace(adapters={"a": None, "b": None}, growth=growth)
     line = growth_line([grant(0, 1, 3), grant(7, 5, 12), grant(2, 3, 4, "a")], dynamics)
     assert line == (
         "step 120: 9 ranks to 3 experts, most to 1.7 +5, 0.2 +3, 1.0 +1; the largest has 12; "
         "40% of the growth is done"
     )
-    config.allocation = "prune"
+    growth.noun = "pruning"
     line = growth_line([grant(0, -2, 3)], dynamics)
-    assert line.startswith("step 120: 2 ranks taken from 1 expert; the largest has 3; 40%")
+    assert line == (
+        "step 120: 2 ranks taken from 1 expert; the largest has 3; 40% of the pruning is done"
+    )
 
 
 BAR = ("40/100", "loss 1.235", "lr 2.0e-04", "rank 12.5", "left")

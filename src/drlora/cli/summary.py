@@ -12,7 +12,8 @@ from drlora.cli.heat_map import print_heat_map
 from drlora.cli.progress import say
 from drlora.errors import counted, duration
 from drlora.evaluation.measure import Measurement
-from drlora.runs.outcome import Ranks, TrainResult
+from drlora.ranks.rank_map import Ranks
+from drlora.runs.outcome import TrainResult
 
 MOST_IN_TABLE = 32  # experts of a layer
 

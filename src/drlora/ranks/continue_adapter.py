@@ -159,9 +159,6 @@ def continue_adapter(
             f"the adapter in {folder} cannot be continued: {first_line(error)}. Give the settings "
             f"that it was trained with, and its base model."
         ) from error
-    for layer in adapted_layers(adapted, "default").values():
-        for pool in layer.adapter("default").rank_pools.values():
-            pool.read_owners()
     if lost > 0:
         warnings.warn(
             f"start_from_ranks 'again': back at r_init={config.r_init}, the experts keep "

@@ -10,9 +10,9 @@ from typing import Any
 from drlora.errors import DrLoraError
 from drlora.evaluation.measure import Measurement
 from drlora.io.files import read_json
+from drlora.ranks.rank_map import Ranks
 from drlora.runs.rundir import RunDir
 
-Ranks = dict[str, dict[str, list[int]]]
 # Without a held-out loss to compare with, the training loss must have risen by this factor: it
 # differs between batches too.
 RISEN = 1.2

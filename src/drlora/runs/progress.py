@@ -163,8 +163,8 @@ def growth_line(grants: list[Grant], dynamics: RankDynamics) -> str:
         for word, sign in (("to", 1), ("taken from", -1))
         if (some := [g for g in grants if g.granted * sign > 0])
     ]
-    kind = "pruning" if dynamics.config.allocation == "prune" else "growth"
     return (
         f"step {grants[0].step}: {', '.join(changes)}{most and f', most to {most}'}; the largest "
-        f"has {max(g.rank for g in grants)}; {dynamics.growth.done_share:.0%} of the {kind} is done"
+        f"has {max(g.rank for g in grants)}; {dynamics.growth.done_share:.0%} of the "
+        f"{dynamics.growth.noun} is done"
     )

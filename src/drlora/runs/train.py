@@ -16,8 +16,6 @@ import torch
 from peft import PeftModel
 from transformers import set_seed
 
-from drlora.adapter.inject import adapted_layers
-from drlora.adapter.pool import RankPool
 from drlora.adapter.state import adapter_state
 from drlora.config.adapter import DrLoraConfig
 from drlora.config.methods import METHODS
@@ -28,6 +26,7 @@ from drlora.io.checkpoint import checkpoint_step
 from drlora.io.files import refuse_links_out
 from drlora.io.jsonl import append_lines, forget_kind, read_lines
 from drlora.ranks.dynamics import RankDynamics
+from drlora.ranks.rank_map import budget_of, free_parameters, rank_map
 from drlora.ranks.starts import needs_ranks
 from drlora.report.card import write_card_if_possible
 from drlora.runs.environment import peak_memory, versions
@@ -37,7 +36,6 @@ from drlora.runs.job import Job, prepare
 from drlora.runs.loading import add_adapter, load_base_model, training_arguments
 from drlora.runs.outcome import (
     Budget,
-    Ranks,
     RunDiverged,
     RunInterrupted,
     TrainResult,
@@ -121,7 +119,9 @@ def _run(job: Job, model: PeftModel, progress: Progress) -> TrainResult:
     stop = StopOnInterrupt(progress)
     training = Training(job, model, stop)
     if not job.checkpoint and not needs_ranks(model):
-        RankDynamics(model, job.plan_steps).release()  # what it refuses, it is to refuse now
+        RankDynamics(
+            model, job.plan_steps, step=0
+        ).release()  # what it refuses, it is to refuse now
     on_main(lambda: _begin(job))
     before = _measure_before(job, model, progress)
     if before:
@@ -154,9 +154,9 @@ def _result(
         run=job.run,
         before=before,
         after=after,
-        ranks=(ranks := current_ranks(model)),
-        budget=_budget(model, ranks),
-        trainable_parameters=stored - _free_parameters(model),
+        ranks=rank_map(model),
+        budget=Budget(**budget_of(model)),
+        trainable_parameters=stored - free_parameters(model),
         stored_parameters=stored,
         steps=training.steps,
         seconds=training.seconds,
@@ -225,41 +225,10 @@ def _log_measurement(run: RunDir, entry: dict[str, Any]) -> None:
     append_lines(run.metrics, [entry])
 
 
-def current_ranks(model: PeftModel) -> Ranks:
-    """Block -> projection -> rank of each expert, of the model's adapter."""
-    name = model.active_adapter
-    layers = adapted_layers(model, name)
-    return {block: layer.adapter(name).ranks() for block, layer in layers.items()}
-
-
-def _pools(model: PeftModel) -> list[RankPool]:
-    layers = adapted_layers(model, model.active_adapter).values()
-    return [p for la in layers for p in la.adapter(model.active_adapter).rank_pools.values()]
-
-
-def _free_parameters(model: PeftModel) -> int:
-    """Numbers in rows that no expert owns."""
-    return sum(
-        pool.book.free * (pool.lora_A.shape[1] + pool.lora_B.shape[1]) for pool in _pools(model)
-    )
-
-
 def _config(model: PeftModel) -> DrLoraConfig:
     config = model.peft_config[model.active_adapter]
     assert isinstance(config, DrLoraConfig)
     return config
-
-
-def _budget(model: PeftModel, ranks: Ranks) -> Budget:
-    rows = [row for projections in ranks.values() for row in projections.values()]
-    return Budget(
-        spent=sum(map(sum, rows)),
-        stored=sum(len(pool.book.owner_R) for pool in _pools(model)),
-        r_target=_config(model).r_target,
-        experts=len(rows[0]),
-        layers=len(ranks),
-        projections=len(next(iter(ranks.values()))),
-    )
 
 
 def _to_json(result: TrainResult, job: Job, model: PeftModel, training: Training) -> dict[str, Any]:

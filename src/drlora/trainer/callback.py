@@ -37,10 +37,11 @@ from drlora.io.checkpoint import seal
 from drlora.io.jsonl import append_lines, forget_after, set_aside
 from drlora.io.run_files import EVENT_LOG, GROWTH_LOG
 from drlora.io.writing import sync
-from drlora.ranks.dynamics import Grant, RankDynamics
+from drlora.ranks.dynamics import RankDynamics
+from drlora.ranks.event import Grant
+from drlora.ranks.optimizer_rows import unwrap_optimizer
 from drlora.ranks.schedule import Schedule
 from drlora.ranks.starts import needs_ranks, place_ranks
-from drlora.ranks.young_rows import unwrap_optimizer
 from drlora.trainer.best_model import load_best, refuse_mixed_up
 from drlora.trainer.event_log import EventLog
 from drlora.trainer.rank_log import RankLog
@@ -100,12 +101,13 @@ class DrLoraCallback(TrainerCallback, ExportableState):
         if needs_ranks(model, self.adapter):
             place_ranks(model, self._first_batches(args, **kwargs), self.adapter)
         planned = Schedule(**saved["schedule"]) if "schedule" in saved else None
-        self.dynamics = RankDynamics(model, state.max_steps, self.adapter, planned)
+        step = saved.get("step", state.global_step)
+        self.dynamics = RankDynamics(
+            model, state.max_steps, self.adapter, planned, step, state.global_step - step
+        )
         _refuse_frozen(self.dynamics)
         refuse_mixed_up(args, model, self.dynamics.adapter_name)
         self._tell_of_other_length(state.max_steps)
-        self.dynamics.step = saved.get("step", state.global_step)
-        self.dynamics.skipped = state.global_step - self.dynamics.step
         _warn_of_longer_warmup(self.dynamics, args.get_warmup_steps(state.max_steps))
         self._log = Path(self.log_dir or args.output_dir or ".") / GROWTH_LOG
         self._events = EventLog(self._log.with_name(EVENT_LOG), self.dynamics, self.log_start)
@@ -144,14 +146,14 @@ class DrLoraCallback(TrainerCallback, ExportableState):
             self._scale is not None and _scaler_of(optimizer).get_scale() < self._scale
         )
         with self._rank_log.timed():
-            grants = self.dynamics.after_optimizer_step(optimizer, skipped=skipped)
-        self._rank_log.has_changed |= bool(grants)
-        if grants and state.is_world_process_zero:
-            lines = [asdict(grant) for grant in grants]
+            event = self.dynamics.after_optimizer_step(optimizer, skipped=skipped)
+        self._rank_log.has_changed |= bool(event.grants)
+        if event.grants and state.is_world_process_zero:
+            lines = [asdict(grant) for grant in event.grants]
             append_lines(self._log, [{**g, "step": self.log_start + g["step"]} for g in lines])
-            self._events.write_event()
-        if grants and self.on_growth is not None:
-            self.on_growth(grants)
+            self._events.write_event(event)
+        if event.grants and self.on_growth is not None:
+            self.on_growth(list(event.grants))
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -107,10 +107,7 @@ class RunTrainer(Trainer):
         self.on_restart(self._train_batch_size, self.state.global_step)
         self._adapted.load_state_dict(began, strict=False)
         for layer in adapted_layers(self._adapted, self._adapted.active_adapter).values():
-            adapter = layer.adapter(self._adapted.active_adapter)
-            adapter.meter.reset()
-            for pool in adapter.rank_pools.values():
-                pool.read_owners()
+            layer.adapter(self._adapted.active_adapter).meter.reset()
         self.optimizer = None  # the new one is made as the first was
         set_seed(self.args.seed)
 
