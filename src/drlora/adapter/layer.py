@@ -32,9 +32,10 @@ from drlora.config.adapter import DrLoraConfig
 from drlora.errors import ConfigError
 from drlora.moe.blocks import MoEBlock
 from drlora.moe.families import family_of
-from drlora.ops import ExpertWeights, LoraPiece, TracedPiece, adapted_experts, traced_experts
+from drlora.ops import LoraPiece, TracedPiece, adapted_experts, traced_experts
+from drlora.ops.engine import AUTO
 from drlora.ops.merge import NEAREST, Rounding, add_update, is_finite
-from drlora.ops.parts import MATRICES
+from drlora.ops.weights import MATRICES, ExpertWeights
 
 
 class ProbeRows(NamedTuple):
@@ -167,7 +168,7 @@ class DrLoraExperts(nn.Module, BaseTunerLayer):
         self.trained_in_full: Sequence[nn.Module] = ()
         self.rounding: Rounding = NEAREST  # of merged weights
         self._disable_adapters = False
-        self._unmerged: list[Tensor] = []
+        self._unmerged: list[Any] = []
 
     def adapter(self, name: str) -> ExpertsAdapter:
         """The adapter called `name`."""
@@ -177,11 +178,6 @@ class DrLoraExperts(nn.Module, BaseTunerLayer):
     def base_weights(self) -> ExpertWeights:
         """The frozen weights of all experts."""
         return self.family.weights(self.get_base_layer())
-
-    @property
-    def base_weight(self) -> Tensor:
-        """One of the base weights, for its device and dtype."""
-        return self.base_weights.sample
 
     @property
     def is_adapting(self) -> bool:
@@ -205,10 +201,11 @@ class DrLoraExperts(nn.Module, BaseTunerLayer):
         """Add an adapter, on the device of the base weights and in their dtype."""
         adapter = ExpertsAdapter(self.block, config)
         if not any(p.device.type == "meta" for p in adapter.parameters()):
-            adapter.to(self.base_weight.device)
+            base = self.base_weights
+            adapter.to(base.device)
             for pool in adapter.rank_pools.values():
-                pool.lora_A.data = pool.lora_A.data.to(self.base_weight.dtype)
-                pool.lora_B.data = pool.lora_B.data.to(self.base_weight.dtype)
+                pool.lora_A.data = pool.lora_A.data.to(base.dtype)
+                pool.lora_B.data = pool.lora_B.data.to(base.dtype)
             if name == "ref" and "default" in self.drlora_adapters:
                 # TRL's frozen reference: it copies the parameters itself, but not who owns them.
                 twin = self.adapter("default")
@@ -221,7 +218,7 @@ class DrLoraExperts(nn.Module, BaseTunerLayer):
         """What the base layer returns for the same call, with the adapters' updates."""
         if self.disable_adapters and self.merged:
             self.unmerge()
-        if self.is_adapting:
+        if self.is_adapting or not self.base_weights.is_plain:
             return self.family.call(self.get_base_layer(), self._run, *args, **kwargs)
         out = self.base_layer(*args, **kwargs)
         self._take_logits()
@@ -237,7 +234,7 @@ class DrLoraExperts(nn.Module, BaseTunerLayer):
     ) -> Tensor:
         """The experts' output, (T, H); see `drlora.moe.families.Run` for the arguments."""
         logits_TE = self._take_logits()
-        names = self._names()
+        names = self._names() if self.is_adapting else []
         adapters = [self.adapter(name) for name in names]
         if self.training and len({a.config.lora_dropout for a in adapters}) > 1:
             raise ConfigError(
@@ -247,9 +244,10 @@ class DrLoraExperts(nn.Module, BaseTunerLayer):
         base = self.base_weights
         x_TH = hidden_states
         if self.cast_input_dtype_enabled:
-            x_TH = x_TH.to(base.sample.dtype)
-        dropout = adapters[0].config.lora_dropout if self.training else 0.0
-        engine, routed = adapters[0].config.engine, (x_TH, top_k_index, top_k_weights, base)
+            x_TH = x_TH.to(base.dtype)
+        dropout = adapters[0].config.lora_dropout if self.training and adapters else 0.0
+        engine = adapters[0].config.engine if adapters else AUTO
+        routed = x_TH, top_k_index, top_k_weights, base
         if torch.compiler.is_compiling() and base.is_fused:
             traced = [piece for adapter in adapters for piece in adapter.traced_pieces(x_TH.dtype)]
             out_TH = traced_experts(*routed, traced, dropout=dropout, engine=engine)
@@ -257,7 +255,7 @@ class DrLoraExperts(nn.Module, BaseTunerLayer):
             pieces = [piece for adapter in adapters for piece in adapter.pieces(x_TH.dtype)]
             out_TH = _untraced_experts(*routed, pieces, dropout=dropout, engine=engine)
         counted = routing or (top_k_index, top_k_weights)
-        if self.training and self.tokens.is_computed_again:
+        if adapters and self.training and self.tokens.is_computed_again:
             self.first_passes.remember(counted[0], self.tokens.masks)
         if self.training and torch.is_grad_enabled() and out_TH.requires_grad:
             masks = self.tokens.masks or self._masks_of_recomputed(counted[0])
@@ -300,14 +298,29 @@ class DrLoraExperts(nn.Module, BaseTunerLayer):
         names = check_adapters_to_merge(self, adapter_names)
         if not names:
             return
+        self.refuse_fixed_weights()
         if not self._unmerged:
-            self._unmerged = [matrix.detach().clone() for matrix in self._all_matrices()]
+            base = self.base_weights
+            self._unmerged = [base.matrix(matrix).snapshot() for matrix in MATRICES]
         self._merge_in_place(names, safe_merge)
+
+    def refuse_fixed_weights(self) -> None:
+        """Refuse to merge into weights that cannot be changed.
+
+        Raises:
+            ConfigError: saying why they cannot.
+        """
+        if (reason := self.base_weights.fixed) is not None:
+            raise ConfigError(
+                f"an adapter cannot be merged into {self.block.experts_name}: {reason}. Keep it "
+                f"beside the model, or put it on the model as it was before it was stored so."
+            )
 
     def unmerge(self) -> None:
         """Put the base weights back as they were before `merge`."""
-        for matrix, kept in zip(self._all_matrices(), self._unmerged, strict=False):
-            matrix.data.copy_(kept)
+        base = self.base_weights
+        for matrix, kept in zip(MATRICES, self._unmerged, strict=False):
+            base.matrix(matrix).restore(kept)
         self._unmerged.clear()
         self.merged_adapters.clear()
 
@@ -316,14 +329,9 @@ class DrLoraExperts(nn.Module, BaseTunerLayer):
     ) -> nn.Module:
         """The base experts, with the adapters merged in if asked; keeps no copy to go back to."""
         if merge:
+            self.refuse_fixed_weights()
             self._merge_in_place(check_adapters_to_merge(self, adapter_names), safe_merge)
         return self.get_base_layer()
-
-    def _all_matrices(self) -> list[Tensor]:
-        """Of all experts, as few tensors as they are kept in."""
-        base = self.base_weights
-        stacks = [stack for matrix in MATRICES for stack in base.stacks(matrix)]
-        return [m for s in stacks for m in ([s] if isinstance(s, Tensor) else s)]
 
     @torch.no_grad()
     def _merge_in_place(self, names: list[str], safe_merge: bool) -> None:
@@ -345,7 +353,7 @@ class DrLoraExperts(nn.Module, BaseTunerLayer):
         self, adapter_name: str, device: torch.device | None = None
     ) -> None:
         if adapter_name in self.drlora_adapters:
-            self.adapter(adapter_name).to(device or self.base_weight.device)
+            self.adapter(adapter_name).to(device or self.base_weights.device)
 
     def __repr__(self) -> str:
         return "drlora." + super().__repr__()

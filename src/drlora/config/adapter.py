@@ -24,6 +24,7 @@ from drlora.config.checks import (
 )
 from drlora.config.methods import method_settings
 from drlora.config.peft_type import DRLORA, SavedConfig
+from drlora.config.registry import ENGINES
 from drlora.errors import ConfigError
 from drlora.wording import shown
 
@@ -51,7 +52,6 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "router": ("frozen", "train"),
     "young_rows": ("inherit", "own", "shared"),
     "young_a": ("random", "gradient"),
-    "engine": ("auto", "naive", "loop", "grouped", "triton"),
 }
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -204,6 +204,7 @@ class DrLoraConfig(SavedConfig):
         super().__post_init__()
         for name, choices in CHOICES.items():
             one_of(self, name, choices)
+        one_of(self, "engine", (AUTO, *ENGINES.names()))
         self._check_ranks()
         self._check_numbers()
         self._check_names()

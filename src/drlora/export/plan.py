@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from drlora.adapter.embeddings import has_tied_embeddings
-from drlora.adapter.inject import adapted_layers
+from drlora.adapter.inject import adapted_layers, refuse_fixed_weights
 from drlora.errors import CheckpointError, ConfigError
 from drlora.export import peft_lora, per_expert
 from drlora.export.check import Batch, refuse_if_different
@@ -110,6 +110,7 @@ def make_plan(model: PeftModel, format: str, rank: str = "padded") -> ExportPlan
             raise ConfigError(
                 f"rank={rank!r} is for the formats peft and per-expert; leave it out."
             )
+        refuse_fixed_weights(base)
         return ExportPlan(format, adapter, None, owned, _merged_bytes(base), MERGED_FILES, (), None)
     updates = collect_updates(model, adapter, all_matrices=format == "per-expert")
     notes = []

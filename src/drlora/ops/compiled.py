@@ -24,11 +24,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from drlora.ops.grouped import ALIGNMENT_BYTES, grouped_fits, grouped_misfit, pad_rows, padded_rows
+from drlora.config.registry import ENGINES
+from drlora.ops.engine import AUTO, automatic
+from drlora.ops.grouped import ALIGNMENT_BYTES, pad_rows, padded_rows
+from drlora.ops.grouped import refuses as grouped_refuses
 from drlora.ops.loop.engine import working_dtype
 from drlora.ops.loop.matrices import Widen
-from drlora.ops.parts import DropoutMasks, ExpertWeights, Matrix, Routing
+from drlora.ops.parts import DropoutMasks, Routing
 from drlora.ops.stand_ins import tell_once
+from drlora.ops.weights import ExpertWeights, Matrix
 
 
 class TracedPiece(NamedTuple):
@@ -86,10 +90,10 @@ def experts_traced(
 
 
 def _runs_grouped(engine: str, base: ExpertWeights) -> bool:
-    if engine == "auto":
-        return base.sample.device.type != "cpu" and grouped_fits(base)
-    misfit = grouped_misfit(base)
-    grouped = engine in ("grouped", "triton") and misfit is None
+    misfit = grouped_refuses(base)
+    if engine == AUTO:
+        return automatic(base) == "grouped" and misfit is None
+    grouped = ENGINES[engine].traced == "grouped" and misfit is None
     computes = "grouped" if grouped else "loop"
     if engine != computes:
         tell_once(engine, computes, misfit or "torch.compile knows 'grouped' and 'loop' alone")

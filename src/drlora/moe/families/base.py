@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
-from drlora.ops import ExpertWeights
+from drlora.ops.weights import ExpertWeights
 
 
 class Run(Protocol):
@@ -56,7 +56,7 @@ class Family(ABC):
 
     @abstractmethod
     def weights(self, module: Any) -> ExpertWeights:
-        """The frozen weights, as views of the module's parameters. Called in each forward."""
+        """The frozen weights, which stay the module's own. Called in each forward."""
 
     def missing(self, module: Any) -> str | None:
         """Why a recognised module cannot be adapted, or None."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from drlora.moe.families.base import Family, Run, gated
-from drlora.ops import ExpertWeights
+from drlora.ops.weights import ExpertWeights, as_matrix
 
 
 class JetMoe(Family):
@@ -26,7 +26,9 @@ class JetMoe(Family):
 
     def weights(self, module: Any) -> ExpertWeights:
         return ExpertWeights(
-            module.input_linear.weight, module.output_linear.weight, *gated(module.activation)
+            as_matrix(module.input_linear.weight),
+            as_matrix(module.output_linear.weight),
+            *gated(module.activation),
         )
 
     def call(self, module: Any, run: Run, hidden: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from drlora.moe.families.base import Family, gated
-from drlora.ops import ExpertWeights
+from drlora.ops.weights import ExpertWeights, as_matrix
 
 
 class Llama4(Family):
@@ -27,8 +27,8 @@ class Llama4(Family):
 
     def weights(self, module: Any) -> ExpertWeights:
         return ExpertWeights(
-            module.gate_up_proj.transpose(1, 2),
-            module.down_proj.transpose(1, 2),
+            as_matrix(module.gate_up_proj, transposed=True),
+            as_matrix(module.down_proj, transposed=True),
             *gated(module.act_fn),
         )
 

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from drlora.moe.families.base import Family, Run, gated, run_routed_rows
-from drlora.ops import ExpertWeights
+from drlora.ops.weights import ExpertWeights, as_matrix
 
 
 class LongcatFlash(Family):
@@ -25,7 +25,8 @@ class LongcatFlash(Family):
 
     def weights(self, module: Any) -> ExpertWeights:
         gate_up_EGH = module.gate_up_proj[: module.num_routed_experts]
-        return ExpertWeights(gate_up_EGH, module.down_proj, *gated(module.act_fn))
+        gate_up, down = as_matrix(gate_up_EGH), as_matrix(module.down_proj)
+        return ExpertWeights(gate_up, down, *gated(module.act_fn))
 
     def num_choices(self, module: Any) -> int:
         return module.total_experts
