@@ -83,6 +83,20 @@ class Family(ABC):
         return logits if isinstance(logits, Tensor) else None
 
 
+FAMILIES: list[Family] = []
+
+
+def register_family(family: Family) -> Family:
+    """Have experts recognised by `family` too, which is asked before all that are there."""
+    FAMILIES.insert(0, family)
+    return family
+
+
+def family_of(module: nn.Module) -> Family | None:
+    """The family that recognises `module` as its experts, or None."""
+    return next((family for family in FAMILIES if family.recognises(module)), None)
+
+
 def gated(act: Any) -> tuple[Any, bool]:
     """(apply_gate, is_silu) for `act(gate) * up` with gate before up."""
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from drlora.moe.families.base import Family, Run, gated
+from drlora.moe.families.base import Family, Run, gated, register_family
 from drlora.ops.weights import Apart, ExpertWeights, as_matrix
 
 
@@ -29,3 +29,6 @@ class Dbrx(Family):
     ) -> Tensor:
         out_TH = run(hidden.reshape(-1, hidden.shape[-1]), index_TK, weight_TK)
         return out_TH.view(hidden.shape)
+
+
+register_family(Dbrx())

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.integrations import moe as hf_moe
 
-from drlora.moe.families.base import Family, is_silu
+from drlora.moe.families.base import Family, is_silu, register_family
 from drlora.ops.storage import storage_of
 from drlora.ops.weights import ExpertWeights, as_matrix
 
@@ -70,3 +70,6 @@ def _has_post_norm(module: Any) -> bool:
 def _parameter_names(module: Any) -> list[str]:
     names = ["gate_up_proj" if module.has_gate else "up_proj", "down_proj"]
     return names + [f"{name}_bias" for name in names] if module.has_bias else names
+
+
+register_family(InterfaceExperts())

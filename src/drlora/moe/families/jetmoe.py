@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from drlora.moe.families.base import Family, Run, gated
+from drlora.moe.families.base import Family, Run, gated, register_family
 from drlora.ops.weights import ExpertWeights, as_matrix
 
 
@@ -46,3 +46,6 @@ class JetMoe(Family):
 
     def router_logits(self, output: tuple[Any, ...]) -> Tensor:
         return output[4]
+
+
+register_family(JetMoe())

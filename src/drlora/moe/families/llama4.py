@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from drlora.moe.families.base import Family, gated
+from drlora.moe.families.base import Family, gated, register_family
 from drlora.ops.weights import ExpertWeights, as_matrix
 
 
@@ -64,3 +64,6 @@ def _sparse(block_class: Any) -> Any:
         return self.shared_expert(x_TH) + routed_TH, logits_TE
 
     return type(block_class.__name__, (block_class,), {"forward": forward, "drlora_sparse": True})
+
+
+register_family(Llama4())

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from drlora.moe.families.base import Family, Run, gated, run_routed_rows
+from drlora.moe.families.base import Family, Run, gated, register_family, run_routed_rows
 from drlora.ops.weights import ExpertWeights, as_matrix
 
 
@@ -38,3 +38,6 @@ class LongcatFlash(Family):
         kept_T1 = weight_TK.masked_fill(index_TK < num_experts, 0).sum(dim=1, keepdim=True)
         routed_TH = run_routed_rows(run, x_TH, index_TK, weight_TK, num_experts)
         return routed_TH + (x_TH * kept_T1).to(x_TH.dtype)
+
+
+register_family(LongcatFlash())

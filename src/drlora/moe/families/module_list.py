@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from drlora.moe.families.base import Family, Run, gated
+from drlora.moe.families.base import Family, Run, gated, register_family
 from drlora.ops.naive import experts_naive
 from drlora.ops.parts import DropoutMasks, sort_by_expert
 from drlora.ops.storage import has_own_storage
@@ -127,3 +127,6 @@ def _softmax_top_k(module: Any, logits_TE: Tensor) -> tuple[Tensor, Tensor]:
     if getattr(module, "norm_topk_prob", True):
         weight_TK = weight_TK / weight_TK.sum(dim=-1, keepdim=True)
     return weight_TK.to(logits_TE.dtype), index_TK
+
+
+register_family(ModuleListExperts())

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from drlora.moe.families.base import Family
+from drlora.moe.families.base import Family, register_family
 from drlora.ops.weights import ExpertWeights, as_matrix
 
 
@@ -22,3 +22,6 @@ class Step3p7(Family):
     def weights(self, module: Any) -> ExpertWeights:
         gate_up, down = as_matrix(module.gate_up_proj), as_matrix(module.down_proj)
         return ExpertWeights(gate_up, down, module._apply_gate, is_silu=False)
+
+
+register_family(Step3p7())
