@@ -129,8 +129,7 @@ def unobserved(base: nn.Module, like: nn.Module | None = None) -> nn.Module:
         layer._observe = lambda adapter, out, *rest: out  # type: ignore[method-assign]
     if like is not None:
         for mine, other in zip(pools_of(model), pools_of(like), strict=True):
-            mine.owner.copy_(other.owner)
-            mine.read_owners()
+            mine.set_owners(other.book.owner_R)
     return model
 
 

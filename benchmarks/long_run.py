@@ -131,7 +131,7 @@ def window(watch: Watch, first: int) -> dict[str, Any]:
 def run(steps: int, folder: Path) -> dict[str, Any]:
     """The whole run and what became of memory, time and logs."""
     torch.manual_seed(0)
-    model = make_model(move_share=0.05)
+    model = make_model(options={"move_share": 0.05})
     growth, watch = drlora.DrLoraCallback(), Watch()
     arguments = TrainingArguments(
         str(folder), max_steps=steps, per_device_train_batch_size=ROWS, learning_rate=1e-4,
@@ -173,7 +173,7 @@ def run(steps: int, folder: Path) -> dict[str, Any]:
         },
         "checkpoints": sorted(path.name for path in folder.glob("checkpoint-*")),
         "minutes": round(seconds / 60, 1),
-        "settings": {**SETTINGS, "move_share": 0.05, "batch": [ROWS, LENGTH]},
+        "settings": {**SETTINGS, "options": {"move_share": 0.05}, "batch": [ROWS, LENGTH]},
         **where(),
         "source": source_state(),
     }  # fmt: skip

@@ -32,8 +32,7 @@ SETTINGS: dict[str, Any] = dict(
 # Everything that writes to single rows, which a process may or may not hold.
 ROWS: dict[str, Any] = dict(
     young_rows="inherit",
-    young_a="gradient",
-    move_share=0.2,
+    options={"young_a": "gradient", "move_share": 0.2},
     grow_every=4,
     warmup_steps=6,
     settle_steps=2,
@@ -61,7 +60,7 @@ class Job:
             for layer in self.model.get_base_model().model.layers:
                 fully_shard(layer)
             fully_shard(self.model)
-        decay = 0.1 if "move_share" in changes else 0.0
+        decay = 0.1 if "move_share" in changes.get("options", {}) else 0.0
         self.optimizer = torch.optim.AdamW(trainable(self.model), lr=1e-3, weight_decay=decay)
         self.dynamics = drlora.RankDynamics(self.model, total)
         self.losses, self.history = [], {}

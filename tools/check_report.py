@@ -20,7 +20,7 @@ from typing import Any
 
 from playwright.sync_api import Browser, Page, sync_playwright
 
-from drlora.report import write_report
+from drlora.report.write import write_report
 
 WIDTHS = (1280, 390)
 SCHEMES = ("light", "dark")

@@ -39,7 +39,8 @@ from safetensors.torch import load_file
 
 import drlora.adapter.layer
 from drlora.errors import CheckpointError
-from drlora.export import peft_lora, per_expert
+from drlora.export import peft_lora
+from drlora.export.formats import per_expert
 from drlora.runs.export import export_run
 from drlora.runs.train import peak_memory, versions
 

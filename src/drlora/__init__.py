@@ -6,30 +6,44 @@
     model = get_peft_model(base_model, drlora.DrLoraConfig(r_init=8, r_target=16, r_max=32))
     trainer = Trainer(model=model, ..., callbacks=[drlora.DrLoraCallback()])
 
-Importing drlora registers the method with PEFT. The method: arXiv 2601.04823.
+Importing drlora registers the method with PEFT (see `registration`). The names below are imported
+from where they are defined when they are first used. The method: arXiv 2601.04823.
 """
 
 from __future__ import annotations
 
-from drlora.adapter import model as _peft_method
-from drlora.adapter.state import adapter_state
-from drlora.config.adapter import DrLoraConfig
-from drlora.config.peft_type import AFTER_SAVE as _AFTER_SAVE
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
 from drlora.errors import CheckpointError, ConfigError, DataError, DrLoraError, SyncError
-from drlora.export.import_lora import load_peft_lora
-from drlora.io.checkpoint import newest_checkpoint, write_checkpoint
-from drlora.ranks.continue_adapter import continue_adapter
-from drlora.ranks.dynamics import Grant, RankDynamics
-from drlora.ranks.starts import place_ranks, rank_map, ranks_from_routing, start_ranks
-from drlora.report.card import keep_cards as _keep_cards
-from drlora.report.card import write_card_if_possible as _write_card
-from drlora.trainer.callback import DrLoraCallback
+from drlora.registration import register_with_peft as _register_with_peft
 from drlora.version import __version__
 
-_peft_method.register()
-_keep_cards()
-if _write_card not in _AFTER_SAVE:
-    _AFTER_SAVE.append(_write_card)
+if TYPE_CHECKING:
+    from drlora.adapter.state import adapter_state
+    from drlora.config.adapter import DrLoraConfig
+    from drlora.export.import_lora import load_peft_lora
+    from drlora.io.checkpoint import newest_checkpoint, write_checkpoint
+    from drlora.ranks.continue_adapter import continue_adapter
+    from drlora.ranks.dynamics import RankDynamics
+    from drlora.ranks.event import Grant
+    from drlora.ranks.starts import place_ranks, rank_map, ranks_from_routing, start_ranks
+    from drlora.trainer.callback import DrLoraCallback
+
+# Module -> the public names that it defines.
+_NAMES = {
+    "adapter.state": ("adapter_state",),
+    "config.adapter": ("DrLoraConfig",),
+    "export.import_lora": ("load_peft_lora",),
+    "io.checkpoint": ("newest_checkpoint", "write_checkpoint"),
+    "ranks.continue_adapter": ("continue_adapter",),
+    "ranks.dynamics": ("RankDynamics",),
+    "ranks.event": ("Grant",),
+    "ranks.starts": ("place_ranks", "rank_map", "ranks_from_routing", "start_ranks"),
+    "trainer.callback": ("DrLoraCallback",),
+}
+_HOMES = {name: module for module, names in _NAMES.items() for name in names}
 
 __all__ = [
     "CheckpointError",
@@ -52,3 +66,22 @@ __all__ = [
     "start_ranks",
     "write_checkpoint",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """A public name, or a module of the package, imported on first use."""
+    if name in _HOMES:
+        found = getattr(import_module(f"drlora.{_HOMES[name]}"), name)
+    elif not name.startswith("_") and find_spec(f"drlora.{name}"):
+        found = import_module(f"drlora.{name}")
+    else:
+        raise AttributeError(f"module 'drlora' has no attribute {name!r}")
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})
+
+
+_register_with_peft()

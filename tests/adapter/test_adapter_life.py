@@ -225,7 +225,7 @@ def test_injection_without_a_peft_model(kind):
 
 @kinds
 def test_deep_copy_and_pickle(kind):
-    model = adapter(kind, routing_signal="probability")
+    model = adapter(kind, options={"routing_signal": "probability"})
     copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
     wanted = logits(model)
     for other in copies:
@@ -441,7 +441,7 @@ def test_merging_one_of_two(kind):
 @kinds
 @pytest.mark.parametrize("merge", [True, False])
 def test_nothing_stays_behind_after_unloading(kind, merge):
-    model = adapter(kind, routing_signal="probability")
+    model = adapter(kind, options={"routing_signal": "probability"})
     layer = weakref.ref(next(iter(adapted_layers(model, "default").values())))
     adapted = logits(model)
     base = model.merge_and_unload() if merge else model.unload()

@@ -26,7 +26,7 @@ from transformers import Trainer, TrainingArguments
 import drlora
 from drlora.adapter.inject import adapted_layers
 from drlora.cli.main import main
-from drlora.export import apply_plan, make_plan
+from drlora.export.plan import apply_plan, make_plan
 
 HEADS = {
     "SEQ_CLS": ("Qwen3MoeForSequenceClassification", AutoPeftModelForSequenceClassification),

@@ -85,7 +85,7 @@ def test_micro_batches_accumulate():
 
 @pytest.mark.parametrize("signal", ["topk_weight", "probability", "count"])
 def test_frequency_is_the_moving_average_of_the_mean_per_token(signal):
-    model = start(routing_signal=signal)
+    model = start(options={"routing_signal": signal})
     dynamics = drlora.RankDynamics(model, total_steps=5)
     wanted = {name: torch.zeros(6) for name in dynamics.adapters}
     routed = {}
@@ -172,7 +172,10 @@ def other_passes(model):
 
 @pytest.mark.parametrize("batch", [masked(), make_batch()], ids=["masked", "no mask"])
 def test_a_call_past_the_outermost_module_has_its_own_mask(batch):
-    right, after = start(routing_signal="count"), start(routing_signal="count")
+    right, after = (
+        start(options={"routing_signal": "count"}),
+        start(options={"routing_signal": "count"}),
+    )
     right(**batch).loss.backward()
     other_passes(after)
     past_the_head(after, batch).backward()

@@ -11,8 +11,8 @@ import pytest
 from tiny_run import save_all
 
 import drlora
-from drlora.cli.arguments import VERBS
-from drlora.cli.main import _parser, main
+from drlora.cli.arguments import VERBS, make_parser
+from drlora.cli.main import main
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def test_help_has_examples_that_parse(verb, capsys):
     for example in examples:
         words = shlex.split(example)[1:]
         assert words[0] == verb
-        _parser().parse_args(words)
+        make_parser().parse_args(words)
 
 
 @pytest.mark.parametrize(

@@ -185,7 +185,7 @@ def test_bad_input(olmoe, capsys, arguments, part):
         ("drlora", {}, 3),
         ("drlora-global", {}, 8),  # a layer may fill up to r_max everywhere
         ("adalora", {}, 5),  # begins with 1.5 r_target and prunes
-        ("hot", {"hot_fraction": 0.5}, 3),
+        ("hot", {"options": {"hot_fraction": 0.5}}, 3),
     ],
 )
 def test_stored_rows_are_those_of_the_method(tmp_path, method, settings, rank):

@@ -315,11 +315,14 @@ def test_two_at_once_in_one_folder_are_refused(tmp_path, capsys):
         ({"methods": {"lora": {"training.learning_rat": 1}}}, "training.learning_rate"),
         ({"base": {"adapter": {"gama": 1}}}, "did you mean adapter.gamma"),
         (
-            {"methods": {"lora": {"method": "lora-plus", "adapter.b_lr_ratio": 4}}},
-            "methods.lora: adapter.b_lr_ratio=4 is not used",
+            {"methods": {"lora": {"method": "lora-plus", "adapter.options.b_lr_ratio": 4}}},
+            "methods.lora: adapter.options.b_lr_ratio=4 is not used",
         ),
         (
-            {"base": {"method": "lora-plus"}, "methods": {"lora": {"adapter.b_lr_ratio": 4}}},
+            {
+                "base": {"method": "lora-plus"},
+                "methods": {"lora": {"adapter.options.b_lr_ratio": 4}},
+            },
             "method='lora-plus' sets it to 16.0",
         ),
         ({"split": "train"}, "split='train' is not known"),

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from drlora import ConfigError, DrLoraConfig
+from drlora.config.methods import METHODS, Method
+from drlora.config.options import Option
+from drlora.config.registry import SALIENCIES
 from drlora.ranks.schedule import Competitors, make_schedule
 
 BAD = {
@@ -27,8 +33,11 @@ BAD = {
     "automatic": (dict(p_grow="automatic"), "p_grow='automatic' must be a number"),
     "projections": (dict(projections=["gate_up", "up"]), r"\['gate_up', 'up'\] is not understood"),
     "projection": (dict(projections=["sideways"]), r"\['sideways'\] is not understood"),
-    "signal": (dict(routing_signal="vibes"), "routing_signal='vibes' is not known; choose one of"),
-    "rank_per": (dict(rank_per="layer"), "rank_per='layer'"),
+    "signal": (
+        dict(options={"routing_signal": "vibes"}),
+        "routing_signal='vibes' is not known; choose one of",
+    ),
+    "rank_per": (dict(options={"rank_per": "layer"}), "rank_per='layer'"),
     "router": (dict(router=True), "router=True is not known; choose one of"),
     "engine": (dict(engine="cuda"), "engine='cuda'"),
     "clock": (dict(young_rows="new"), "young_rows='new'"),
@@ -49,7 +58,7 @@ def test_presets_are_the_published_settings():
     assert (v5.r_init, v5.r_target, v5.r_max) == (8, 16, 32)
     for config in (v3, v5):
         assert (config.beta, config.gamma, config.warmup_steps) == (0.9, 1.2, 0.03)
-        assert config.projections == ["up", "down"] and config.rank_per == "expert"
+        assert config.projections == ["up", "down"] and config.option("rank_per") == "expert"
         assert config.router == "train" and config.scaling == 2.0
     for config, steps, cap in ((v3, 37_997, 9), (v5, 3_750, 2)):  # cap: floor(0.1 (r_max - r_init))
         schedule = make_schedule(config, [Competitors(64)], steps)
@@ -85,3 +94,67 @@ def test_a_whole_number_may_be_written_as_a_float():
     """Version 0.1 took settle_steps=20.0, so saved configurations may have it."""
     config = DrLoraConfig(settle_steps=20.0)
     assert config.settle_steps == 20 and isinstance(config.settle_steps, int)
+
+
+OPTIONS = {
+    "unknown": ({"mov_share": 0.1}, "options.mov_share=0.1 is not known; did you mean move_share"),
+    "no mapping": (["move_share"], r"options=\['move_share'\] must be a mapping"),
+    "share": ({"move_share": 1.5}, r"options.move_share=1.5 must be a number from 0 to 1"),
+    "text": ({"start_batches": "all"}, "options.start_batches='all' must be a whole number of at"),
+    "yes": ({"split_by_active": "yes"}, "options.split_by_active='yes' must be true or false"),
+    "ratio": ({"b_lr_ratio": 0}, "options.b_lr_ratio=0 must be a number greater than 0"),
+    "nan": ({"b_lr_ratio": float("nan")}, "options.b_lr_ratio=nan must be a number greater than 0"),
+    "unused": (
+        {"hot_fraction": 0.5},
+        "options.hot_fraction=0.5 has no effect with start='uniform'",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", OPTIONS)
+def test_options_that_cannot_be_right_are_refused(case):
+    options, message = OPTIONS[case]
+    with pytest.raises(ConfigError, match=message):
+        DrLoraConfig(options=options)
+
+
+def test_options_are_filled_in_and_of_the_chosen_rules():
+    assert DrLoraConfig() == DrLoraConfig(options={"move_share": 0.0})
+    assert DrLoraConfig(start="hot").option("hot_fraction") == 0.25
+    assert "hot_fraction" not in DrLoraConfig().options
+    again = DrLoraConfig(**dataclasses.asdict(DrLoraConfig(start="hot")))
+    assert again == DrLoraConfig(start="hot")
+    kept = DrLoraConfig.for_method("lora", options={"routing_signal": "count", "move_share": 0.5})
+    assert (kept.option("routing_signal"), kept.option("move_share")) == ("count", 0.0)
+
+
+def test_a_configuration_of_version_0_1_is_read(tmp_path):
+    saved = dict(
+        peft_type="DRLORA", r_init=2, r_target=4, r_max=8, move_share=0.1, hot_fraction=0.25,
+        routing_signal="count", use_dora=False, base_model_type="olmoe", schedule={"step": 3},
+        gate_up_order="halves", experts=["model.layers.0.mlp.experts"],
+    )  # fmt: skip
+    (tmp_path / "adapter_config.json").write_text(json.dumps(saved))
+    config = DrLoraConfig.from_pretrained(tmp_path)
+    assert (config.option("move_share"), config.option("routing_signal")) == (0.1, "count")
+    assert config.recorded("base_model_type") == "olmoe" and config.experts == saved["experts"]
+    assert config.recorded("schedule") == {"step": 3}
+    config.save_pretrained(tmp_path / "again")
+    assert DrLoraConfig.from_pretrained(tmp_path / "again") == config
+
+
+def test_a_rule_of_ones_own_is_known_by_name():
+    with pytest.raises(ConfigError, match="saliency='mine' is not known.*import the module"):
+        DrLoraConfig(saliency="mine")
+    assert DrLoraConfig(saliency="mine", inference_mode=True).saliency == "mine"
+    SALIENCIES.add("mine", len, {"sharpness": Option(2.0, "how sharp", low=0)})
+    try:
+        assert DrLoraConfig(saliency="mine").option("sharpness") == 2.0
+        with pytest.raises(ConfigError, match="saliency='mine' is registered already"):
+            SALIENCIES.add("mine", max)
+        METHODS.add("ours", Method("ours", "here", lambda given: {"saliency": "mine"}))
+        config = DrLoraConfig.for_method("ours", options={"sharpness": 3})
+        assert (config.saliency, config.option("sharpness")) == ("mine", 3)
+    finally:
+        SALIENCIES.remove("mine")
+        METHODS.remove("ours")

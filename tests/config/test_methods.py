@@ -16,10 +16,10 @@ from tiny_run import save_all
 import drlora
 from drlora import ConfigError, DrLoraConfig
 from drlora.adapter.inject import adapted_layers
-from drlora.config.adapter import CHOICES
 from drlora.config.methods import METHODS
-from drlora.ranks.saliency import RANK_IMPORTANCES, RULES, Signals
-from drlora.ranks.starts import RULES as START_RULES
+from drlora.config.options import GENERAL
+from drlora.config.registry import SALIENCIES, STARTS
+from drlora.ranks.saliency import RANK_IMPORTANCES, Signals
 from drlora.runs.recipe import load_recipe
 from drlora.runs.train import train
 
@@ -45,10 +45,10 @@ def start(method, seed=0, base=None, **changes):
 
 def make_optimizer(model, config):
     """AdamW, with LoRA+'s groups where the settings ask for them."""
-    if config.b_lr_ratio == 1:
+    if config.option("b_lr_ratio") == 1:
         return torch.optim.AdamW(trainable(model), lr=1e-2)
     return create_loraplus_optimizer(
-        model, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=config.b_lr_ratio
+        model, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=config.option("b_lr_ratio")
     )
 
 
@@ -62,10 +62,10 @@ def run(method, **changes):
 
 SETTINGS_BESIDE = {  # what has no name of its own
     "placed": dict(start="routing"),
-    "floor": dict(budget_scope="model", layer_floor=0.5),
-    "moving": dict(move_share=0.25),
-    "young": dict(young_a="gradient"),
-    "probed": dict(start="gradient", start_a="gradient"),
+    "floor": dict(budget_scope="model", options={"layer_floor": 0.5}),
+    "moving": dict(options={"move_share": 0.25}),
+    "young": dict(options={"young_a": "gradient"}),
+    "probed": dict(start="gradient", options={"start_a": "gradient"}),
 }
 
 
@@ -151,7 +151,9 @@ def test_hot_only_leaves_the_rest_at_rank_0():
 
 
 def test_experts_without_a_rank_compute_what_the_base_does():
-    model, dynamics, optimizer = start("hot", hot_fraction=0.01, r_target=1, base=make_model())
+    model, dynamics, optimizer = start(
+        "hot", options={"hot_fraction": 0.01}, r_target=1, base=make_model()
+    )
     plain_loop(model, dynamics, optimizer, range(2))
     plain = make_model()
     for name, layer in adapted_layers(model, "default").items():
@@ -199,7 +201,11 @@ def test_a_global_budget_is_shared_by_layers_and_a_floor_limits_that():
         _, after = run("drlora-global", **changes)
         return [sum(block["down"]) for block in after.values()]
 
-    free, even, half = shares(), shares(layer_floor=1.0), shares(layer_floor=0.5)
+    free, even, half = (
+        shares(),
+        shares(options={"layer_floor": 1.0}),
+        shares(options={"layer_floor": 0.5}),
+    )
     assert sum(free) == sum(even) == sum(half) == LAYERS * EXPERTS * 4
     assert free[0] != free[1] and even == [24, 24]
     assert min(half) >= EXPERTS * (2 + 1) and abs(half[0] - half[1]) <= abs(free[0] - free[1])
@@ -270,7 +276,7 @@ def test_young_rows_of_a_can_point_where_the_gradient_does_and_a_does_not():
 def test_rank_by_active_experts_is_r_over_k_once():
     model, dynamics, _ = start("lora-active")
     config = model.peft_config["default"]
-    assert (config.r_target, config.lora_alpha, config.split_by_active) == (2, 4.0, False)
+    assert (config.r_target, config.lora_alpha, config.option("split_by_active")) == (2, 4.0, False)
     assert config.scaling == DrLoraConfig(**SETTINGS).scaling
     assert dynamics.budget() == (LAYERS * 2 * EXPERTS * 2,) * 2
 
@@ -300,15 +306,15 @@ def test_random_growth_ignores_statistics_and_follows_the_seed():
 
 
 def test_rules_and_their_names():
-    assert set(RANK_IMPORTANCES) == set(CHOICES["rank_importance"])
-    assert set(RULES) == set(CHOICES["saliency"])
-    assert set(START_RULES) == set(CHOICES["start"])
+    assert set(RANK_IMPORTANCES) == set(GENERAL["rank_importance"].choices)
+    assert SALIENCIES.names() == ("product", "routing", "importance", "random")
+    assert STARTS.names() == ("uniform", "routing", "hot", "gradient")
     f, g, ranks = torch.tensor([0.5, 0.25]), torch.tensor([3.0, 8.0]), torch.tensor([1, 3])
     signals = Signals(f, g, ranks, gamma=2.0, seed=1)
-    assert RULES["product"](signals).tolist() == [1.5 / 4, 2.0 / 16]
-    assert RULES["routing"](signals).tolist() == [0.5 / 4, 0.25 / 16]
-    assert RULES["importance"](signals).tolist() == [3 / 4, 8 / 16]
-    assert torch.equal(RULES["random"](signals), RULES["random"](signals))
+    assert SALIENCIES["product"](signals).tolist() == [1.5 / 4, 2.0 / 16]
+    assert SALIENCIES["routing"](signals).tolist() == [0.5 / 4, 0.25 / 16]
+    assert SALIENCIES["importance"](signals).tolist() == [3 / 4, 8 / 16]
+    assert torch.equal(SALIENCIES["random"](signals), SALIENCIES["random"](signals))
 
 
 def test_a_method_wins_over_settings_and_can_be_named_twice():
@@ -320,7 +326,7 @@ def test_a_method_wins_over_settings_and_can_be_named_twice():
         DrLoraConfig.for_method("loar")
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*METHODS])
 def test_a_recipe_names_a_method_and_its_record_means_the_same(method, tmp_path):
     path = save_all(tmp_path, method=method)
     recipe = load_recipe(path)

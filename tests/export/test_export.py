@@ -19,8 +19,9 @@ import drlora
 from drlora.adapter.inject import adapted_layers
 from drlora.cli.main import main
 from drlora.errors import CheckpointError, ConfigError
-from drlora.export import FORMATS, apply_plan, make_plan
 from drlora.export.factors import expert_factors, refactor
+from drlora.export.formats import FORMATS
+from drlora.export.plan import apply_plan, make_plan
 
 IDS = make_batch(7)["input_ids"]
 BATCHES = [{"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}]

@@ -14,9 +14,11 @@ import drlora
 import drlora.adapter.layer
 from drlora.adapter.inject import adapted_layers
 from drlora.errors import CheckpointError
-from drlora.export import Made, apply_plan, make_plan, per_expert
 from drlora.export import peft_lora as peft_format
 from drlora.export.float32 import in_float32
+from drlora.export.formats import per_expert
+from drlora.export.make import Made
+from drlora.export.plan import apply_plan, make_plan
 from drlora.export.reference import Deviation
 from drlora.ops.merge import Rounding
 

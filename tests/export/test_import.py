@@ -20,7 +20,7 @@ import drlora
 from drlora.adapter.inject import adapted_layers
 from drlora.cli.main import main
 from drlora.errors import CheckpointError, ConfigError
-from drlora.export import apply_plan, make_plan
+from drlora.export.plan import apply_plan, make_plan
 from drlora.ranks.placement import proportional_ranks
 
 GROWTH = dict(p_grow=0.5, grow_every=2, warmup_steps=1, settle_steps=1)
@@ -323,7 +323,7 @@ class TestStartRanks:
 
     def test_projections_that_share_a_rank(self):
         for rank_per in ("expert", "projection"):
-            model = fresh(rank_per=rank_per)
+            model = fresh(options={"rank_per": rank_per})
             ranks = uneven(model)
             ranks["model.layers.1.mlp"]["down"] = [2] * 6
             if rank_per == "projection":
@@ -364,7 +364,7 @@ class TestRanksFromRouting:
     @pytest.mark.parametrize("signal", ["topk_weight", "count", "probability"])
     def test_follow_what_training_counts(self, signal):
         """The shares are f of one step over the same batch: beta = 0 makes f the share."""
-        settings = dict(routing_signal=signal, beta=0.0)
+        settings = dict(options={"routing_signal": signal}, beta=0.0)
         model = fresh(**settings)
         batch = make_batch(3, rows=4)
         batch["attention_mask"] = torch.ones_like(batch["input_ids"])

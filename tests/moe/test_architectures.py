@@ -32,7 +32,7 @@ from torch.func import functional_call
 import drlora
 from drlora.adapter.inject import adapted_layers
 from drlora.errors import CheckpointError
-from drlora.export import apply_plan, make_plan
+from drlora.export.plan import apply_plan, make_plan
 from drlora.moe.families import family_of
 from drlora.report.card import MARK
 from drlora.report.read import read_run

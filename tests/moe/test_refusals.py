@@ -202,7 +202,7 @@ def test_fsdp_that_leaves_buffers_on_one_process(monkeypatch):
 
 def test_a_second_adapter_that_is_refused_leaves_the_first_at_work():
     """Also what it has noted of routers."""
-    model = trained(routing_signal="probability", router="train")
+    model = trained(options={"routing_signal": "probability"}, router="train")
     wanted, before = logits(model), appearance(model.get_base_model())
     with pytest.raises(drlora.ConfigError, match="match nothing"):
         model.add_adapter("second", make_settings(experts=["nonsense"]))

@@ -143,7 +143,7 @@ def test_one_graph_with_eager_gradients_and_statistics(family, method):
 @pytest.mark.parametrize(
     "changes",
     [
-        dict(routing_signal="probability", router="train"),
+        dict(options={"routing_signal": "probability"}, router="train"),
         dict(lora_dropout=0.3, projections=["gate", "up", "down"]),
     ],
     ids=["trained router", "dropout"],

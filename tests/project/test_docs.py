@@ -139,7 +139,8 @@ def names(tmp_path, monkeypatch):
     rows = make_batch(rows=8)
     data = [{key: value[i] for key, value in rows.items()} for i in range(8)]
     arguments = transformers.TrainingArguments("out", max_steps=8, use_cpu=True, report_to="none")
-    found = dict(vars(drlora), drlora=drlora, torch=torch, safetensors=safetensors)
+    found = {name: getattr(drlora, name) for name in drlora.__all__}
+    found |= dict(drlora=drlora, torch=torch, safetensors=safetensors)
     return found | dict(
         model=model, config=config, data=data, n=3750, total_steps=3750,
         batches=[make_batch(seed) for seed in range(4)], folder=tmp_path, arguments=arguments,

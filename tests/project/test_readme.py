@@ -41,12 +41,12 @@ def test_make_verbs_exist():
 
 
 def test_drlora_verbs_and_files_exist():
-    from drlora.cli.main import _parser
+    from drlora.cli.arguments import make_parser
 
     commands = re.findall(r"`drlora ([a-z]+) ([^`]+)`", README)
     assert commands
     for verb, rest in commands:
-        _parser().parse_args([verb, *rest.replace(" N", " 10").split()])
+        make_parser().parse_args([verb, *rest.replace(" N", " 10").split()])
     for name in re.findall(r"\b(?:docs|recipes|examples)/[\w/-]+\.\w+", README):
         assert (ROOT / name).exists(), name
 

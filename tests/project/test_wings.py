@@ -8,21 +8,25 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
+import peft
 import pytest
+import transformers
+
+from drlora.io import run_files
 
 SRC = Path(__file__).parents[2] / "src" / "drlora"
 MAX_LINES = 400
 
 # Lowest first. Wings of one row do not know each other.
 ORDER: tuple[frozenset[str], ...] = (
-    frozenset({"errors", "version", "wording"}),
+    frozenset({"errors", "version"}),
     frozenset({"io", "config", "distributed", "embedded"}),
     frozenset({"ops"}),
     frozenset({"data", "moe"}),
     frozenset({"evaluation", "adapter"}),
     frozenset({"export", "ranks"}),
     frozenset({"report", "trainer"}),
-    frozenset({"runs"}),
+    frozenset({"runs", "registration"}),
     frozenset({"compare"}),
     frozenset({"cli"}),
 )
@@ -106,6 +110,40 @@ def test_no_file_is_too_long():
     lengths = {path: len(path.read_text().splitlines()) for path in SRC.rglob("*.py")}
     long = {str(path.relative_to(SRC)): n for path, n in lengths.items() if n > MAX_LINES}
     assert not long, f"over {MAX_LINES} lines, split them: {long}"
+
+
+def spelt(path: Path) -> Iterator[str]:
+    """The texts in a file, docstrings left out."""
+    tree = ast.parse(path.read_text())
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    docstrings = {
+        id(node.body[0].value)
+        for node in ast.walk(tree)
+        if isinstance(node, documented) and node.body and isinstance(node.body[0], ast.Expr)
+    }
+    for node in ast.walk(tree):
+        is_text = isinstance(node, ast.Constant) and isinstance(node.value, str)
+        if is_text and id(node) not in docstrings:
+            yield node.value
+
+
+def test_each_file_name_of_a_run_is_spelt_once():
+    """In io/run_files.py. Examples of the command line are written out."""
+    names = [value for name, value in vars(run_files).items() if name.isupper()]
+    found = [
+        f"{path.relative_to(SRC)}: {name}"
+        for path in package_files()
+        if path.name != "run_files.py" and path.parent.name != "cli"
+        for text in spelt(path)
+        for name in names
+        if text == name or ("." in name.strip(".") and name.replace("{}", "") in text)
+    ]
+    assert not found, "\n".join(found)
+    assert (run_files.ADAPTER_CONFIG, run_files.ADAPTER_WEIGHTS) == (
+        peft.utils.CONFIG_NAME, peft.utils.SAFETENSORS_WEIGHTS_NAME
+    )  # fmt: skip
+    assert run_files.TRAINER_STATE == transformers.trainer.TRAINER_STATE_NAME
+    assert run_files.CHECKPOINT.format("") == f"{transformers.trainer.PREFIX_CHECKPOINT_DIR}-"
 
 
 @pytest.mark.parametrize(

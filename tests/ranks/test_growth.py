@@ -38,7 +38,7 @@ def pools(model):
 @pytest.mark.parametrize("engine", ["naive", "loop", "grouped"])
 @pytest.mark.parametrize("rank_per", ["expert", "projection"])
 def test_growth_leaves_the_function_unchanged(rank_per, engine):
-    model, dynamics, optimizer = start(rank_per=rank_per, engine=engine)
+    model, dynamics, optimizer = start(options={"rank_per": rank_per}, engine=engine)
     grown = 0
     for step in range(TOTAL):
         model.train()
@@ -113,7 +113,7 @@ def test_free_rows_have_no_gradient_and_no_moments(optimizer, engine):
 
 def test_one_rank_per_expert_or_one_per_projection():
     for rank_per, alike in (("expert", True), ("projection", False)):
-        model, dynamics, optimizer = start(rank_per=rank_per)
+        model, dynamics, optimizer = start(options={"rank_per": rank_per})
         plain_loop(model, dynamics, optimizer, range(TOTAL))
         ranks = dynamics.ranks().values()
         assert all(block["gate_up"] == block["down"] for block in ranks) == alike
@@ -173,7 +173,7 @@ def test_grants_tell_who_and_why():
 
 @pytest.mark.parametrize("reset", ["grown", "all"])
 def test_importance_restarts_after_an_event(reset):
-    model, dynamics, optimizer = start(importance_reset=reset)
+    model, dynamics, optimizer = start(options={"importance_reset": reset})
     plain_loop(model, dynamics, optimizer, range(4))
     model(**make_batch(4)).loss.backward()
     dynamics.before_optimizer_step()

@@ -139,12 +139,12 @@ def test_gradients_that_are_not_finite(case, skip):
 @pytest.mark.parametrize(
     "changes",
     [
-        dict(young_a="gradient"),
-        dict(rank_importance="sensitivity"),
-        dict(r_init=6, allocation="prune", rank_importance="sensitivity"),
-        dict(move_share=0.2),
-        dict(budget_scope="model", layer_floor=0.5),
-        dict(rank_per="projection", young_rows="inherit"),
+        dict(options={"young_a": "gradient"}),
+        dict(options={"rank_importance": "sensitivity"}),
+        dict(r_init=6, allocation="prune", options={"rank_importance": "sensitivity"}),
+        dict(options={"move_share": 0.2}),
+        dict(budget_scope="model", options={"layer_floor": 0.5}),
+        dict(options={"rank_per": "projection"}, young_rows="inherit"),
     ],
     ids=lambda changes: ",".join(changes),
 )

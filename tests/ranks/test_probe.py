@@ -90,7 +90,10 @@ def test_gate_and_up_apart_have_directions_of_their_own():
 
 
 def test_probing_leaves_no_trace():
-    model, batch = adapted(start="gradient", start_a="gradient", lora_dropout=0.1), make_batch()
+    model, batch = (
+        adapted(start="gradient", options={"start_a": "gradient"}, lora_dropout=0.1),
+        make_batch(),
+    )
     model.eval()
     before, state = model(**batch).logits, torch.get_rng_state()
     drlora.place_ranks(model, [batch])
@@ -131,7 +134,9 @@ def test_gradients_that_were_there_stay():
 
 def test_rows_start_along_the_gradient():
     batches = [make_batch(seed) for seed in range(2)]
-    model = adapted(start_a="gradient", start_a_scale=3.0)
+    model = adapted(
+        options={"start_a": "gradient", "start_a_scale": 3.0},
+    )
     directions = probe_gradients(model, adapters_of(model), batches, count=8)
     random_A = {n: a.rank_pools["down"].lora_A.clone() for n, a in adapters_of(model).items()}
     drlora.place_ranks(model, batches)
@@ -161,7 +166,7 @@ def test_ranks_go_to_the_strongest_directions():
 
 
 def test_what_was_placed_trains_on():
-    model = adapted(start="gradient", start_a="gradient", grow_every=2, warmup_steps=1,
+    model = adapted(start="gradient", options={"start_a": "gradient"}, grow_every=2, warmup_steps=1,
                     settle_steps=1)  # fmt: skip
     with pytest.raises(ConfigError, match="start_a='gradient', but no ranks are placed"):
         drlora.RankDynamics(model, 9)
@@ -198,7 +203,7 @@ def test_a_batch_whose_gradient_is_not_finite_is_left_out():
     [([], "over 0 batches"), ([{"input_ids": torch.tensor([[1, 2, 3]])}], "gives no loss")],
 )
 def test_batches_that_give_no_gradient_are_refused(batches, match):
-    model = adapted(start_a="gradient")
+    model = adapted(options={"start_a": "gradient"})
     with pytest.raises(ConfigError, match=match):
         drlora.place_ranks(model, batches)
     assert not any(adapter.probes for adapter in adapters_of(model).values())

@@ -12,8 +12,8 @@ from drlora.adapter import row_book as ranks
 from drlora.ranks import directions as row_directions
 from drlora.ranks import event as growth
 from drlora.ranks import saliency, young_rows
+from drlora.ranks.optimizer_rows import inherit_second_moment
 from drlora.ranks.saliency import ema, expert_sums, rank_importance, routed_share
-from drlora.ranks.young_rows import inherit_second_moment
 
 
 def test_rank_importance_is_the_product_of_two_one_norms():

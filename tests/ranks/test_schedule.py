@@ -123,7 +123,7 @@ def test_whatever_the_saliency_the_budget_is_met(
     try:
         config = DrLoraConfig(
             r_init=r_init, r_target=r_init + more, r_max=r_init + more + extra, p_grow=p_grow,
-            grow_every=grow_every, settle_steps=settle_steps, rank_per=rank_per,
+            grow_every=grow_every, settle_steps=settle_steps, options={"rank_per": rank_per},
         )  # fmt: skip
         plan = plan_growth(config, experts, steps)
     except ConfigError as error:

@@ -142,7 +142,8 @@ save_file(dynamics.state_dict(), f"{{out}}/state-{{rank}}.safetensors")
 
 # Chance and the first batches: each process has its own generator and its own half of the data.
 torch.manual_seed(100 + rank)
-config = drlora.DrLoraConfig(**{settings!r}, saliency="random", start="routing", move_share=0.1)
+config = drlora.DrLoraConfig(**{settings!r}, saliency="random", start="routing",
+                             options={{"move_share": 0.1}})
 model = get_peft_model(make_model(), config)
 drlora.place_ranks(model, [{{k: v[half] for k, v in make_batch(50, rows=4).items()}}])
 net = torch.nn.parallel.DistributedDataParallel(model)

@@ -18,9 +18,10 @@ from transformers import Trainer
 import drlora
 import drlora.io.writing
 from drlora.cli.main import main
-from drlora.io.checkpoint import MANIFEST, refuse_damaged
+from drlora.io.checkpoint import refuse_damaged
 from drlora.io.jsonl import append_lines, forget_after, read_lines
-from drlora.runs.rundir import LOCK, RunDir
+from drlora.io.run_files import LOCK, MANIFEST
+from drlora.runs.rundir import RunDir
 
 
 def test_killed_runs_end_as_if_nothing_had_happened(tmp_path):

@@ -176,7 +176,7 @@ def test_drlora_train_in_two_processes_writes_once(tmp_path):
 
 def test_the_page_of_many_processes(tmp_path, monkeypatch):
     """accelerate takes its configurations, and its table is the script's (one model looked at)."""
-    monkeypatch.syspath_prepend(HERE.parent / "docs")
+    monkeypatch.syspath_prepend(HERE.parent / "tools")
     import make_memory
 
     page = make_memory.PAGE.read_text("utf-8")

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from peft.utils.constants import TOKENIZER_CONFIG_NAME
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel
 
 from drlora.errors import CheckpointError
 from drlora.io.files import read_shapes
+from drlora.io.run_files import ADAPTER_WEIGHTS
 
 # What stands between the name of an embedding and its weight in the files that PEFT writes.
 _PARTS = ("", "original_module.", "modules_to_save.", "base_layer.")
@@ -75,7 +75,7 @@ def fit_embeddings(model: PreTrainedModel, folder: Path) -> None:
     names = embedding_names(model)
     if not names:
         return
-    shapes = read_shapes(folder / SAFETENSORS_WEIGHTS_NAME)
+    shapes = read_shapes(folder / ADAPTER_WEIGHTS)
     keys = [f"{_ROOT}{name}.{part}weight" for name in names for part in _PARTS]
     rows = next((shapes[key][0] for key in keys if key in shapes), None)
     if rows is None:

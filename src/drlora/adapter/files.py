@@ -167,7 +167,8 @@ def refuse_damaged_ranks(config: DrLoraConfig, loaded: dict[str, Tensor]) -> Non
             )
         ranks.setdefault(pools, {})[projection] = counts.tolist()
     for pools, found in ranks.items():
-        if config.rank_per == "expert" and len({tuple(row) for row in found.values()}) > 1:
+        together = config.option("rank_per") == "expert"
+        if together and len({tuple(row) for row in found.values()}) > 1:
             raise CheckpointError(
                 f"the adapter's rank map is damaged: with rank_per='expert' {sorted(found)} of "
                 f"{pools} must give each expert the same rank."

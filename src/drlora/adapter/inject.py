@@ -65,7 +65,8 @@ def choose_blocks(model: nn.Module, config: DrLoraConfig) -> list[MoEBlock]:
             )
         blocks = [block for block in blocks if block.experts_name in config.experts]
     blocks = [_as_adapted(block) for block in blocks]
-    needs_router = config.router == "train" or config.routing_signal == "probability"
+    signal = config.option("routing_signal")
+    needs_router = config.router == "train" or signal == "probability"
     for block in blocks:
         if "gate" in config.projections and not block.has_gate:
             raise ConfigError(
@@ -83,7 +84,7 @@ def choose_blocks(model: nn.Module, config: DrLoraConfig) -> list[MoEBlock]:
         if needs_router and block.router_name is None:
             raise ConfigError(
                 f"the router of {block.name} was not recognised, so router={config.router!r} with "
-                f"routing_signal={config.routing_signal!r} cannot work; use router='frozen' and "
+                f"routing_signal={signal!r} cannot work; use router='frozen' and the option "
                 f"routing_signal='topk_weight'."
             )
         if config.router == "train":
@@ -168,30 +169,32 @@ def active_adapter(model: nn.Module) -> str:
 
 
 def _refuse_other_architecture(config: DrLoraConfig, model_type: str | None) -> None:
-    if config.base_model_type not in (None, model_type):
+    made_for = config.recorded("base_model_type")
+    if made_for not in (None, model_type):
         raise ConfigError(
-            f"the adapter is one for {config.base_model_type!r}, the model is a {model_type!r}; "
+            f"the adapter is one for {made_for!r}, the model is a {model_type!r}; "
             f"load the model that it was trained on (base_model_name_or_path="
             f"{config.base_model_name_or_path!r}), or make a new DrLoraConfig."
         )
-    config.base_model_type = model_type
+    config.note(base_model_type=model_type)
 
 
 def _refuse_other_layout(config: DrLoraConfig, blocks: list[MoEBlock]) -> None:
     """Factors of the fused matrix have the shapes that the model wants, in either order."""
     order = "interleaved" if any(block.is_interleaved for block in blocks) else "halves"
-    if "gate_up" in config.projections and config.gate_up_order not in (None, order):
+    trained = config.recorded("gate_up_order")
+    if "gate_up" in config.projections and trained not in (None, order):
         raise ConfigError(
-            f"the adapter was trained with gate and up as {config.gate_up_order} of one matrix "
+            f"the adapter was trained with gate and up as {trained} of one matrix "
             f"(gate_up_order), in this model they are {order}: load it with the version of "
             f"transformers that it was trained with, and export it there as merged."
         )
-    config.gate_up_order = order
+    config.note(gate_up_order=order)
 
 
 def _split_by_active(model: nn.Module, config: DrLoraConfig, blocks: list[MoEBlock]) -> None:
     """Do what `split_by_active` asks for, once: the saved configuration has the final ranks."""
-    if not config.split_by_active:
+    if not config.option("split_by_active"):
         return
     active = {active_experts(model, block) for block in blocks}
     if len(active) > 1 or None in active:
@@ -205,7 +208,7 @@ def _split_by_active(model: nn.Module, config: DrLoraConfig, blocks: list[MoEBlo
     for name in ("r_init", "r_target", "r_max"):
         setattr(config, name, max(1, getattr(config, name) // count))
     config.lora_alpha *= config.r_target / before  # the scaling stays as it is
-    config.split_by_active = False
+    config.options = {**config.options, "split_by_active": False}
 
 
 def _try_engine(config: DrLoraConfig, base: nn.Module) -> None:

@@ -89,11 +89,12 @@ class ExpertsAdapter(nn.Module):
                     *block.shape_of(projection),
                     rank,
                     config.pool_rows(block.num_experts),
-                    tracks_uncertainty=config.rank_importance == "sensitivity",
+                    tracks_uncertainty=config.option("rank_importance") == "sensitivity",
                 )
                 for projection in config.projections
             }
         )
+        self.routing_signal = config.option("routing_signal")
         self.register_buffer("frequency", torch.zeros(block.num_experts))
         self.meter = RoutingMeter(block.num_experts)
         self.probes: dict[str, ProbeRows] = {}
@@ -284,7 +285,7 @@ class DrLoraExperts(nn.Module, BaseTunerLayer):
         real_T: Tensor | None,
     ) -> Tensor:
         sums = routing_sums(
-            adapter.config.routing_signal,
+            adapter.routing_signal,
             index_TK,
             weight_TK,
             logits_TE,

@@ -23,9 +23,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from drlora.config.adapter import DrLoraConfig
-from drlora.errors import ConfigError
+from drlora.errors import ConfigError, shown
 from drlora.moe.blocks import MoEBlock
-from drlora.wording import shown
 
 ALL_LINEAR = "all-linear"
 LONGEST_MATCH_SECONDS = 3.0  # of all names together

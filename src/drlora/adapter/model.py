@@ -152,7 +152,7 @@ class DrLoraModel(LoraModel):
     def _note_routers(self) -> None:
         for layer in self.model.modules():
             if isinstance(layer, DrLoraExperts) and any(
-                layer.adapter(name).config.routing_signal == "probability"
+                layer.adapter(name).routing_signal == "probability"
                 for name in layer.drlora_adapters
             ):
                 assert layer.block.router_name is not None
@@ -261,7 +261,7 @@ def _take_hooks_off(model: nn.Module) -> None:
 
 
 def register() -> None:
-    """Make PEFT know the method; called when drlora is imported."""
+    """Make PEFT know the method; see `drlora.registration`."""
     from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 
     if DRLORA not in PEFT_TYPE_TO_TUNER_MAPPING:

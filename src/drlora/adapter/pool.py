@@ -7,13 +7,14 @@ their optimizer state and their sharding are left alone (docs/rank-pool.md says 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from drlora.adapter.row_book import FREE, RankBook
+from drlora.adapter.row_book import FREE, IntArray, RankBook
 from drlora.distributed import held_rows, local_part
 from drlora.errors import CheckpointError
 
@@ -58,12 +59,12 @@ class RankPool(nn.Module):
     ) -> None:
         super().__init__()
         rows = num_rows
-        self.book = RankBook.uniform(num_experts, rows, rank)
+        self._book = RankBook.uniform(num_experts, rows, rank)
         self.lora_A = nn.Parameter(torch.empty(rows, in_features))
         self.lora_B = nn.Parameter(torch.zeros(rows, out_features))
         self._init_bound = 1 / math.sqrt(in_features)  # LoRA's kaiming_uniform with a = sqrt(5)
         nn.init.uniform_(self.lora_A, -self._init_bound, self._init_bound)
-        self.register_buffer("owner", torch.from_numpy(self.book.owner_R).to(torch.int32))
+        self.register_buffer("owner", torch.from_numpy(self._book.owner_R).to(torch.int32))
         self.register_buffer("importance", torch.zeros(rows))
         self.register_buffer("uncertainty", torch.zeros(rows) if tracks_uncertainty else None)
         self.register_buffer("birth", torch.zeros(rows, dtype=torch.int32))
@@ -72,7 +73,20 @@ class RankPool(nn.Module):
         # place when ranks grow, so that what torch.compile made of them stays valid.
         self.register_buffer("row_order", torch.arange(rows), persistent=False)
         self.offset_E1 = torch.zeros(num_experts + 1, dtype=torch.int64, device="cpu")
+        self._owner_read = self.owner
         self._index_rows()
+
+    @property
+    def book(self) -> RankBook:
+        """Who owns which row, on the host."""
+        self._follow_owners()
+        return self._book
+
+    @property
+    def offsets(self) -> tuple[int, ...]:
+        """E + 1: where the rows of each expert begin in `packed_index`."""
+        self._follow_owners()
+        return self._offsets
 
     @property
     def row_norm(self) -> float:
@@ -82,13 +96,15 @@ class RankPool(nn.Module):
     @property
     def packed_index(self) -> Tensor:
         """(sum of ranks,) int64, the owned rows ordered by expert."""
-        return self.row_order[: self.offsets[-1]]
+        owned = self.offsets[-1]
+        return self.row_order[:owned]
 
     def forward(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The owned rows of (lora_A, lora_B) in `dtype`, ordered by expert.
 
         Free rows are not read, so their gradient is exactly zero.
         """
+        self._follow_owners()
         if self._all_in_order:
             return self.lora_A.to(dtype), self.lora_B.to(dtype)
         rows = self.packed_index
@@ -98,21 +114,63 @@ class RankPool(nn.Module):
 
     def all_rows(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """As `forward`, but the free rows follow: no shape and no Python value depends on ranks."""
+        self._follow_owners()
         rows = self.row_order
         return self.lora_A.index_select(0, rows).to(dtype), self.lora_B.index_select(0, rows).to(
             dtype
         )
 
-    def grant(self, grants_E: list[int], step: int) -> Tensor:
+    def set_ranks(self, ranks_E: Sequence[int] | IntArray) -> None:
+        """Give every expert its rank, whoever owned the rows: from the first row on, in order.
+
+        What the rows hold stays. A row that changes hands has no birth and no statistics.
+
+        Args:
+            ranks_E: (E,) ranks, at most R together.
+
+        Raises:
+            ValueError: if there are more ranks than rows, or not one for each expert; the pool is
+                unchanged then.
+        """
+        ranks = np.asarray(ranks_E, dtype=np.int64)
+        book = RankBook.uniform(self._book.num_experts, len(self.owner), 0)
+        book.grant(ranks)
+        self.set_owners(book.owner_R)
+
+    @torch.no_grad()
+    def set_owners(self, owner_R: IntArray) -> None:
+        """Give every row its owner, as `set_ranks` does where it matters which rows they are.
+
+        Args:
+            owner_R: (R,) the expert of each row, -1 for nobody.
+
+        Raises:
+            ValueError: if it has another length, or an expert that does not exist; the pool is
+                unchanged then.
+        """
+        if np.shape(owner_R) != (len(self.owner),):
+            raise ValueError(f"{np.shape(owner_R)} owners for {len(self.owner)} rows.")
+        book = RankBook(np.array(owner_R), self._book.num_experts)
+        changed = torch.from_numpy(self.book.owner_R != book.owner_R).to(self.owner.device)
+        self._take(book)
+        for statistic in (self.birth, self.importance, self.uncertainty):
+            if statistic is not None:
+                statistic[changed] = 0
+
+    @torch.no_grad()
+    def forget_births(self) -> None:
+        """All rows are old: the births that a new run finds are those of another run."""
+        self.birth.zero_()
+
+    def grant(self, grants_E: Sequence[int] | IntArray, step: int) -> Tensor:
         """Claim free rows for each expert; returns the claimed rows.
 
         Nothing but owners changes: B is zero in a free row, so the model's function is the same.
         """
         rows = torch.from_numpy(self.book.grant(grants_E)).to(self.owner.device)
-        self.owner.copy_(torch.from_numpy(self.book.owner_R))
+        self._take(self._book)
         self.birth[rows] = step
         self.importance[rows] = 0.0
-        self._index_rows()
         return rows
 
     @torch.no_grad()
@@ -122,13 +180,12 @@ class RankPool(nn.Module):
         They are free rows like any other then: B is zero, A drawn anew, no statistics.
         """
         self.book.release(rows.cpu().numpy())
-        self.owner.copy_(torch.from_numpy(self.book.owner_R))
+        self._take(self._book)
         local_part(self.lora_B)[held_rows(self.lora_B, rows).local] = 0.0
         self.redraw(rows, step)
         for statistic in (self.birth, self.importance, self.uncertainty):
             if statistic is not None:
                 statistic[rows] = 0
-        self._index_rows()
 
     def row_scores(self) -> Tensor:
         """(R,) float32, what rows are kept for: importance, times its uncertainty if tracked."""
@@ -155,11 +212,17 @@ class RankPool(nn.Module):
         held, target = held_rows(self.lora_A, rows), local_part(self.lora_A)
         target[held.local] = fresh.to(target)[held.chosen]
 
+    def _take(self, book: RankBook) -> None:
+        """Write the owners of a book into the buffer."""
+        self._book = book
+        self.owner.copy_(torch.from_numpy(book.owner_R))
+        self._index_rows()
+
     def _index_rows(self) -> None:
-        order_R = np.concatenate([self.book.packed(), np.flatnonzero(self.book.owner_R == FREE)])
-        self.offsets = tuple(self.book.offsets().tolist())
-        self.offset_E1.copy_(torch.tensor(self.offsets, device="cpu"))
-        self._all_in_order = not self.book.free and bool((np.diff(order_R) == 1).all())
+        order_R = np.concatenate([self._book.packed(), np.flatnonzero(self._book.owner_R == FREE)])
+        self._offsets = tuple(self._book.offsets().tolist())
+        self.offset_E1.copy_(torch.tensor(self._offsets, device="cpu"))
+        self._all_in_order = not self._book.free and bool((np.diff(order_R) == 1).all())
         if self.row_order.device != self.owner.device:  # just loaded, after a start on meta
             self.row_order = torch.empty_like(self.row_order, device=self.owner.device)
         self.row_order.copy_(torch.from_numpy(order_R))
@@ -172,23 +235,29 @@ class RankPool(nn.Module):
             self.uncertainty = in_float32(self.uncertainty, uncertain_before)
         return self
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value)
-        # transformers' load_adapter puts tensors in one by one, past _load_from_state_dict.
-        if name == "owner" and value.device.type != "meta":
-            self.read_owners()
-
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
         if prefix + "owner" in state_dict:
-            self.read_owners()
+            self._read_owners()
 
-    def read_owners(self) -> None:
-        """Take the owners over from the buffer, after it was loaded."""
+    def _follow_owners(self) -> None:
+        """Read the owners where the buffer is another one than it was.
+
+        transformers' load_adapter puts tensors in one by one, past `_load_from_state_dict`. What is
+        written into the same buffer is not looked at: under DDP that is so in every step, and to
+        read it would make the host wait for the device.
+        """
+        if self.owner is not self._owner_read:
+            self._read_owners()
+
+    def _read_owners(self) -> None:
+        if self.owner.device.type == "meta":
+            return
         try:
-            self.book = RankBook(self.owner.cpu().numpy(), self.book.num_experts)
+            self._book = RankBook(self.owner.cpu().numpy(), self._book.num_experts)
         except ValueError as error:
             raise CheckpointError(f"the adapter's rank map is damaged: {error}") from error
+        self._owner_read = self.owner
         self._index_rows()
 
 

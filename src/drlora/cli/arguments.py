@@ -1,22 +1,20 @@
 """The command line's verbs and what may be said to them, each with examples.
 
-`make_parser` knows no more of a verb than its name; cli.py says what it does.
+Nothing here imports torch: `drlora --help` is there at once. verbs.py says what a verb does.
 """
 
 from __future__ import annotations
 
 import argparse
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NoReturn
 
-from drlora.export import FORMATS, RANKS, ROUNDING, ROUNDINGS
+from drlora.export.choices import RANKS, ROUNDINGS
+from drlora.export.formats import FORMATS
 from drlora.io.files import home
 from drlora.report import FORMATS as REPORT_FORMATS
-from drlora.runs.memory import TOKENS
 from drlora.version import __version__
-
-Action = Callable[[argparse.Namespace], int]
 
 TRAIN = """examples:
   drlora train recipes/embedded.yaml
@@ -82,12 +80,8 @@ def _words(parser: argparse.ArgumentParser) -> list[str]:
     return found
 
 
-def make_parser(actions: Mapping[str, Action]) -> Parser:
-    """The parser of all verbs.
-
-    Args:
-        actions: verb -> what carries it out and returns the exit code.
-    """
+def make_parser() -> Parser:
+    """The parser of all verbs; what it parsed has the name of one as `verb`."""
     parser = Parser(
         prog="drlora",
         description="Fine-tune Mixture-of-Experts language models with DR-LoRA.",
@@ -109,7 +103,7 @@ def make_parser(actions: Mapping[str, Action]) -> Parser:
         add_options(verb)
         verb.add_argument("--json", action="store_true", help="print JSON")
         verb.add_argument("--debug", action="store_true", help="show the traceback of an error")
-        verb.set_defaults(verb=actions[name])
+        verb.set_defaults(verb=name)
     return parser
 
 
@@ -137,16 +131,14 @@ def _inspect(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("overrides", nargs="*", metavar="key=value", help="r_target=16, preset=...")
     verb.add_argument("--steps", type=int, metavar="N", help="show the growth plan of N steps")
     verb.add_argument("--dtype", help="of the weights; by default what they are stored in")
-    verb.add_argument(
-        "--tokens", type=int, default=TOKENS, metavar="N", help="of a batch, for activations"
-    )
+    verb.add_argument("--tokens", type=int, metavar="N", help="of a batch, for activations")
 
 
 def _export(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "run", metavar="RUN", type=home, help="a run directory, or a folder with an adapter"
     )
-    verb.add_argument("--format", required=True, choices=FORMATS)
+    verb.add_argument("--format", required=True, choices=list(FORMATS))
     verb.add_argument(
         "-o", "--output", required=True, metavar="DIR", type=home, help="a new or empty folder"
     )
@@ -156,11 +148,11 @@ def _export(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--max-shard-size", metavar="5GB", help="of one file of merged weights")
     verb.add_argument(
         "--rounding",
-        default=ROUNDING.mode,
+        default=ROUNDINGS[0],
         choices=ROUNDINGS,
-        help=f"of merged weights in 16 bits (default {ROUNDING.mode})",
+        help=f"of merged weights in 16 bits (default {ROUNDINGS[0]})",
     )
-    verb.add_argument("--seed", type=int, default=ROUNDING.seed, help="of stochastic rounding")
+    verb.add_argument("--seed", type=int, default=0, help="of stochastic rounding")
     _base_model(verb)
 
 

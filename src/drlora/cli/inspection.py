@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from drlora.wording import counted
+from drlora.errors import counted
 
 CHART_WIDTH = 60
 CHART_HEIGHT = 6

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
+from drlora.errors import counted, duration
 from drlora.evaluation.measure import Measurement
 from drlora.report.heat_map import print_heat_map
 from drlora.runs.outcome import Ranks, TrainResult
 from drlora.runs.progress import say
-from drlora.wording import counted, duration
 
 MOST_IN_TABLE = 32  # experts of a layer
 

@@ -127,13 +127,21 @@ def _refuse_unused(name: str, given: Settings, recipe: Recipe) -> None:
     another run than the entry says.
     """
     fixed = method_settings(recipe.method, recipe.adapter) if recipe.method else {}
-    for key in given.keys() & fixed.keys():
-        if given[key] != fixed[key]:
+    wanted, set_to = _flat(given), _flat(fixed)
+    for key in wanted.keys() & set_to.keys():
+        if wanted[key] != set_to[key]:
             raise ConfigError(
-                f"methods.{name}: adapter.{key}={given[key]!r} is not used, for method="
-                f"{recipe.method!r} sets it to {fixed[key]!r}. Leave adapter.{key} out, or leave "
+                f"methods.{name}: adapter.{key}={wanted[key]!r} is not used, for method="
+                f"{recipe.method!r} sets it to {set_to[key]!r}. Leave adapter.{key} out, or leave "
                 "method out and give its settings (docs/methods.md) with your own."
             )
+
+
+def _flat(settings: Settings) -> Settings:
+    """Settings and, with dotted names, options."""
+    options = settings.get("options") or {}
+    plain = {key: value for key, value in settings.items() if key != "options"}
+    return plain | {f"options.{key}": value for key, value in options.items()}
 
 
 def _measured_on(recipe: Recipe, role: str) -> Recipe:

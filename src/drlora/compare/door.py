@@ -17,6 +17,7 @@ from drlora.compare.plan import load_plan
 from drlora.compare.results import Folder, Matrix, read_matrix
 from drlora.compare.run import Pool, make_pool, open_cells, run_plan
 from drlora.compare.statistics import interval
+from drlora.io.run_files import README
 
 EXIT_FAILED = 1
 
@@ -65,7 +66,7 @@ def compare(
     else:
         command = shlex.join(["drlora", "compare", str(path), *overrides])
         write_page(matrix, folder, command)
-        console.print(f"the page is {folder.path / 'README.md'}")
+        console.print(f"the page is {folder.path / README}")
     console.print(_state(matrix))
     for failure in matrix.failures.values():
         console.print(f"failed: {failure['method']} on {failure['task']}: {failure['error']}")

@@ -20,6 +20,7 @@ from drlora.compare.tables import (
     shown_interval,
     table,
 )
+from drlora.io.run_files import README
 from drlora.io.writing import write_at_once
 
 FIGURES = "figures"
@@ -38,7 +39,7 @@ def write_page(matrix: Matrix, folder: Folder, command: str) -> None:
     drawn = draw_figures(matrix, folder.path / FIGURES) if matrix.finished() else []
     text = page(matrix, command, drawn)
     folder.path.mkdir(parents=True, exist_ok=True)
-    write_at_once(folder.path / "README.md", text)
+    write_at_once(folder.path / README, text)
 
 
 def page(matrix: Matrix, command: str, figures: Sequence[tuple[str, str]] = ()) -> str:

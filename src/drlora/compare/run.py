@@ -26,6 +26,7 @@ from drlora.compare.plan import Plan
 from drlora.compare.results import Folder, Matrix, read_matrix, write_result
 from drlora.compare.worker import LOG_NAME, Work, run_cell
 from drlora.errors import ConfigError
+from drlora.io.run_files import LOCK
 
 LOG_LINES_KEPT = 20
 
@@ -165,7 +166,7 @@ def _locked(folder: Folder) -> Iterator[None]:
     """Hold the folder; the lock goes with the process, however it ends."""
     folder.runs.mkdir(parents=True, exist_ok=True)
     (folder.runs / ".gitignore").write_text("*\n", "utf-8")
-    lock = FileLock(folder.runs / ".lock", timeout=0)
+    lock = FileLock(folder.runs / LOCK, timeout=0)
     try:
         lock.acquire()
     except Timeout as error:

@@ -9,7 +9,8 @@ once `drlora` has been imported. The names follow PEFT where PEFT has a name (`l
 from __future__ import annotations
 
 import math
-from dataclasses import MISSING, dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import MISSING, InitVar, dataclass, field, fields
 from typing import Any, Literal
 
 from drlora.config.checks import (
@@ -23,10 +24,16 @@ from drlora.config.checks import (
     whole_number,
 )
 from drlora.config.methods import method_settings
+from drlora.config.options import check_options
 from drlora.config.peft_type import DRLORA, SavedConfig
-from drlora.config.registry import ENGINES
-from drlora.errors import ConfigError
-from drlora.wording import shown
+from drlora.config.registry import (
+    ENGINES,
+    REGISTRIES,
+    WITH_OPTIONS,
+    known_options,
+    registered_options,
+)
+from drlora.errors import ConfigError, shown
 
 PROJECTION_SETS = (
     ("gate_up", "down"),
@@ -38,20 +45,12 @@ PROJECTION_SETS = (
     ("up",),
     ("down",),
 )
-# Setting -> what it may be.
+RECORDED = ("base_model_type", "gate_up_order", "schedule")  # what `record` may hold
+# Setting -> what it may be; those of others are in registries.
 CHOICES: dict[str, tuple[str, ...]] = {
-    "rank_per": ("expert", "projection"),
-    "routing_signal": ("topk_weight", "probability", "count"),
-    "saliency": ("product", "routing", "importance", "random"),
-    "rank_importance": ("product", "sensitivity"),
-    "allocation": ("grow", "prune"),
-    "start": ("uniform", "routing", "hot", "gradient"),
-    "start_a": ("random", "gradient"),
     "budget_scope": ("layer", "model"),
-    "importance_reset": ("grown", "all"),
     "router": ("frozen", "train"),
     "young_rows": ("inherit", "own", "shared"),
-    "young_a": ("random", "gradient"),
 }
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -77,8 +76,6 @@ class DrLoraConfig(SavedConfig):
         lora_dropout: dropout probability on the adapter's input, in [0, 1).
         projections: which matrices of an expert get an adapter: `gate_up` and `down` (one adapter
             over the fused gate and up), or any of `gate`, `up`, `down` on their own.
-        rank_per: `expert` (the paper): the projections of an expert share one rank; `projection`:
-            each projection of a block has its own pool, saliency and quota.
         beta: decay of the moving averages of routing frequency and rank importance, in [0, 1).
         gamma: exponent of the rank penalty (r + 1) ** gamma, >= 0.
         p_grow: an expert gains at most max(1, floor(p_grow * (r_max - r_init))) ranks at one event.
@@ -89,38 +86,21 @@ class DrLoraConfig(SavedConfig):
             the run. Set it to the learning rate's warm-up.
         settle_steps: no growth in the last so many steps of the run. `auto` is the published 200,
             or a tenth of a run that is shorter than 2,000 steps.
-        routing_signal: what counts as routing: the top-k `topk_weight` (0 where not selected), the
-            router's softmax `probability`, or the `count` of selections.
         saliency: what growth goes by: `product` (the paper's f g / (r + 1) ** gamma), `routing`
-            (without g), `importance` (without f), or `random` (nothing; drawn from the seed that
-            torch had when the adapter was made).
-        rank_importance: of one rank: `product` (the paper's s_j), or `sensitivity` (AdaLoRA's: a
-            sum, and rows are kept by its average times how much it varies).
+            (without g), `importance` (without f), `random` (nothing; drawn from the seed that
+            torch had when the adapter was made), or a rule that was registered
+            (`drlora.config.registry.SALIENCIES`).
         allocation: `grow` from r_init up to r_target, or `prune` from r_init down to r_target, as
-            in AdaLoRA: the ranks of least importance go, whosever they are.
+            in AdaLoRA: the ranks of least importance go, whosever they are; or a policy that was
+            registered (`ALLOCATIONS`).
         start: how ranks are placed before the first step: `uniform` gives every expert r_init;
             `routing` gives them r_init on average, in proportion to how tokens are routed; `hot`
             gives as much to the experts that are used most, and none to the others; `gradient`
             gives it to the strongest directions of the gradient, whose ever they are
-            (`drlora.place_ranks`; the callback and `drlora train` call it).
-        start_a: rows of A that experts own at the start are `random`, or lie along the strongest
-            directions of the `gradient` of their expert's weight (`drlora.ranks.probe`).
-        start_a_scale: length of such rows, over that of a random one.
-        start_batches: batches that routing is counted and gradients are taken over.
-        hot_fraction: share of a block's experts that `hot` takes, in (0, 1].
+            (`drlora.place_ranks`; the callback and `drlora train` call it); or a way that was
+            registered (`STARTS`).
         budget_scope: whether each `layer` has its own budget, or all layers of the `model` compete
             for one; then a layer may need up to E * r_max rows, and so many are stored.
-        layer_floor: with `model`, the share of a budget of its own that each layer is sure of at
-            every event, from 0 to 1.
-        move_share: at an event, up to this share of all ranks moves from the experts of least
-            saliency to those of most, from 0 to 1. Their weakest ranks go, with what these had
-            learned, and never the last one. Also without growth (r_init = r_target).
-        b_lr_ratio: learning rate of B over that of A (LoRA+). `drlora train` sets the optimizer up
-            so; elsewhere use PEFT's create_loraplus_optimizer.
-        split_by_active: r_init, r_target, r_max and alpha are divided by the number of experts a
-            token uses, when the adapter is put in; ranks are at least 1 (LoRA Without Regret).
-        importance_reset: whose rank importance restarts from 0 after an event: only the `grown`
-            experts' (the paper's text) or `all` (its Algorithm 1).
         router: `frozen`, or `train`: trained from the end of the warm-up and saved with the
             adapter.
         young_rows: what Adam does with a row that wakes up late. `own`: its bias is corrected from
@@ -128,8 +108,6 @@ class DrLoraConfig(SavedConfig):
             `inherit`: its second moment starts at the mean of its expert's older rows, which costs
             nothing between events; `shared`: nothing is done, as in a plain Adam (first steps up
             to 6.6 times larger). See docs/rank-pool.md.
-        young_a: rows of A that wake up late are `random`, or point along the part of the `gradient`
-            that their expert's A does not reach yet (as far as there is one).
         engine: how the adapted experts are computed; `auto` chooses by device (`loop` or
             `grouped`). `triton` needs a GPU and the triton package, and is not chosen by itself.
         target_modules: further linear layers that get PEFT's ordinary LoRA in the same adapter,
@@ -138,18 +116,16 @@ class DrLoraConfig(SavedConfig):
         target_rank: rank of these layers; `None` means `r_target`.
         target_alpha: their alpha; `None` gives alpha / rank the value that it has for the experts.
             `use_rslora` and `lora_dropout` hold for them too.
-        use_dora: must be False; docs/peft-behaviour.md says why.
         modules_to_save: further modules that are trained in full and saved with the adapter.
         trainable_token_indices: ids of tokens whose embeddings alone are trained, as in PEFT: a
             list, or a dictionary from the name of an embedding layer to one. TRL asks for it where
             a chat template brings new tokens.
-        experts: full names of the adapted experts modules; filled in at injection.
-        base_model_type: the model's `model_type`; filled in at injection, and compared when the
-            adapter is loaded.
-        gate_up_order: how gate and up lie in the fused matrix, `halves` or `interleaved`; filled in
-            and compared likewise, since a version of transformers may change it.
-        schedule: what growth was planned with when the adapter was last trained (the numbers of
-            `drlora.ranks.schedule.Schedule`); filled in when training begins, for the record alone.
+        experts: full names of the experts modules to adapt; `None` means all, and is filled in when
+            the adapter is put in.
+        options: settings that only some methods need, by name (docs/methods.md has the list); what
+            is not given is filled in.
+        record: no setting. What was found when the adapter was put in, and is compared when it is
+            loaded (`base_model_type`, `gate_up_order`), and the `schedule` that it was trained by.
 
     Raises:
         ConfigError: naming the setting, its value and the way out.
@@ -162,49 +138,42 @@ class DrLoraConfig(SavedConfig):
     use_rslora: bool = False
     lora_dropout: float = 0.0
     projections: list[str] = field(default_factory=lambda: ["gate_up", "down"])
-    rank_per: str = "expert"
     beta: float = 0.9
     gamma: float = 1.2
     p_grow: float | Literal["auto"] = AUTO
     grow_every: int | Literal["auto"] = AUTO
     warmup_steps: float = 0.03
     settle_steps: int | Literal["auto"] = AUTO
-    routing_signal: str = "topk_weight"
     saliency: str = "product"
-    rank_importance: str = "product"
     allocation: str = "grow"
     start: str = "uniform"
-    start_a: str = "random"
-    start_a_scale: float = 1.0
-    start_batches: int = 8
-    hot_fraction: float = 0.25
     budget_scope: str = "layer"
-    layer_floor: float = 0.0
-    move_share: float = 0.0
-    b_lr_ratio: float = 1.0
-    split_by_active: bool = False
-    importance_reset: str = "grown"
     router: str = "frozen"
     young_rows: str = "own"
-    young_a: str = "random"
     engine: str = "auto"
     target_modules: list[str] | str | None = None
     target_rank: int | None = None
     target_alpha: float | None = None
-    use_dora: bool = False
     modules_to_save: list[str] | None = None
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     experts: list[str] | None = None
-    base_model_type: str | None = None
-    gate_up_order: str | None = None
-    schedule: dict[str, int] | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    record: dict[str, Any] | None = None
+    use_dora: InitVar[bool] = False  # no setting: PEFT's classes of LoRA ask for it
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, use_dora: bool) -> None:
         self.peft_type = DRLORA
         super().__post_init__()
+        if use_dora:
+            raise ConfigError(
+                f"use_dora={use_dora} is not supported: DoRA divides by the norm of each row of "
+                f"W + B A, for which the weights of all experts would be read in each step; leave "
+                f"it out (docs/peft-behaviour.md says more)."
+            )
         for name, choices in CHOICES.items():
             one_of(self, name, choices)
         one_of(self, "engine", (AUTO, *ENGINES.names()))
+        self._check_rules()
         self._check_ranks()
         self._check_numbers()
         self._check_names()
@@ -219,9 +188,43 @@ class DrLoraConfig(SavedConfig):
 
     @classmethod
     def for_method(cls, name: str, **settings: Any) -> DrLoraConfig:
-        """The settings that a method stands for (`drlora.config.methods`), on top of `settings`."""
+        """The settings that a method stands for (`drlora.config.methods`), on top of `settings`.
+
+        Options that are given and have no effect with the method's rules are left out, so that one
+        set of settings does for all methods.
+        """
         defaults = {f.name: f.default for f in fields(cls) if f.default is not MISSING}
-        return cls(**{**settings, **method_settings(name, {**defaults, **settings})})
+        given = settings.get("options") or {}
+        fixed = dict(method_settings(name, {**defaults, **settings, "options": given}))
+        options = fixed.pop("options", {})
+        rules = {s: fixed.get(s, settings.get(s, defaults[s])) for s in WITH_OPTIONS}
+        useless = registered_options().keys() - known_options(rules).keys()
+        kept = {key: value for key, value in given.items() if key not in useless}
+        return cls(**{**settings, **fixed, "options": {**kept, **options}})
+
+    @classmethod
+    def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
+        """What a saved configuration says, with what version 0.1 had as settings put in its place.
+
+        PEFT calls this when it reads adapter_config.json.
+        """
+        return with_options_apart(super().check_kwargs(**kwargs))
+
+    def option(self, name: str) -> Any:
+        """The value of an option.
+
+        Raises:
+            KeyError: if no option of that name goes with the rules of this configuration.
+        """
+        return self.options[name]
+
+    def recorded(self, name: str) -> Any:
+        """What `record` holds under a name, or None."""
+        return (self.record or {}).get(name)
+
+    def note(self, **values: Any) -> None:
+        """Put values into `record`."""
+        self.record = {**(self.record or {}), **values}
 
     @property
     def scaling(self) -> float:
@@ -238,7 +241,7 @@ class DrLoraConfig(SavedConfig):
     @property
     def starts_from_data(self) -> bool:
         """Whether experts own nothing until `drlora.place_ranks` has seen a few batches."""
-        return self.start != "uniform" or self.start_a != "random"
+        return self.start != "uniform" or self.option("start_a") != "random"
 
     def pool_rows(self, num_experts: int) -> int:
         """Rows that a block of `num_experts` experts stores for each projection."""
@@ -281,31 +284,33 @@ class DrLoraConfig(SavedConfig):
         in_range(self, "lora_dropout", 0, 1)
         in_range(self, "gamma", 0, None)
         in_range(self, "warmup_steps", 0, None)
-        if not 0 < number(self, "hot_fraction") <= 1:
-            raise ConfigError(f"hot_fraction={self.hot_fraction} must lie in (0, 1].")
-        for name in ("layer_floor", "move_share"):
-            if not 0 <= number(self, name) <= 1:
-                raise ConfigError(f"{name}={getattr(self, name)} must lie in [0, 1].")
-        for name in ("start_a_scale", "b_lr_ratio"):
-            if not 0 < number(self, name) < math.inf:
-                raise ConfigError(f"{name}={getattr(self, name)} must be greater than 0.")
         if self.lora_alpha is not None and not 0 < number(self, "lora_alpha") < math.inf:
             raise ConfigError(f"lora_alpha={self.lora_alpha} must be greater than 0.")
         if self.p_grow != AUTO and not 0 < number(self, "p_grow") <= 1:
             raise ConfigError(f"p_grow={self.p_grow} must lie in (0, 1], or be {AUTO!r}.")
         whole_number(self, "grow_every", 1, "steps", may_be_auto=True)
         whole_number(self, "settle_steps", 0, "steps", may_be_auto=True)
-        whole_number(self, "start_batches", 1, "batches")
-        if self.move_share and self.r_max == self.r_init:
+
+    def _check_rules(self) -> None:
+        """In inference rules decide nothing, so those of a user's need not be registered then."""
+        rules = {setting: getattr(self, setting) for setting in WITH_OPTIONS}
+        missing = [name for setting, name in rules.items() if name not in REGISTRIES[setting]]
+        if missing and self.inference_mode:
+            return
+        for setting, name in rules.items():
+            REGISTRIES[setting][name]
+        self.options = check_options(
+            self.options, known_options(rules), rules, registered_options()
+        )
+        if self.options.get("move_share") and self.r_max == self.r_init:
             raise ConfigError(
-                f"move_share={self.move_share} needs experts that can grow: raise r_max="
-                f"{self.r_max} above r_init={self.r_init}."
+                f"options.move_share={self.options['move_share']} needs experts that can grow: "
+                f"raise r_max={self.r_max} above r_init={self.r_init}."
             )
 
     def _check_names(self) -> None:
-        for name in ("use_rslora", "split_by_active", "use_dora"):
-            if not isinstance(value := getattr(self, name), bool):
-                raise ConfigError(f"{name}={shown(value)} must be true or false.")
+        if not isinstance(self.use_rslora, bool):
+            raise ConfigError(f"use_rslora={shown(self.use_rslora)} must be true or false.")
         for name in ("projections", "target_modules", "modules_to_save", "experts"):
             refuse_other_than_names(self, name)
         refuse_other_than_tokens(self, "trainable_token_indices")
@@ -323,12 +328,6 @@ class DrLoraConfig(SavedConfig):
 
     def _check_targets(self) -> None:
         assert self.lora_alpha is not None
-        if self.use_dora:
-            raise ConfigError(
-                f"use_dora={self.use_dora} is not supported: DoRA divides by the norm of each row "
-                f"of W + B A, for which the weights of all experts would be read in each step; "
-                f"leave it out (docs/peft-behaviour.md says more)."
-            )
         if not self.target_modules:
             for name in ("target_rank", "target_alpha"):
                 if getattr(self, name) is not None:
@@ -349,6 +348,23 @@ class DrLoraConfig(SavedConfig):
             self.target_alpha = self.lora_alpha * rank / self.r_target
         if not 0 < number(self, "target_alpha") < math.inf:
             raise ConfigError(f"target_alpha={self.target_alpha} must be greater than 0.")
+
+
+def with_options_apart(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that a file of version 0.1 or later holds, as DrLoraConfig takes them.
+
+    Version 0.1 had among the settings what are options since, what is found at injection, and
+    `use_dora`, which had to be False.
+    """
+    if "options" in saved or "record" in saved:
+        return dict(saved)
+    defaults = {f.name: f.default for f in fields(DrLoraConfig)}
+    rules = {setting: saved.get(setting, defaults[setting]) for setting in WITH_OPTIONS}
+    known, others = known_options(rules), registered_options()
+    kept = {k: v for k, v in saved.items() if k not in (*known, *others, *RECORDED, "use_dora")}
+    options = {k: saved[k] for k in known if saved.get(k, known[k].default) != known[k].default}
+    record = {k: saved[k] for k in RECORDED if saved.get(k) is not None}
+    return {**kept, "options": options, "record": record or None}
 
 
 def preset_settings(name: str) -> dict[str, Any]:

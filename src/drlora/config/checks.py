@@ -6,8 +6,7 @@ import math
 from collections.abc import Iterable
 from typing import Any, Final
 
-from drlora.errors import ConfigError
-from drlora.wording import shown
+from drlora.errors import ConfigError, shown
 
 # Chosen by the length of the run and the budget (drlora.ranks.schedule).
 AUTO: Final = "auto"

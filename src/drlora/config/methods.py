@@ -8,8 +8,7 @@ that one recipe can be run under every name. All the rest (r_target, projections
 is as given, and the budget is the same: E * r_target rows a block and projection. docs/methods.md
 says what each is, where it comes from, and what is not alike.
 
-To add a method, add a row here; to add a rule, a function in saliency.py or starts.py and its
-name in config.py.
+A method of your own is one more entry: `METHODS.add("mine", Method(...))`, here or anywhere else.
 """
 
 from __future__ import annotations
@@ -19,7 +18,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from drlora.errors import ConfigError
+from drlora.config.options import HOT_FRACTION
+from drlora.config.registry import Registry
 
 Settings = dict[str, Any]
 
@@ -42,122 +42,153 @@ class Method:
 _PAPER = "arXiv 2601.04823"
 # Every choice of DR-LoRA that another method makes otherwise.
 _DR_LORA: Settings = dict(
-    saliency="product",
-    rank_importance="product",
-    allocation="grow",
-    start="uniform",
-    budget_scope="layer",
-    move_share=0.0,
-    young_a="random",
-    start_a="random",
+    saliency="product", allocation="grow", start="uniform", budget_scope="layer"
 )
+_DR_LORA_OPTIONS: Settings = dict(rank_importance="product", start_a="random")
+# Options of growth, which have no effect with another allocation.
+_OF_GROWTH: Settings = dict(move_share=0.0, young_a="random")
 # Rows of A as found by a probe, and their length: the same for all methods that have them.
 _ALONG_GRADIENT: Settings = dict(start_a="gradient", start_a_scale=3.0)
 
 
-def _uniform(given: Mapping[str, Any]) -> Settings:
+def _choices(options: Settings | None = None, **changes: Any) -> Settings:
+    """DR-LoRA's choices with changes, and its options with others on top."""
+    settings = {**_DR_LORA, **changes}
+    own = _OF_GROWTH if settings["allocation"] == "grow" else {}
+    return {**settings, "options": {**_DR_LORA_OPTIONS, **own, **(options or {})}}
+
+
+def _uniform(given: Mapping[str, Any], options: Settings | None = None) -> Settings:
     rank = given["r_target"]
-    return {**_DR_LORA, "r_init": rank, "r_max": rank}
+    return _choices(options, r_init=rank, r_max=rank)
 
 
 def _hot(given: Mapping[str, Any]) -> Settings:
     rank = given["r_target"]
-    r_max = math.ceil(rank / given["hot_fraction"] - 1e-9)
-    return {**_DR_LORA, "r_init": rank, "r_max": r_max, "start": "hot"}
+    fraction = given["options"].get("hot_fraction", HOT_FRACTION.default)
+    r_max = math.ceil(rank / HOT_FRACTION.check("hot_fraction", fraction) - 1e-9)
+    return _choices(r_init=rank, r_max=r_max, start="hot")
 
 
 def _adalora(given: Mapping[str, Any]) -> Settings:
     rank = math.ceil(1.5 * given["r_target"])
-    return {
-        **_DR_LORA,
-        "r_init": rank,
-        "r_max": rank,
-        "allocation": "prune",
-        "rank_importance": "sensitivity",
-        "rank_per": "projection",
-        "budget_scope": "model",
-        "beta": 0.85,
-    }
+    return _choices(
+        {"rank_importance": "sensitivity", "rank_per": "projection"},
+        r_init=rank,
+        r_max=rank,
+        allocation="prune",
+        budget_scope="model",
+        beta=0.85,
+    )
 
 
 def _dr_lora(**changes: Any) -> Callable[[Mapping[str, Any]], Settings]:
-    return lambda given: {**_DR_LORA, **changes}
+    return lambda given: _choices(**changes)
 
 
-METHODS: dict[str, Method] = {
-    "lora": Method("every expert has rank r_target", "arXiv 2106.09685", _uniform),
-    "rslora": Method(
+METHODS: Registry[Method] = Registry("method")
+METHODS.add("lora", Method("every expert has rank r_target", "arXiv 2106.09685", _uniform))
+METHODS.add(
+    "rslora",
+    Method(
         "LoRA, scaled by alpha / sqrt(r)",
         "arXiv 2312.03732",
         lambda given: {**_uniform(given), "use_rslora": True},
     ),
-    "lora-plus": Method(
+)
+METHODS.add(
+    "lora-plus",
+    Method(
         "LoRA, B learns 16 times faster than A",
         "arXiv 2402.12354",
-        lambda given: {**_uniform(given), "b_lr_ratio": 16.0},
+        lambda given: _uniform(given, {"b_lr_ratio": 16.0}),
     ),
-    "lora-gradient": Method(
+)
+METHODS.add(
+    "lora-gradient",
+    Method(
         "LoRA, A starts along the gradient that a few batches give each expert",
         "after arXiv 2407.05000 (LoRA-GA), by a probe",
-        lambda given: {**_uniform(given), **_ALONG_GRADIENT},
+        lambda given: _uniform(given, _ALONG_GRADIENT),
     ),
-    "lora-active": Method(
+)
+METHODS.add(
+    "lora-active",
+    Method(
         "LoRA of rank r_target / (experts a token uses): a smaller budget",
         "LoRA Without Regret, Thinking Machines Lab 2025",
-        lambda given: {**_uniform(given), "split_by_active": True},
+        lambda given: _uniform(given, {"split_by_active": True}),
     ),
-    "adalora": Method(
+)
+METHODS.add(
+    "adalora",
+    Method(
         "starts at 1.5 r_target and prunes the least important ranks of all layers",
         "arXiv 2303.10512",
         _adalora,
     ),
-    "hot": Method(
+)
+METHODS.add(
+    "hot",
+    Method(
         "only the most used quarter of each block's experts, with all of its ranks",
         "arXiv 2603.24044 (MoE-Sieve), arXiv 2605.18795 (HELLoRA)",
         _hot,
     ),
-    "static": Method(
+)
+METHODS.add(
+    "static",
+    Method(
         "ranks in proportion to how often tokens use the experts, placed before the first step",
         f"control for {_PAPER}",
-        lambda given: {**_DR_LORA, "r_init": given["r_target"], "start": "routing"},
+        lambda given: _choices(r_init=given["r_target"], start="routing"),
     ),
-    "gradient": Method(
+)
+METHODS.add(
+    "gradient",
+    Method(
         "ranks and rows of A along the gradient that a few batches give each expert, then fixed",
         "after arXiv 2502.12171 (GoRA) and 2407.05000 (LoRA-GA), by a probe",
-        lambda given: {
-            **_DR_LORA,
-            "r_init": given["r_target"],
-            "start": "gradient",
-            **_ALONG_GRADIENT,
-        },
+        lambda given: _choices(_ALONG_GRADIENT, r_init=given["r_target"], start="gradient"),
     ),
-    "random": Method(
+)
+METHODS.add(
+    "random",
+    Method(
         "growth as in DR-LoRA, to experts drawn at random",
         f"control for {_PAPER}",
         _dr_lora(saliency="random"),
     ),
-    "drlora": Method("ranks grow by saliency f g / (r + 1) ** gamma", _PAPER, _dr_lora()),
-    "drlora-no-routing": Method(
-        "DR-LoRA without f", f"ablation of {_PAPER}", _dr_lora(saliency="importance")
-    ),
-    "drlora-no-importance": Method(
-        "DR-LoRA without g", f"ablation of {_PAPER}", _dr_lora(saliency="routing")
-    ),
-    "drlora-no-penalty": Method(
-        "DR-LoRA without the rank penalty", f"ablation of {_PAPER}", _dr_lora(gamma=0.0)
-    ),
-    "drlora-global": Method(
+)
+METHODS.add("drlora", Method("ranks grow by saliency f g / (r + 1) ** gamma", _PAPER, _dr_lora()))
+METHODS.add(
+    "drlora-no-routing",
+    Method("DR-LoRA without f", f"ablation of {_PAPER}", _dr_lora(saliency="importance")),
+)
+METHODS.add(
+    "drlora-no-importance",
+    Method("DR-LoRA without g", f"ablation of {_PAPER}", _dr_lora(saliency="routing")),
+)
+METHODS.add(
+    "drlora-no-penalty",
+    Method("DR-LoRA without the rank penalty", f"ablation of {_PAPER}", _dr_lora(gamma=0.0)),
+)
+METHODS.add(
+    "drlora-global",
+    Method(
         "DR-LoRA, all layers compete for one budget",
         f"ablation of {_PAPER}",
         _dr_lora(budget_scope="model"),
     ),
-    "drlora-frozen-router": Method(
-        "DR-LoRA, router frozen", f"ablation of {_PAPER}", _dr_lora(router="frozen")
-    ),
-    "drlora-trained-router": Method(
-        "DR-LoRA, router trained after the warm-up", _PAPER, _dr_lora(router="train")
-    ),
-}
+)
+METHODS.add(
+    "drlora-frozen-router",
+    Method("DR-LoRA, router frozen", f"ablation of {_PAPER}", _dr_lora(router="frozen")),
+)
+METHODS.add(
+    "drlora-trained-router",
+    Method("DR-LoRA, router trained after the warm-up", _PAPER, _dr_lora(router="train")),
+)
 
 
 def method_settings(name: str, given: Mapping[str, Any]) -> Settings:
@@ -166,6 +197,4 @@ def method_settings(name: str, given: Mapping[str, Any]) -> Settings:
     Raises:
         ConfigError: if there is no such method.
     """
-    if name not in METHODS:
-        raise ConfigError(f"method={name!r} is not known; choose one of {sorted(METHODS)}.")
     return METHODS[name].settings(given)

@@ -8,13 +8,13 @@ their own. What everybody sets is a field of DrLoraConfig.
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from drlora.errors import ConfigError
-from drlora.wording import shown
+from drlora.errors import ConfigError, shown
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,9 @@ class Option:
         return f" of at least {self.low:g}" if self.low > -math.inf else ""
 
 
+HOT_FRACTION = Option(0.25, "share of a block's experts that `hot` takes", above=0, high=1)
+"""Of start=hot; the method `hot` needs it to know r_max."""
+
 # Those that have an effect whatever is chosen. Others are registered with what they belong to.
 GENERAL: dict[str, Option] = {
     "routing_signal": Option(
@@ -123,37 +126,38 @@ GENERAL: dict[str, Option] = {
 
 def check_options(
     given: Any,
-    choices: Mapping[str, tuple[str, Mapping[str, Option]]],
+    known: Mapping[str, Option],
+    rules: Mapping[str, str],
     registered: Mapping[str, str],
 ) -> dict[str, Any]:
-    """The given options, checked against what the chosen rules take.
+    """All options that have an effect with the chosen rules, as given or by default.
 
     Args:
         given: name -> value.
-        choices: setting -> (its value, the options of that choice).
-        registered: every option that some other choice takes -> that choice, as `setting=name`.
+        known: every option that has an effect with these rules.
+        rules: setting -> the rule that is chosen.
+        registered: every option of any rule -> that rule, as `setting=name`.
 
     Raises:
-        ConfigError: if one is unknown, has a wrong value, or has no effect with these choices.
+        ConfigError: if one is unknown, has a wrong value, or has no effect with these rules.
     """
     if not isinstance(given, Mapping):
         raise ConfigError(f"options={shown(given)} must be a mapping from names to values.")
-    known = dict(GENERAL)
-    for _, options in choices.values():
-        known |= options
-    checked = {}
+    checked = {name: option.default for name, option in known.items()}
     for name, value in given.items():
         if name in known:
             checked[name] = known[name].check(name, value)
-            continue
-        if name in registered:
+        elif name in registered:
             setting = registered[name].partition("=")[0]
             raise ConfigError(
-                f"options.{name}={shown(value)} has no effect with {setting}="
-                f"{choices[setting][0]!r}: it goes with {registered[name]}; leave it out."
+                f"options.{name}={shown(value)} has no effect with {setting}={rules[setting]!r}: "
+                f"it goes with {registered[name]}; leave it out."
             )
-        raise ConfigError(
-            f"options.{name}={shown(value)} is not known; known with these settings are "
-            f"{', '.join(sorted(known))}."
-        )
+        else:
+            near = difflib.get_close_matches(str(name), known, n=1)
+            raise ConfigError(
+                f"options.{name}={shown(value)} is not known; "
+                f"{f'did you mean {near[0]}? K' if near else 'k'}nown with these rules are "
+                f"{', '.join(sorted(known))}."
+            )
     return checked

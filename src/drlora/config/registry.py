@@ -12,12 +12,11 @@ bring options of its own: values of `DrLoraConfig.options` that have an effect w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Generic, TypeVar
 
-from drlora.config.options import Option
-from drlora.errors import ConfigError
-from drlora.wording import shown
+from drlora.config.options import GENERAL, Option
+from drlora.errors import ConfigError, shown
 
 T = TypeVar("T")
 
@@ -65,7 +64,7 @@ class Registry(Generic[T]):
         self._options.pop(name, None)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._found
+        return isinstance(name, str) and name in self._found
 
     def __getitem__(self, name: str) -> T:
         """What is registered under `name`.
@@ -73,12 +72,15 @@ class Registry(Generic[T]):
         Raises:
             ConfigError: with the known names, if nothing is.
         """
-        if name not in self._found:
+        if name not in self:
             raise ConfigError(
                 f"{self.setting}={shown(name)} is not known; choose one of {list(self.names())}, "
                 f"or import the module that registers it first."
             )
         return self._found[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._found)
 
     def names(self) -> tuple[str, ...]:
         """In the order in which they were registered."""
@@ -86,7 +88,7 @@ class Registry(Generic[T]):
 
     def options_of(self, name: Any) -> Mapping[str, Option]:
         """The options that have an effect with this choice."""
-        return self._options.get(name, {})
+        return self._options[name] if name in self else {}
 
 
 SALIENCIES: Registry[Any] = Registry("saliency")
@@ -102,3 +104,23 @@ ENGINES: Registry[Any] = Registry("engine")
 """How adapted experts are computed (`drlora.ops`)."""
 
 REGISTRIES = {r.setting: r for r in (SALIENCIES, ALLOCATIONS, STARTS, ENGINES)}
+
+WITH_OPTIONS = ("saliency", "allocation", "start")  # settings whose choices may bring options
+
+
+def known_options(rules: Mapping[str, str]) -> dict[str, Option]:
+    """Every option that has an effect with these rules: setting -> choice."""
+    known = dict(GENERAL)
+    for setting, choice in rules.items():
+        known |= REGISTRIES[setting].options_of(choice)
+    return known
+
+
+def registered_options() -> dict[str, str]:
+    """Option -> a choice that takes it, as `setting=choice`; without the general ones."""
+    return {
+        option: f"{setting}={choice}"
+        for setting in WITH_OPTIONS
+        for choice in REGISTRIES[setting].names()
+        for option in REGISTRIES[setting].options_of(choice)
+    }

@@ -13,8 +13,7 @@ from drlora.data.layout import PLACES
 from drlora.data.load import data_file, load_placed
 from drlora.data.section import DataSection
 from drlora.data.slices import base_of
-from drlora.errors import DataError
-from drlora.wording import counted
+from drlora.errors import DataError, counted
 
 
 def load_training_data(section: DataSection) -> tuple[Dataset, Dataset]:

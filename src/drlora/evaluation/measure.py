@@ -14,9 +14,8 @@ from drlora.data import Collator
 from drlora.data.draw import draw
 from drlora.data.encode import Examples
 from drlora.data.section import EvaluationSection
-from drlora.errors import CheckpointError, DataError
+from drlora.errors import CheckpointError, DataError, shown
 from drlora.evaluation.evaluate import LossResult, MatchResult, evaluate_loss, exact_match
-from drlora.wording import shown
 
 
 @dataclass(frozen=True)

@@ -4,29 +4,3 @@ peft         plain PEFT LoRA on target_parameters: PEFT, SGLang, vLLM
 per-expert   2-D keys of each expert: vLLM, SGLang, llama.cpp's converter
 merged       full weights in the model's own checkpoint format
 """
-
-from drlora.export.check import Difference
-from drlora.export.make import ROUNDING, ROUNDINGS, Made
-from drlora.export.plan import (
-    FORMATS,
-    RANKS,
-    RECORD,
-    ExportPlan,
-    apply_plan,
-    make_plan,
-    refuse_full_folder,
-)
-
-__all__ = [
-    "Difference",
-    "ExportPlan",
-    "FORMATS",
-    "Made",
-    "RANKS",
-    "RECORD",
-    "ROUNDING",
-    "ROUNDINGS",
-    "apply_plan",
-    "make_plan",
-    "refuse_full_folder",
-]

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapper
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -24,12 +24,12 @@ from drlora.adapter.inject import adapted_layers
 from drlora.adapter.layer import DrLoraExperts
 from drlora.adapter.pool import RankPool
 from drlora.config.adapter import DrLoraConfig
-from drlora.errors import CheckpointError, ConfigError
+from drlora.errors import CheckpointError, ConfigError, first_line
 from drlora.export.factors import Factors
 from drlora.export.peft_lora import read
 from drlora.export.updates import PARAMETERS, Updates, base_of, seen_transposed
 from drlora.io.files import read_adapter_config
-from drlora.wording import first_line
+from drlora.io.run_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 
 def load_peft_lora(
@@ -52,8 +52,8 @@ def load_peft_lora(
     """
     if config is not None and config.starts_from_data:
         raise ConfigError(
-            f"start={config.start!r}, start_a={config.start_a!r}: a LoRA that is continued has "
-            f"ranks and rows of its own; leave these settings out."
+            f"start={config.start!r}, start_a={config.option('start_a')!r}: a LoRA that is "
+            f"continued has ranks and rows of its own; leave these settings out."
         )
     updates = _read_lora(model, Path(folder))
     rank = max(rank for factors in updates.experts.values() for rank in factors.ranks)
@@ -111,13 +111,13 @@ def refuse_other_files(folder: Path) -> None:
     """Raises:
     CheckpointError: if `folder` does not hold the two files of a LoRA.
     """
-    for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
+    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         if not (folder / name).is_file():
             raise CheckpointError(
                 f"{folder} holds no PEFT LoRA: it has no {name} (weights in other formats than "
                 f"safetensors are not read)."
             )
-    kind = read_adapter_config(folder, SAFETENSORS_WEIGHTS_NAME).get("peft_type")
+    kind = read_adapter_config(folder, ADAPTER_WEIGHTS).get("peft_type")
     if kind != "LORA":
         raise CheckpointError(
             f"the adapter in {folder} is of type {kind!r}; LORA can be continued."

@@ -1,4 +1,4 @@
-"""The exported model in memory, and how far it is from the adapter.
+"""How far an export in memory is from the adapter; each format makes its own (see `format`).
 
     1. logits of the base and of the adapter, in float32: their difference is the adapter's effect
     2. the export is made, and every weight compared with what the adapter makes of it
@@ -20,18 +20,13 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from drlora.export import peft_lora, per_expert
-from drlora.export.attached import compare_attached
 from drlora.export.check import Batch, Difference, Gap, difference, logits_of, ratio
 from drlora.export.float32 import NARROW, can_be_widened
-from drlora.export.merging import as_if_merged, merge, round_trained, untie
-from drlora.export.reference import Deviation, Reference, compare_trained
-from drlora.export.updates import Updates, base_of
-from drlora.ops.merge import NEAREST, Rounding
+from drlora.export.merging import as_if_merged, round_trained, untie
+from drlora.export.reference import Deviation, Reference
+from drlora.ops.merge import Rounding
 
 ROUNDING = Rounding("stochastic")
-ROUNDINGS = ("stochastic", "nearest")
-WORTH_SAYING = 0.1  # of the adapter's effect
 
 
 @dataclass(frozen=True)
@@ -54,13 +49,14 @@ class Made:
 
 
 @dataclass(frozen=True)
-class _Measured:
+class Measured:
     """What is known before the export is made.
 
     Attributes:
         adapter: its name.
         reference: what it changes, with modules that were trained in full in the base's dtype.
         dtype: of the base.
+        batches: what logits are compared on.
         effect: between the logits of the adapter and of the base.
         wanted: logits that the export must give.
         cost: what rounding alone does to them, as a share of the effect.
@@ -69,49 +65,30 @@ class _Measured:
     adapter: str
     reference: Reference
     dtype: torch.dtype
+    batches: Sequence[Batch]
     effect: Gap
     wanted: list[Tensor]
     cost: float
 
+    def compared(self, result: Any, weights: Deviation) -> Difference:
+        """How far the export `result` is off, whose `weights` were compared already."""
+        got = logits_of(result, self.batches)
+        wide = can_be_widened(result)
+        return difference(self.wanted, got, self.effect, weights, self.dtype, wide)
 
-def make(
-    format: str,
-    updates: Updates | None,
-    model: PeftModel,
-    batches: Sequence[Batch],
-    rounding: Rounding = ROUNDING,
-) -> Made:
-    """Make an export of the active adapter and compare it with that; `model` is used up.
+
+def measured(
+    model: PeftModel, batches: Sequence[Batch], rounding: Rounding, merged: bool
+) -> Measured:
+    """Measure the active adapter of `model`, and prepare its modules for what will be exported.
 
     Args:
-        format: `peft`, `per-expert` or `merged`.
-        updates: what is exported; None if merged.
         model: the model with its weights.
-        batches: `input_ids` and `attention_mask`, int64 (B, L), on which logits are compared.
-        rounding: of merged weights in 16 bits.
+        batches: `input_ids` and `attention_mask`, int64 (B, L).
+        rounding: of the export.
+        merged: whether it is the base with the adapter in its weights.
     """
-    dtype = cast(PreTrainedModel, model.get_base_model()).dtype
-    is_nothing = Reference.of(model, model.active_adapter).is_nothing
-    if updates is not None or dtype not in NARROW:
-        rounding = NEAREST
-    known = _measure(model, batches, dtype, rounding, merged=updates is None)
-    if updates is None:
-        made = _merged(model, known, batches, rounding)
-    else:
-        made = _attached(format, updates, model, known, batches)
-    if is_nothing:
-        made.notes.append("the adapter changes nothing: every B is zero, as before training")
-    return made
-
-
-def _measure(
-    model: PeftModel,
-    batches: Sequence[Batch],
-    dtype: torch.dtype,
-    rounding: Rounding,
-    merged: bool,
-) -> _Measured:
-    adapter = model.active_adapter
+    adapter, dtype = model.active_adapter, cast(PreTrainedModel, model.get_base_model()).dtype
     with model.disable_adapter():
         plain = logits_of(model, batches)
     adapted = logits_of(model, batches)
@@ -127,63 +104,4 @@ def _measure(
     elif is_rounded:
         wanted = logits_of(model, batches)
     cost = ratio(Gap(wanted, adapted).trimmed, effect.root_mean_square)
-    return _Measured(adapter, reference, dtype, effect, wanted, cost)
-
-
-def _merged(
-    model: PeftModel, known: _Measured, batches: Sequence[Batch], rounding: Rounding
-) -> Made:
-    base, weights, kept = merge(model, known.adapter, known.reference, rounding)
-    compare_trained(weights, base.get_submodule, known.reference)
-    found = _compare(base, known, batches, weights)
-    if known.dtype not in NARROW:
-        return Made(base, found)
-    said = {
-        "mode": rounding.mode,
-        "seed": rounding.seed if rounding.mode == "stochastic" else None,
-        "unmoved": kept.unmoved_share,
-        "kept": kept.share,
-        "of_effect": known.cost,
-    }
-    notes = [_in_words(said, found.dtype)] if kept.entries else []
-    return Made(base, found, said, notes)
-
-
-def _attached(
-    format: str,
-    updates: Updates,
-    model: PeftModel,
-    known: _Measured,
-    batches: Sequence[Batch],
-) -> Made:
-    base = base_of(model, known.adapter)
-    attach = per_expert.read_back if format == "per-expert" else peft_lora.attach
-    result = attach(base, updates)
-    weights = compare_attached(result, known.reference)
-    copies: Any = base.get_submodule
-    compare_trained(weights, lambda n: copies(n).modules_to_save["default"], known.reference)
-    notes = []
-    if known.cost:
-        notes.append(
-            f"trained routers are in {known.dtype} beside this base; that rounding moves "
-            f"logits by {known.cost:.1%} of what the adapter does to them"
-        )
-    return Made(result, _compare(result, known, batches, weights), None, notes)
-
-
-def _compare(
-    result: Any, known: _Measured, batches: Sequence[Batch], weights: Deviation
-) -> Difference:
-    got = logits_of(result, batches)
-    wide = can_be_widened(result)
-    return difference(known.wanted, got, known.effect, weights, known.dtype, wide)
-
-
-def _in_words(said: dict[str, Any], dtype: str) -> str:
-    way_out = "; merge into a float32 base, or export as peft, to lose none of it"
-    return (
-        f"rounding to {dtype} ({said['mode']}): {said['unmoved']:.1%} of the updated entries are "
-        f"as they were, {said['kept']:.1%} of the update is in the weights; logits move by "
-        f"{said['of_effect']:.1%} of what the adapter does to them"
-        f"{way_out if said['of_effect'] > WORTH_SAYING else ''}"
-    )
+    return Measured(adapter, reference, dtype, batches, effect, wanted, cost)

@@ -5,34 +5,19 @@ from __future__ import annotations
 import os
 from typing import Any
 
-_WHAT = {
-    "peft": (
-        "A DR-LoRA adapter as a plain PEFT LoRA on `target_parameters`. The experts' ranks are "
-        "padded with zeros to {rank}, and scalings are folded into B. It needs PEFT and "
-        "transformers, not drlora."
-    ),
-    "per-expert": (
-        "A DR-LoRA adapter as LoRA of rank {rank} on the gate, up and down projection of every "
-        "expert, in 2-D tensors, for engines that keep experts apart."
-    ),
-    "merged": "The model with a DR-LoRA adapter merged into its weights, for transformers alone.",
-}
-_HOW = {
-    "peft": """base = AutoModelForCausalLM.from_pretrained({base!r})
-    model = PeftModel.from_pretrained(base, "this folder")""",
-    "merged": 'model = AutoModelForCausalLM.from_pretrained("this folder")',
-}
+from drlora.export.format import Format
+from drlora.io.run_files import EXPORT_RECORD
 
 
-def readme(record: dict[str, Any], difference: str) -> str:
+def readme(format: Format, record: dict[str, Any], difference: str) -> str:
     """Markdown from what `drlora_export.json` says."""
     named = record.get("base_model")
     # A path of this machine means nothing to others, and says what is on it.
     base = named if named and not os.path.exists(named) else "BASE_MODEL"
     ranks = record["adapter_ranks"]
-    lines = [f"# drlora export: {record['format']}", "", _WHAT[record["format"]].format(**record)]
-    if record["format"] in _HOW:
-        lines += ["", "    " + _HOW[record["format"]].format(base=base)]
+    lines = [f"# drlora export: {format.name}", "", format.summary.format(**record)]
+    if format.loading:
+        lines += ["", "    " + format.loading.format(base=base)]
     lines += [
         "",
         f"- base model: {base}",
@@ -41,6 +26,6 @@ def readme(record: dict[str, Any], difference: str) -> str:
         f"- checked before writing: {difference}",
         *(f"- {note}" for note in record["notes"]),
         "",
-        "`drlora_export.json` holds the same for programs, and where adapter and base model were.",
+        f"`{EXPORT_RECORD}` holds the same for programs, and where adapter and base model were.",
     ]
     return "\n".join(lines) + "\n"

@@ -24,10 +24,10 @@ from pathlib import Path
 from typing import Any
 
 from drlora.errors import CheckpointError
+from drlora.io.run_files import CHECKPOINT, MANIFEST
 from drlora.io.writing import sync, write_at_once
 
-MANIFEST = "manifest.json"
-_NAME = re.compile(r"checkpoint-(\d+)")
+_NAME = re.compile(CHECKPOINT.format(r"(\d+)"))
 
 
 @contextmanager
@@ -96,7 +96,8 @@ def newest_checkpoint(
         folder: the Trainer's output directory, or wherever checkpoints are written.
         on_skip: told of each later one that is passed over, and why.
     """
-    found = [path for path in Path(folder).glob("checkpoint-*") if _NAME.fullmatch(path.name)]
+    paths = Path(folder).glob(CHECKPOINT.format("*"))
+    found = [path for path in paths if _NAME.fullmatch(path.name)]
     for path in sorted(found, key=checkpoint_step, reverse=True):
         try:
             refuse_damaged(path)

@@ -11,11 +11,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from peft.utils import CONFIG_NAME
 from safetensors import SafetensorError, safe_open
 
-from drlora.errors import CheckpointError, ConfigError, DrLoraError
-from drlora.wording import first_line, shown
+from drlora.errors import CheckpointError, ConfigError, DrLoraError, first_line, shown
+from drlora.io.run_files import ADAPTER_CONFIG
 
 LARGEST_JSON_BYTES = 64 * 2**20
 _RANKS_OF_A_CONFIG = ("r", "r_init", "r_target", "target_rank")
@@ -123,7 +122,7 @@ def read_adapter_config(folder: Path, weights: str) -> dict[str, Any]:
     Raises:
         CheckpointError: if either is missing or damaged, or they cannot belong together.
     """
-    path = folder / CONFIG_NAME
+    path = folder / ADAPTER_CONFIG
     config = read_json(path)
     shapes = read_shapes(folder / weights)
     largest = max((size for shape in shapes.values() for size in shape), default=0)

@@ -15,9 +15,8 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
 
-from drlora.errors import ConfigError
+from drlora.errors import ConfigError, shown
 from drlora.io.files import read_text
-from drlora.wording import shown
 
 LARGEST_YAML_BYTES = 128 * 2**10
 MOST_VALUES = 20_000

@@ -23,7 +23,6 @@ from typing import Any, cast
 import numpy as np
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -32,10 +31,11 @@ from drlora.adapter.embeddings import fit_embeddings
 from drlora.adapter.inject import adapted_layers
 from drlora.adapter.pool import RankPool
 from drlora.adapter.row_book import FREE
-from drlora.config.adapter import DrLoraConfig
-from drlora.errors import CheckpointError, ConfigError, DrLoraError
+from drlora.config.adapter import DrLoraConfig, with_options_apart
+from drlora.config.registry import WITH_OPTIONS, known_options
+from drlora.errors import CheckpointError, ConfigError, DrLoraError, first_line
 from drlora.io.files import home, read_adapter_config, read_shapes
-from drlora.wording import first_line
+from drlora.io.run_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CHECKPOINTS, CONFIG
 
 RANKS = ("keep", "grow", "again")
 # What belongs to a run and its length, not to the adapter.
@@ -44,10 +44,10 @@ _OF_A_RUN = (
     "settle_steps",
     "p_grow",
     "warmup_steps",
-    "schedule",
     "start",
-    "start_a",
+    "record",
 )
+_OPTIONS_OF_A_RUN = ("start_a", "start_a_scale", "start_batches", "hot_fraction")
 _POOLS, _OWNER = ".drlora_adapters.pools.", ".owner"
 _FREQUENCY = ".drlora_adapters.frequency"
 
@@ -55,9 +55,9 @@ _FREQUENCY = ".drlora_adapters.frequency"
 def is_drlora(folder: str | Path) -> bool:
     """Whether a folder holds a DR-LoRA adapter, as a run directory does."""
     path = Path(home(str(folder)))
-    if not (path / CONFIG_NAME).is_file():
+    if not (path / ADAPTER_CONFIG).is_file():
         return False
-    return read_adapter_config(path, SAFETENSORS_WEIGHTS_NAME).get("peft_type") == "DRLORA"
+    return read_adapter_config(path, ADAPTER_WEIGHTS).get("peft_type") == "DRLORA"
 
 
 def kept_settings(
@@ -78,18 +78,28 @@ def kept_settings(
     if not is_drlora(folder):
         return dict(given)
     path = Path(home(str(folder)))
-    config = read_adapter_config(path, SAFETENSORS_WEIGHTS_NAME)
+    config = with_options_apart(read_adapter_config(path, ADAPTER_WEIGHTS))
     saved = {k: config[k] for k in known if k in config and k not in _OF_A_RUN}
+    brought = config.get("options")
+    options = {
+        k: v
+        for k, v in (brought if isinstance(brought, dict) else {}).items()
+        if k not in _OPTIONS_OF_A_RUN
+    }
     if "r_target" in given and "lora_alpha" not in given:  # the scaling stays as it is
         wanted = int(given["r_target"]) / saved["r_target"]
         saved["lora_alpha"] *= math.sqrt(wanted) if saved.get("use_rslora") else wanted
     found = {**saved, **given}
+    still = known_options({setting: found[setting] for setting in WITH_OPTIONS if setting in found})
+    options = {k: v for k, v in options.items() if k in still}
+    found["options"] = {**options, **(given.get("options") or {})}
     if (ranks or "keep") == "keep":
         _refuse_growth(found, given)
-        return {**found, "r_init": found["r_target"], "move_share": 0.0, "allocation": "grow"}
+        still = {k: v for k, v in found["options"].items() if k != "move_share"}
+        return {**found, "r_init": found["r_target"], "options": still, "allocation": "grow"}
     if ranks == "grow" and "r_init" not in given:
         found["r_init"] = min(_lowest_mean_rank(path), found["r_target"])
-    if found["r_init"] >= found["r_target"] and not found["move_share"]:
+    if found["r_init"] >= found["r_target"] and not found["options"].get("move_share"):
         raise ConfigError(
             f"start_from_ranks={ranks!r}: the adapter in {folder} has spent its budget of "
             f"{found['r_target']} ranks an expert; raise adapter.r_target (and adapter.r_max), or "
@@ -149,9 +159,6 @@ def continue_adapter(
             f"the adapter in {folder} cannot be continued: {first_line(error)}. Give the settings "
             f"that it was trained with, and its base model."
         ) from error
-    for layer in adapted_layers(adapted, "default").values():
-        for pool in layer.adapter("default").rank_pools.values():
-            pool.read_owners()
     if lost > 0:
         warnings.warn(
             f"start_from_ranks 'again': back at r_init={config.r_init}, the experts keep "
@@ -167,10 +174,10 @@ def refuse_unfit(folder: Path) -> None:
     Raises:
         CheckpointError: saying what is missing.
     """
-    if not (folder / SAFETENSORS_WEIGHTS_NAME).is_file() and (folder / "config.yaml").is_file():
+    if not (folder / ADAPTER_WEIGHTS).is_file() and (folder / CONFIG).is_file():
         raise CheckpointError(
             f"the run in {folder} is not finished, so it has no adapter to start from; finish it "
-            f"with --resume, or name one of {folder / 'checkpoints'}."
+            f"with --resume, or name one of {folder / CHECKPOINTS}."
         )
     if not is_drlora(folder):
         raise CheckpointError(f"{folder} holds no DR-LoRA adapter.")
@@ -179,7 +186,7 @@ def refuse_unfit(folder: Path) -> None:
 def _read(folder: Path) -> tuple[dict[str, Tensor], DrLoraConfig]:
     try:
         config = DrLoraConfig.from_pretrained(str(folder))
-        return load_file(folder / SAFETENSORS_WEIGHTS_NAME), config
+        return load_file(folder / ADAPTER_WEIGHTS), config
     except DrLoraError:
         raise
     except Exception as error:  # whatever PEFT makes of a file that it does not understand
@@ -190,7 +197,7 @@ def _read(folder: Path) -> tuple[dict[str, Tensor], DrLoraConfig]:
 
 def _lowest_mean_rank(folder: Path) -> int:
     """The mean rank of an expert in the pool where it is lowest, rounded down; at least 1."""
-    path = folder / SAFETENSORS_WEIGHTS_NAME
+    path = folder / ADAPTER_WEIGHTS
     names = [name for name in read_shapes(path) if name.endswith(_OWNER)]
     tensors = load_file(path)
     experts = {name: len(tensors[name.partition(_POOLS)[0] + _FREQUENCY]) for name in names}

@@ -26,17 +26,17 @@ from drlora.adapter.layer import ExpertsAdapter, RankPool
 from drlora.config.adapter import DrLoraConfig
 from drlora.distributed import add_up, refuse_differing
 from drlora.errors import CheckpointError, ConfigError
-from drlora.ranks.event import Grant, Growth, Moment
+from drlora.ranks.event import Event, Growth
 from drlora.ranks.groups import schedule_for
-from drlora.ranks.saliency import RANK_IMPORTANCES, ema, routed_share
-from drlora.ranks.schedule import Schedule
-from drlora.ranks.young_rows import (
-    OwnClocks,
+from drlora.ranks.optimizer_rows import (
     is_adam,
     parameter_groups,
     steps_taken,
     unwrap_optimizer,
 )
+from drlora.ranks.saliency import RANK_IMPORTANCES, ema, routed_share
+from drlora.ranks.schedule import Schedule, StepCounts
+from drlora.ranks.young_rows import OwnClocks
 
 
 class RankDynamics:
@@ -89,7 +89,7 @@ class RankDynamics:
     def _follow(self, schedule: Schedule) -> None:
         self.schedule = schedule
         self.growth = Growth(self.adapters, self.config, schedule)
-        self.config.schedule = asdict(schedule)  # is saved with the adapter
+        self.config.note(schedule=asdict(schedule))  # is saved with the adapter
 
     @property
     def total_steps(self) -> int:
@@ -143,9 +143,7 @@ class RankDynamics:
                 parameter.grad = None
 
     @torch.no_grad()
-    def after_optimizer_step(
-        self, optimizer: object = None, *, skipped: bool = False
-    ) -> list[Grant]:
+    def after_optimizer_step(self, optimizer: object = None, *, skipped: bool = False) -> Event:
         """Count the step and, if the plan has an event, grow; call it before the scheduler steps.
 
         Args:
@@ -155,7 +153,8 @@ class RankDynamics:
                 than `settle_steps` are skipped: then the plan goes on without them.
 
         Returns:
-            The changes of rank in this step, empty if it was no event.
+            The changes of rank in this step as a sequence of `Grant`, empty if it was no event; its
+            `scored` is what was known of the experts.
 
         Raises:
             SyncError: at the first step and at every event, if the processes of the run differ in
@@ -169,14 +168,14 @@ class RankDynamics:
         if not self._has_agreed:
             self._agree()
         if self.plan_step == before or not self.growth.is_event(self.plan_step):
-            return []
+            return Event()
         self._agree()
         taken = self.step + (self._optimizer_start or 0)
-        grants = self.growth.event(Moment(self.plan_step, taken, self.run_step), optimizer)
+        event = self.growth.event(StepCounts(self.plan_step, taken, self.run_step), optimizer)
         self._agree()
-        if grants:
+        if event.grants:
             self.warn_of_poison()
-        return grants
+        return event
 
     def warn_of_poison(self) -> None:
         """Say, once, that the optimizer took steps with gradients that were not finite."""
@@ -198,7 +197,7 @@ class RankDynamics:
         if self.step == 0:
             # Births of a run that the adapter was saved from, unless its optimizer goes on.
             for pool in self._pools() if not self._optimizer_start else ():
-                pool.birth.zero_()
+                pool.forget_births()
             _warn_of_equal_rates(optimizer, self._pools()[0], self.config)
         self.step += 1
         if self.config.young_rows == "own" and is_adam(inner):
@@ -268,10 +267,12 @@ class RankDynamics:
                     f"{key} has shape {tuple(state[key].shape)} in the state but "
                     f"{tuple(buffer.shape)} in this model."
                 )
-        for key, buffer in buffers.items():
-            buffer.copy_(state[key])
-        for pool in self._pools():
-            pool.read_owners()
+        for name, adapter in self.adapters.items():
+            adapter.frequency.copy_(state[f"{name}.frequency"])
+            for projection, pool in adapter.rank_pools.items():
+                place = f"{name}.{projection}."
+                own = {key: state[place + key] for key in pool.state_keys}
+                pool.load_state_dict(own, strict=False)  # weights are no part of it
         self.step = int(state["step"])
         # States of version 0.1 do not have the two below.
         self.skipped = int(state.get("skipped", 0))
@@ -324,7 +325,7 @@ class RankDynamics:
         """(R,) s of this step; None without gradients."""
         if pool.lora_A.grad is None or pool.lora_B.grad is None:
             return None
-        measure = RANK_IMPORTANCES[self.config.rank_importance]
+        measure = RANK_IMPORTANCES[self.config.option("rank_importance")]
         importance_R = measure(pool.lora_A, pool.lora_A.grad, pool.lora_B, pool.lora_B.grad)
         if hasattr(importance_R, "full_tensor"):  # sharded parameters (FSDP2)
             importance_R = importance_R.full_tensor()
@@ -344,9 +345,9 @@ class RankDynamics:
 def _refuse_unplaced(config: DrLoraConfig, owned: int) -> None:
     if config.starts_from_data and not owned:
         raise ConfigError(
-            f"start={config.start!r}, start_a={config.start_a!r}, but no ranks are placed yet; "
-            f"call drlora.place_ranks(model, batches) with a few batches of the training data "
-            f"first."
+            f"start={config.start!r}, start_a={config.option('start_a')!r}, but no ranks are "
+            f"placed yet; call drlora.place_ranks(model, batches) with a few batches of the "
+            f"training data first."
         )
 
 
@@ -363,13 +364,14 @@ def _refuse_hidden_gradients(pools: Iterable[RankPool], config: DrLoraConfig) ->
 
 def _warn_of_equal_rates(optimizer: object, pool: RankPool, config: DrLoraConfig) -> None:
     inner = unwrap_optimizer(optimizer)
-    if config.b_lr_ratio == 1 or not isinstance(inner, torch.optim.Optimizer):
+    ratio = config.option("b_lr_ratio")
+    if ratio == 1 or not isinstance(inner, torch.optim.Optimizer):
         return
     groups = parameter_groups(inner)
     rates = [groups[p]["lr"] for p in (pool.lora_A, pool.lora_B) if p in groups]
     if len(rates) == 2 and rates[0] == rates[1]:
         warnings.warn(
-            f"b_lr_ratio={config.b_lr_ratio}, but A and B have the same learning rate; make the "
+            f"b_lr_ratio={ratio}, but A and B have the same learning rate; make the "
             f"optimizer with peft.optimizers.create_loraplus_optimizer.",
             stacklevel=3,
         )

@@ -7,28 +7,24 @@ from a rule (saliency), how it is shared out from the allocator.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import overload
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from drlora.adapter.layer import ExpertsAdapter, RankPool
+from drlora.adapter.layer import ExpertsAdapter
 from drlora.config.adapter import DrLoraConfig
+from drlora.config.options import Option
+from drlora.config.registry import ALLOCATIONS, SALIENCIES
 from drlora.ranks.allocator import allocate_in_layers, least_important, reserve, take_back
-from drlora.ranks.directions import point_along_gradient
 from drlora.ranks.groups import Group, Scored, make_groups
-from drlora.ranks.saliency import RULES, Signals
-from drlora.ranks.schedule import Schedule, certain_ranks
-from drlora.ranks.young_rows import (
-    decays_weights,
-    forget_rows,
-    inherit_second_moment,
-    is_adam,
-    unwrap_optimizer,
-)
+from drlora.ranks.optimizer_rows import unwrap_optimizer
+from drlora.ranks.row_starter import RowStarter
+from drlora.ranks.saliency import Signals
+from drlora.ranks.schedule import Schedule, StepCounts, certain_ranks
 
 
 @dataclass(frozen=True)
@@ -51,18 +47,30 @@ class Grant:
     saliency: float
 
 
-class Moment(NamedTuple):
-    """Where a run is. All three are the same unless a GradScaler skipped steps.
+@dataclass(frozen=True)
+class Event(Sequence[Grant]):
+    """What came of one step: its grants, as a sequence, and what decided them.
 
     Attributes:
-        plan: the step of the plan of growth.
-        taken: steps that the optimizer took, its own count.
-        run: all steps of the run; no two events have the same.
+        grants: the changes of rank, empty if there was none.
+        scored: what was known of all experts before any was changed, one entry a group that had an
+            event; empty if none had.
     """
 
-    plan: int
-    taken: int
-    run: int
+    grants: tuple[Grant, ...] = ()
+    scored: tuple[Scored, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.grants)
+
+    @overload
+    def __getitem__(self, index: int) -> Grant: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Grant]: ...
+
+    def __getitem__(self, index: int | slice) -> Grant | Sequence[Grant]:
+        return self.grants[index]
 
 
 class Growth:
@@ -70,7 +78,6 @@ class Growth:
 
     Attributes:
         groups: what shares a budget.
-        scored: what the latest event knew of all experts, one entry a group, before it changed any.
     """
 
     def __init__(
@@ -78,8 +85,9 @@ class Growth:
     ) -> None:
         self.config = config
         self.groups = make_groups(adapters, config, schedule)
-        self.scored: list[Scored] = []
-        self._warned: set[str] = set()
+        self._rule: Callable[[Signals], Tensor] = SALIENCIES[config.saliency]
+        self._starter: RowStarter | None = None
+        self._has_warned = False
 
     @property
     def done_share(self) -> float:
@@ -92,43 +100,41 @@ class Growth:
         """Whether the plan of any group has an event there."""
         return any(group.plan.event_number(plan_step) for group in self.groups)
 
-    def event(self, now: Moment, optimizer: object) -> list[Grant]:
+    def event(self, now: StepCounts, optimizer: object) -> Event:
         """What happens now; nothing, unless the plan has an event."""
-        self.scored = []
-        return [
-            grant
-            for group in self.groups
-            if (number := group.plan.event_number(now.plan))
-            for grant in self._change(group, number, now, unwrap_optimizer(optimizer))
-        ]
+        starter = self._starter_for(optimizer)
+        grants: list[Grant] = []
+        scored: list[Scored] = []
+        for group in self.groups:
+            if number := group.plan.event_number(now.plan):
+                known = self.score(group, now.run)
+                scored.append(known)
+                grants += self._change(known, number, now, starter)
+        return Event(tuple(grants), tuple(scored))
 
     def score(self, group: Group, step: int) -> Scored:
         """What is known of the experts of a group at a step of the run."""
         signals = group.signals(self.config, step)
-        return Scored(group, signals, RULES[self.config.saliency](signals).tolist())
+        return Scored(group, signals, self._rule(signals).tolist())
 
-    def _change(self, group: Group, event: int, now: Moment, optimizer: object) -> list[Grant]:
-        scored = self.score(group, now.run)
-        self.scored.append(scored)
-        signals, saliency_E, before = scored.signals, scored.saliency_E, group.ranks()
+    def _change(
+        self, scored: Scored, event: int, now: StepCounts, starter: RowStarter
+    ) -> list[Grant]:
+        group, signals, saliency_E = scored
+        before = group.ranks()
         if not any(saliency_E):
             if self._can_wait(group, event):
                 return []
-            self._warn_once(
-                "saliency",
-                f"{group.members[0].block}: at step {now.run} no expert has any saliency, so ranks "
-                f"go by expert number. Was the model in training mode, and before_optimizer_step "
-                f"called before the gradients were cleared?",
-            )
+            self._warn_of_no_saliency(group, now)
         if self.config.allocation == "prune":
             excess = sum(before) - group.plan.owned(event)
-            self._release(group, self._least_important(group, excess), now, optimizer)
+            self._release(group, self._least_important(group, excess), now, starter)
         else:
             taken = self._take_back(group, event, saliency_E)
             if any(taken):
-                self._release(group, self._weakest_of(group, taken), now, optimizer)
+                self._release(group, self._weakest_of(group, taken), now, starter)
             grants = self._share_out(group, event, saliency_E, taken)
-            self._grant(group, grants, now, optimizer)
+            self._grant(group, grants, now, starter)
         return list(_grants(group, now.run, before, signals, saliency_E))
 
     def _can_wait(self, group: Group, event: int) -> bool:
@@ -148,7 +154,7 @@ class Growth:
             saliency_E,
             ranks=ranks,
             quota=group.plan.owned(event) - sum(ranks),
-            share=self.config.move_share,
+            share=self.config.option("move_share"),
             cap=group.plan.cap,
             r_max=self.config.r_max,
         )
@@ -165,7 +171,7 @@ class Growth:
             ],
             group.sizes,
             due=group.plan.due(event),
-            share=self.config.layer_floor,
+            share=self.config.option("layer_floor"),
         )
         # Who just gave ranks up does not get them back.
         full = [self.config.r_max if gave else r for r, gave in zip(ranks, taken, strict=True)]
@@ -179,12 +185,10 @@ class Growth:
             reserved=reserved,
         )
 
-    def _grant(self, group: Group, grants: list[int], now: Moment, optimizer: object) -> None:
+    def _grant(self, group: Group, grants: list[int], now: StepCounts, starter: RowStarter) -> None:
         for member, granted in group.split(grants):
             for pool in member.pools:
-                rows = pool.grant(granted, now.taken)
-                self._restart_importance(pool, granted)
-                self._start_rows(pool, rows, now, optimizer)
+                starter.start(pool, pool.grant(granted, now.taken), now)
 
     def _least_important(self, group: Group, count: int) -> list[list[int]]:
         """For each member the rows to free, if `count` ranks go, whosever they are."""
@@ -205,75 +209,29 @@ class Growth:
         return freed
 
     def _release(
-        self, group: Group, freed: list[list[int]], now: Moment, optimizer: object
+        self, group: Group, freed: list[list[int]], now: StepCounts, starter: RowStarter
     ) -> None:
         for member, rows in zip(group.members, freed, strict=True):
             for pool in member.pools if rows else ():
                 index = torch.tensor(rows, dtype=torch.int64, device=pool.owner.device)
                 pool.release(index, now.run)
-                _forget(pool, index, optimizer)
+                starter.forget(pool, index)
 
-    def _start_rows(self, pool: RankPool, rows: Tensor, now: Moment, optimizer: object) -> None:
-        """Claimed rows begin like those of a new adapter, whatever weight decay did to them."""
-        if not isinstance(optimizer, torch.optim.Optimizer) or not len(rows):
-            return
-        _forget(pool, rows, optimizer)
-        for parameter in (pool.lora_A, pool.lora_B):
-            state = optimizer.state.get(parameter, {})
-            if self._rows_inherit(optimizer) and not inherit_second_moment(
-                parameter, state, pool.owner, pool.book.num_experts, rows
-            ):
-                self._warn_unknown(optimizer)
-        if decays_weights(optimizer.param_groups):
-            pool.redraw(rows, now.run)
-        if self.config.young_a == "gradient":
-            self._point_rows(pool, rows, optimizer)
+    def _starter_for(self, optimizer: object) -> RowStarter:
+        """One for as long as the optimizer is the same, so that it warns once."""
+        if self._starter is None or self._starter.optimizer is not unwrap_optimizer(optimizer):
+            self._starter = RowStarter(self.config, optimizer)
+        return self._starter
 
-    def _point_rows(self, pool: RankPool, rows: Tensor, optimizer: torch.optim.Optimizer) -> None:
-        """An average of the gradient, where the optimizer keeps one; else that of this step."""
-        state = optimizer.state.get(pool.lora_A, {})
-        gradient = state.get("exp_avg", state.get("momentum_buffer", pool.lora_A.grad))
-        if not isinstance(gradient, Tensor) or gradient.shape != pool.lora_A.shape:
-            self._warn_once(
-                "young_a",
-                f"young_a='gradient' found no gradient of rows in {type(optimizer).__name__}: "
-                f"young rows of A stay random.",
+    def _warn_of_no_saliency(self, group: Group, now: StepCounts) -> None:
+        if not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                f"{group.members[0].block}: at step {now.run} no expert has any saliency, so ranks "
+                f"go by expert number. Was the model in training mode, and before_optimizer_step "
+                f"called before the gradients were cleared?",
+                stacklevel=6,
             )
-            return
-        point_along_gradient(pool.lora_A, gradient, pool.owner, rows, pool.row_norm)
-
-    def _restart_importance(self, pool: RankPool, grants: list[int]) -> None:
-        if self.config.importance_reset == "all":
-            pool.importance.zero_()
-            return
-        # The extra last entry stands for the free rows, whose owner is -1.
-        grown_E1 = torch.tensor([*(granted > 0 for granted in grants), False])
-        pool.importance[grown_E1.to(pool.owner.device)[pool.owner.long()]] = 0.0
-
-    def _rows_inherit(self, optimizer: object) -> bool:
-        mode = self.config.young_rows
-        return mode == "inherit" or (mode == "own" and not is_adam(optimizer))
-
-    def _warn_unknown(self, optimizer: object) -> None:
-        if type(optimizer).__name__ != "SGD":
-            self._warn_once(
-                "optimizer",
-                f"{type(optimizer).__name__} has no second moment per element (exp_avg_sq): with "
-                f"young_rows={self.config.young_rows!r} rows that wake up late are treated as "
-                f"with 'shared', and may take larger first steps.",
-            )
-
-    def _warn_once(self, kind: str, message: str) -> None:
-        if kind not in self._warned:
-            warnings.warn(message, stacklevel=6)
-        self._warned.add(kind)
-
-
-def _forget(pool: RankPool, rows: Tensor, optimizer: object) -> None:
-    """Zero what the optimizer keeps of some rows."""
-    if isinstance(optimizer, torch.optim.Optimizer):
-        for parameter in (pool.lora_A, pool.lora_B):
-            forget_rows(parameter, optimizer.state.get(parameter, {}), rows)
 
 
 def _grants(
@@ -293,3 +251,34 @@ def _grants(
         for expert, (old, new, f, g, s) in enumerate(of_member):
             if new != old:
                 yield Grant(step, member.block, projection, expert, new - old, new, f, g, s)
+
+
+_OF_GROWTH = {
+    "move_share": Option(
+        0.0,
+        "at an event, up to this share of all ranks moves from the experts of least saliency to "
+        "those of most; their weakest ranks go, and never the last one",
+        low=0,
+        high=1,
+    ),
+    "layer_floor": Option(
+        0.0,
+        "with budget_scope=model: share of a budget of its own that each layer is sure of",
+        low=0,
+        high=1,
+    ),
+    "importance_reset": Option(
+        "grown",
+        "whose rank importance restarts from 0 after an event: the grown experts' (the paper's "
+        "text), or that of all (its Algorithm 1)",
+        choices=("grown", "all"),
+    ),
+    "young_a": Option(
+        "random",
+        "rows of A that wake up late: random, or along the part of the gradient that their "
+        "expert's A does not reach yet",
+        choices=("random", "gradient"),
+    ),
+}
+ALLOCATIONS.add("grow", "grow", _OF_GROWTH)
+ALLOCATIONS.add("prune", "prune")

@@ -135,7 +135,7 @@ def schedule_for(
 
 def _competing(adapters: Mapping[str, ExpertsAdapter], config: DrLoraConfig) -> list[list[Member]]:
     """Members that share a budget."""
-    together = config.rank_per == "expert"
+    together = config.option("rank_per") == "expert"
     shares = [tuple(config.projections)] if together else [(one,) for one in config.projections]
     members = [
         [Member(name, adapter, share) for name, adapter in adapters.items()] for share in shares

@@ -9,8 +9,8 @@ text leaves a choice open, docs/method.md says which one is taken and why.
     g_i = mean of g_j over the rows that expert i owns
     S_i = f_i * g_i / (r_i + 1) ** gamma             saliency
 
-`RULES` holds S and what may stand in its place, by the name of the setting `saliency`; likewise
-`RANK_IMPORTANCES` for s.
+The registry SALIENCIES holds S and what may stand in its place, by the name of the setting
+`saliency`; `RANK_IMPORTANCES` holds s by that of the option `rank_importance`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from drlora.adapter.row_book import in_turns
+from drlora.config.registry import SALIENCIES
 
 
 def ema(previous: Tensor, value: Tensor, beta: float) -> Tensor:
@@ -78,7 +79,7 @@ def saliency(frequency_E: Tensor, importance_E: Tensor, ranks_E: Tensor, gamma: 
     return frequency_E * importance_E / (ranks_E + 1.0) ** gamma
 
 
-# The setting `rank_importance` -> importance of each row at one step.
+# The option `rank_importance` -> importance of each row at one step.
 RANK_IMPORTANCES: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
     "product": rank_importance,
     "sensitivity": rank_sensitivity,
@@ -104,26 +105,22 @@ class Signals:
     seed: int
 
 
+@SALIENCIES.register("product")
 def _product(signals: Signals) -> Tensor:
     return saliency(signals.frequency_E, signals.importance_E, signals.ranks_E, signals.gamma)
 
 
+@SALIENCIES.register("routing")
 def _by_routing(signals: Signals) -> Tensor:
     return signals.frequency_E / (signals.ranks_E + 1.0) ** signals.gamma
 
 
+@SALIENCIES.register("importance")
 def _by_importance(signals: Signals) -> Tensor:
     return signals.importance_E / (signals.ranks_E + 1.0) ** signals.gamma
 
 
+@SALIENCIES.register("random")
 def _random(signals: Signals) -> Tensor:
     generator = torch.Generator().manual_seed(signals.seed)
     return torch.rand(len(signals.ranks_E), generator=generator)
-
-
-RULES: dict[str, Callable[[Signals], Tensor]] = {
-    "product": _product,
-    "routing": _by_routing,
-    "importance": _by_importance,
-    "random": _random,
-}

@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -75,6 +76,20 @@ class Schedule:
             f"{steps[-1]:,} of {self.total_steps:,}, at most {self.cap} "
             f"rank{'s' * (self.cap > 1)} an expert and event"
         )
+
+
+class StepCounts(NamedTuple):
+    """Where a run is. All counts are the same unless a GradScaler skipped steps.
+
+    Attributes:
+        plan: the step of the plan of growth.
+        taken: steps that the optimizer took, its own count.
+        run: all steps of the run; no two events have the same.
+    """
+
+    plan: int
+    taken: int
+    run: int
 
 
 @dataclass(frozen=True)
@@ -174,7 +189,7 @@ def make_schedule(
 
 def plan_of(config: DrLoraConfig, num_experts: int, schedule: Schedule) -> GrowthPlan:
     """The plan of one group of `num_experts` experts in a schedule."""
-    cost = len(config.projections) if config.rank_per == "expert" else 1
+    cost = len(config.projections) if config.option("rank_per") == "expert" else 1
     budget = num_experts * abs(config.r_target - config.r_init)
     steps = schedule.event_steps if _changes_ranks(config) else ()
     quota = -(-cost * budget // len(steps)) if steps else 0
@@ -266,7 +281,7 @@ def _under_worst_saliency(
 
 
 def _changes_ranks(config: DrLoraConfig) -> bool:
-    return config.r_init != config.r_target or config.move_share > 0
+    return config.r_init != config.r_target or config.options.get("move_share", 0) > 0
 
 
 def _settle_steps(config: DrLoraConfig, warmup: int, total_steps: int) -> int:

@@ -24,16 +24,16 @@ from torch import Tensor
 from drlora.adapter.inject import active_adapter, adapted_layers
 from drlora.adapter.layer import ExpertsAdapter
 from drlora.adapter.pool import RankPool
-from drlora.adapter.row_book import FREE
 from drlora.config.adapter import DrLoraConfig
+from drlora.config.options import HOT_FRACTION
+from drlora.config.registry import STARTS
 from drlora.distributed import add_up
-from drlora.errors import CheckpointError, ConfigError
+from drlora.errors import CheckpointError, ConfigError, shown
 from drlora.io.files import read_json
 from drlora.ranks.directions import lay_rows
 from drlora.ranks.placement import hot_ranks, proportional_ranks, strongest_ranks
 from drlora.ranks.probe import Directions, gradients_of_batches, probe_gradients
 from drlora.ranks.saliency import routed_share
-from drlora.wording import shown
 
 RankMap = Mapping[str, Mapping[str, Sequence[int]]]
 
@@ -138,12 +138,13 @@ def place_ranks(
     with torch.random.fork_rng([] if device.type == "cpu" else [device]):
         evidence = _evidence(model, adapters, config, list(batches))
     for block, found in adapters.items():
-        ranks_E = RULES[config.start](evidence[block], config)
+        ranks_E = STARTS[config.start].place(evidence[block], config)
         for projection, pool in found.rank_pools.items():
             pool.grant(ranks_E, step=0)
-            if config.start_a == "gradient":
+            if config.option("start_a") == "gradient":
+                length = pool.row_norm * config.option("start_a_scale")
                 rows_EDI = evidence[block].directions[projection].rows_EDI
-                lay_rows(pool.lora_A, pool.owner, rows_EDI * pool.row_norm * config.start_a_scale)
+                lay_rows(pool.lora_A, pool.owner, rows_EDI * length)
 
 
 def _evidence(
@@ -153,11 +154,12 @@ def _evidence(
     batches: list[Mapping[str, Tensor]],
 ) -> dict[str, Evidence]:
     """What the settings need to know of each block."""
+    start: Start = STARTS[config.start]
     shares = [[0.0] * adapter.block.num_experts for adapter in adapters.values()]
-    if config.start in ("routing", "hot"):
+    if start.needs_routing:
         shares = _routed_shares(model, list(adapters.values()), batches)
     directions: Mapping[str, Mapping[str, Directions]] = {}
-    if "gradient" in (config.start, config.start_a):
+    if start.needs_gradient or config.option("start_a") == "gradient":
         directions = probe_gradients(model, adapters, batches, config.r_max)
     return {
         block: Evidence(share_E, directions.get(block, {}))
@@ -176,12 +178,30 @@ class Evidence:
     """What is known of the experts of one block before the first step.
 
     Attributes:
-        share_E: (E,) share of routing; zeros unless the rule `needs_routing`.
-        directions: of the gradient, by projection; empty unless they were asked for.
+        share_E: (E,) share of routing; zeros unless the way `needs_routing`.
+        directions: of the gradient, by projection; empty unless it `needs_gradient`, or `start_a`
+            does.
     """
 
     share_E: list[float]
     directions: Mapping[str, Directions]
+
+
+@dataclass(frozen=True)
+class Start:
+    """A way to place ranks before the first step, which the registry STARTS holds by name.
+
+    Attributes:
+        place: from what is known of a block's experts to the rank of each, r_init on average.
+        needs_routing: whether routing is counted over the first batches.
+        needs_gradient: whether the gradient is probed over them.
+        leaves_some_out: whether an expert may get no rank at all.
+    """
+
+    place: Callable[[Evidence, DrLoraConfig], list[int]]
+    needs_routing: bool = False
+    needs_gradient: bool = False
+    leaves_some_out: bool = False
 
 
 def _uniform(found: Evidence, config: DrLoraConfig) -> list[int]:
@@ -194,7 +214,7 @@ def _by_routing(found: Evidence, config: DrLoraConfig) -> list[int]:
 
 def _hot_only(found: Evidence, config: DrLoraConfig) -> list[int]:
     total = len(found.share_E) * config.r_init
-    return hot_ranks(found.share_E, total, config.hot_fraction, config.r_max)
+    return hot_ranks(found.share_E, total, config.option("hot_fraction"), config.r_max)
 
 
 def _by_gradient(found: Evidence, config: DrLoraConfig) -> list[int]:
@@ -209,13 +229,14 @@ def _by_gradient(found: Evidence, config: DrLoraConfig) -> list[int]:
     return strongest_ranks(worth_ED.tolist(), len(worth_ED) * config.r_init, config.r_max)
 
 
-# The setting `start` -> from what is known of a block's experts to their ranks.
-RULES: dict[str, Callable[[Evidence, DrLoraConfig], list[int]]] = {
-    "uniform": _uniform,
-    "routing": _by_routing,
-    "hot": _hot_only,
-    "gradient": _by_gradient,
-}
+STARTS.add("uniform", Start(_uniform))
+STARTS.add("routing", Start(_by_routing, needs_routing=True))
+STARTS.add(
+    "hot",
+    Start(_hot_only, needs_routing=True, leaves_some_out=True),
+    {"hot_fraction": HOT_FRACTION},
+)
+STARTS.add("gradient", Start(_by_gradient, needs_gradient=True))
 
 
 def read_rank_map(path: str | Path) -> dict[str, dict[str, list[int]]]:
@@ -267,7 +288,7 @@ def _fitting(ranks: Sequence[int], pool: RankPool, config: DrLoraConfig, where: 
             f"{where}: the rank map has {len(ranks)} ranks for {pool.book.num_experts} experts."
         )
     for expert, rank in enumerate(ranks):
-        lowest = 0 if config.start == "hot" else 1
+        lowest = 0 if STARTS[config.start].leaves_some_out else 1
         if not lowest <= rank <= config.r_max:
             raise ConfigError(
                 f"{where}: expert {expert} is to have rank {rank}; ranks lie between {lowest} and "
@@ -289,7 +310,7 @@ def _fitting(ranks: Sequence[int], pool: RankPool, config: DrLoraConfig, where: 
 
 
 def _refuse_unequal(ranks: Mapping[str, Sequence[int]], block: str, config: DrLoraConfig) -> None:
-    if config.rank_per == "expert" and len({tuple(r) for r in ranks.values()}) > 1:
+    if config.option("rank_per") == "expert" and len({tuple(r) for r in ranks.values()}) > 1:
         raise ConfigError(
             f"{block}: the projections have different ranks in the rank map, but share one with "
             f"rank_per='expert'; set rank_per='projection'."
@@ -301,10 +322,7 @@ def _assign(pool: RankPool, ranks_E: list[int]) -> None:
     if (grants >= 0).all():
         pool.grant(grants.tolist(), step=0)
         return
-    owner_R = np.full(len(pool.book.owner_R), FREE)
-    owner_R[: sum(ranks_E)] = np.repeat(np.arange(len(ranks_E)), ranks_E)
-    pool.owner.copy_(torch.from_numpy(owner_R))
-    pool.read_owners()
+    pool.set_ranks(ranks_E)
 
 
 def _routed_shares(

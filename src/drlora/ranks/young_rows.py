@@ -7,9 +7,9 @@ twentieth if its gradient keeps its sign. Two ways to put that right:
 
     inherit   its second moment starts at the mean of its expert's older rows, whose bias is that
               of the shared count; its first moment starts at zero, a warm-up of some ten steps.
-              Written once, at the event.
+              Written once, at the event (optimizer_rows).
     own       it gets the update of an Adam of its own that started at b, exactly: what the shared
-              count made of it is taken back and replaced after each step.
+              count made of it is taken back and replaced after each step. This module does that.
 
 Parameters may be sharded by rows (FSDP2): each process then handles the rows it holds.
 """
@@ -18,17 +18,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple, Protocol, TypeGuard
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.optim import Adam, AdamW, Optimizer
+from torch.optim import Optimizer
 
-from drlora.adapter.row_book import IntArray, in_turns
 from drlora.distributed import held_range, held_rows, local_part
+from drlora.ranks.optimizer_rows import parameter_groups
 
 # Beyond this the two corrections differ by less than 5e-5 and the row is grown up.
 _NEGLIGIBLE_BIAS = 1e-4
@@ -38,97 +37,6 @@ _MOST_SPANS = 3
 
 # Elements corrected at a time: a CPU keeps the buffers in its cache, others save launches.
 _CPU_BLOCK, _ACCELERATOR_BLOCK = 2**18, 2**23
-
-
-def unwrap_optimizer(optimizer: object) -> object:
-    """The innermost optimizer under wrappers such as accelerate's."""
-    while isinstance(getattr(optimizer, "optimizer", None), Optimizer):
-        optimizer = optimizer.optimizer  # type: ignore[attr-defined]
-    return optimizer
-
-
-def is_adam(optimizer: object) -> TypeGuard[Optimizer]:
-    """Whether the optimizer's update is torch's Adam or AdamW, which `own` computes again."""
-    return isinstance(optimizer, (Adam, AdamW))
-
-
-def parameter_groups(optimizer: Optimizer) -> dict[Tensor, dict]:
-    """Parameter -> the optimizer's group that holds it."""
-    return {p: group for group in optimizer.param_groups for p in group["params"]}
-
-
-def decays_weights(groups: Iterable[dict]) -> bool:
-    """Whether any of the groups has weight decay, which also acts on rows that nobody owns."""
-    return any(group.get("weight_decay", 0) for group in groups)
-
-
-@torch.no_grad()
-def forget_rows(parameter: Tensor, state: dict, rows: Tensor) -> None:
-    """Zero every per-element state (moments, momentum) of some rows.
-
-    They are zero already unless the optimizer fed weight decay into its moments. Quantised states
-    are left alone: code 0 does not stand for zero there.
-    """
-    held = held_rows(parameter, rows)
-    for value in state.values():
-        if (
-            isinstance(value, Tensor)
-            and value.shape == parameter.shape
-            and value.is_floating_point()
-        ):
-            local_part(value)[held.local] = 0
-
-
-@torch.no_grad()
-def inherit_second_moment(
-    parameter: Tensor, state: dict, owner_R: Tensor, num_experts: int, rows: Tensor
-) -> bool:
-    """Start the second moment of just claimed rows at the mean of their expert's older rows.
-
-    Args:
-        parameter: (R, anything).
-        state: the optimizer's state of it.
-        owner_R: (R,) the expert of each row, -1 if free; `rows` are owned already.
-        num_experts: E.
-        rows: the claimed rows.
-
-    Returns:
-        Whether the state has a second moment per element (`exp_avg_sq`, as Adam's); nothing is
-        done if not.
-    """
-    moments = [
-        state[key]
-        for key in ("exp_avg_sq", "max_exp_avg_sq")
-        if isinstance(state.get(key), Tensor) and state[key].shape == parameter.shape
-    ]
-    older_R = owner_R.clone()
-    older_R[rows] = -1
-    older = older_R.cpu().numpy()
-    counts = np.bincount(older[older >= 0], minlength=num_experts).clip(min=1)
-    counts_E1 = torch.from_numpy(counts).to(owner_R.device)[:, None]
-    held = held_rows(parameter, rows)
-    for moment in moments:
-        local = local_part(moment)
-        sums_EO = _expert_sums(local, held_range(parameter), older, num_experts)
-        if isinstance(moment, DTensor):
-            dist.all_reduce(sums_EO, group=moment.device_mesh.get_group())
-        local[held.local] = (sums_EO / counts_E1)[owner_R[rows[held.chosen]].long()]
-    return bool(moments)
-
-
-def _expert_sums(
-    local_NO: Tensor, held: tuple[int, int], owner_R: IntArray, num_experts: int
-) -> Tensor:
-    """(E, O): sums over the rows of each expert that are held here, in the order of the rows.
-
-    Turn by turn, so that the order is the same on every device; `index_add_` leaves it open.
-    """
-    sums_EO = local_NO.new_zeros(num_experts, *local_NO.shape[1:])
-    first, end = held
-    for experts, rows in in_turns(owner_R[first:end]):
-        to, of = (torch.from_numpy(index).to(local_NO.device) for index in (experts, rows))
-        sums_EO[to] += local_NO[of]  # none of them twice
-    return sums_EO
 
 
 # Neighbouring rows, or the numbers of rows wherever they are.
@@ -212,14 +120,6 @@ class Pool(Protocol):
     lora_A: torch.nn.Parameter
     lora_B: torch.nn.Parameter
     birth: Tensor
-
-
-def steps_taken(optimizer: object, parameter: Tensor) -> int:
-    """How many steps an optimizer says it took of a parameter; 0 where it does not count them."""
-    if not isinstance(optimizer, Optimizer):
-        return 0
-    count = optimizer.state.get(parameter, {}).get("step", 0)
-    return int(count) if isinstance(count, (int, float, Tensor)) else 0
 
 
 class OwnClocks:

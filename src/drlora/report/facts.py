@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from drlora.config.options import GENERAL
 from drlora.ranks.concentration import gini, top_share
 from drlora.report.read import RankMap, RunRecord
 
@@ -119,6 +120,10 @@ def _adapter(*names: str) -> Callable[[RunRecord], str]:
         return NONE if None in values else " / ".join(map(_shown, values))
 
     return fact
+
+
+def _option(name: str) -> Callable[[RunRecord], str]:
+    return lambda run: _shown(run.adapter["options"].get(name, GENERAL[name].default))
 
 
 def _shown(value: Any) -> str:
@@ -249,7 +254,7 @@ SETUP: Facts = {
     "r_init / r_target / r_max": _adapter("r_init", "r_target", "r_max"),
     "lora_alpha": _adapter("lora_alpha"),
     "Projections": _adapter("projections"),
-    "Rank for each": _adapter("rank_per"),
+    "Rank for each": _option("rank_per"),
     "beta / gamma / p_grow": _adapter("beta", "gamma", "p_grow"),
     "grow_every / settle_steps": _adapter("grow_every", "settle_steps"),
     "Most ranks an expert and event": _adapter("cap"),

@@ -19,17 +19,25 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
+from drlora.config.adapter import with_options_apart
 from drlora.errors import CheckpointError, DrLoraError
 from drlora.io.files import read_json
 from drlora.io.jsonl import read_lines
-from drlora.io.run_files import EVENT_LOG, GROWTH_LOG
+from drlora.io.run_files import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    CHECKPOINT,
+    CONFIG,
+    EVENT_LOG,
+    GROWTH_LOG,
+    METRICS,
+    RESULT,
+)
 from drlora.io.settings import read_settings
 
 NO_EXPERT = -1
-RECIPE = "config.yaml"
 SIGNALS = ("routing", "importance", "saliency")
 _OWNER = ".owner"
 _CHOSEN = ("grow_every", "settle_steps", "cap")
@@ -132,16 +140,17 @@ def read_run(folder: Path) -> RunRecord:
     Raises:
         CheckpointError: if it holds no run, or files that do not fit each other.
     """
-    recipe = _mapping(folder / RECIPE)
-    adapter = recipe.get("adapter") or _mapping(folder / CONFIG_NAME)
-    if not adapter:
+    recipe = _mapping(folder / CONFIG)
+    saved = with_options_apart(_mapping(folder / ADAPTER_CONFIG))
+    adapter = with_options_apart(recipe["adapter"]) if recipe.get("adapter") else saved
+    if not recipe.get("adapter") and not (folder / ADAPTER_CONFIG).is_file():
         raise CheckpointError(
-            f"{folder} is no run directory: it has neither {RECIPE} nor {CONFIG_NAME}."
+            f"{folder} is no run directory: it has neither {CONFIG} nor {ADAPTER_CONFIG}."
         )
-    result = _mapping(folder / "result.json")
+    result = _mapping(folder / RESULT)
     # Settings that are `auto` in the recipe, as they were chosen.
-    saved = _mapping(folder / CONFIG_NAME).get("schedule") or result.get("schedule") or {}
-    adapter = adapter | {name: saved[name] for name in _CHOSEN if name in saved}
+    schedule = (saved["record"] or {}).get("schedule") or result.get("schedule") or {}
+    adapter = adapter | {name: schedule[name] for name in _CHOSEN if name in schedule}
     try:
         maps = _maps(folder, result)
     except DrLoraError:
@@ -150,7 +159,7 @@ def read_run(folder: Path) -> RunRecord:
         raise CheckpointError(
             f"the files of {folder} do not fit each other: {type(error).__name__}: {error}"
         ) from error
-    metrics = list(read_lines(folder / "metrics.jsonl"))
+    metrics = list(read_lines(folder / METRICS))
     return RunRecord(folder.resolve().name, recipe, adapter, metrics, result, maps)
 
 
@@ -194,10 +203,10 @@ def _starts(
                 )
         return ranks
     final = result.get("ranks") or _saved_ranks(folder, growth)
-    if not final and (growth or not (folder / RECIPE).is_file()):
+    if not final and (growth or not (folder / CONFIG).is_file()):
         raise CheckpointError(
             f"{folder} does not tell the ranks of its experts: there is no {EVENT_LOG}, "
-            f"result.json or saved adapter."
+            f"{RESULT} or saved adapter."
         )
     if not final:
         return {}
@@ -213,10 +222,10 @@ def _starts(
 def _saved_ranks(folder: Path, growth: list[Entry]) -> dict[str, dict[str, list[int]]]:
     """block -> projection -> ranks, of the saved adapter, or of a checkpoint before any event."""
     logged = {entry["block"] for entry in growth}
-    if found := _ranks_of_adapter(folder / SAFETENSORS_WEIGHTS_NAME, logged):
+    if found := _ranks_of_adapter(folder / ADAPTER_WEIGHTS, logged):
         return found
-    for checkpoint in () if growth else sorted(folder.glob("checkpoint-*")):
-        if found := _ranks_of_adapter(checkpoint / SAFETENSORS_WEIGHTS_NAME, logged):
+    for checkpoint in () if growth else sorted(folder.glob(CHECKPOINT.format("*"))):
+        if found := _ranks_of_adapter(checkpoint / ADAPTER_WEIGHTS, logged):
             return found
     return {}
 

@@ -9,12 +9,12 @@ from pathlib import Path
 
 from drlora.errors import CheckpointError, ConfigError
 from drlora.io.files import home
+from drlora.io.run_files import REPORT
 from drlora.io.writing import move_into_place
+from drlora.report import FORMATS
 from drlora.report.markdown import markdown
 from drlora.report.page import page
 from drlora.report.read import RunRecord, read_run
-
-FORMATS = ("html", "png", "svg", "md")
 
 
 def write_report(
@@ -44,7 +44,7 @@ def write_report(
         replace(read_run(path), name=name)
         for path, name in zip(paths, distinct_names(paths), strict=True)
     ]
-    path = Path(output) if output else Path(folders[0]) / f"report.{format}"
+    path = Path(output) if output else Path(folders[0]) / f"{REPORT}.{format}"
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     try:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from peft import PeftModel, TaskType, get_peft_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapper
+from peft.utils import ModulesToSaveWrapper
 from rich.console import Console
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -24,17 +24,13 @@ from drlora.config.adapter import DrLoraConfig
 from drlora.data import Collator, encode_examples
 from drlora.distributed import best_device
 from drlora.errors import CheckpointError, ConfigError, DrLoraError
-from drlora.export import (
-    ROUNDING,
-    ROUNDINGS,
-    Difference,
-    ExportPlan,
-    apply_plan,
-    make_plan,
-    refuse_full_folder,
-)
+from drlora.export.check import Difference
+from drlora.export.choices import ROUNDINGS
+from drlora.export.make import ROUNDING
+from drlora.export.plan import ExportPlan, apply_plan, make_plan, refuse_full_folder
 from drlora.io.files import home, read_json
 from drlora.io.places import from_root
+from drlora.io.run_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from drlora.ops.merge import Rounding, RoundingMode
 from drlora.runs.loading import (
     load_adapter,
@@ -78,7 +74,7 @@ def export_run(
 
     Args:
         folder: a run directory, or a folder with a saved DR-LoRA adapter.
-        format: `peft`, `per-expert` or `merged`.
+        format: `peft`, `per-expert`, `merged`, or what `register_format` added.
         output: must not exist or be empty.
         rank: `padded` or `auto`.
         dry_run: make the plan and stop.
@@ -130,12 +126,12 @@ def _find_adapter(folder: Path, model: str | None, trust_remote_code: bool) -> S
             f"{what if source.adapter else f'{folder} holds a whole model'}; only DR-LoRA adapters "
             f"are exported."
         )
-    task = read_json(source.folder / CONFIG_NAME).get("task_type")
+    task = read_json(source.folder / ADAPTER_CONFIG).get("task_type")
     if task not in (None, TaskType.CAUSAL_LM.value):
         raise CheckpointError(
             f"the adapter in {folder} is for task_type={task!r}, and this command loads causal "
             f"language models. Export it from Python, with the model that it is on: "
-            f"drlora.export.make_plan and apply_plan."
+            f"drlora.export.plan.make_plan and apply_plan."
         )
     return source
 
@@ -165,7 +161,7 @@ def _adapter_without_base(source: Source) -> PeftModel:
     )
     try:
         config = DrLoraConfig.from_pretrained(str(source.folder))
-        tensors = load_file(source.folder / SAFETENSORS_WEIGHTS_NAME)
+        tensors = load_file(source.folder / ADAPTER_WEIGHTS)
     except (SafetensorError, OSError, ValueError, TypeError) as error:
         raise CheckpointError(f"the adapter in {source.folder} cannot be read: {error}") from error
     fit_embeddings(base, source.folder)

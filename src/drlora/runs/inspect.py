@@ -37,7 +37,7 @@ def inspect_model(
     config: DrLoraConfig,
     steps: int | None = None,
     dtype: str | None = None,
-    tokens: int = TOKENS,
+    tokens: int | None = None,
 ) -> dict[str, Any]:
     """Blocks, parameters, memory and growth plan, as plain values.
 
@@ -46,7 +46,8 @@ def inspect_model(
         config: the adapter to plan for.
         steps: optimizer steps of a run; without it there is no growth plan.
         dtype: of the base weights; by default what the model's config says.
-        tokens: of a forward and backward pass, padding included, that activations are kept for.
+        tokens: of a forward and backward pass, padding included, that activations are kept for; by
+            default 4,096.
 
     Returns:
         A JSON-ready mapping: `blocks`, `parameters`, `adapter` (trained parameters if every expert
@@ -78,7 +79,7 @@ def inspect_model(
             config,
             beside,
             weights_dtype,
-            tokens,
+            TOKENS if tokens is None else tokens,
         ),
     }
     if steps is not None:

@@ -13,9 +13,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 from drlora.data.encode import Examples
 from drlora.data.roles import load_training_data
 from drlora.distributed import on_main, world_size
-from drlora.errors import CheckpointError, ConfigError
+from drlora.errors import CheckpointError, ConfigError, counted
 from drlora.io.checkpoint import checkpoint_step
 from drlora.io.files import read_json
+from drlora.io.run_files import TRAINER_STATE
 from drlora.ranks.schedule import Schedule
 from drlora.ranks.starts import fitting_ranks
 from drlora.runs.held_out import refuse_unanswerable, word_for_word
@@ -36,7 +37,6 @@ from drlora.runs.run_record import data_record, held_out_record, read_record, re
 from drlora.runs.rundir import RunDir
 from drlora.trainer.callback import DrLoraCallback
 from drlora.trainer.trainer import rehearse, seconds_of
-from drlora.wording import counted
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ class _Past:
                 f"new one from its adapter, with start_from: {run.path} and another output_dir."
             )
         record = on_main(lambda: read_record(run.record)) if resume else {}
-        state = read_json(checkpoint / "trainer_state.json") if checkpoint else {}
+        state = read_json(checkpoint / TRAINER_STATE) if checkpoint else {}
         return cls(resume, checkpoint, record, state)
 
     @property

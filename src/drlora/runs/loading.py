@@ -36,15 +36,15 @@ from drlora.data.roles import load_source as load_source
 from drlora.data.section import DataSection
 from drlora.distributed import are_several
 from drlora.embedded import resolve_model
-from drlora.errors import CheckpointError, ConfigError, DataError, DrLoraError
+from drlora.errors import CheckpointError, ConfigError, DataError, DrLoraError, first_line
 from drlora.export.import_lora import load_peft_lora, refuse_other_files
 from drlora.io.places import from_root
+from drlora.io.run_files import CONFIG
 from drlora.ranks.continue_adapter import continue_adapter, is_drlora, refuse_unfit
 from drlora.ranks.schedule import Competitors, Schedule, make_schedule, plan_of
 from drlora.ranks.starts import read_rank_map, start_ranks
 from drlora.runs.recipe import Recipe
 from drlora.runs.rundir import RunDir
-from drlora.wording import first_line
 
 DEFAULT_MAX_LENGTH = 1024
 
@@ -265,7 +265,7 @@ def check_start(recipe: Recipe) -> None:
 def continues_drlora(recipe: Recipe) -> bool:
     """Whether `start_from` is a run, or a folder with a DR-LoRA adapter."""
     folder = Path(recipe.start_from or "")
-    return bool(recipe.start_from) and (is_drlora(folder) or (folder / "config.yaml").is_file())
+    return bool(recipe.start_from) and (is_drlora(folder) or (folder / CONFIG).is_file())
 
 
 def add_adapter(

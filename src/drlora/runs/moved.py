@@ -13,6 +13,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from drlora.io.places import Place, leads_somewhere
+from drlora.io.run_files import CHECKPOINTS, CONFIG
 from drlora.runs.recipe import ROLES, Recipe
 
 _PATHS = ("model", "tokenizer", "start_from", "start_ranks")
@@ -34,7 +35,7 @@ def located_at(recipe: Recipe, path: str | Path, overrides: Sequence[str] = ()) 
         overrides: `key=value`; an output_dir among them stays.
     """
     folder = Path(path).expanduser().parent
-    is_of_a_run = Path(path).name == "config.yaml" and (folder / "checkpoints").is_dir()
+    is_of_a_run = Path(path).name == CONFIG and (folder / CHECKPOINTS).is_dir()
     if not is_of_a_run or any(word.startswith("output_dir=") for word in overrides):
         return recipe
     return located(recipe, folder)

@@ -21,10 +21,11 @@ from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from drlora.distributed import are_several
+from drlora.errors import Terminated, counted, duration
 from drlora.io.jsonl import append_lines
 from drlora.io.writing import sync
-from drlora.ranks.dynamics import Grant, RankDynamics
-from drlora.wording import counted, duration
+from drlora.ranks.dynamics import RankDynamics
+from drlora.ranks.event import Grant
 
 PLAIN_LINES = 10
 
@@ -54,10 +55,6 @@ class MetricsLog(TrainerCallback):
         """What lies before a checkpoint is to outlive it."""
         if state.is_world_process_zero and self.path.exists():
             sync(self.path)
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, where no training is under way that could end after its step."""
 
 
 @contextmanager

@@ -24,6 +24,8 @@ from peft import PeftConfig, TaskType
 from transformers import TrainingArguments
 
 from drlora.config.adapter import DrLoraConfig, preset_settings
+from drlora.config.options import GENERAL
+from drlora.config.registry import registered_options
 from drlora.data.section import ROLES, DataSection, EvaluationSection
 from drlora.data.section import default_split as default_split
 from drlora.errors import ConfigError
@@ -120,10 +122,11 @@ class Recipe:
                 f"start_from_ranks={self.start_from_ranks!r} has no effect without start_from; "
                 f"name the adapter there, or leave it out."
             )
-        placing = {"start": "uniform", "start_a": "random"}
+        start_a = self.adapter.get("options", {}).get("start_a", "random")
+        placing = {"start": (self.adapter.get("start", "uniform"), "uniform"),
+                   "options.start_a": (start_a, "random")}  # fmt: skip
         for name in ("start_from", "start_ranks"):
-            for setting, nothing in placing.items():
-                rule = self.adapter.get(setting, nothing)
+            for setting, (rule, nothing) in placing.items():
                 if getattr(self, name) and rule != nothing:
                     raise ConfigError(
                         f"{name}={getattr(self, name)!r} and adapter.{setting}={rule!r} contradict "
@@ -211,9 +214,9 @@ def _continued(tree: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
 
 def adapter_settings() -> dict[str, Any]:
     """Setting of the section `adapter` -> its type."""
-    peft_names = {f.name for f in fields(PeftConfig)}
+    others = {*(f.name for f in fields(PeftConfig)), "record"}
     hints = _hints(DrLoraConfig)
-    return {f.name: hints[f.name] for f in fields(DrLoraConfig) if f.name not in peft_names}
+    return {f.name: hints[f.name] for f in fields(DrLoraConfig) if f.name not in others}
 
 
 def make_adapter_config(settings: dict[str, Any], method: str | None = None) -> DrLoraConfig:
@@ -303,5 +306,6 @@ def _homes() -> dict[str, str]:
     homes |= {f.name: f"evaluation.{f.name}" for f in fields(EvaluationSection)}
     homes |= {f.name: f"data.{f.name}" for f in fields(DataSection)}
     homes |= {key: f"adapter.{key}" for key in (*adapter_settings(), "preset")}
+    homes |= {key: f"adapter.options.{key}" for key in (*GENERAL, *registered_options())}
     homes["warmup_steps"] = "training.warmup_steps"
     return homes | {f.name: f.name for f in fields(Recipe)}

@@ -22,31 +22,44 @@ from typing import Any
 
 import yaml
 from filelock import FileLock, Timeout
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
+from drlora.config.adapter import with_options_apart
 from drlora.errors import CheckpointError, ConfigError, DrLoraError
 from drlora.io.checkpoint import newest_checkpoint
 from drlora.io.files import read_json
 from drlora.io.jsonl import finite, forget_after, read_lines
+from drlora.io.run_files import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    CHECKPOINT,
+    CHECKPOINTS,
+    CONFIG,
+    EARLIER_RESULT,
+    EVENT_LOG,
+    GROWTH_LOG,
+    LOCK,
+    METRICS,
+    RECORD,
+    RESULT,
+)
 from drlora.io.settings import read_settings
 from drlora.io.writing import move_into_place, write_at_once
 from drlora.runs.moved import located
 from drlora.runs.recipe import LENGTHS, Recipe, recipe_from
 
-LOCK = ".lock"  # held by the process that trains, and gone with it
 _PARTIAL = ".adapter.partial"
 # What a run writes into its folder, the mark of a run last; nothing else is ever deleted there.
 _OWN = (
-    "result.json",
-    "result-at-*.json",
-    "adapter_config.json",
-    "adapter_model.safetensors",
-    "checkpoints/checkpoint-*",
-    "checkpoints/runs",
-    "checkpoints",
-    "metrics.jsonl",
-    "growth.jsonl",
-    "events.jsonl",
+    RESULT,
+    EARLIER_RESULT.format("*"),
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    f"{CHECKPOINTS}/{CHECKPOINT.format('*')}",
+    f"{CHECKPOINTS}/runs",
+    CHECKPOINTS,
+    METRICS,
+    GROWTH_LOG,
+    EVENT_LOG,
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer_config.json",
@@ -57,8 +70,8 @@ _OWN = (
     "vocab.txt",
     "merges.txt",
     _PARTIAL,
-    "run.json",
-    "config.yaml",
+    RECORD,
+    CONFIG,
 )
 
 
@@ -71,37 +84,37 @@ class RunDir:
     @property
     def config(self) -> Path:
         """The resolved recipe."""
-        return self.path / "config.yaml"
+        return self.path / CONFIG
 
     @property
     def record(self) -> Path:
         """Length, batches and data of the run."""
-        return self.path / "run.json"
+        return self.path / RECORD
 
     @property
     def logs(self) -> list[Path]:
         """The logs, which have a step in each line."""
-        return [self.metrics, self.path / "growth.jsonl", self.path / "events.jsonl"]
+        return [self.metrics, self.path / GROWTH_LOG, self.path / EVENT_LOG]
 
     @property
     def metrics(self) -> Path:
         """Log entries and evaluations."""
-        return self.path / "metrics.jsonl"
+        return self.path / METRICS
 
     @property
     def result(self) -> Path:
         """The outcome of a finished run."""
-        return self.path / "result.json"
+        return self.path / RESULT
 
     @property
     def checkpoints(self) -> Path:
         """The Trainer's output directory."""
-        return self.path / "checkpoints"
+        return self.path / CHECKPOINTS
 
     @property
     def adapter(self) -> Path:
         """The weights of the trained adapter."""
-        return self.path / SAFETENSORS_WEIGHTS_NAME
+        return self.path / ADAPTER_WEIGHTS
 
     @property
     def resume_command(self) -> str:
@@ -127,7 +140,7 @@ class RunDir:
                 f"output_dir, continue that run with --resume, or replace it with --overwrite."
             )
         if self.path.is_symlink() or not self.config.is_file():
-            what = "is a link" if self.path.is_symlink() else "has no config.yaml"
+            what = "is a link" if self.path.is_symlink() else f"has no {CONFIG}"
             raise ConfigError(
                 f"output_dir={self.path} {what}, so it is no run directory that --overwrite could "
                 f"replace; name another output_dir, or delete it yourself."
@@ -150,7 +163,8 @@ class RunDir:
 
     def _trace_of_a_run(self) -> str | None:
         """The name of what says that a step was taken here; None if nothing does."""
-        held = [*self.checkpoints.glob("checkpoint-*"), self.adapter, self.result, *self.logs[1:]]
+        checkpoints = self.checkpoints.glob(CHECKPOINT.format("*"))
+        held = [*checkpoints, self.adapter, self.result, *self.logs[1:]]
         found = next((path.name for path in held if path.exists()), None)
         if found is None and any(e.get("kind") != "before" for e in read_lines(self.metrics)):
             found = self.metrics.name
@@ -213,7 +227,7 @@ class RunDir:
         """Keep the result of a finished run that is to go on under another name."""
         if self.result.is_file():
             steps = read_json(self.result).get("steps")
-            self.result.rename(self.path / f"result-at-{steps}.json")
+            self.result.rename(self.path / EARLIER_RESULT.format(steps))
 
     def start_logs_at(self, step: int) -> None:
         """Drop what the logs have beyond `step`, which a run that goes on there writes again."""
@@ -235,8 +249,12 @@ class RunDir:
             CheckpointError: if there is none.
         """
         if not self.config.is_file():
-            raise CheckpointError(f"{self.path} is no run directory: it has no config.yaml.")
-        return recipe_from(read_settings(self.config))
+            raise CheckpointError(f"{self.path} is no run directory: it has no {CONFIG}.")
+        tree = read_settings(self.config)
+        if isinstance(tree.get("adapter"), dict):  # of version 0.1, perhaps
+            tree["adapter"] = with_options_apart(tree["adapter"])
+            tree["adapter"].pop("record", None)
+        return recipe_from(tree)
 
     def newest_checkpoint(self, on_skip: Callable[[str], Any] = lambda reason: None) -> Path | None:
         """The whole checkpoint of the latest step; `on_skip` is told of those passed over."""
@@ -277,7 +295,7 @@ class RunDir:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         save(temporary)
-        for path in sorted(temporary.iterdir(), key=lambda p: p.name == SAFETENSORS_WEIGHTS_NAME):
+        for path in sorted(temporary.iterdir(), key=lambda p: p.name == ADAPTER_WEIGHTS):
             move_into_place(path, self.path / path.name)
         temporary.rmdir()
 

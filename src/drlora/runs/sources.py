@@ -14,17 +14,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from peft.utils.constants import TOKENIZER_CONFIG_NAME
 
 from drlora.data.section import DataSection, EvaluationSection
-from drlora.errors import CheckpointError
-from drlora.export import RECORD
+from drlora.errors import CheckpointError, shown
 from drlora.io.files import home, read_adapter_config, read_json
 from drlora.io.places import Place, leads_somewhere
+from drlora.io.run_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, EXPORT_RECORD
 from drlora.runs.recipe import Recipe
 from drlora.runs.rundir import RunDir
-from drlora.wording import shown
 
 KINDS = ("DRLORA", "LORA")
 
@@ -72,27 +70,27 @@ def find_source(folder: Path, model: str | None = None, trust_remote_code: bool 
         recipe = run.read_config()
         if not run.adapter.is_file():
             raise CheckpointError(
-                f"{folder} has no {SAFETENSORS_WEIGHTS_NAME}: the run is not finished. Continue it "
+                f"{folder} has no {ADAPTER_WEIGHTS}: the run is not finished. Continue it "
                 f"with: {run.resume_command}"
             )
-        read_adapter_config(folder, SAFETENSORS_WEIGHTS_NAME)
+        read_adapter_config(folder, ADAPTER_WEIGHTS)
         tokenizer = _tokenizer_in(folder) or recipe.tokenizer
         source = Source(
             folder, "DRLORA", model or recipe.model, tokenizer, recipe.dtype, trust_remote_code
         )
         return _with_recipe(source, recipe)
-    if (folder / "config.json").is_file() and not (folder / CONFIG_NAME).is_file():
+    if (folder / "config.json").is_file() and not (folder / ADAPTER_CONFIG).is_file():
         return _of_export(Source(folder, None, str(folder), None, "auto", trust_remote_code))
     return _of_adapter(folder, model, trust_remote_code)
 
 
 def _of_adapter(folder: Path, model: str | None, trust_remote_code: bool) -> Source:
-    for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
+    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         if not (folder / name).is_file():
             raise CheckpointError(
                 f"{folder} is neither a run directory nor a saved adapter: it has no {name}."
             )
-    said = read_adapter_config(folder, SAFETENSORS_WEIGHTS_NAME)
+    said = read_adapter_config(folder, ADAPTER_WEIGHTS)
     kind = said.get("peft_type")
     if kind not in KINDS:
         raise CheckpointError(
@@ -163,7 +161,7 @@ def _with_recipe(source: Source, recipe: Recipe) -> Source:
 
 def _record(folder: Path) -> dict[str, Any]:
     """What an export says of itself; empty for what is none."""
-    path = folder / RECORD
+    path = folder / EXPORT_RECORD
     return read_json(path) if path.is_file() else {}
 
 

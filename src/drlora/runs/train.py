@@ -27,6 +27,7 @@ from drlora.distributed import is_main, on_main
 from drlora.evaluation.measure import Measurement, measure, measurement_from
 from drlora.io.checkpoint import checkpoint_step
 from drlora.io.jsonl import append_lines, forget_kind, read_lines
+from drlora.io.run_files import CHECKPOINT
 from drlora.ranks.dynamics import RankDynamics
 from drlora.ranks.starts import needs_ranks
 from drlora.report.card import write_card_if_possible
@@ -278,7 +279,7 @@ class _Training:
 
     def _forget_since(self, step: int) -> None:
         self.job.run.start_logs_at(step)
-        for path in self.job.run.checkpoints.glob("checkpoint-*"):
+        for path in self.job.run.checkpoints.glob(CHECKPOINT.format("*")):
             if checkpoint_step(path) > step:
                 shutil.rmtree(path)
 
@@ -353,7 +354,7 @@ def _to_json(
         "after": result.after.to_dict(),
         "budget": result.budget,
         "ranks": result.ranks,
-        "schedule": _config(model).schedule,
+        "schedule": _config(model).recorded("schedule"),
         "method": job.recipe.method,
         "trainable_parameters": result.trainable_parameters,
         "stored_parameters": result.stored_parameters,

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch.distributed.tensor import DTensor
 from transformers import TrainerState, TrainingArguments
 
 from drlora.errors import ConfigError
+from drlora.io.run_files import ADAPTER_WEIGHTS
 
 _IN_CHECKPOINT = "default"
 
@@ -48,4 +48,4 @@ def load_best(args: TrainingArguments, state: TrainerState, model: Any, adapter:
 
 
 def _has_adapter(folder: Path) -> bool:
-    return (folder / SAFETENSORS_WEIGHTS_NAME).is_file()
+    return (folder / ADAPTER_WEIGHTS).is_file()

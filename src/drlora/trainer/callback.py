@@ -37,10 +37,11 @@ from drlora.io.checkpoint import seal
 from drlora.io.jsonl import append_lines, forget_after, set_aside
 from drlora.io.run_files import EVENT_LOG, GROWTH_LOG
 from drlora.io.writing import sync
-from drlora.ranks.dynamics import Grant, RankDynamics
+from drlora.ranks.dynamics import RankDynamics
+from drlora.ranks.event import Grant
+from drlora.ranks.optimizer_rows import unwrap_optimizer
 from drlora.ranks.schedule import Schedule
 from drlora.ranks.starts import needs_ranks, place_ranks
-from drlora.ranks.young_rows import unwrap_optimizer
 from drlora.trainer.best_model import load_best, refuse_mixed_up
 from drlora.trainer.event_log import EventLog
 from drlora.trainer.rank_log import RankLog
@@ -144,14 +145,14 @@ class DrLoraCallback(TrainerCallback, ExportableState):
             self._scale is not None and _scaler_of(optimizer).get_scale() < self._scale
         )
         with self._rank_log.timed():
-            grants = self.dynamics.after_optimizer_step(optimizer, skipped=skipped)
-        self._rank_log.has_changed |= bool(grants)
-        if grants and state.is_world_process_zero:
-            lines = [asdict(grant) for grant in grants]
+            event = self.dynamics.after_optimizer_step(optimizer, skipped=skipped)
+        self._rank_log.has_changed |= bool(event.grants)
+        if event.grants and state.is_world_process_zero:
+            lines = [asdict(grant) for grant in event.grants]
             append_lines(self._log, [{**g, "step": self.log_start + g["step"]} for g in lines])
-            self._events.write_event()
-        if grants and self.on_growth is not None:
-            self.on_growth(grants)
+            self._events.write_event(event)
+        if event.grants and self.on_growth is not None:
+            self.on_growth(list(event.grants))
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -221,15 +222,16 @@ class DrLoraCallback(TrainerCallback, ExportableState):
         They are not drawn from the data loader, whose order is that of the training to come.
         """
         config = model.peft_config[self.adapter or active_adapter(model)]
+        start_a = config.option("start_a")
         data = train_dataloader.dataset
         if not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
             raise ConfigError(
-                f"start={config.start!r}, start_a={config.start_a!r}: cannot look into a "
+                f"start={config.start!r}, start_a={start_a!r}: cannot look into a "
                 f"{type(data).__name__}; call "
                 f"drlora.place_ranks(model, batches) before training."
             )
         size = args.per_device_train_batch_size
-        count = min(len(data), config.start_batches * size)
+        count = min(len(data), config.option("start_batches") * size)
         chosen = [i * len(data) // count for i in range(count)]
         for first in range(0, count, size):
             examples = [data[i] for i in chosen[first : first + size]]
@@ -299,7 +301,7 @@ def _tell_of_smaller_batch(batch_size: int | None, step: int) -> None:
     warnings.warn(
         f"the batch did not fit at step {step}: transformers begins again at step 0 with "
         f"{batch_size} examples at once, and goes on with the weights and ranks as they are by "
-        f"now. growth.jsonl counts on from step {step}.",
+        f"now. {GROWTH_LOG} counts on from step {step}.",
         stacklevel=3,
     )
 

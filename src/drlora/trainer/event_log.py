@@ -21,7 +21,7 @@ from torch import Tensor
 
 from drlora.io.jsonl import append_lines
 from drlora.ranks.dynamics import RankDynamics
-from drlora.ranks.event import Growth
+from drlora.ranks.event import Event, Growth
 from drlora.ranks.groups import Scored
 
 MOST_EVENTS = 64
@@ -42,12 +42,12 @@ class EventLog:
         self.start = start
         self.stride = -(-len(dynamics.event_steps) // MOST_EVENTS)
 
-    def write_event(self) -> None:
-        """The event that was just carried out, if it is one of those that are kept."""
+    def write_event(self, event: Event) -> None:
+        """What was known at an event of this step, if it is one of those that are kept."""
         group = self.dynamics.growth.groups[0]
         number = group.plan.event_number(self.dynamics.plan_step)
         if number and (number - 1) % self.stride == 0:
-            self._write(self.dynamics.growth.scored)
+            self._write(event.scored)
 
     def write_end(self) -> None:
         """What is known after the last step."""

@@ -33,8 +33,7 @@ from drlora.adapter.inject import adapted_layers
 from drlora.adapter.state import adapter_state
 from drlora.config.adapter import DrLoraConfig
 from drlora.distributed import are_several
-from drlora.errors import CheckpointError, ConfigError
-from drlora.wording import first_line
+from drlora.errors import CheckpointError, ConfigError, first_line
 
 
 def rehearse(arguments: TrainingArguments, total_steps: int) -> None:
@@ -108,10 +107,7 @@ class RunTrainer(Trainer):
         self.on_restart(self._train_batch_size, self.state.global_step)
         self._adapted.load_state_dict(began, strict=False)
         for layer in adapted_layers(self._adapted, self._adapted.active_adapter).values():
-            adapter = layer.adapter(self._adapted.active_adapter)
-            adapter.meter.reset()
-            for pool in adapter.rank_pools.values():
-                pool.read_owners()
+            layer.adapter(self._adapted.active_adapter).meter.reset()
         self.optimizer = None  # the new one is made as the first was
         set_seed(self.args.seed)
 
@@ -129,13 +125,13 @@ class RunTrainer(Trainer):
         """PEFT's helper makes the groups; otherwise all is as in transformers."""
         config = self._adapted.peft_config[self._adapted.active_adapter]
         assert isinstance(config, DrLoraConfig)
-        if self.optimizer is None and config.b_lr_ratio != 1:
+        if self.optimizer is None and config.option("b_lr_ratio") != 1:
             base = cast(PreTrainedModel, self.model)
             kind, settings = self.get_optimizer_cls_and_kwargs(self.args, base)
             self.optimizer = create_loraplus_optimizer(
                 self._adapted,
                 kind,
-                loraplus_lr_ratio=config.b_lr_ratio,
+                loraplus_lr_ratio=config.option("b_lr_ratio"),
                 loraplus_weight_decay=self.args.weight_decay,
                 **settings,
             )

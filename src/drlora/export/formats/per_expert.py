@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -18,13 +19,17 @@ from peft.utils.transformers_weight_conversion import (
     _MODEL_TO_CONVERSION_PATTERN,
     _MOE_FUSED_TARGETS,
 )
+from safetensors.torch import save_file
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
 
 from drlora.errors import CheckpointError, ConfigError
+from drlora.export.format import LoraFormat, name_base_from_root, write_tokens
+from drlora.export.make import Made
 from drlora.export.peft_lora import make_config as make_peft_config
-from drlora.export.updates import Updates, unread_keys
+from drlora.export.updates import Updates, base_of, unread_keys
+from drlora.io.run_files import ADAPTER_WEIGHTS
 
 _ROOT = "base_model.model."
 _EXPERT_KEY = re.compile(r"\.experts\.\d+\.\w+\.weight$")
@@ -108,7 +113,7 @@ def read_back(base: PreTrainedModel, updates: Updates) -> PeftModel:
     return model
 
 
-def notes(updates: Updates, base: PreTrainedModel) -> list[str]:
+def _notes(updates: Updates, base: PreTrainedModel) -> list[str]:
     """What the user of such an export should know."""
     found = []
     if updates.modules:
@@ -140,3 +145,43 @@ def _converted_config(updates: Updates, base: PreTrainedModel) -> LoraConfig:
 def _linear_parameters(config: LoraConfig) -> list[str]:
     """Ordinary linear layers that are targeted as parameters."""
     return sorted(name for name in config.target_parameters or () if name.endswith(".weight"))
+
+
+class _PerExpert(LoraFormat):
+    name = "per-expert"
+    summary = (
+        "A DR-LoRA adapter as LoRA of rank {rank} on the gate, up and down projection of every "
+        "expert, in 2-D tensors, for engines that keep experts apart."
+    )
+    all_matrices = True
+
+    def size_bytes(self, base: PreTrainedModel, updates: Updates) -> int:
+        tensors = make_tensors(updates, base)
+        return sum(x.numel() * x.element_size() for x in tensors.values())
+
+    def notes(self, base: PreTrainedModel, updates: Updates) -> list[str]:
+        return _notes(updates, base)
+
+    def attach(self, base: PreTrainedModel, updates: Updates) -> PeftModel:
+        return read_back(base, updates)
+
+    def write(
+        self,
+        made: Made,
+        updates: Updates | None,
+        folder: Path,
+        tokenizer: PreTrainedTokenizerBase | None,
+        max_shard_size: str | None,
+    ) -> None:
+        assert updates is not None
+        write_tokens(updates, tokenizer, folder)
+        base = base_of(made.result, "default")
+        tensors = make_tensors(updates, base)
+        config = make_config(updates, base, tensors)
+        config.inference_mode = True
+        name_base_from_root(config)
+        config.save_pretrained(str(folder))
+        save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+
+
+FORMAT = _PerExpert()

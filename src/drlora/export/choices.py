@@ -1,0 +1,6 @@
+"""What may be asked of an export, for the command line to show without importing torch."""
+
+from __future__ import annotations
+
+RANKS = ("padded", "auto")
+ROUNDINGS = ("stochastic", "nearest")

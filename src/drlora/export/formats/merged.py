@@ -1,0 +1,106 @@
+"""The format `merged`: the whole model with the adapter in its weights, for transformers alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from drlora.adapter.embeddings import has_tied_embeddings
+from drlora.adapter.inject import refuse_fixed_weights
+from drlora.errors import ConfigError
+from drlora.export.check import Batch
+from drlora.export.float32 import NARROW
+from drlora.export.format import Contents, Format
+from drlora.export.make import Made, measured
+from drlora.export.merging import merge
+from drlora.export.reference import compare_trained
+from drlora.export.updates import Updates
+from drlora.io.run_files import EXPORT_RECORD, README
+from drlora.ops.merge import NEAREST, Rounding
+
+WORTH_SAYING = 0.1  # of the adapter's effect
+
+
+class _Merged(Format):
+    name = "merged"
+    summary = "The model with a DR-LoRA adapter merged into its weights, for transformers alone."
+    loading = 'model = AutoModelForCausalLM.from_pretrained("this folder")'
+    files = ("config.json", "generation_config.json", "model*.safetensors",
+             "the tokenizer's files", EXPORT_RECORD, README)  # fmt: skip
+
+    def plan(self, model: PeftModel, adapter: str, rank: str) -> Contents:
+        if rank != "padded":
+            raise ConfigError(
+                f"rank={rank!r} is for formats of LoRA, such as peft; merged weights have no rank; "
+                f"leave it out."
+            )
+        refuse_fixed_weights(model)
+        return Contents(None, _bytes(cast(PreTrainedModel, model.get_base_model())))
+
+    def make(
+        self,
+        updates: Updates | None,
+        model: PeftModel,
+        batches: Sequence[Batch],
+        rounding: Rounding,
+    ) -> Made:
+        if cast(PreTrainedModel, model.get_base_model()).dtype not in NARROW:
+            rounding = NEAREST
+        known = measured(model, batches, rounding, merged=True)
+        base, weights, kept = merge(model, known.adapter, known.reference, rounding)
+        compare_trained(weights, base.get_submodule, known.reference)
+        found = known.compared(base, weights)
+        if known.dtype not in NARROW:
+            return Made(base, found)
+        said = {
+            "mode": rounding.mode,
+            "seed": rounding.seed if rounding.mode == "stochastic" else None,
+            "unmoved": kept.unmoved_share,
+            "kept": kept.share,
+            "of_effect": known.cost,
+        }
+        notes = [_in_words(said, found.dtype)] if kept.entries else []
+        return Made(base, found, said, notes)
+
+    def write(
+        self,
+        made: Made,
+        updates: Updates | None,
+        folder: Path,
+        tokenizer: PreTrainedTokenizerBase | None,
+        max_shard_size: str | None,
+    ) -> None:
+        size = {"max_shard_size": max_shard_size} if max_shard_size else {}
+        made.result.save_pretrained(folder, **size)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+
+
+def _bytes(base: PreTrainedModel) -> int:
+    """Size of the merged model's weights; tied ones once, unless one of them was trained alone."""
+    added = (".lora_", ".drlora_adapters.", ".modules_to_save.", ".trainable_tokens_")
+    own = [p for name, p in base.named_parameters() if not any(part in name for part in added)]
+    size = sum(p.numel() * p.element_size() for p in own)
+    head, embedding = base.get_output_embeddings(), base.get_input_embeddings()
+    adapted = any(hasattr(end, "original_module") for end in (head, embedding))
+    if has_tied_embeddings(base) and (adapted or hasattr(head, "base_layer")):
+        weight = next(iter(embedding.parameters()))
+        size += weight.numel() * weight.element_size()
+    return size
+
+
+def _in_words(said: dict[str, Any], dtype: str) -> str:
+    way_out = "; merge into a float32 base, or export as peft, to lose none of it"
+    return (
+        f"rounding to {dtype} ({said['mode']}): {said['unmoved']:.1%} of the updated entries are "
+        f"as they were, {said['kept']:.1%} of the update is in the weights; logits move by "
+        f"{said['of_effect']:.1%} of what the adapter does to them"
+        f"{way_out if said['of_effect'] > WORTH_SAYING else ''}"
+    )
+
+
+FORMAT = _Merged()

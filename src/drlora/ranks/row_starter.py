@@ -1,0 +1,118 @@
+"""How a claimed row starts: what is known of it, what the optimizer keeps of it, where A points.
+
+A row begins like one of a new adapter, whatever weight decay or an earlier owner did to it. What an
+Adam makes of it afterwards, step by step, is corrected in young_rows.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from drlora.adapter.pool import RankPool
+from drlora.config.adapter import DrLoraConfig
+from drlora.ranks.directions import point_along_gradient
+from drlora.ranks.optimizer_rows import (
+    decays_weights,
+    forget_rows,
+    inherit_second_moment,
+    is_adam,
+    unwrap_optimizer,
+)
+from drlora.ranks.schedule import StepCounts
+
+
+class RowStarter:
+    """Starts the rows that are claimed over a run, as its settings say.
+
+    Args:
+        config: the settings.
+        optimizer: that of the run. Without one, or with one that is none of torch's, only what is
+            known of the rows starts anew.
+    """
+
+    def __init__(self, config: DrLoraConfig, optimizer: object) -> None:
+        self.config = config
+        inner = unwrap_optimizer(optimizer)
+        self.optimizer = inner if isinstance(inner, Optimizer) else None
+        self._warned: set[str] = set()
+
+    def start(self, pool: RankPool, rows: Tensor, now: StepCounts) -> None:
+        """Start rows that were just claimed.
+
+        Args:
+            pool: theirs.
+            rows: int64, the claimed rows; none where no expert was granted any.
+            now: where the run is.
+        """
+        self._restart_importance(pool, rows)
+        if self.optimizer is None or not len(rows):
+            return
+        self.forget(pool, rows)
+        if self._rows_inherit:
+            self._inherit(pool, rows)
+        if decays_weights(self.optimizer.param_groups):
+            pool.redraw(rows, now.run)
+        if self.config.option("young_a") == "gradient":
+            self._point_rows(pool, rows)
+
+    def forget(self, pool: RankPool, rows: Tensor) -> None:
+        """Zero what the optimizer keeps of rows."""
+        for parameter in (pool.lora_A, pool.lora_B) if self.optimizer else ():
+            forget_rows(parameter, self._state_of(parameter), rows)
+
+    def _restart_importance(self, pool: RankPool, rows: Tensor) -> None:
+        """The averages of all rows that the grown experts own, or of all, begin at 0 again."""
+        if self.config.option("importance_reset") == "all":
+            pool.importance.zero_()
+            return
+        # The extra last entry stands for the free rows, whose owner is -1.
+        grown_E1 = torch.zeros(pool.book.num_experts + 1, dtype=torch.bool)
+        grown_E1[pool.book.owner_R[rows.cpu().numpy()]] = True
+        pool.importance[grown_E1.to(pool.owner.device)[pool.owner.long()]] = 0.0
+
+    @property
+    def _rows_inherit(self) -> bool:
+        mode = self.config.young_rows
+        return mode == "inherit" or (mode == "own" and not is_adam(self.optimizer))
+
+    def _inherit(self, pool: RankPool, rows: Tensor) -> None:
+        for parameter in (pool.lora_A, pool.lora_B):
+            state, num_experts = self._state_of(parameter), pool.book.num_experts
+            if not inherit_second_moment(parameter, state, pool.owner, num_experts, rows):
+                self._warn_of_no_second_moment()
+
+    def _point_rows(self, pool: RankPool, rows: Tensor) -> None:
+        """An average of the gradient, where the optimizer keeps one; else that of this step."""
+        state = self._state_of(pool.lora_A)
+        gradient = state.get("exp_avg", state.get("momentum_buffer", pool.lora_A.grad))
+        if not isinstance(gradient, Tensor) or gradient.shape != pool.lora_A.shape:
+            self._warn_once(
+                "young_a",
+                f"young_a='gradient' found no gradient of rows in {type(self.optimizer).__name__}: "
+                f"young rows of A stay random.",
+            )
+            return
+        point_along_gradient(pool.lora_A, gradient, pool.owner, rows, pool.row_norm)
+
+    def _state_of(self, parameter: Tensor) -> dict:
+        assert self.optimizer is not None
+        return self.optimizer.state.get(parameter, {})
+
+    def _warn_of_no_second_moment(self) -> None:
+        name = type(self.optimizer).__name__
+        if name != "SGD":
+            self._warn_once(
+                "optimizer",
+                f"{name} has no second moment per element (exp_avg_sq): with "
+                f"young_rows={self.config.young_rows!r} rows that wake up late are treated as "
+                f"with 'shared', and may take larger first steps.",
+            )
+
+    def _warn_once(self, kind: str, message: str) -> None:
+        if kind not in self._warned:
+            warnings.warn(message, stacklevel=8)
+        self._warned.add(kind)
