@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from drlora.adapter.layer import ExpertsAdapter
+from drlora.adapter.experts import ExpertsAdapter
 from drlora.ops import LoraPiece
 from drlora.ops.weights import Matrix
 

@@ -21,8 +21,9 @@ from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from drlora.adapter.experts import ExpertsAdapter
 from drlora.adapter.inject import active_adapter, adapted_layers
-from drlora.adapter.layer import ExpertsAdapter, RankPool
+from drlora.adapter.pool import RankPool
 from drlora.config.adapter import DrLoraConfig
 from drlora.distributed import add_up, refuse_differing
 from drlora.errors import CheckpointError, ConfigError

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from drlora.adapter.layer import ExpertsAdapter
+from drlora.adapter.experts import ExpertsAdapter
 from drlora.config.adapter import DrLoraConfig
 from drlora.config.options import Option
 from drlora.config.registry import ALLOCATIONS, SALIENCIES

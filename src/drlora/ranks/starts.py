@@ -21,8 +21,8 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
+from drlora.adapter.experts import ExpertsAdapter
 from drlora.adapter.inject import active_adapter, adapted_layers
-from drlora.adapter.layer import ExpertsAdapter
 from drlora.adapter.pool import RankPool
 from drlora.config.adapter import DrLoraConfig
 from drlora.config.options import HOT_FRACTION
