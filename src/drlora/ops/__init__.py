@@ -15,7 +15,8 @@ from pkgutil import iter_modules
 from drlora.ops.compiled import TracedPiece
 from drlora.ops.engine import Engine, choose_engine, register_engine
 from drlora.ops.experts import adapted_experts, traced_experts
-from drlora.ops.parts import DropoutMasks, LoraPiece, Routing, draw_dropout, sort_by_expert
+from drlora.ops.parts import DropoutMasks, LoraPiece, draw_dropout
+from drlora.ops.routing import Routing, sort_by_expert
 from drlora.ops.storage import Apart, ExpertMatrix, as_matrix, register_storage
 from drlora.ops.weights import MATRICES, ExpertWeights, Matrix
 

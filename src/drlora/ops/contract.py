@@ -23,7 +23,8 @@ from torch.nn import functional as F
 
 from drlora.config.registry import ENGINES
 from drlora.ops.engine import Engine
-from drlora.ops.parts import LoraPiece, draw_dropout, sort_by_expert
+from drlora.ops.parts import LoraPiece, draw_dropout
+from drlora.ops.routing import sort_by_expert
 from drlora.ops.storage import Apart, as_matrix
 from drlora.ops.weights import ExpertWeights
 

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from drlora.config.registry import ENGINES
 from drlora.errors import ConfigError
-from drlora.ops.parts import DropoutMasks, LoraPiece, Routing
+from drlora.ops.parts import DropoutMasks, LoraPiece
+from drlora.ops.routing import Routing
 from drlora.ops.stand_ins import tell_once
 from drlora.ops.weights import ExpertWeights
 

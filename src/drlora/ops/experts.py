@@ -7,7 +7,8 @@ from torch import Tensor
 
 from drlora.ops.compiled import TracedPiece, experts_traced
 from drlora.ops.engine import choose_engine
-from drlora.ops.parts import LoraPiece, draw_dropout, sort_by_expert
+from drlora.ops.parts import LoraPiece, draw_dropout
+from drlora.ops.routing import sort_by_expert
 from drlora.ops.weights import ExpertWeights
 
 

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from drlora.ops.engine import Engine, register_engine
-from drlora.ops.parts import DropoutMasks, LoraPiece, Routing
+from drlora.ops.parts import DropoutMasks, LoraPiece
+from drlora.ops.routing import Routing, combine
 from drlora.ops.weights import ExpertWeights, Matrix
 
 ALIGNMENT_BYTES = 16
@@ -42,18 +43,14 @@ def experts_grouped(
     masks: DropoutMasks,
 ) -> Tensor:
     """(T, H) output of the adapted experts; see `drlora.ops.adapted_experts`."""
-    ends_E = routing.counts_E.cumsum(0).to(torch.int32)
+    ends_E = routing.ends_E
     x_SH = x_TH[routing.token_S]
     gate_up_SG = _base_product("gate_up", x_SH, ends_E, routing, base)
     gate_up_SG = _add_lora("gate_up", gate_up_SG, x_SH, ends_E, pieces, masks.gate_up_SH)
     h_SI = base.apply_gate(gate_up_SG)
     y_SH = _base_product("down", h_SI, ends_E, routing, base)
     y_SH = _add_lora("down", y_SH, h_SI, ends_E, pieces, masks.down_SI)
-    y_SH = base.finish(y_SH) * weight_TK.reshape(-1)[routing.order_S, None]
-    inverse_S = torch.empty_like(routing.order_S)
-    inverse_S[routing.order_S] = torch.arange(routing.order_S.numel(), device=x_TH.device)
-    # A gather and a sum, not index_add: the order of the sum is then fixed on an accelerator.
-    return y_SH[inverse_S].view(*weight_TK.shape, -1).sum(dim=1).to(x_TH.dtype)
+    return combine(base.finish(y_SH), weight_TK, routing, x_TH.dtype)
 
 
 def _base_product(

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from drlora.ops.engine import Engine, register_engine
-from drlora.ops.parts import DropoutMasks, LoraPiece, Routing
+from drlora.ops.parts import DropoutMasks, LoraPiece
+from drlora.ops.routing import Routing
 from drlora.ops.weights import ExpertWeights, Matrix
 
 

@@ -1,4 +1,4 @@
-"""What every engine is given beside the frozen experts: LoRA pieces, sorted routing, dropout masks.
+"""What every engine is given beside the frozen experts and the routing: LoRA pieces, dropout masks.
 
 Shape letters: T tokens, K experts per token, S = T * K routed rows, E experts, H hidden size,
 I expert width, R rows of a packed pool, n rows of one expert.
@@ -57,40 +57,6 @@ class LoraPiece(NamedTuple):
     def ranks(self) -> list[int]:
         """The rank of each expert."""
         return [end - start for start, end in zip(self.offsets, self.offsets[1:], strict=False)]
-
-
-class Routing(NamedTuple):
-    """Routed rows sorted by expert.
-
-    Attributes:
-        order_S: position of each sorted row in the flattened (T * K) routing.
-        token_S: the token of each sorted row.
-        counts_E: rows of each expert, on the routing's device.
-    """
-
-    order_S: Tensor
-    token_S: Tensor
-    counts_E: Tensor
-
-    @property
-    def expert_S(self) -> Tensor:  # noqa: N802
-        """The expert of each sorted row."""
-        row_S = torch.arange(self.order_S.numel(), device=self.order_S.device)
-        return torch.searchsorted(self.counts_E.cumsum(0), row_S, right=True)
-
-    def counts(self) -> list[int]:
-        """Rows of each expert, on the host (a synchronisation on an accelerator)."""
-        return self.counts_E.tolist()
-
-
-def sort_by_expert(index_TK: Tensor, num_experts: int) -> Routing:
-    """Sort the routed rows by expert, keeping token order inside an expert."""
-    flat_S = index_TK.reshape(-1)
-    sorted_S, order_S = torch.sort(flat_S, stable=True)
-    bounds_E = torch.arange(num_experts, device=flat_S.device, dtype=flat_S.dtype)
-    ends_E = torch.searchsorted(sorted_S, bounds_E, right=True)
-    counts_E = torch.diff(ends_E, prepend=ends_E.new_zeros(1))
-    return Routing(order_S, order_S // index_TK.shape[-1], counts_E)
 
 
 class DropoutMasks(NamedTuple):

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from drlora.moe.families.base import Family, Run, gated, register_family
 from drlora.ops.naive import experts_naive
-from drlora.ops.parts import DropoutMasks, sort_by_expert
+from drlora.ops.parts import DropoutMasks
+from drlora.ops.routing import sort_by_expert
 from drlora.ops.storage import has_own_storage
 from drlora.ops.weights import Apart, ExpertWeights, as_matrix
 

@@ -38,7 +38,8 @@ from drlora.ops.loop.gate import gate_again, gate_backward, gate_into
 from drlora.ops.loop.matrices import Buffers, Plan, Projection, Widen, empty_shrunk, write_back
 from drlora.ops.loop.scratch import scratch
 from drlora.ops.loop.tasks import Task, Work, cut, share_out
-from drlora.ops.parts import DropoutMasks, LoraPiece, Routing
+from drlora.ops.parts import DropoutMasks, LoraPiece
+from drlora.ops.routing import Routing
 from drlora.ops.weights import ExpertWeights
 
 
@@ -121,7 +122,7 @@ class _ExpertsLoop(torch.autograd.Function):
             return work
 
         share_out(plan.tasks, make_work, x_TH.device)
-        place_TK = _places(plan.routing).view(weight_TK.shape)
+        place_TK = plan.routing.place_S.view(weight_TK.shape)
         ctx.plan = plan
         # Through save_for_backward, so that checkpointing can drop them.
         ctx.save_for_backward(
@@ -186,13 +187,6 @@ class _ExpertsLoop(torch.autograd.Function):
             None, _sum_rows(grad_x_SH, place_TK, None), grad_weight.view_as(weight_TK), None, None,
             *grads,
         )  # fmt: skip
-
-
-def _places(routing: Routing) -> Tensor:
-    """(S,) where each routed row of the flattened (T * K) routing went in the sorted order."""
-    place_S = torch.empty_like(routing.order_S)
-    place_S[routing.order_S] = torch.arange(len(place_S), device=place_S.device)
-    return place_S
 
 
 def _sum_rows(y_SH: Tensor, place_TK: Tensor, weight_TK: Tensor | None) -> Tensor:

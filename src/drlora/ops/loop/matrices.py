@@ -14,7 +14,8 @@ from torch import Tensor
 
 from drlora.ops.loop.scratch import scratch
 from drlora.ops.loop.tasks import Segment, Task
-from drlora.ops.parts import LoraPiece, Routing
+from drlora.ops.parts import LoraPiece
+from drlora.ops.routing import Routing
 from drlora.ops.weights import ExpertMatrix, ExpertWeights, Matrix
 
 

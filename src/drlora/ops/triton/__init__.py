@@ -10,7 +10,8 @@ from torch import Tensor
 
 from drlora.errors import ConfigError
 from drlora.ops.engine import Engine, register_engine
-from drlora.ops.parts import DropoutMasks, LoraPiece, Routing
+from drlora.ops.parts import DropoutMasks, LoraPiece
+from drlora.ops.routing import Routing
 from drlora.ops.weights import ExpertWeights
 
 

@@ -29,7 +29,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from drlora.errors import ConfigError
-from drlora.ops.parts import DropoutMasks, LoraPiece, Routing
+from drlora.ops.parts import DropoutMasks, LoraPiece
+from drlora.ops.routing import Routing
 from drlora.ops.triton import launch
 from drlora.ops.triton.kernels import INTERPRETED
 from drlora.ops.triton.launch import Expansion, RankOffsets, Rows
