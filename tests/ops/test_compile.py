@@ -21,12 +21,13 @@ from compiled_models import (
     padded_batch,
     start,
 )
-from op_cases import gelu_gate, make_case, run
+from op_cases import run
 from tiny import checkpoint_activations, plain_loop, trainable
 
 import drlora
 from drlora.adapter.inject import adapted_layers
 from drlora.ops import TracedPiece, stand_ins, traced_experts
+from drlora.ops.contract import gelu_gate, make_case
 
 # torch's own: dynamo makes an instance of each autograd function that it traces, and asks each
 # tensor that comes in for its gradient.

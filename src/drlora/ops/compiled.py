@@ -24,11 +24,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from drlora.ops.grouped import ALIGNMENT_BYTES, grouped_fits, grouped_misfit, pad_rows, padded_rows
+from drlora.config.registry import ENGINES
+from drlora.ops.engine import AUTO, automatic
+from drlora.ops.grouped import ALIGNMENT_BYTES, pad_rows, padded_rows
+from drlora.ops.grouped import refuses as grouped_refuses
 from drlora.ops.loop.engine import working_dtype
 from drlora.ops.loop.matrices import Widen
-from drlora.ops.parts import DropoutMasks, ExpertWeights, Matrix, Routing
+from drlora.ops.parts import DropoutMasks
+from drlora.ops.routing import Routing, combine
 from drlora.ops.stand_ins import tell_once
+from drlora.ops.weights import ExpertWeights, Matrix
 
 
 class TracedPiece(NamedTuple):
@@ -62,7 +67,7 @@ def experts_traced(
     """(T, H) output of the adapted experts; see `drlora.ops.adapted_experts`."""
     num_tokens, top_k = weight_TK.shape
     order_S = routing.order_S
-    ends_E = routing.counts_E.cumsum(0).to(torch.int32)
+    ends_E = routing.ends_E
     grouped = _runs_grouped(engine, base)
 
     def adapted(matrix: Matrix, x_SI: Tensor, weight_EOI: Tensor, mask_SI: Tensor | None) -> Tensor:
@@ -81,15 +86,14 @@ def experts_traced(
     x_SH = x_TH[:, None].expand(-1, top_k, -1).reshape(num_tokens * top_k, -1)[order_S]
     gate_up_SG = adapted("gate_up", x_SH, base.gate_up_EGH, masks.gate_up_SH)
     y_SH = adapted("down", base.apply_gate(gate_up_SG), base.down_EHI, masks.down_SI)
-    y_SH = base.finish(y_SH) * weight_TK.reshape(-1)[order_S, None]
-    return y_SH[torch.argsort(order_S)].view(num_tokens, top_k, -1).sum(dim=1).to(x_TH.dtype)
+    return combine(base.finish(y_SH), weight_TK, routing, x_TH.dtype)
 
 
 def _runs_grouped(engine: str, base: ExpertWeights) -> bool:
-    if engine == "auto":
-        return base.sample.device.type != "cpu" and grouped_fits(base)
-    misfit = grouped_misfit(base)
-    grouped = engine in ("grouped", "triton") and misfit is None
+    misfit = grouped_refuses(base)
+    if engine == AUTO:
+        return automatic(base) == "grouped" and misfit is None
+    grouped = ENGINES[engine].traced == "grouped" and misfit is None
     computes = "grouped" if grouped else "loop"
     if engine != computes:
         tell_once(engine, computes, misfit or "torch.compile knows 'grouped' and 'loop' alone")

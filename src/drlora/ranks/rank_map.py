@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 from peft import PeftModel
 
+from drlora.adapter.experts import ExpertsAdapter
 from drlora.adapter.inject import active_adapter, adapted_layers
-from drlora.adapter.layer import ExpertsAdapter
 from drlora.adapter.pool import RankPool
 from drlora.config.adapter import DrLoraConfig
 from drlora.config.registry import STARTS
