@@ -36,7 +36,9 @@ _WITH_RULES = ("ranks.saliency", "ranks.event", "ranks.starts")
 
 
 def _register() -> None:
+    # Importing the rules fills the registries of what settings name.
     from drlora.adapter.model import register
+    from drlora.ranks import event, starts  # noqa: F401
     from drlora.report.card import keep_cards
 
     for module in _RULES:
