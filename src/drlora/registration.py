@@ -31,6 +31,10 @@ def register_with_peft() -> None:
         sys.meta_path.insert(0, _WhenPeftIsThere())
 
 
+# Modules that put rules into the registries of drlora.config.registry.
+_WITH_RULES = ("ranks.saliency", "ranks.event", "ranks.starts")
+
+
 def _register() -> None:
     from drlora.adapter.model import register
     from drlora.report.card import keep_cards
@@ -39,6 +43,8 @@ def _register() -> None:
         import_module(module)
     register()
     keep_cards()
+    for module in _WITH_RULES:
+        import_module(f"drlora.{module}")
 
 
 class _WhenPeftIsThere(MetaPathFinder):
