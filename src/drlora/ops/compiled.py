@@ -18,7 +18,7 @@ Letters as in `parts`; P largest rank, rounded up.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ from drlora.ops.grouped import ALIGNMENT_BYTES, pad_rows, padded_rows
 from drlora.ops.grouped import refuses as grouped_refuses
 from drlora.ops.loop.engine import working_dtype
 from drlora.ops.loop.matrices import Widen
-from drlora.ops.parts import DropoutMasks
+from drlora.ops.parts import DropoutMasks, LoraPiece
 from drlora.ops.routing import Routing, combine
 from drlora.ops.stand_ins import tell_once
 from drlora.ops.weights import ExpertWeights, Matrix
@@ -75,7 +75,7 @@ def experts_traced(
         own = [piece for piece in pieces if piece.matrix == matrix]
         factors = [factor for piece in own for factor in (piece.a_RI, piece.b_RO)]
         out_SO = adapted_product(
-            x_SI, weight_EOI, ends_E, mask_SI, factors, [piece.offset_E1 for piece in own],
+            x_SI, weight_EOI, ends_E, mask_SI, factors, [piece.offset_E1 for piece in own], matrix,
             [piece.start for piece in own], [piece.step for piece in own],
             [piece.scaling for piece in own], grouped,
         )  # fmt: skip
@@ -100,40 +100,30 @@ def _runs_grouped(engine: str, base: ExpertWeights) -> bool:
     return grouped
 
 
-class _Piece(NamedTuple):
-    """One piece as the operator sees it: its owned rows alone, and its ranks on the host."""
-
-    a_RI: Tensor
-    b_RO: Tensor
-    offsets: tuple[int, ...]
-    columns: slice
-    scaling: float
-
-    def rows(self, expert: int) -> slice:
-        return slice(self.offsets[expert], self.offsets[expert + 1])
-
-
 def _owned(
     factors: Sequence[Tensor],
     offsets: Sequence[Tensor],
+    matrix: str,
     starts: Sequence[int],
     steps: Sequence[int],
     scalings: Sequence[float],
-) -> list[_Piece]:
-    """The pieces that have a rank at all."""
+) -> list[LoraPiece]:
+    """The pieces with their owned rows alone, and their ranks on the host."""
     pieces = []
     for a_RI, b_RO, offset_E1, start, step, scaling in zip(
         factors[::2], factors[1::2], offsets, starts, steps, scalings, strict=True
     ):
         bounds = tuple(offset_E1.tolist())
-        columns, owned = slice(start, start + step * b_RO.shape[1], step), bounds[-1]
-        pieces.append(_Piece(a_RI[:owned], b_RO[:owned], bounds, columns, scaling))
+        owned = slice(bounds[-1])
+        pieces.append(
+            LoraPiece(cast(Matrix, matrix), start, a_RI[owned], b_RO[owned], bounds, scaling, step)
+        )
     return pieces
 
 
 _ARGUMENTS = (
     "Tensor x_SI, Tensor weight_EOI, Tensor ends_E, Tensor? mask_SI, Tensor[] factors, "
-    "Tensor[] offsets, int[] starts, int[] steps, float[] scalings, bool grouped"
+    "Tensor[] offsets, str matrix, int[] starts, int[] steps, float[] scalings, bool grouped"
 )
 
 
@@ -147,6 +137,7 @@ def adapted_product(
     mask_SI: Tensor | None,
     factors: Sequence[Tensor],
     offsets: Sequence[Tensor],
+    matrix: str,
     starts: Sequence[int],
     steps: Sequence[int],
     scalings: Sequence[float],
@@ -163,6 +154,7 @@ def adapted_product(
         mask_SI: factors on the pieces' input, or None.
         factors: (R, in-features) and (R, columns) of each piece in turn, as in `TracedPiece`.
         offsets: of each piece, as in `TracedPiece`.
+        matrix: which matrix it is, `gate_up` or `down`.
         starts: first output feature of each piece.
         steps: from one output feature of a piece to the next.
         scalings: factor on each piece's product.
@@ -170,7 +162,7 @@ def adapted_product(
     """
     dtype = _product_dtype(x_SI, grouped)
     x_SI, factors = x_SI.to(dtype), [factor.to(dtype) for factor in factors]
-    pieces = _owned(factors, offsets, starts, steps, scalings)
+    pieces = _owned(factors, offsets, matrix, starts, steps, scalings)
     adapter_SI = x_SI if mask_SI is None else x_SI * mask_SI
     with torch.autocast(x_SI.device.type, enabled=False):
         forward = _forward_grouped if grouped else _forward_loop
@@ -190,6 +182,7 @@ def _adapted_product_backward(
     mask_SI: Tensor | None,
     factors: Sequence[Tensor],
     offsets: Sequence[Tensor],
+    matrix: str,
     starts: Sequence[int],
     steps: Sequence[int],
     scalings: Sequence[float],
@@ -199,7 +192,7 @@ def _adapted_product_backward(
     dtype = _product_dtype(x_SI, grouped)
     stored, x_SI = x_SI.dtype, x_SI.to(dtype)
     factor_dtypes, factors = [f.dtype for f in factors], [f.to(dtype) for f in factors]
-    pieces = _owned(factors, offsets, starts, steps, scalings)
+    pieces = _owned(factors, offsets, matrix, starts, steps, scalings)
     grads = [torch.zeros_like(factor) for factor in factors]
     adapter_SI = x_SI if mask_SI is None else x_SI * mask_SI
     # Under dropout the pieces' part of dX is kept apart, until the mask was put on it.
@@ -246,14 +239,14 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _differentiate(ctx: Any, grad_SO: Tensor) -> tuple[Any, ...]:
     x_SI, weight_EOI, ends_E, mask_SI, *rest = ctx.saved_tensors
-    pieces = len(ctx.settings[0])
+    pieces = len(ctx.settings[1])
     dx_SI, grads = _adapted_product_backward(
         grad_SO, x_SI, weight_EOI, ends_E, mask_SI, rest[: 2 * pieces], rest[2 * pieces :],
         *ctx.settings,
     )  # fmt: skip
     # To torch an empty list of numbers is a list of tensors, and wants a list of gradients.
     of_numbers: list[None] | None = None if pieces else []
-    of_settings = (of_numbers, of_numbers, of_numbers, None)
+    of_settings = (None, of_numbers, of_numbers, of_numbers, None)
     return dx_SI, None, None, None, grads, [None] * pieces, *of_settings
 
 
@@ -261,7 +254,7 @@ adapted_product.register_autograd(_differentiate, setup_context=_keep)
 
 
 def _forward_loop(
-    x_SI: Tensor, adapter_SI: Tensor, weight_EOI: Tensor, ends_E: Tensor, pieces: list[_Piece]
+    x_SI: Tensor, adapter_SI: Tensor, weight_EOI: Tensor, ends_E: Tensor, pieces: list[LoraPiece]
 ) -> Tensor:
     out_SO, widen = x_SI.new_empty(x_SI.shape[0], weight_EOI.shape[1]), Widen(x_SI.dtype)
     for expert, rows in _rows_of_experts(ends_E):
@@ -278,7 +271,7 @@ def _backward_loop(
     adapter_SI: Tensor,
     weight_EOI: Tensor,
     ends_E: Tensor,
-    pieces: list[_Piece],
+    pieces: list[LoraPiece],
     grads: list[Tensor],
     part_SI: Tensor | None,
 ) -> Tensor:
@@ -307,7 +300,7 @@ def _rows_of_experts(ends_E: Tensor) -> Iterator[tuple[int, slice]]:
 
 
 def _forward_grouped(
-    x_SI: Tensor, adapter_SI: Tensor, weight_EOI: Tensor, ends_E: Tensor, pieces: list[_Piece]
+    x_SI: Tensor, adapter_SI: Tensor, weight_EOI: Tensor, ends_E: Tensor, pieces: list[LoraPiece]
 ) -> Tensor:
     out_SO = F.grouped_mm(x_SI, weight_EOI.transpose(1, 2), offs=ends_E)
     for piece in pieces:
@@ -324,7 +317,7 @@ def _backward_grouped(
     adapter_SI: Tensor,
     weight_EOI: Tensor,
     ends_E: Tensor,
-    pieces: list[_Piece],
+    pieces: list[LoraPiece],
     grads: list[Tensor],
     part_SI: Tensor | None,
 ) -> Tensor:
@@ -345,7 +338,7 @@ def _backward_grouped(
     return dx_SI
 
 
-def _padded(piece: _Piece) -> tuple[Tensor, Tensor, Tensor]:
+def _padded(piece: LoraPiece) -> tuple[Tensor, Tensor, Tensor]:
     """Both factors with P rows for each expert, and which rows these were."""
     multiple = ALIGNMENT_BYTES // piece.a_RI.element_size()
     rows_EP = padded_rows(piece.offsets, multiple, piece.a_RI.device)
