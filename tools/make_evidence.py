@@ -5,7 +5,7 @@
 A table is between `<!-- make_evidence.py: PLAN [METHOD ...] -->` and `<!-- end -->`: PLAN is the
 name of a plan in experiments/, and each METHOD one that is shown of it (none given: all). Its
 numbers are those of the plan's own page, in per cent of the baseline.
-The site has only what lies in docs/, so the figures that it shows are copied there.
+The site has only what lies in docs/, so the figure that it shows is drawn there.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from pathlib import Path
 
 from made_pages import write_or_check
 
+from drlora.compare.figures import budget_part, draw_parts
 from drlora.compare.gains import best_baselines, relative
 from drlora.compare.metrics import METRICS
 from drlora.compare.plan import load_plan
 from drlora.compare.results import Folder, Matrix, read_matrix
 from drlora.compare.statistics import gain, interval, mean_gain
 from drlora.compare.tables import PER_CENT, models_table, shown_gain, shown_interval, table
-from drlora.io.writing import write_at_once
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "evidence.md"
 METRIC = "loss"
-FIGURES = {"budget.svg": ROOT / "experiments/results/budget/figures/budget.svg"}
-"""Name in docs/images -> the figure of a comparison that it is a copy of."""
+BUDGET = "budget"  # the plan whose metric against parameters is drawn
+BUDGET_FIGURE = ROOT / "docs" / "images" / "budget.svg"
 BLOCK = re.compile(
     r"(?P<head><!-- make_evidence\.py: (?P<plan>[\w-]+)(?P<methods>(?: [\w@-]+)*) -->\n)"
     r"(?P<tables>.*?)(?P<end><!-- end -->\n)",
@@ -59,10 +59,10 @@ def tables(block: re.Match[str]) -> str:
     return "\n".join(lines)
 
 
-def copy_figures() -> None:
-    """Put the figures of the comparisons among the site's own."""
-    for name, source in FIGURES.items():
-        write_at_once(PAGE.parent / "images" / name, source.read_text("utf-8"))
+def draw_budget(path: Path) -> None:
+    """One part of a comparison's figures, for the site, which has only what lies in docs/."""
+    plan = load_plan(ROOT / "experiments" / f"{BUDGET}.yaml")
+    draw_parts([budget_part(read_matrix(plan, Folder.of(plan, ROOT)))], path)
 
 
 def _of_model(matrix: Matrix, model: str, methods: Sequence[str]) -> Iterator[str]:
@@ -118,5 +118,5 @@ if __name__ == "__main__":
     os.chdir(ROOT)  # the plans name their data from there
     status = write_or_check(PAGE, with_tables, __doc__)
     if "--check" not in sys.argv:
-        copy_figures()
+        draw_budget(BUDGET_FIGURE)
     sys.exit(status)

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from drlora.ranks.continue_adapter import continue_adapter
     from drlora.ranks.dynamics import RankDynamics
     from drlora.ranks.event import Grant
-    from drlora.ranks.starts import place_ranks, rank_map, ranks_from_routing, start_ranks
+    from drlora.ranks.rank_map import rank_map, start_ranks
+    from drlora.ranks.starts import place_ranks, ranks_from_routing
     from drlora.trainer.callback import DrLoraCallback
 
 # Module -> the public names that it defines.
@@ -40,7 +41,8 @@ _NAMES = {
     "ranks.continue_adapter": ("continue_adapter",),
     "ranks.dynamics": ("RankDynamics",),
     "ranks.event": ("Grant",),
-    "ranks.starts": ("place_ranks", "rank_map", "ranks_from_routing", "start_ranks"),
+    "ranks.rank_map": ("rank_map", "start_ranks"),
+    "ranks.starts": ("place_ranks", "ranks_from_routing"),
     "trainer.callback": ("DrLoraCallback",),
 }
 _HOMES = {name: module for module, names in _NAMES.items() for name in names}

@@ -219,9 +219,9 @@ def test_a_trained_router_of_a_bfloat16_model_is_kept_in_float32(tmp_path, famil
     plain = make_model(family).to(torch.bfloat16)
     model = get_peft_model(plain, drlora.DrLoraConfig(**{**SETTINGS, "router": "train"}))
     dynamics = drlora.RankDynamics(model, total_steps=8)
-    routers = {id(p): p.detach().clone() for p in dynamics._router_parameters}
+    routers = {id(p): p.detach().clone() for p in dynamics.routers.parameters}
     plain_loop(model, dynamics, torch.optim.AdamW(trainable(model), lr=2e-5), range(4))
-    for parameter in dynamics._router_parameters:
+    for parameter in dynamics.routers.parameters:
         assert parameter.dtype == torch.float32
         assert (parameter != routers[id(parameter)]).float().mean() > 0.9
     adapted = logits(model)

@@ -19,7 +19,7 @@ import drlora.runs.train as train_module
 from drlora.cli.main import main
 from drlora.compare.cells import compare_cells, places, tune_cells
 from drlora.compare.gains import best_baselines, gains_by_task, relative
-from drlora.compare.packed import pack, read_packed
+from drlora.compare.packed import pack, read_packed, read_places
 from drlora.compare.plan import Tune, load_plan, plan_from
 from drlora.compare.results import Folder, read_matrix, write_result
 from drlora.compare.run import _locked
@@ -113,7 +113,7 @@ def test_each_run_leaves_one_result_with_what_it_was_made_of(finished):
         assert sum(ranks) == 3 * len(ranks)
         assert (set(ranks) == {3}) == (result["method"] == "lora")
     left = [p.relative_to(finished / "results") for p in (finished / "results").rglob("*.json")]
-    assert [str(path) for path in left] == ["places.json"], "finished cells are packed"
+    assert not left, "finished cells are packed"
 
 
 def test_methods_are_compared_at_the_best_of_their_grid(finished):
@@ -137,12 +137,12 @@ def test_methods_are_compared_at_the_best_of_their_grid(finished):
 
 def test_a_finished_plan_runs_nothing_again(finished, capsys):
     before, page = times(finished), (finished / "results" / "README.md").read_bytes()
-    figures = {p.name: p.read_bytes() for p in (finished / "results" / "figures").iterdir()}
+    figures = (finished / "results" / "figures.svg").read_bytes()
     assert main(["compare", str(finished / "plan.yaml")]) == 0
     assert "8 of 8 cells done" in capsys.readouterr().out
     assert times(finished) == before
     assert (finished / "results" / "README.md").read_bytes() == page
-    assert figures == {p.name: p.read_bytes() for p in (finished / "results" / "figures").iterdir()}
+    assert figures == (finished / "results" / "figures.svg").read_bytes()
 
 
 def test_the_page_has_every_value_and_figure(finished):
@@ -195,12 +195,12 @@ def test_a_place_finds_its_result_when_settings_have_other_names(finished, capsy
 
 
 def test_packing_again_changes_no_byte_and_a_kill_loses_nothing(finished, tmp_path):
-    names = ("cells.jsonl", "items.jsonl.gz", "places.json")
+    names = ("cells.jsonl", "items.jsonl.gz")
     kept = {name: (finished / "results" / name).read_bytes() for name in names}
     known = read_packed(finished / "results")
     for number, one in enumerate(known.values()):  # another order of arrival
         write_result(tmp_path / "single" / f"{9 - number}-{one['key']}.json", one)
-    placed = json.loads(kept["places.json"])
+    placed = read_places(finished / "results")
     for keep in (3, 8):  # killed after three had come in
         for path in sorted((tmp_path / "single").iterdir())[keep:]:
             path.rename(tmp_path / path.name)
@@ -284,7 +284,7 @@ def test_methods_see_the_same_batches_in_the_same_order(tmp_path, monkeypatch):
             seen[-1].append(batch["input_ids"].tolist())
             return batch
 
-    monkeypatch.setattr(train_module, "Collator", Watching)
+    monkeypatch.setattr("drlora.runs.training.Collator", Watching)
     for cell in compare_cells(plan, dict.fromkeys(places(plan), {})):
         seen.append([])
         train_module.train(replace(cell.recipe, output_dir=str(tmp_path / cell.name)))

@@ -151,7 +151,8 @@ def names(tmp_path, monkeypatch):
 
 
 def refresh(names):
-    """A base model that no block before has wrapped, and an optimizer of the model of now."""
+    """Models that no block before has wrapped or trained, and an optimizer."""
+    names["model"] = get_peft_model(make_model(), names["config"])
     trained = [p for p in names["model"].parameters() if p.requires_grad]
     names["base_model"] = make_model()
     names["optimizer"] = torch.optim.AdamW(trained)

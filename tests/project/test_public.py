@@ -84,7 +84,7 @@ def test_the_growth_log_has_the_fields_of_a_grant():
 
 def test_dynamics_and_callback_signatures():
     assert list(inspect.signature(drlora.RankDynamics).parameters) == [
-        "model", "total_steps", "adapter", "schedule",
+        "model", "total_steps", "adapter", "schedule", "step", "skipped",
     ]  # fmt: skip
     for method in ("before_optimizer_step", "after_optimizer_step", "ranks", "budget",
                    "state_dict", "load_state_dict", "release"):  # fmt: skip

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 
 from drlora import ConfigError, DrLoraConfig
 from drlora.ranks.allocator import allocate
+from drlora.ranks.certain import certain_ranks
 from drlora.ranks.schedule import (
     Competitors,
     GrowthPlan,
     Schedule,
-    certain_ranks,
     make_schedule,
     plan_growth,
 )

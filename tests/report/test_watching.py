@@ -16,11 +16,13 @@ from tiny import make_batch, make_model
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import drlora
+from drlora.cli.heat_map import print_heat_map
+from drlora.cli.progress import ConsoleProgress, say
 from drlora.cli.summary import print_ranks
 from drlora.ranks.concentration import gini, top_share
 from drlora.ranks.event import Grant
-from drlora.report.heat_map import LEVELS, block_lines, print_heat_map
-from drlora.runs.progress import ShowProgress, growth_line, say
+from drlora.report.heat_map import LEVELS, block_lines
+from drlora.runs.progress import TellProgress, growth_line
 from drlora.trainer import event_log
 
 STEPS, EVENTS = 8, [3, 5, 7]
@@ -121,17 +123,18 @@ def grant(expert, granted, rank, block="b"):
 
 
 def test_growth_line_says_who():
-    growth = SimpleNamespace(done_share=0.4)
-    config = SimpleNamespace(allocation="grow")
-    dynamics = SimpleNamespace(adapters={"a": None, "b": None}, growth=growth, config=config)
+    growth = SimpleNamespace(done_share=0.4, noun="growth")
+    dynamics = SimpleNamespace(adapters={"a": None, "b": None}, growth=growth)
     line = growth_line([grant(0, 1, 3), grant(7, 5, 12), grant(2, 3, 4, "a")], dynamics)
     assert line == (
         "step 120: 9 ranks to 3 experts, most to 1.7 +5, 0.2 +3, 1.0 +1; the largest has 12; "
         "40% of the growth is done"
     )
-    config.allocation = "prune"
+    growth.noun = "pruning"
     line = growth_line([grant(0, -2, 3)], dynamics)
-    assert line.startswith("step 120: 2 ranks taken from 1 expert; the largest has 3; 40%")
+    assert line == (
+        "step 120: 2 ranks taken from 1 expert; the largest has 3; 40% of the pruning is done"
+    )
 
 
 BAR = ("40/100", "loss 1.235", "lr 2.0e-04", "rank 12.5", "left")
@@ -159,14 +162,14 @@ def test_elsewhere_there_are_a_few_whole_lines():
 
 
 def show_a_step(console):
-    bar = ShowProgress(console)
+    bar = TellProgress(shown := ConsoleProgress(console))
     state = SimpleNamespace(max_steps=100, global_step=0)
     bar.on_train_begin(None, state, None)
     logs = dict(loss=1.23456, learning_rate=2e-4, tokens_per_second=3210.4, rank_mean=12.52)
     state.global_step = 40
     bar.on_log(None, state, None, logs={**logs, "epoch": 0.5})
     bar.on_step_end(None, state, None)
-    bar.bar.refresh()
+    shown.bar.refresh()
     bar.on_train_end(None, state, None)
 
 

@@ -20,7 +20,6 @@ from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils import (
     AuxiliaryTrainingWrapper,
-    ModulesToSaveWrapper,
     register_peft_method,
 )
 from torch import Tensor, nn
@@ -40,12 +39,7 @@ from drlora.adapter.inject import (
 from drlora.adapter.layer import DrLoraExperts
 from drlora.adapter.linear import choose_targets, lora_config, refuse_endless
 from drlora.adapter.observe import forget_tokens
-from drlora.adapter.router import (
-    forget_router_logits,
-    note_router_logits,
-    release_router,
-    train_in_float32,
-)
+from drlora.adapter.router import TrainedRouters, forget_router_logits, note_router_logits
 from drlora.config.adapter import DrLoraConfig
 from drlora.config.peft_type import DRLORA
 from drlora.errors import ConfigError
@@ -134,20 +128,12 @@ class DrLoraModel(LoraModel):
         for layer in adapted_layers(self.model, adapter_name).values():
             layer.trained_in_full = in_full
         if autocast_adapter_dtype:
-            for copies in self._router_copies(adapter_name):
-                train_in_float32(copies, adapter_name)
+            TrainedRouters(self.model, adapter_name).train_in_float32()
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         if not autocast_adapter_dtype:
-            self._release_routers(adapter_name)
-
-    def _release_routers(self, adapter_name: str) -> list[ModulesToSaveWrapper]:
-        """Trained routers go back to the dtype that the model has them in."""
-        found = self._router_copies(adapter_name)
-        for copies in found:
-            release_router(copies, adapter_name)
-        return found
+            TrainedRouters(self.model, adapter_name).train_as_the_model()
 
     def _note_routers(self) -> None:
         for layer in self.model.modules():
@@ -157,20 +143,6 @@ class DrLoraModel(LoraModel):
             ):
                 assert layer.block.router_name is not None
                 note_router_logits(self.model.get_submodule(layer.block.router_name), layer)
-
-    def _router_copies(self, adapter_name: str) -> list[ModulesToSaveWrapper]:
-        """Where the adapter's trained routers are kept."""
-        config = self.peft_config[adapter_name]
-        assert isinstance(config, DrLoraConfig)
-        if config.router != "train":
-            return []
-        layers = adapted_layers(self.model, adapter_name).values()
-        names = {layer.block.router_name for layer in layers}
-        return [
-            module
-            for name, module in self.model.named_modules()
-            if name in names and isinstance(module, ModulesToSaveWrapper)
-        ]
 
     def merge_adapter(
         self, adapter_names: list[str] | None = None, safe_merge: bool = False
@@ -192,9 +164,10 @@ class DrLoraModel(LoraModel):
         if merge:
             refuse_fixed_weights(self.model)
         for adapter_name in self.peft_config:
-            for copies in self._release_routers(adapter_name):
-                if not merge:  # PEFT would leave the trained router in
-                    copies.set_adapter([])
+            routers = TrainedRouters(self.model, adapter_name)
+            routers.train_as_the_model()
+            for copies in routers.copies if not merge else ():
+                copies.set_adapter([])  # PEFT would leave the trained router in
         base: Any = super()._unload_and_optionally_merge(merge, *args, **kwargs)
         _take_hooks_off(base)
         return base

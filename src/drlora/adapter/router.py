@@ -1,4 +1,4 @@
-"""Trained routers, and what is noted of any router's logits.
+"""The routers that an adapter trains, and what is noted of any router's logits.
 
 PEFT keeps the trained copy of a router in a ModulesToSaveWrapper. The copy computes in float32, as
 PEFT's adapters do; what it is given and what it returns are as the model around it expects.
@@ -6,14 +6,18 @@ PEFT's adapters do; what it is given and what it returns are as the model around
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
+from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.hooks import RemovableHandle
 
+from drlora.adapter.inject import adapted_layers
 from drlora.adapter.layer import DrLoraExperts
 
 _KNOWN = "_drlora_output_dtypes"
@@ -38,28 +42,94 @@ def _note_logits(layer: DrLoraExperts, module: nn.Module, args: Any, output: Any
     layer.router_logits = None if logits is None else logits.detach()
 
 
-def train_in_float32(copies: ModulesToSaveWrapper, adapter: str) -> None:
-    """Keep an adapter's trained router in float32, without the model around it noticing.
+class TrainedRouters:
+    """The routers that one adapter trains: none, unless its setting `router` is `train`.
 
-    In bfloat16, steps at usual learning rates are smaller than the spacing of the weights, so most
-    entries would never move. The copy is handed input of its own dtype, and its output goes back to
-    the dtypes that the original router returns.
+    Their copies are in float32, without the model around them noticing, and can be held still for
+    the first steps of a run.
+
+    Args:
+        model: a PeftModel, or the model with the adapter in it.
+        adapter: its name.
+
+    Attributes:
+        copies: PEFT's wrappers of the routers, in model order.
     """
-    router = copies.modules_to_save[adapter]
-    router.to(torch.float32)
-    router.register_forward_pre_hook(_input_in_own_dtype, with_kwargs=True)
-    if _output_in_original_dtype not in copies._forward_hooks.values():
-        # First: what is noted of the output is then what the model sees.
-        copies.register_forward_hook(_output_in_original_dtype, with_kwargs=True, prepend=True)
 
+    def __init__(self, model: nn.Module, adapter: str) -> None:
+        self.adapter = adapter
+        layers = adapted_layers(model, adapter).values()
+        trained = [la.block for la in layers if la.adapter(adapter).config.router == "train"]
+        names = {block.router_name for block in trained}
+        inner: nn.Module = model.get_base_model() if isinstance(model, PeftModel) else model
+        self.copies = [
+            module
+            for name, module in inner.named_modules()
+            if name in names and isinstance(module, ModulesToSaveWrapper)
+        ]
+        self._hooks: list[RemovableHandle] = []
+        self._is_over: Callable[[], bool] = lambda: True
 
-def release_router(copies: ModulesToSaveWrapper, adapter: str) -> None:
-    """Undo `train_in_float32`, for a router that becomes part of the merged model."""
-    router = copies.modules_to_save[adapter]
-    for key, hook in list(router._forward_pre_hooks.items()):
-        if hook is _input_in_own_dtype:
-            del router._forward_pre_hooks[key], router._forward_pre_hooks_with_kwargs[key]
-    router.to(_dtype_of(copies.original_module))
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """Of the trained copies."""
+        return [
+            p for copies in self.copies for p in copies.modules_to_save[self.adapter].parameters()
+        ]
+
+    def train_in_float32(self) -> None:
+        """Keep the copies in float32.
+
+        In bfloat16, steps at usual learning rates are smaller than the spacing of the weights, so
+        most entries would never move. A copy is handed input of its own dtype, and its output goes
+        back to the dtypes that the original router returns.
+        """
+        for copies in self.copies:
+            router = copies.modules_to_save[self.adapter]
+            router.to(torch.float32)
+            router.register_forward_pre_hook(_input_in_own_dtype, with_kwargs=True)
+            if _output_in_original_dtype not in copies._forward_hooks.values():
+                # First: what is noted of the output is then what the model sees.
+                copies.register_forward_hook(
+                    _output_in_original_dtype, with_kwargs=True, prepend=True
+                )
+
+    def train_as_the_model(self) -> None:
+        """Undo `train_in_float32`, for routers that become part of the merged model."""
+        for copies in self.copies:
+            router = copies.modules_to_save[self.adapter]
+            for key, hook in list(router._forward_pre_hooks.items()):
+                if hook is _input_in_own_dtype:
+                    del router._forward_pre_hooks[key], router._forward_pre_hooks_with_kwargs[key]
+            router.to(_dtype_of(copies.original_module))
+
+    def hold(self, until: Callable[[], bool]) -> None:
+        """Keep them as they are until `until()` is true; it is asked in every step.
+
+        A held router's gradient is zero, so that it does not weigh in gradient clipping; call
+        `skip_step` before the optimizer steps, too.
+        """
+        self.let_go()
+        self._is_over = until
+        trained = [parameter for parameter in self.parameters if parameter.requires_grad]
+        self._hooks = [parameter.register_hook(self._held_gradient) for parameter in trained]
+
+    def skip_step(self) -> None:
+        """Leave held routers out of the optimizer's next step."""
+        if not self._is_over():
+            for parameter in self.parameters:
+                # Not a zero gradient: weight decay and Adam's step count must not run either.
+                parameter.grad = None
+
+    def let_go(self) -> None:
+        """Hold them no longer."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        self._is_over = lambda: True
+
+    def _held_gradient(self, grad: Tensor) -> Tensor:
+        return grad if self._is_over() else torch.zeros_like(grad)
 
 
 def _dtype_of(module: nn.Module) -> torch.dtype:

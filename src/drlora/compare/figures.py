@@ -6,7 +6,9 @@ blindness; methods also differ in their markers. The same results give the same 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -14,7 +16,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import EngFormatter, FixedLocator, NullLocator
 
 from drlora.compare.gains import gains_by_task
@@ -27,45 +29,92 @@ MARKERS = "osD^vP*X<>hp"
 BUDGET_MARK = "@"
 
 
-def draw_figures(matrix: Matrix, folder: Path) -> list[tuple[str, str]]:
-    """Draw what the results allow; returns (title, file name) of each figure."""
-    metric = matrix.plan.metrics[0]
+@dataclass(frozen=True)
+class Part:
+    """One part of a picture.
+
+    Attributes:
+        title: what it shows.
+        rows: of its panels.
+        columns: of its panels.
+        height: of a row of panels, in inches.
+        draw: puts the part onto a figure of its size.
+    """
+
+    title: str
+    rows: int
+    columns: int
+    height: float
+    draw: Callable[[SubFigure], None]
+
+    @property
+    def size(self) -> tuple[float, float]:
+        """Width and height in inches, the title's line among them."""
+        return 1.4 + 2.8 * self.columns, 0.9 + self.height * self.rows
+
+
+def draw_figures(matrix: Matrix, path: Path) -> list[str]:
+    """Draw what the results allow, one part below the other, into one SVG file.
+
+    Returns:
+        The titles of the parts.
+    """
+    return draw_parts(parts(matrix), path)
+
+
+def draw_parts(found: Sequence[Part], path: Path) -> list[str]:
+    """Draw some parts into one file; returns their titles."""
+    widths, heights = zip(*(part.size for part in found), strict=True)
     with matplotlib.rc_context(STYLE):
-        figures: dict[str, tuple[str, Figure]] = {}
-        several = len(matrix.plan.methods) > 1
-        for baseline in matrix.plan.baselines if several else []:
-            title = f"Gain over {baseline}: {METRICS[metric].title}"
-            figures[f"gain-over-{_safe(baseline)}.svg"] = (title, _gains(matrix, metric, baseline))
-        title = f"{METRICS[metric].title.capitalize()} against trainable parameters"
-        figures["budget.svg"] = (title, _budget(matrix, metric))
-        for model in matrix.plan.models:
-            if _has_ranks(matrix, model):
-                title = f"Final ranks, {model}, mean over seeds"
-                figures[f"ranks-{_safe(model)}.svg"] = (title, _ranks(matrix, model))
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, (_, figure) in figures.items():
-            figure.savefig(folder / name, metadata={"Date": None}, facecolor=PAPER)
-    return [(title, name) for name, (title, _) in figures.items()]
+        figure = Figure(figsize=(max(widths), sum(heights)), layout="constrained")
+        fields = figure.subfigures(len(found), 1, height_ratios=heights, squeeze=False)
+        for part, (field,) in zip(found, fields, strict=True):
+            if len(found) > 1:
+                field.suptitle(part.title, fontsize=11, fontweight="bold", x=0.01, ha="left")
+            part.draw(field)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, metadata={"Date": None}, facecolor=PAPER)
+    return [part.title for part in found]
 
 
-def _safe(name: str) -> str:
-    return "".join(c if c.isalnum() or c in "-._" else "-" for c in name)
+def parts(matrix: Matrix) -> list[Part]:
+    """Gains over each baseline, the metric against parameters, and each model's final ranks."""
+    plan = matrix.plan
+    metric, (models, tasks) = plan.metrics[0], (len(plan.models), len(plan.tasks))
+    name = METRICS[metric].title
+    found = []
+    for baseline in plan.baselines if len(plan.methods) > 1 else []:
+        height = 0.8 + 0.26 * (len(plan.methods) - 1)
+        draw = partial(_gains, matrix, metric, baseline)
+        found.append(Part(f"Gain over {baseline}: {name}", models, tasks, height, draw))
+    found.append(budget_part(matrix))
+    for model in plan.models:
+        maps = _rank_maps(matrix, model)
+        if known := [ranks for ranks in maps.values() if ranks is not None]:
+            height = 0.45 + 0.16 * len(known[0])
+            draw = partial(_ranks, matrix, maps)
+            title = f"Final ranks, {model}, mean over seeds"
+            found.append(Part(title, len(plan.methods), tasks, height, draw))
+    return found
+
+
+def budget_part(matrix: Matrix) -> Part:
+    """The metric against trainable parameters."""
+    plan, metric = matrix.plan, matrix.plan.metrics[0]
+    title = f"{METRICS[metric].title.capitalize()} against trainable parameters"
+    draw = partial(_budget, matrix, metric)
+    return Part(title, len(plan.models), len(plan.tasks), 2.4, draw)
 
 
 def _look(number: int) -> dict[str, Any]:
     return {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)]}
 
 
-def _panels(models: int, tasks: int, height: float) -> tuple[Figure, Any]:
-    figure = Figure(figsize=(1.4 + 2.8 * tasks, 0.5 + height * models), layout="constrained")
-    return figure, figure.subplots(models, tasks, squeeze=False)
-
-
-def _gains(matrix: Matrix, metric: str, baseline: str) -> Figure:
+def _gains(matrix: Matrix, metric: str, baseline: str, figure: SubFigure) -> None:
     """One panel a model and task; one row a method: its gain and 95 % interval, and each seed."""
     plan = matrix.plan
     others = [method for method in plan.methods if method != baseline]
-    figure, grid = _panels(len(plan.models), len(plan.tasks), 0.8 + 0.26 * len(others))
+    grid = figure.subplots(len(plan.models), len(plan.tasks), squeeze=False)
     for model, row in zip(plan.models, grid, strict=True):
         for task, axes in zip(plan.tasks, row, strict=True):
             axes.axvline(0, color=INK, linewidth=0.8)
@@ -77,7 +126,6 @@ def _gains(matrix: Matrix, metric: str, baseline: str) -> Figure:
             axes.set_title(f"{model}, {task}", fontsize=9)
             axes.locator_params(axis="x", nbins=4)
     figure.supxlabel(f"gain over {baseline} (right is better)", fontsize=9)
-    return figure
 
 
 def _gain_row(axes: Axes, number: int, pairs: dict[int, float]) -> None:
@@ -92,11 +140,11 @@ def _gain_row(axes: Axes, number: int, pairs: dict[int, float]) -> None:
     axes.plot([d.mean], [number], linestyle="none", markersize=5, **look)
 
 
-def _budget(matrix: Matrix, metric: str) -> Figure:
+def _budget(matrix: Matrix, metric: str, figure: SubFigure) -> None:
     """Metric over trainable parameters; methods named METHOD@BUDGET are joined by a line."""
     plan = matrix.plan
     families = list(dict.fromkeys(method.partition(BUDGET_MARK)[0] for method in plan.methods))
-    figure, grid = _panels(len(plan.models), len(plan.tasks), 2.4)
+    grid = figure.subplots(len(plan.models), len(plan.tasks), squeeze=False)
     for model, row in zip(plan.models, grid, strict=True):
         for task, axes in zip(plan.tasks, row, strict=True):
             for number, family in enumerate(families):
@@ -109,7 +157,6 @@ def _budget(matrix: Matrix, metric: str) -> Figure:
     handles, labels = grid[0, 0].get_legend_handles_labels()
     if handles:
         figure.legend(handles, labels, loc="outside right upper", fontsize=8, frameon=False)
-    return figure
 
 
 def _sizes(matrix: Matrix, model: str, task: str) -> list[int]:
@@ -152,24 +199,24 @@ def _budget_line(
         axes.errorbar(sizes, means, halves, label=family, markersize=5, **_look(number))
 
 
-def _has_ranks(matrix: Matrix, model: str) -> bool:
-    return any(
-        matrix.finished((model, t, m)) for t in matrix.plan.tasks for m in matrix.plan.methods
-    )
-
-
-def _ranks(matrix: Matrix, model: str) -> Figure:
-    """One panel a method and task: layers downwards, experts to the right, colour is the rank."""
+def _rank_maps(matrix: Matrix, model: str) -> dict[tuple[str, str], np.ndarray | None]:
+    """(method, task) -> mean final ranks, None where no run is finished."""
     plan = matrix.plan
-    maps = {
+    return {
         (method, task): _rank_map(matrix, model, task, method)
         for method in plan.methods
         for task in plan.tasks
     }
+
+
+def _ranks(
+    matrix: Matrix, maps: dict[tuple[str, str], np.ndarray | None], figure: SubFigure
+) -> None:
+    """One panel a method and task: layers downwards, experts to the right, colour is the rank."""
+    plan = matrix.plan
     known = [ranks for ranks in maps.values() if ranks is not None]
     highest = max(float(ranks.max()) for ranks in known)
-    layers = len(known[0])
-    figure, grid = _panels(len(plan.methods), len(plan.tasks), 0.45 + 0.16 * layers)
+    grid = figure.subplots(len(plan.methods), len(plan.tasks), squeeze=False)
     for method, row in zip(plan.methods, grid, strict=True):
         for task, axes in zip(plan.tasks, row, strict=True):
             ranks = maps[method, task]
@@ -184,7 +231,6 @@ def _ranks(matrix: Matrix, model: str) -> Figure:
     figure.supylabel("MoE layer", fontsize=9)
     figure.supxlabel("expert", fontsize=9)
     figure.colorbar(image, ax=grid, label="rank", shrink=0.6)
-    return figure
 
 
 def _rank_map(matrix: Matrix, model: str, task: str, method: str) -> np.ndarray | None:

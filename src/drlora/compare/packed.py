@@ -1,11 +1,11 @@
 """Results as they are kept: two files of all finished cells, and the place of each in the plan.
 
-    cells.jsonl       one line a cell, sorted; all but its items
+    cells.jsonl       one line a cell, sorted, all but its items; then one line a place in the plan,
+                      with the key of the cell that stands there (in this folder or another)
     items.jsonl.gz    one line a cell: what each held-out example came to
-    places.json       place in the plan -> key of the cell that stands there
 
 While a plan runs, a finished cell is one file (runs/cells, ignored by git), so that no two
-processes write to one; `pack` puts these into the three. A place is known by the plan's own names,
+processes write to one; `pack` puts these into the two. A place is known by the plan's own names,
 so it is found also when drlora's settings are called otherwise by now, and for results of version
 0.1, which do not say what their data were, when the data are not at hand.
 """
@@ -26,7 +26,7 @@ from drlora.io.files import read_json
 from drlora.io.jsonl import finite
 from drlora.io.writing import move_into_place, write_at_once
 
-CELLS, ITEMS, PLACES = "cells.jsonl", "items.jsonl.gz", "places.json"
+CELLS, ITEMS = "cells.jsonl", "items.jsonl.gz"
 
 Result = dict[str, Any]
 
@@ -43,17 +43,20 @@ def read_packed(folder: Path) -> Mapping[str, Result]:
     Raises:
         CheckpointError: if the two files do not fit each other or are damaged.
     """
-    if not (folder / CELLS).is_file():
-        return {}
-    stamps = tuple((folder / n).stat().st_mtime_ns if (folder / n).is_file() else 0
-                   for n in (CELLS, ITEMS))  # fmt: skip
-    return _read(folder, stamps)
+    return _packed(folder)[0]
 
 
 def read_places(folder: Path) -> Mapping[str, str]:
     """Place -> key, of the plan whose results the folder holds."""
-    path = folder / PLACES
-    return read_json(path) if path.is_file() else {}
+    return _packed(folder)[1]
+
+
+def _packed(folder: Path) -> tuple[dict[str, Result], dict[str, str]]:
+    if not (folder / CELLS).is_file():
+        return {}, {}
+    stamps = tuple((folder / n).stat().st_mtime_ns if (folder / n).is_file() else 0
+                   for n in (CELLS, ITEMS))  # fmt: skip
+    return _read(folder, stamps)
 
 
 def pack(folder: Path, single: Path, places: Mapping[str, str]) -> None:
@@ -71,17 +74,22 @@ def pack(folder: Path, single: Path, places: Mapping[str, str]) -> None:
     for path in files:
         result = read_json(path)
         known[result["key"]] = result
-    if files:
-        lines = sorted(known.values(), key=_order)
-        _write_items(folder / ITEMS, lines)
-        rest = ({k: v for k, v in line.items() if k != "items"} for line in lines)
-        write_at_once(folder / CELLS, "".join(f"{json.dumps(finite(one))}\n" for one in rest))
     together = {**read_places(folder), **places}
-    if together != read_places(folder):
-        text = json.dumps(dict(sorted(together.items())), indent=0)
-        write_at_once(folder / PLACES, text + "\n")
+    if files or together != read_places(folder):
+        lines = sorted(known.values(), key=_order)
+        if files:
+            _write_items(folder / ITEMS, lines)
+        write_packed(folder, lines, together)
     for path in files:
         path.unlink()
+
+
+def write_packed(folder: Path, lines: list[Result], places: Mapping[str, str]) -> None:
+    """Write the cells, without their items, and the places."""
+    cells = ({k: v for k, v in line.items() if k != "items"} for line in lines)
+    placed = ({"place": place, "key": key} for place, key in sorted(places.items()))
+    text = "".join(f"{json.dumps(finite(one))}\n" for one in (*cells, *placed))
+    write_at_once(folder / CELLS, text)
 
 
 def _order(result: Result) -> tuple[str, ...]:
@@ -101,11 +109,15 @@ def _write_items(path: Path, lines: list[Result]) -> None:
 
 
 @lru_cache(maxsize=32)
-def _read(folder: Path, stamps: tuple[int, ...]) -> dict[str, Result]:
+def _read(folder: Path, stamps: tuple[int, ...]) -> tuple[dict[str, Result], dict[str, str]]:
     """`stamps`, the times of the files, keep what changed since from coming out of the cache."""
     try:
         lines = (folder / CELLS).read_text("utf-8").splitlines()
-        found = {one["key"]: one for one in map(json.loads, lines)}
+        parsed = [json.loads(line) for line in lines]
+        places = {one["place"]: one["key"] for one in parsed if "place" in one}
+        found = {one["key"]: one for one in parsed if "place" not in one}
+        if not found:
+            return {}, places
         with gzip.open(folder / ITEMS, "rt", encoding="utf-8") as items:
             for line in items:
                 one = json.loads(line)
@@ -116,4 +128,4 @@ def _read(folder: Path, stamps: tuple[int, ...]) -> dict[str, Result]:
     missing = [key for key, one in found.items() if "items" not in one]
     if missing:
         raise CheckpointError(f"{folder / ITEMS} lacks {len(missing)} of the cells in {CELLS}.")
-    return found
+    return found, places

@@ -23,11 +23,11 @@ from drlora.compare.tables import (
 from drlora.io.run_files import README
 from drlora.io.writing import write_at_once
 
-FIGURES = "figures"
+FIGURES = "figures.svg"
 
 
 def write_page(matrix: Matrix, folder: Folder, command: str) -> None:
-    """Write README.md and the figures into the folder; the same results give the same bytes.
+    """Write README.md and figures.svg into the folder; the same results give the same bytes.
 
     Args:
         matrix: the plan and its results.
@@ -42,12 +42,12 @@ def write_page(matrix: Matrix, folder: Folder, command: str) -> None:
     write_at_once(folder.path / README, text)
 
 
-def page(matrix: Matrix, command: str, figures: Sequence[tuple[str, str]] = ()) -> str:
-    """The page; `figures` are (title, file name) of what lies in figures/."""
+def page(matrix: Matrix, command: str, figures: Sequence[str] = ()) -> str:
+    """The page; `figures` are the titles of the parts of figures.svg."""
     parts = [
         *_head(matrix, command),
         *_results(matrix),
-        *(line for title, name in figures for line in _figure(title, name)),
+        *_figures(figures),
         *_tuning(matrix),
         *_cost(matrix),
         *_failures(matrix),
@@ -220,8 +220,10 @@ def _parameters(matrix: Matrix, model: str, method: str, tasks: Sequence[str]) -
     return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
-def _figure(title: str, name: str) -> list[str]:
-    return [f"## {title}", "", f"![{title}]({FIGURES}/{name})", ""]
+def _figures(titles: Sequence[str]) -> list[str]:
+    if not titles:
+        return []
+    return ["## Figures", "", f"![{'; '.join(titles)}]({FIGURES})", ""]
 
 
 def _tuning(matrix: Matrix) -> Iterator[str]:

@@ -1,8 +1,8 @@
 """The folder of results: the finished cells, the failed ones; reading and pairing.
 
-cells.jsonl, items.jsonl.gz, places.json     the finished cells (see drlora.compare.packed)
+cells.jsonl, items.jsonl.gz                  the finished cells (see drlora.compare.packed)
 failed/NAME-KEY.json                         the error of a cell that failed
-README.md, figures/                          the page
+README.md, figures.svg                       the page
 runs/                                        what is under way; never committed
 runs/cells/NAME-KEY.json                     a finished cell that is not packed yet
 """

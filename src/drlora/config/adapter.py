@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from drlora.config.checks import (
     AUTO,
+    HoldsRanks,
     in_range,
     number,
     one_of,
@@ -27,6 +28,7 @@ from drlora.config.methods import method_settings
 from drlora.config.options import check_options
 from drlora.config.peft_type import DRLORA, SavedConfig
 from drlora.config.registry import (
+    ALLOCATIONS,
     ENGINES,
     REGISTRIES,
     WITH_OPTIONS,
@@ -245,10 +247,12 @@ class DrLoraConfig(SavedConfig):
 
     def pool_rows(self, num_experts: int) -> int:
         """Rows that a block of `num_experts` experts stores for each projection."""
-        largest = self.r_max if self.budget_scope == "model" else self.r_target
-        if self.allocation == "prune":
-            largest = self.r_init
-        return num_experts * largest
+        policy = self._policy
+        return policy.rows(self, num_experts) if policy else self.budget_rows(num_experts)
+
+    def budget_rows(self, num_experts: int) -> int:
+        """Rows that hold the budget: E * r_target, or what one layer may have of the model's."""
+        return num_experts * (self.r_max if self.budget_scope == "model" else self.r_target)
 
     def resolve_warmup(self, total_steps: int) -> int:
         """`warmup_steps` as a number of steps of a run of `total_steps`."""
@@ -266,18 +270,14 @@ class DrLoraConfig(SavedConfig):
                 f"r_init={self.r_init} must be at least 1: an expert without a rank has no "
                 f"gradient to be judged by, so it would never be chosen to grow."
             )
-        if self.allocation == "prune":
-            if not self.r_target <= self.r_init <= self.r_max:
-                raise ConfigError(
-                    f"ranks are out of order: allocation='prune' goes down from "
-                    f"r_init={self.r_init} to r_target={self.r_target}; they must satisfy "
-                    f"r_target <= r_init <= r_max={self.r_max}."
-                )
-        elif not self.r_init <= self.r_target <= self.r_max:
-            raise ConfigError(
-                f"ranks are out of order: r_init={self.r_init}, r_target={self.r_target}, "
-                f"r_max={self.r_max}; they must satisfy r_init <= r_target <= r_max."
-            )
+        if self._policy:
+            self._policy.check(self)
+
+    @property
+    def _policy(self) -> HoldsRanks | None:
+        """None in inference, where one of a user's need not be registered."""
+        known = self.allocation in ALLOCATIONS
+        return ALLOCATIONS[self.allocation] if known else None
 
     def _check_numbers(self) -> None:
         in_range(self, "beta", 0, 1)

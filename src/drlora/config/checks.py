@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from drlora.errors import ConfigError, shown
 
 # Chosen by the length of the run and the budget (drlora.ranks.schedule).
 AUTO: Final = "auto"
+
+
+class HoldsRanks(Protocol):
+    """What a configuration asks of its policy of allocation (drlora.ranks.policies)."""
+
+    def check(self, config: Any) -> None:
+        """Refuse ranks that are out of order."""
+
+    def rows(self, config: Any, num_experts: int) -> int:
+        """Rows that a block of `num_experts` experts stores for each projection."""
 
 
 def target_names(names: Iterable[str]) -> list[str]:

@@ -13,20 +13,20 @@ become grants (allocator) when the plan says so (schedule), and the pools claim 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, fields
 
 import torch
-from peft import PeftModel
-from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from drlora.adapter.experts import ExpertsAdapter
 from drlora.adapter.inject import active_adapter, adapted_layers
 from drlora.adapter.pool import RankPool
+from drlora.adapter.router import TrainedRouters
 from drlora.config.adapter import DrLoraConfig
-from drlora.distributed import add_up, refuse_differing
+from drlora.distributed import refuse_differing
 from drlora.errors import CheckpointError, ConfigError
+from drlora.ranks.averages import update_frequencies, update_importances
 from drlora.ranks.event import Event, Growth
 from drlora.ranks.groups import schedule_for
 from drlora.ranks.optimizer_rows import (
@@ -35,7 +35,6 @@ from drlora.ranks.optimizer_rows import (
     steps_taken,
     unwrap_optimizer,
 )
-from drlora.ranks.saliency import RANK_IMPORTANCES, ema, routed_share
 from drlora.ranks.schedule import Schedule, StepCounts
 from drlora.ranks.young_rows import OwnClocks
 
@@ -49,11 +48,15 @@ class RankDynamics:
         adapter: its name; by default the model's active adapter.
         schedule: that of the run that is continued, where it is one; by default it is made from the
             settings and `total_steps`.
+        step: steps that the run has taken: 0 for a new one, more for one that goes on. It may be
+            left out for an adapter that was never trained, and where `load_state_dict` follows.
+        skipped: steps that a GradScaler left out of it.
 
     Attributes:
         schedule: when ranks may change, and by how much: `auto` settings as they were chosen.
         step: optimizer steps taken so far.
         skipped: steps that a GradScaler left out so far.
+        routers: those that the adapter trains; they are held during the warm-up.
 
     Raises:
         ConfigError: if the model has no such adapter, or the settings cannot reach the budget.
@@ -65,19 +68,24 @@ class RankDynamics:
         total_steps: int,
         adapter: str | None = None,
         schedule: Schedule | None = None,
+        step: int | None = None,
+        skipped: int = 0,
     ) -> None:
         self.adapter_name = adapter or active_adapter(model)
         self.config = _config_of(model, self.adapter_name)
-        self.step = 0
-        self.skipped = 0
+        self.step = step or 0
+        self.skipped = skipped
         self.adapters: dict[str, ExpertsAdapter] = {
             name: layer.adapter(self.adapter_name)
             for name, layer in adapted_layers(model, self.adapter_name).items()
         }
         _refuse_unplaced(self.config, self.budget()[0])
-        self._follow(schedule or schedule_for(self.adapters, self.config, total_steps))
-        self._router_parameters = list(_router_parameters(model, self.adapters, self.adapter_name))
-        self._hooks = [p.register_hook(self._hold_router) for p in self._router_parameters]
+        # Of an adapter that was trained, nobody can tell whether it is by this run.
+        self._waits_for_step = step is None and self._has_history()
+        begins = not self.step and not self._waits_for_step
+        self._follow(schedule or schedule_for(self.adapters, self.config, total_steps, begins))
+        self.routers = TrainedRouters(model, self.adapter_name)
+        self.routers.hold(until=lambda: self.step >= self.warmup_steps)
         self._clocks = OwnClocks()
         # Counted on the device, so that an ordinary step does not make the host wait.
         self._poisoned: Tensor | bool = False
@@ -135,13 +143,15 @@ class RankDynamics:
         Under gradient accumulation that is after the last backward pass, under a GradScaler after
         `unscale_`. If the gradient of any row is not finite, the importance of all rows stays as it
         was: clipping has turned the other gradients of such a step into zeros.
+
+        Raises:
+            ConfigError: if the adapter was trained before, and nothing says where this run is; or
+                if DeepSpeed keeps the gradients to itself.
         """
-        self._update_frequencies()
-        self._update_importances()
-        if self.step < self.warmup_steps:
-            for parameter in self._router_parameters:
-                # Not a zero gradient: weight decay and Adam's step count must not run either.
-                parameter.grad = None
+        self._refuse_unknown_step()
+        update_frequencies(list(self.adapters.values()), self.config)
+        self._poisoned = update_importances(self._pools(), self.config)
+        self.routers.skip_step()
 
     @torch.no_grad()
     def after_optimizer_step(self, optimizer: object = None, *, skipped: bool = False) -> Event:
@@ -158,9 +168,11 @@ class RankDynamics:
             `scored` is what was known of the experts.
 
         Raises:
+            ConfigError: if the adapter was trained before, and nothing says where this run is.
             SyncError: at the first step and at every event, if the processes of the run differ in
                 ranks or in what decides them.
         """
+        self._refuse_unknown_step()
         before = self.plan_step
         if skipped:
             self.skipped += 1
@@ -188,6 +200,18 @@ class RankDynamics:
                 f"took them, and the weights may be NaN now.",
                 stacklevel=3,
             )
+
+    def _has_history(self) -> bool:
+        return any(bool(pool.importance.any() or pool.birth.any()) for pool in self._pools())
+
+    def _refuse_unknown_step(self) -> None:
+        if self._waits_for_step and not self.step:
+            raise ConfigError(
+                f"adapter {self.adapter_name!r} was trained before, and RankDynamics was not told "
+                f"whether that is part of this run: give step=0 if a new run begins, step=n if it "
+                f"goes on after n steps, or call load_state_dict with what state_dict gave then."
+            )
+        self._waits_for_step = False
 
     def _count_step(self, optimizer: object) -> None:
         """A step that the optimizer took."""
@@ -229,9 +253,7 @@ class RankDynamics:
 
     def release(self) -> None:
         """Let go of the model: nothing of this object acts on it any more."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
+        self.routers.let_go()
 
     def ranks(self) -> dict[str, dict[str, list[int]]]:
         """Block -> projection -> rank of each expert."""
@@ -275,6 +297,7 @@ class RankDynamics:
                 own = {key: state[place + key] for key in pool.state_keys}
                 pool.load_state_dict(own, strict=False)  # weights are no part of it
         self.step = int(state["step"])
+        self._waits_for_step = False
         # States of version 0.1 do not have the two below.
         self.skipped = int(state.get("skipped", 0))
         if "schedule" in state:
@@ -291,57 +314,6 @@ class RankDynamics:
                 for key in pool.state_keys:
                     yield f"{name}.{projection}.{key}", getattr(pool, key)
 
-    def _update_frequencies(self) -> None:
-        """f of every block, from sums over the tokens of all micro-batches and processes."""
-        adapters = list(self.adapters.values())
-        device = adapters[0].meter.sum_E.device
-        sums = torch.cat(
-            [torch.cat([a.meter.sum_E, a.meter.num_tokens[None]]).to(device) for a in adapters]
-        )
-        add_up(sums)
-        for adapter, sums_E1 in zip(
-            adapters, sums.split([a.block.num_experts + 1 for a in adapters]), strict=True
-        ):
-            share_E = routed_share(sums_E1[:-1], sums_E1[-1]).to(adapter.frequency.device)
-            adapter.frequency.copy_(ema(adapter.frequency, share_E, self.config.beta))
-            adapter.meter.reset()
-
-    def _update_importances(self) -> None:
-        """g of every row, unless the step is poisoned: then of none."""
-        measured = [
-            (pool, s_R) for pool in self._pools() if (s_R := self._measure(pool)) is not None
-        ]
-        self._poisoned = False
-        if not measured:
-            _refuse_hidden_gradients(self._pools(), self.config)
-            return
-        device = measured[0][1].device
-        largest_P = torch.stack([s_R.amax().to(device) for _, s_R in measured])
-        self._poisoned = ~largest_P.isfinite().all()
-        for pool, s_R in measured:
-            s_R.masked_fill_(self._poisoned.to(s_R.device), float("nan"))
-            self._update_importance(pool, s_R)
-
-    def _measure(self, pool: RankPool) -> Tensor | None:
-        """(R,) s of this step; None without gradients."""
-        if pool.lora_A.grad is None or pool.lora_B.grad is None:
-            return None
-        measure = RANK_IMPORTANCES[self.config.option("rank_importance")]
-        importance_R = measure(pool.lora_A, pool.lora_A.grad, pool.lora_B, pool.lora_B.grad)
-        if hasattr(importance_R, "full_tensor"):  # sharded parameters (FSDP2)
-            importance_R = importance_R.full_tensor()
-        return importance_R
-
-    def _update_importance(self, pool: RankPool, importance_R: Tensor) -> None:
-        pool.importance.copy_(ema(pool.importance, importance_R, self.config.beta))
-        if pool.uncertainty is not None:
-            deviation_R = (importance_R - pool.importance).abs_()
-            pool.uncertainty.copy_(ema(pool.uncertainty, deviation_R, self.config.beta))
-
-    def _hold_router(self, grad: Tensor) -> Tensor:
-        """During the warm-up the router's gradient must not weigh in gradient clipping either."""
-        return torch.zeros_like(grad) if self.step < self.warmup_steps else grad
-
 
 def _refuse_unplaced(config: DrLoraConfig, owned: int) -> None:
     if config.starts_from_data and not owned:
@@ -349,17 +321,6 @@ def _refuse_unplaced(config: DrLoraConfig, owned: int) -> None:
             f"start={config.start!r}, start_a={config.option('start_a')!r}, but no ranks are "
             f"placed yet; call drlora.place_ranks(model, batches) with a few batches of the "
             f"training data first."
-        )
-
-
-def _refuse_hidden_gradients(pools: Iterable[RankPool], config: DrLoraConfig) -> None:
-    """DeepSpeed's ZeRO leaves `.grad` empty; it marks the parameters it took over."""
-    hidden = any(hasattr(pool.lora_A, mark) for pool in pools for mark in ("ds_id", "_hp_mapping"))
-    if hidden and config.grows and config.saliency in ("product", "importance"):
-        raise ConfigError(
-            f"DeepSpeed ZeRO keeps the gradients to itself, so ranks cannot grow by "
-            f"saliency={config.saliency!r}. Train with DDP or FSDP2, grow by saliency='routing', "
-            f"or give every expert its rank at the start (r_init = r_target)."
         )
 
 
@@ -387,14 +348,3 @@ def _config_of(model: nn.Module, adapter: str) -> DrLoraConfig:
             f"adapter {adapter!r} is no DR-LoRA adapter; the model's adapters are {kinds}."
         )
     return config
-
-
-def _router_parameters(
-    model: nn.Module, adapters: Mapping[str, ExpertsAdapter], adapter_name: str
-) -> Iterator[nn.Parameter]:
-    """The trained copies of the routers of the adapted blocks."""
-    routers = {a.block.router_name for a in adapters.values() if a.config.router == "train"}
-    inner: nn.Module = model.get_base_model() if isinstance(model, PeftModel) else model
-    for name, module in inner.named_modules():
-        if name in routers and isinstance(module, ModulesToSaveWrapper):
-            yield from module.modules_to_save[adapter_name].parameters()

@@ -1,7 +1,8 @@
 """One event: experts that compete for ranks are scored, and rows of their pools change hands.
 
 What is due comes from the plan (schedule), who competes for it from the groups, who is to have it
-from a rule (saliency), how it is shared out from the allocator.
+from a rule (saliency), and what changes from the policy (policies). Rows that are granted start as
+row_starter says.
 """
 
 from __future__ import annotations
@@ -11,20 +12,20 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import overload
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from drlora.adapter.experts import ExpertsAdapter
 from drlora.config.adapter import DrLoraConfig
-from drlora.config.options import Option
 from drlora.config.registry import ALLOCATIONS, SALIENCIES
-from drlora.ranks.allocator import allocate_in_layers, least_important, reserve, take_back
+from drlora.errors import ConfigError
 from drlora.ranks.groups import Group, Scored, make_groups
 from drlora.ranks.optimizer_rows import unwrap_optimizer
+from drlora.ranks.policies import Policy
+from drlora.ranks.policies.policy import broken_law
 from drlora.ranks.row_starter import RowStarter
 from drlora.ranks.saliency import Signals
-from drlora.ranks.schedule import Schedule, StepCounts, certain_ranks
+from drlora.ranks.schedule import Schedule, StepCounts
 
 
 @dataclass(frozen=True)
@@ -85,9 +86,15 @@ class Growth:
     ) -> None:
         self.config = config
         self.groups = make_groups(adapters, config, schedule)
+        self._policy: Policy = ALLOCATIONS[config.allocation]
         self._rule: Callable[[Signals], Tensor] = SALIENCIES[config.saliency]
         self._starter: RowStarter | None = None
         self._has_warned = False
+
+    @property
+    def noun(self) -> str:
+        """What happens to ranks, in a word: growth, pruning."""
+        return self._policy.noun
 
     @property
     def done_share(self) -> float:
@@ -123,99 +130,35 @@ class Growth:
         group, signals, saliency_E = scored
         before = group.ranks()
         if not any(saliency_E):
-            if self._can_wait(group, event):
+            if self._policy.can_wait(self.config, group, event):
                 return []
             self._warn_of_no_saliency(group, now)
-        if self.config.allocation == "prune":
-            excess = sum(before) - group.plan.owned(event)
-            self._release(group, self._least_important(group, excess), now, starter)
-        else:
-            taken = self._take_back(group, event, saliency_E)
-            if any(taken):
-                self._release(group, self._weakest_of(group, taken), now, starter)
-            grants = self._share_out(group, event, saliency_E, taken)
-            self._grant(group, grants, now, starter)
+        change = self._policy.change(self.config, scored, event)
+        if broken := broken_law(change, group, self.config, event):
+            raise ConfigError(
+                f"allocation={self.config.allocation!r} breaks a law at step {now.run}, "
+                f"{group.members[0].block}: {broken}. Nothing was changed there; correct the "
+                f"policy (drlora.ranks.contract.check_allocation tries it out)."
+            )
+        self._release(group, change.freed, now, starter)
+        self._grant(group, change.granted, now, starter)
         return list(_grants(group, now.run, before, signals, saliency_E))
 
-    def _can_wait(self, group: Group, event: int) -> bool:
-        """Whether the budget is certain to be reached without this event."""
-        if event == len(group.plan.event_steps):
-            return False
-        if self.config.allocation == "prune":
-            return True
-        num_experts, ranks = sum(group.sizes), group.ranks()
-        owned = certain_ranks(self.config, num_experts, group.plan, ranks, first_event=event + 1)
-        return owned >= group.plan.owned(len(group.plan.event_steps))
-
-    def _take_back(self, group: Group, event: int, saliency_E: list[float]) -> list[int]:
-        """(experts of the group,) ranks that are to move to others."""
-        ranks = group.ranks()
-        return take_back(
-            saliency_E,
-            ranks=ranks,
-            quota=group.plan.owned(event) - sum(ranks),
-            share=self.config.option("move_share"),
-            cap=group.plan.cap,
-            r_max=self.config.r_max,
-        )
-
-    def _share_out(
-        self, group: Group, event: int, saliency_E: list[float], taken: list[int]
-    ) -> list[int]:
-        """(experts of the group,) grants: what is due, less what was handed out before."""
-        ranks = group.ranks()
-        reserved = reserve(
-            [
-                sum(now) - member.num_experts * self.config.r_init
-                for member, now in group.split(ranks)
-            ],
-            group.sizes,
-            due=group.plan.due(event),
-            share=self.config.option("layer_floor"),
-        )
-        # Who just gave ranks up does not get them back.
-        full = [self.config.r_max if gave else r for r, gave in zip(ranks, taken, strict=True)]
-        return allocate_in_layers(
-            saliency_E,
-            ranks=full,
-            quota=group.plan.owned(event) - sum(ranks),
-            cap=group.plan.cap,
-            r_max=self.config.r_max,
-            sizes=group.sizes,
-            reserved=reserved,
-        )
-
-    def _grant(self, group: Group, grants: list[int], now: StepCounts, starter: RowStarter) -> None:
-        for member, granted in group.split(grants):
-            for pool in member.pools:
-                starter.start(pool, pool.grant(granted, now.taken), now)
-
-    def _least_important(self, group: Group, count: int) -> list[list[int]]:
-        """For each member the rows to free, if `count` ranks go, whosever they are."""
-        scores = [member.row_scores().tolist() for member in group.members]
-        owners = [member.pools[0].book.owner_R.tolist() for member in group.members]
-        return least_important(scores, owners, count)
-
-    def _weakest_of(self, group: Group, taken: list[int]) -> list[list[int]]:
-        """For each member the rows to free, if every expert gives up so many of its own."""
-        freed = []
-        for member, counts in group.split(taken):
-            scores, owner_R = member.row_scores().tolist(), member.pools[0].book.owner_R
-            rows: list[int] = []
-            for expert, count in enumerate(counts):
-                own = np.flatnonzero(owner_R == expert).tolist()
-                rows += sorted(own, key=lambda row: (scores[row], row))[:count]
-            freed.append(sorted(rows))
-        return freed
-
     def _release(
-        self, group: Group, freed: list[list[int]], now: StepCounts, starter: RowStarter
+        self, group: Group, freed: Sequence[Sequence[int]], now: StepCounts, starter: RowStarter
     ) -> None:
-        for member, rows in zip(group.members, freed, strict=True):
+        for member, rows in zip(group.members, freed, strict=True) if freed else ():
             for pool in member.pools if rows else ():
                 index = torch.tensor(rows, dtype=torch.int64, device=pool.owner.device)
                 pool.release(index, now.run)
                 starter.forget(pool, index)
+
+    def _grant(
+        self, group: Group, granted: Sequence[int], now: StepCounts, starter: RowStarter
+    ) -> None:
+        for member, of_member in group.split(list(granted)) if granted else ():
+            for pool in member.pools:
+                starter.start(pool, pool.grant(of_member, now.taken), now)
 
     def _starter_for(self, optimizer: object) -> RowStarter:
         """One for as long as the optimizer is the same, so that it warns once."""
@@ -251,34 +194,3 @@ def _grants(
         for expert, (old, new, f, g, s) in enumerate(of_member):
             if new != old:
                 yield Grant(step, member.block, projection, expert, new - old, new, f, g, s)
-
-
-_OF_GROWTH = {
-    "move_share": Option(
-        0.0,
-        "at an event, up to this share of all ranks moves from the experts of least saliency to "
-        "those of most; their weakest ranks go, and never the last one",
-        low=0,
-        high=1,
-    ),
-    "layer_floor": Option(
-        0.0,
-        "with budget_scope=model: share of a budget of its own that each layer is sure of",
-        low=0,
-        high=1,
-    ),
-    "importance_reset": Option(
-        "grown",
-        "whose rank importance restarts from 0 after an event: the grown experts' (the paper's "
-        "text), or that of all (its Algorithm 1)",
-        choices=("grown", "all"),
-    ),
-    "young_a": Option(
-        "random",
-        "rows of A that wake up late: random, or along the part of the gradient that their "
-        "expert's A does not reach yet",
-        choices=("random", "gradient"),
-    ),
-}
-ALLOCATIONS.add("grow", "grow", _OF_GROWTH)
-ALLOCATIONS.add("prune", "prune")

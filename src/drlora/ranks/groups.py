@@ -6,11 +6,12 @@ all blocks; with `rank_per="projection"`, one projection of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -88,6 +89,21 @@ class Group:
             int(self.pools[0].seed) + step,
         )
 
+    def weakest_rows(self, counts: Sequence[int]) -> list[list[int]]:
+        """For each member the rows to free, if every expert gives up so many of its own.
+
+        The rows of least score go; ties go to the lowest row.
+        """
+        freed = []
+        for member, of_member in self.split(list(counts)):
+            scores, owner_R = member.row_scores().tolist(), member.pools[0].book.owner_R
+            rows: list[int] = []
+            for expert, count in enumerate(of_member):
+                own = np.flatnonzero(owner_R == expert).tolist()
+                rows += sorted(own, key=lambda row: (scores[row], row))[:count]
+            freed.append(sorted(rows))
+        return freed
+
     def split(self, values: list) -> Iterator[tuple[Member, list]]:
         """Values of all experts, member by member."""
         ends = accumulate(self.sizes)
@@ -114,16 +130,21 @@ def make_groups(
 
 
 def schedule_for(
-    adapters: Mapping[str, ExpertsAdapter], config: DrLoraConfig, total_steps: int
+    adapters: Mapping[str, ExpertsAdapter], config: DrLoraConfig, total_steps: int, begins: bool
 ) -> Schedule:
-    """The schedule of a run of `total_steps`, from the ranks that the adapters have now.
+    """The schedule of a run of `total_steps`.
+
+    Args:
+        adapters: block -> adapter.
+        config: the settings.
+        total_steps: length of the run.
+        begins: whether the run has yet to begin, with the ranks that the adapters have now. One
+            that is under way was checked when it began.
 
     Raises:
         ConfigError: if a group cannot reach its budget.
     """
     competing = _competing(adapters, config)
-    # The ranks of a run that begins; one that is under way was checked then.
-    begins = not any(p.importance.any() for a in adapters.values() for p in a.rank_pools.values())
     groups = [
         Competitors(
             _num_experts(members),

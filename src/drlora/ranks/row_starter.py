@@ -56,7 +56,7 @@ class RowStarter:
             self._inherit(pool, rows)
         if decays_weights(self.optimizer.param_groups):
             pool.redraw(rows, now.run)
-        if self.config.option("young_a") == "gradient":
+        if self.config.options.get("young_a") == "gradient":
             self._point_rows(pool, rows)
 
     def forget(self, pool: RankPool, rows: Tensor) -> None:
@@ -66,7 +66,7 @@ class RowStarter:
 
     def _restart_importance(self, pool: RankPool, rows: Tensor) -> None:
         """The averages of all rows that the grown experts own, or of all, begin at 0 again."""
-        if self.config.option("importance_reset") == "all":
+        if self.config.options.get("importance_reset") == "all":
             pool.importance.zero_()
             return
         # The extra last entry stands for the free rows, whose owner is -1.

@@ -9,7 +9,10 @@ LoRA modules, as in the paper:
 A grant of one rank to an expert whose projections share a rank costs as many module ranks as it
 has projections. What an event cannot spend, or what falls due before anything is known of the
 experts, stays due at the next one, so the sum of ranks ends at the budget exactly. Settings for
-which that cannot be promised are refused here, with the sums.
+which that cannot be promised are refused, with the sums.
+
+This is what all policies of allocation have in common; where one has a plan of its own, it is
+asked (drlora.ranks.policies).
 
 Settings that are `auto` are chosen here, by the length of the run: the published values where they
 fit, and what comes nearest to them in a run that is too short for them.
@@ -18,13 +21,12 @@ fit, and what comes nearest to them in a run that is too short for them.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
-
 from drlora.config.adapter import AUTO, DrLoraConfig
+from drlora.config.registry import ALLOCATIONS
 from drlora.errors import ConfigError
 
 # Published: T_grow, the steps without growth at the end, p_grow (arXiv 2601.04823).
@@ -63,6 +65,16 @@ class Schedule:
         """
         last = self.total_steps - self.settle_steps
         return tuple(range(self.warmup_steps or self.grow_every, last + 1, self.grow_every))
+
+    def way_out(self) -> str:
+        """What to change where it has too few events, for the end of an error."""
+        window = self.total_steps - self.settle_steps - self.warmup_steps
+        if window < 0:
+            return (
+                f"lower settle_steps or warmup_steps so that a window is left in "
+                f"{self.total_steps} steps."
+            )
+        return f"lower grow_every (the window is {window} steps long) or train longer."
 
     def __str__(self) -> str:
         """The same for people, in a line."""
@@ -146,19 +158,6 @@ class GrowthPlan:
         return self.start + self.due(event)
 
 
-@dataclass(frozen=True)
-class PruningPlan(GrowthPlan):
-    """Ranks that are taken away, `budget` of them in all: AdaLoRA's schedule.
-
-    What is left to take falls with the cube of the time that is left (arXiv 2303.10512, eq. 12).
-    """
-
-    def due(self, event: int) -> int:
-        """As for growth, but negative."""
-        left = (1 - event / len(self.event_steps)) ** 3
-        return math.ceil(self.budget * left) - self.budget
-
-
 def make_schedule(
     config: DrLoraConfig, groups: Sequence[Competitors], total_steps: int
 ) -> Schedule:
@@ -171,7 +170,8 @@ def make_schedule(
     settle = _settle_steps(config, warmup, total_steps)
     every = _spacing(config, warmup, total_steps - settle)
     schedule = Schedule(total_steps, warmup, every, settle, _published_cap(config))
-    if not _changes_ranks(config):
+    policy = ALLOCATIONS[config.allocation]
+    if not policy.changes_ranks(config):
         return schedule
     if total_steps < 1:
         raise ConfigError(f"total_steps={total_steps} must be at least 1.")
@@ -180,21 +180,14 @@ def make_schedule(
             f"a run of {total_steps} steps has no growth event: the warm-up takes {warmup} steps, "
             f"settle_steps={_said(config.settle_steps, settle)} are kept at the end, and events "
             f"are grow_every={_said(config.grow_every, every)} steps apart; "
-            f"{_way_out(schedule)}"
+            f"{schedule.way_out()}"
         )
-    if config.allocation == "prune":
-        return schedule
-    return _with_cap_that_suffices(config, groups, schedule)
+    return policy.fit(config, groups, schedule)
 
 
 def plan_of(config: DrLoraConfig, num_experts: int, schedule: Schedule) -> GrowthPlan:
     """The plan of one group of `num_experts` experts in a schedule."""
-    cost = len(config.projections) if config.option("rank_per") == "expert" else 1
-    budget = num_experts * abs(config.r_target - config.r_init)
-    steps = schedule.event_steps if _changes_ranks(config) else ()
-    quota = -(-cost * budget // len(steps)) if steps else 0
-    kind = PruningPlan if config.allocation == "prune" else GrowthPlan
-    return kind(steps, quota, cost, budget, num_experts * config.r_init, schedule.cap)
+    return ALLOCATIONS[config.allocation].plan(config, num_experts, schedule)
 
 
 def plan_growth(
@@ -213,75 +206,6 @@ def plan_growth(
     """
     schedule = make_schedule(config, [Competitors(num_experts, start)], total_steps)
     return plan_of(config, num_experts, schedule)
-
-
-def certain_ranks(
-    config: DrLoraConfig,
-    num_experts: int,
-    plan: GrowthPlan,
-    start: Sequence[int] | None = None,
-    first_event: int = 1,
-) -> int:
-    """Ranks that are owned at the end whatever the saliency is; the plan's all if it is good.
-
-    Args:
-        config: the settings.
-        num_experts: E.
-        plan: what becomes due when, and the cap.
-        start: (E,) ranks before `first_event`; None if all are r_init.
-        first_event: events before it (from 1) grant nothing.
-    """
-    ranks_E = np.sort(np.array(start or [config.r_init] * num_experts))[::-1]
-    dues = [plan.due(event) for event in range(first_event, len(plan.event_steps) + 1)]
-    base = num_experts * config.r_init
-    if not dues or _is_always_spent(ranks_E, dues, base, plan.cap, config.r_max):
-        return max(int(ranks_E.sum()), base + (dues[-1] if dues else 0))
-    return _under_worst_saliency(ranks_E, dues, base, plan.cap, config.r_max)
-
-
-def _is_always_spent(
-    ranks_E: np.ndarray, dues: Sequence[int], base: int, cap: int, r_max: int
-) -> bool:
-    """Whether every event can hand out what is due, by the least that experts can ever take.
-
-    They take least where few have all the room: sum min(cap, room_e) is concave.
-    """
-    most, owned = int(r_max - ranks_E.min()), int(ranks_E.sum())
-    for due in dues:
-        room = len(ranks_E) * r_max - owned
-        whole, rest = divmod(room, most) if most else (0, 0)
-        quota = max(0, due - (owned - base))
-        if whole * min(cap, most) + min(cap, rest) < quota:
-            return False
-        owned += quota
-    return True
-
-
-def _under_worst_saliency(
-    ranks_E: np.ndarray, dues: Sequence[int], base: int, cap: int, r_max: int
-) -> int:
-    """The least sum of ranks at the end, over saliencies that neglect some experts to the last.
-
-    The others are kept as even as they can be, so that they go on taking all that is due; who was
-    neglected then cannot take the rest. That no saliency is worse is tested against all of them.
-    """
-    experts = len(ranks_E)
-    # One row for each number of neglected experts, which are those with the most room.
-    ranks_ME = np.tile(ranks_E, (experts + 1, 1))
-    is_last_ME = np.arange(experts) >= experts - np.arange(experts + 1)[:, None]
-    for due in dues:
-        order_ME = np.argsort(ranks_ME + is_last_ME * (r_max + 1), axis=1, kind="stable")
-        takes_ME = np.minimum(cap, r_max - np.take_along_axis(ranks_ME, order_ME, 1))
-        before_ME = takes_ME.cumsum(1) - takes_ME
-        quota_M = np.maximum(0, due - (ranks_ME.sum(1) - base))
-        grants_ME = np.clip(quota_M[:, None] - before_ME, 0, takes_ME)
-        grown_ME = np.take_along_axis(ranks_ME, order_ME, 1) + grants_ME
-        np.put_along_axis(ranks_ME, order_ME, grown_ME, 1)
-    return int(ranks_ME.sum(1).min())
-
-
-def _changes_ranks(config: DrLoraConfig) -> bool:
-    return config.r_init != config.r_target or config.options.get("move_share", 0) > 0
 
 
 def _settle_steps(config: DrLoraConfig, warmup: int, total_steps: int) -> int:
@@ -307,66 +231,6 @@ def _published_cap(config: DrLoraConfig) -> int:
     return max(1, math.floor(share * (config.r_max - config.r_init) + 1e-9))
 
 
-def _with_cap_that_suffices(
-    config: DrLoraConfig, groups: Sequence[Competitors], schedule: Schedule
-) -> Schedule:
-    """The schedule, with the smallest cap that reaches every budget where p_grow is `auto`.
-
-    With a cap of all the room there is, any budget is reached: it is never more than the room.
-    """
-    largest = max(schedule.cap, config.r_max - config.r_init)
-    caps = range(schedule.cap, largest + 1 if config.p_grow == AUTO else schedule.cap + 1)
-    for cap in caps:
-        tried = replace(schedule, cap=cap)
-        missed = next(_missed(config, groups, tried), None)
-        if missed is None:
-            return tried
-    assert missed is not None
-    group, plan, spent = missed
-    more, events = config.r_target - config.r_init, len(plan.event_steps)
-    raise ConfigError(
-        f"the budget cannot be reached: {group.num_experts} experts * (r_target - r_init) = "
-        f"{group.num_experts} * {more} = {plan.budget} ranks are to be "
-        f"granted in {events} event{'s' if events > 1 else ''}, but with at most "
-        f"max(1, floor(p_grow * (r_max - r_init))) = {plan.cap} ranks an expert and event, and "
-        f"r_max={config.r_max}, only {spent} are certain to be; raise p_grow or r_max, or "
-        f"{_way_out(schedule)}"
-    )
-
-
-def _missed(
-    config: DrLoraConfig, groups: Sequence[Competitors], schedule: Schedule
-) -> Iterator[tuple[Competitors, GrowthPlan, int]]:
-    """Groups that do not reach their budget, and the ranks that are certain to be granted."""
-    alike = {(g.num_experts, None if g.start is None else tuple(g.start)): g for g in groups}
-    for group in alike.values():
-        plan = plan_of(config, group.num_experts, schedule)
-        # A rule that needs no gradient knows something from the first event on; others wait.
-        firsts = {1, _first_informed(plan)} if config.p_grow == AUTO else {1}
-        owned = min(
-            certain_ranks(config, group.num_experts, plan, group.start, first) for first in firsts
-        )
-        spent = owned - group.num_experts * config.r_init
-        if spent < plan.budget:
-            yield group, plan, spent
-
-
-def _first_informed(plan: GrowthPlan) -> int:
-    """The first event (from 1) that can know anything of the experts; 1 if none can."""
-    early = sum(step < FIRST_INFORMED_STEP for step in plan.event_steps)
-    return early + 1 if early < len(plan.event_steps) else 1
-
-
 def _said(setting: object, chosen: int) -> str:
     """`200`, or `12 (auto)`."""
     return f"{chosen} (auto)" if setting == AUTO else f"{chosen}"
-
-
-def _way_out(schedule: Schedule) -> str:
-    window = schedule.total_steps - schedule.settle_steps - schedule.warmup_steps
-    if window < 0:
-        return (
-            f"lower settle_steps or warmup_steps so that a window is left in "
-            f"{schedule.total_steps} steps."
-        )
-    return f"lower grow_every (the window is {window} steps long) or train longer."

@@ -1,86 +1,31 @@
-"""Start from other ranks than the same for all: from a rank map, or from how tokens are routed.
+"""Start from other ranks than the same for all: by what a few batches tell before the first step.
 
-    model = get_peft_model(base, DrLoraConfig(r_init=8, r_target=16, r_max=32))
-    ranks = drlora.ranks_from_routing(model, batches)      # or a JSON file with such a map
-    drlora.start_ranks(model, ranks)
-
-A rank map is `{block: {projection: [rank of each expert]}}`, as `RankDynamics.ranks()` gives it.
-The laws of the budget hold: every rank lies between 1 (0 with start="hot") and r_max, and no pool
-owns more rows than it has, E * r_target.
+drlora.place_ranks(model, batches)                     # as the setting `start` says
+ranks = drlora.ranks_from_routing(model, batches)      # or a rank map, to be changed and used
+drlora.start_ranks(model, ranks)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from peft import PeftModel
 from torch import Tensor
 
 from drlora.adapter.experts import ExpertsAdapter
-from drlora.adapter.inject import active_adapter, adapted_layers
-from drlora.adapter.pool import RankPool
 from drlora.config.adapter import DrLoraConfig
 from drlora.config.options import HOT_FRACTION
 from drlora.config.registry import STARTS
 from drlora.distributed import add_up
-from drlora.errors import CheckpointError, ConfigError, shown
-from drlora.io.files import read_json
+from drlora.errors import ConfigError
 from drlora.ranks.directions import lay_rows
 from drlora.ranks.placement import hot_ranks, proportional_ranks, strongest_ranks
 from drlora.ranks.probe import Directions, gradients_of_batches, probe_gradients
+from drlora.ranks.rank_map import adapters_of
 from drlora.ranks.saliency import routed_share
-
-RankMap = Mapping[str, Mapping[str, Sequence[int]]]
-
-
-def rank_map(model: PeftModel) -> dict[str, dict[str, list[int]]]:
-    """Block -> projection -> rank of each expert, of the active adapter; JSON takes it as it is."""
-    return {name: adapter.ranks() for name, adapter in _adapters(model).items()}
-
-
-def start_ranks(model: PeftModel, ranks: RankMap | str | Path) -> None:
-    """Give the experts of the active adapter the ranks of a map, before training.
-
-    An adapter that was trained can only grow this way, since taking a row away would change what
-    the model computes.
-
-    Args:
-        model: carries a DR-LoRA adapter.
-        ranks: a rank map, or a JSON file with one.
-
-    Raises:
-        CheckpointError: if the file is no rank map, or the map is for another model.
-        ConfigError: if a rank lies outside 1 to r_max, the budget is overspent, projections that
-            share a rank differ, or a trained expert would shrink. Nothing is changed then.
-    """
-    for pool, ranks_E in fitting_ranks(model, ranks):
-        _assign(pool, ranks_E)
-
-
-def fitting_ranks(
-    model: PeftModel, ranks: RankMap | str | Path
-) -> list[tuple[RankPool, list[int]]]:
-    """The ranks of a map for each pool of the active adapter, which may be without memory.
-
-    Raises:
-        CheckpointError, ConfigError: as `start_ranks` does.
-    """
-    wanted = read_rank_map(ranks) if isinstance(ranks, (str, Path)) else _checked(ranks, "the map")
-    adapters = _adapters(model)
-    _refuse_other_keys(wanted, {name: list(a.pools) for name, a in adapters.items()})
-    changes = [
-        (pool, _fitting(wanted[name][key], pool, adapter.config, f"{name}, {key}"))
-        for name, adapter in adapters.items()
-        for key, pool in adapter.rank_pools.items()
-    ]
-    for name, adapter in adapters.items():
-        _refuse_unequal(wanted[name], name, adapter.config)
-    return changes
 
 
 def ranks_from_routing(
@@ -100,7 +45,7 @@ def ranks_from_routing(
     Raises:
         ConfigError: if `mean_rank` is out of range, or there is no batch.
     """
-    adapters = _adapters(model)
+    adapters = adapters_of(model)
     config = next(iter(adapters.values())).config
     mean = config.r_init if mean_rank is None else mean_rank
     if isinstance(mean, bool) or not isinstance(mean, int) or not 1 <= mean <= config.r_target:
@@ -129,7 +74,7 @@ def place_ranks(
     Raises:
         ConfigError: if there is no batch, ranks are placed already, or an expert would pass r_max.
     """
-    adapters = _adapters(model, adapter)
+    adapters = adapters_of(model, adapter)
     config = next(iter(adapters.values())).config
     if not needs_ranks(model, adapter):
         raise ConfigError(f"start={config.start!r}: the ranks are placed already.")
@@ -169,7 +114,7 @@ def _evidence(
 
 def needs_ranks(model: PeftModel, adapter: str | None = None) -> bool:
     """Whether no expert owns a row yet: `start` or `start_a` asks for `place_ranks`."""
-    adapters = _adapters(model, adapter).values()
+    adapters = adapters_of(model, adapter).values()
     return not any(sum(ranks) for found in adapters for ranks in found.ranks().values())
 
 
@@ -239,92 +184,6 @@ STARTS.add(
 STARTS.add("gradient", Start(_by_gradient, needs_gradient=True))
 
 
-def read_rank_map(path: str | Path) -> dict[str, dict[str, list[int]]]:
-    """The rank map in a JSON file.
-
-    Raises:
-        CheckpointError: if it is missing, too large, or anything but a rank map.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"there is no rank map {path}.")
-    return _checked(read_json(path, "the rank map"), str(path))
-
-
-def _checked(found: Any, where: str) -> dict[str, dict[str, list[int]]]:
-    """`found` if it is of the form of a rank map."""
-    form = f"{where} is no rank map {{block: {{projection: [rank, ...]}}}}"
-    if not isinstance(found, Mapping) or not found:
-        raise CheckpointError(f"{form}: it is a {type(found).__name__} of {shown(found)}.")
-    for block, projections in found.items():
-        if not isinstance(projections, Mapping) or not projections:
-            raise CheckpointError(f"{form}: {block!r} holds {shown(projections)}.")
-        for projection, ranks in projections.items():
-            if not isinstance(ranks, (list, tuple)):
-                raise CheckpointError(f"{form}: {block}, {projection} holds {shown(ranks)}.")
-            for rank in ranks:
-                if isinstance(rank, bool) or not isinstance(rank, int):
-                    raise CheckpointError(
-                        f"{form}: a rank of {block}, {projection} is {shown(rank)}."
-                    )
-    return {block: {p: list(r) for p, r in inner.items()} for block, inner in found.items()}
-
-
-def _refuse_other_keys(wanted: RankMap, here: Mapping[str, list[str]]) -> None:
-    pairs = {(block, key) for block, inner in wanted.items() for key in inner}
-    own = {(block, key) for block, keys in here.items() for key in keys}
-    if pairs != own:
-        missing, unknown = sorted(own - pairs)[:2], sorted(pairs - own)[:2]
-        raise CheckpointError(
-            f"the rank map is for another model or other projections: missing are {missing}, not "
-            f"in the model are {unknown}."
-        )
-
-
-def _fitting(ranks: Sequence[int], pool: RankPool, config: DrLoraConfig, where: str) -> list[int]:
-    """`ranks` if the pool can hold them."""
-    if len(ranks) != pool.book.num_experts:
-        raise CheckpointError(
-            f"{where}: the rank map has {len(ranks)} ranks for {pool.book.num_experts} experts."
-        )
-    for expert, rank in enumerate(ranks):
-        lowest = 0 if STARTS[config.start].leaves_some_out else 1
-        if not lowest <= rank <= config.r_max:
-            raise ConfigError(
-                f"{where}: expert {expert} is to have rank {rank}; ranks lie between {lowest} and "
-                f"r_max={config.r_max}."
-            )
-    rows = len(pool.book.owner_R)
-    if sum(ranks) > rows:
-        raise ConfigError(
-            f"{where}: the ranks add up to {sum(ranks)}, but the budget is E * r_target = {rows}; "
-            f"raise r_target or lower the ranks."
-        )
-    shrinking = [e for e, now in enumerate(pool.book.ranks()) if ranks[e] < now]
-    if shrinking and not pool.lora_B.is_meta and bool(pool.lora_B.any()):
-        raise ConfigError(
-            f"{where}: expert {shrinking[0]} would lose rank, but the adapter is trained already; "
-            f"set ranks before training, or ranks that are nowhere smaller."
-        )
-    return list(ranks)
-
-
-def _refuse_unequal(ranks: Mapping[str, Sequence[int]], block: str, config: DrLoraConfig) -> None:
-    if config.option("rank_per") == "expert" and len({tuple(r) for r in ranks.values()}) > 1:
-        raise ConfigError(
-            f"{block}: the projections have different ranks in the rank map, but share one with "
-            f"rank_per='expert'; set rank_per='projection'."
-        )
-
-
-def _assign(pool: RankPool, ranks_E: list[int]) -> None:
-    grants = np.asarray(ranks_E) - pool.book.ranks()
-    if (grants >= 0).all():
-        pool.grant(grants.tolist(), step=0)
-        return
-    pool.set_ranks(ranks_E)
-
-
 def _routed_shares(
     model: PeftModel, adapters: list[ExpertsAdapter], batches: Iterable[Mapping[str, Tensor]]
 ) -> list[list[float]]:
@@ -348,11 +207,3 @@ def _routed_shares(
 
 def _sum_of_logits(output: Any) -> Tensor:
     return output.logits.float().sum()
-
-
-def _adapters(model: PeftModel, name: str | None = None) -> dict[str, ExpertsAdapter]:
-    name = name or active_adapter(model)
-    found = {block: layer.adapter(name) for block, layer in adapted_layers(model, name).items()}
-    if not found:
-        raise ConfigError(f"the model's adapter {name!r} is no DR-LoRA adapter.")
-    return found

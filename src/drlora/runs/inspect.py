@@ -21,6 +21,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from drlora.adapter.inject import choose_blocks
 from drlora.config.adapter import DrLoraConfig
+from drlora.config.registry import ALLOCATIONS
 from drlora.errors import ConfigError
 from drlora.moe.blocks import MoEBlock, active_experts
 from drlora.ops.weights import MATRICES
@@ -187,16 +188,16 @@ def growth_warnings(growth: dict[str, Any], config: DrLoraConfig) -> list[str]:
     found = []
     steps, at = growth["steps"], growth["reached_at_step"]
     every, settle = growth["grow_every"], growth["settle_steps"]
-    verb = "pruning is over" if config.allocation == "prune" else "the budget is reached"
+    done = ALLOCATIONS[config.allocation].done
     if at < EARLY * steps:
         spacing = max(every + 1, math.ceil(0.75 * steps / growth["events"]))
         found.append(
-            f"{verb} at {at / steps:.0%} of the run, and what is learned later changes no rank: "
+            f"{done} at {at / steps:.0%} of the run, and what is learned later changes no rank: "
             f"raise grow_every to about {spacing}, or lower settle_steps ({settle})."
         )
     if at > LATE * steps:
         found.append(
-            f"{verb} at {at / steps:.0%} of the run, which leaves {steps - at} steps to learn with "
+            f"{done} at {at / steps:.0%} of the run, which leaves {steps - at} steps to learn with "
             f"all ranks: lower grow_every, or raise settle_steps ({settle})."
         )
     if growth["events"] < FEW_EVENTS:

@@ -17,8 +17,8 @@ from drlora.errors import CheckpointError, ConfigError, counted
 from drlora.io.checkpoint import checkpoint_step
 from drlora.io.files import read_json
 from drlora.io.run_files import TRAINER_STATE
+from drlora.ranks.rank_map import fitting_ranks
 from drlora.ranks.schedule import Schedule
-from drlora.ranks.starts import fitting_ranks
 from drlora.runs.held_out import refuse_unanswerable, word_for_word
 from drlora.runs.loading import (
     check_growth,

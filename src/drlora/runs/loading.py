@@ -41,8 +41,8 @@ from drlora.export.import_lora import load_peft_lora, refuse_other_files
 from drlora.io.places import from_root
 from drlora.io.run_files import CONFIG
 from drlora.ranks.continue_adapter import continue_adapter, is_drlora, refuse_unfit
+from drlora.ranks.rank_map import read_rank_map, start_ranks
 from drlora.ranks.schedule import Competitors, Schedule, make_schedule, plan_of
-from drlora.ranks.starts import read_rank_map, start_ranks
 from drlora.runs.recipe import Recipe
 from drlora.runs.rundir import RunDir
 

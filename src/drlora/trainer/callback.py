@@ -101,12 +101,13 @@ class DrLoraCallback(TrainerCallback, ExportableState):
         if needs_ranks(model, self.adapter):
             place_ranks(model, self._first_batches(args, **kwargs), self.adapter)
         planned = Schedule(**saved["schedule"]) if "schedule" in saved else None
-        self.dynamics = RankDynamics(model, state.max_steps, self.adapter, planned)
+        step = saved.get("step", state.global_step)
+        self.dynamics = RankDynamics(
+            model, state.max_steps, self.adapter, planned, step, state.global_step - step
+        )
         _refuse_frozen(self.dynamics)
         refuse_mixed_up(args, model, self.dynamics.adapter_name)
         self._tell_of_other_length(state.max_steps)
-        self.dynamics.step = saved.get("step", state.global_step)
-        self.dynamics.skipped = state.global_step - self.dynamics.step
         _warn_of_longer_warmup(self.dynamics, args.get_warmup_steps(state.max_steps))
         self._log = Path(self.log_dir or args.output_dir or ".") / GROWTH_LOG
         self._events = EventLog(self._log.with_name(EVENT_LOG), self.dynamics, self.log_start)
