@@ -115,7 +115,7 @@ def test_operator_keeps_what_it_tells_the_compiler(grouped):
     ends = torch.tensor([2, 5, 8], dtype=torch.int32)
     piece = pieces[0]
     args = (x, base.gate_up_EGH, ends, None, [piece.a_RI, piece.b_RO],
-            [torch.tensor(piece.offsets)], [0], [1], [0.7], grouped)  # fmt: skip
+            [torch.tensor(piece.offsets)], "gate_up", [0], [1], [0.7], grouped)  # fmt: skip
     torch.library.opcheck(torch.ops.drlora.adapted_product.default, args)
 
 

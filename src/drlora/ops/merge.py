@@ -115,12 +115,12 @@ def add_update(
         ConfigError: if the weights are stored in a form that cannot be changed.
     """
     matrix = base.matrix(piece.matrix)
-    for expert, (start, end) in enumerate(zip(piece.offsets, piece.offsets[1:], strict=False)):
-        if start < end:
+    for expert, rank in enumerate(piece.ranks):
+        if rank:
             stored_OI = matrix.read(expert)
             device = exact_device(stored_OI)
             merged_OI = stored_OI.detach().to(device, torch.float64, copy=True)
-            b_Or, a_rI = piece.b_RO[start:end].T, piece.a_RI[start:end]
+            b_Or, a_rI = piece.b_RO[piece.rows(expert)].T, piece.a_RI[piece.rows(expert)]
             update_OI = b_Or.to(device, torch.float64) @ a_rI.to(device, torch.float64)
             merged_OI[piece.columns] += update_OI * piece.scaling
             name_of_draws = place(name, piece.matrix, expert)

@@ -64,7 +64,7 @@ def _lora(
     for piece in pieces:
         if piece.matrix != matrix:
             continue
-        ranks = slice(piece.offsets[expert], piece.offsets[expert + 1])
+        ranks = piece.rows(expert)
         update_nO = x_nI @ piece.a_RI[ranks].T @ piece.b_RO[ranks] * piece.scaling
         total_nO[:, piece.columns] = total_nO[:, piece.columns] + update_nO
     return total_nO

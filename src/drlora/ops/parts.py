@@ -39,6 +39,10 @@ class LoraPiece(NamedTuple):
     scaling: float
     step: int = 1
 
+    def rows(self, expert: int) -> slice:
+        """The expert's rows of both factors."""
+        return slice(self.offsets[expert], self.offsets[expert + 1])
+
     @property
     def columns(self) -> slice:
         """Output features that the piece adds to."""

@@ -34,8 +34,10 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from drlora.ops.engine import Engine, register_engine
+from drlora.ops.loop.buffers import Buffers, Widen, write_back
 from drlora.ops.loop.gate import gate_again, gate_backward, gate_into
-from drlora.ops.loop.matrices import Buffers, Plan, Projection, Widen, empty_shrunk, write_back
+from drlora.ops.loop.matrices import Projection, empty_shrunk
+from drlora.ops.loop.plan import Plan
 from drlora.ops.loop.scratch import scratch
 from drlora.ops.loop.tasks import Task, Work, cut, share_out
 from drlora.ops.parts import DropoutMasks, LoraPiece

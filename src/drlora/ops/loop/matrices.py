@@ -12,34 +12,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from drlora.ops.loop.scratch import scratch
+from drlora.ops.loop.buffers import Widen
+from drlora.ops.loop.plan import Plan
 from drlora.ops.loop.tasks import Segment, Task
 from drlora.ops.parts import LoraPiece
-from drlora.ops.routing import Routing
-from drlora.ops.weights import ExpertMatrix, ExpertWeights, Matrix
-
-
-class Plan(NamedTuple):
-    """What is not a tensor, or needs no gradient."""
-
-    base: ExpertWeights
-    pieces: list[LoraPiece]
-    routing: Routing
-    tasks: list[Task]
-    dtype: torch.dtype
-
-    @property
-    def segments(self) -> list[Segment]:
-        """Of all tasks, in the order of the sorted rows."""
-        return [segment for task in self.tasks for segment in task.segments]
-
-    def by_task(self, rows_S: Tensor) -> Sequence[Tensor]:
-        """Views of each task's rows."""
-        return rows_S.split_with_sizes([task.rows for task in self.tasks])
-
-    def by_segment(self, rows_S: Tensor) -> Sequence[Tensor]:
-        """Views of each segment's rows."""
-        return rows_S.split_with_sizes([segment.rows for segment in self.segments])
+from drlora.ops.weights import ExpertMatrix, Matrix
 
 
 class Projection:
@@ -253,61 +230,6 @@ class _Update:
         """The (rank, rows) block of each segment."""
         parts = flat.split([rank * rows for rank, rows in self.shapes])
         return [part.view(shape) for part, shape in zip(parts, self.shapes, strict=True)]
-
-
-class Widen:
-    """An expert's matrix in the working type, in a buffer that is used again."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
-        self.buffer: Tensor | None = None
-        self.read_OI: Tensor | None = None
-
-    def __call__(self, weight_IO: Tensor) -> Tensor:
-        if weight_IO.dtype == self.dtype:
-            return weight_IO
-        if self.buffer is None:
-            self.buffer = torch.empty_like(weight_IO, dtype=self.dtype)
-        return self.buffer.copy_(weight_IO)
-
-    def read(self, matrix: ExpertMatrix, expert: int) -> Tensor:
-        """(O, I) of an expert that is stored in another form."""
-        shape = matrix.shape[1:]
-        if self.read_OI is None or self.read_OI.shape != shape:
-            self.read_OI = torch.empty(shape, dtype=self.dtype, device=matrix.device)
-        return matrix.read(expert, self.read_OI)
-
-
-class Buffers:
-    """A thread's buffers, as large as the largest task needs."""
-
-    def __init__(self, plan: Plan) -> None:
-        self.rows = max((task.rows for task in plan.tasks), default=0)
-        self.dtype, self.device = plan.dtype, plan.routing.order_S.device
-        self.kept: dict[str, Tensor] = {}
-
-    def get(self, name: str, task: Task, width: int) -> Tensor:
-        """(rows of the task, width); its content is whatever was there."""
-        if name not in self.kept:
-            self.kept[name] = scratch(name, self.rows, width, self.dtype, self.device)
-        return self.kept[name][: task.rows]
-
-    def instead(self, name: str, task: Task, stored_nO: Tensor) -> Tensor:
-        """The stored rows themselves if they are of the working type, else a buffer for them."""
-        if stored_nO.dtype == self.dtype:
-            return stored_nO
-        return self.get(name, task, stored_nO.shape[1])
-
-    def filled(self, name: str, task: Task, stored_nO: Tensor) -> Tensor:
-        """The stored rows in the working type."""
-        if stored_nO.dtype == self.dtype:
-            return stored_nO
-        return self.get(name, task, stored_nO.shape[1]).copy_(stored_nO)
-
-
-def write_back(stored_nO: Tensor, computed_nO: Tensor) -> None:
-    if stored_nO is not computed_nO:
-        stored_nO.copy_(computed_nO)
 
 
 def empty_shrunk(piece: LoraPiece, plan: Plan) -> Tensor:
