@@ -19,9 +19,6 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-# What is registered when these are imported: what DrLoraConfig may name.
-_RULES = ("drlora.ranks.saliency", "drlora.ranks.policies", "drlora.ranks.starts")
-
 
 def register_with_peft() -> None:
     """Register now if PEFT is imported already, otherwise in the moment that it is."""
@@ -32,15 +29,13 @@ def register_with_peft() -> None:
 
 
 # Modules that put rules into the registries of drlora.config.registry.
-_WITH_RULES = ("ranks.saliency", "ranks.event", "ranks.starts")
+_WITH_RULES = ("ranks.saliency", "ranks.policies", "ranks.starts")
 
 
 def _register() -> None:
     from drlora.adapter.model import register
     from drlora.report.card import keep_cards
 
-    for module in _RULES:
-        import_module(module)
     register()
     keep_cards()
     for module in _WITH_RULES:
