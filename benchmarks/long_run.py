@@ -31,7 +31,7 @@ from benchmarks.harness import RESULTS, where
 from drlora.embedded import model_folder
 from drlora.io.jsonl import read_lines
 from drlora.runs.environment import source_state
-from drlora.runs.progress import MetricsLog
+from drlora.runs.metrics_log import MetricsLog
 
 STEPS, EVERY, WINDOW, REFERENCE_EVERY = 20_000, 20, 1000, 10
 ROWS, LENGTH, VOCABULARY = 2, 24, 4096

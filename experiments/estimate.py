@@ -24,7 +24,7 @@ from drlora.compare.cells import compare_cells, places
 from drlora.compare.plan import load_plan
 from drlora.config.adapter import DrLoraConfig
 from drlora.runs.inspect import inspect_model
-from drlora.runs.recipe import Recipe, load_recipe
+from drlora.runs.recipe import Recipe, load_recipe, settings_of
 
 ROOT = Path(__file__).parents[1]
 PEAK = 989e12  # dense bfloat16 operations a second of an H100 SXM, as its maker says
@@ -61,7 +61,9 @@ def _inspected(config: str, settings: str, dtype: str, tokens: int) -> dict[str,
 def inspected(recipe: Recipe, config: str) -> dict[str, Any]:
     """What `drlora inspect` says of the recipe's adapter on the model of `config`."""
     dtype = "bfloat16" if recipe.dtype == "auto" else recipe.dtype
-    return _inspected(config, json.dumps(recipe.adapter), dtype, micro_batch_tokens(recipe))
+    return _inspected(
+        config, json.dumps(settings_of(recipe.adapter)), dtype, micro_batch_tokens(recipe)
+    )
 
 
 def memory_gb(recipe: Recipe, config: str) -> float:

@@ -31,7 +31,6 @@ sys.path.insert(0, str(Path(__file__).parent))
 import torch
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
-from rich.console import Console
 from safetensors.torch import load_file, save_file
 from tiny import make_batch, make_model, plain_loop, trainable
 from tiny_run import save_examples, save_model_folder, save_recipe
@@ -108,7 +107,7 @@ def command(folder: Path, tell: Connection) -> None:
     _tell_of_trainer(tell)
     _tell_around(RunDir, "write_adapter", tell, before="write", after="written")
     recipe = load_recipe(folder.parent / "recipe.yaml", [f"output_dir={folder}"])
-    train(recipe, resume=RunDir(folder).config.is_file(), console=Console(quiet=True))
+    train(recipe, resume=RunDir(folder).config.is_file())
 
 
 KINDS = {"plain": plain, "trainer": trainer, "command": command}

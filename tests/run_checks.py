@@ -4,7 +4,7 @@ import json
 import signal
 from pathlib import Path
 
-from drlora.runs.progress import MetricsLog
+from drlora.runs.metrics_log import MetricsLog
 
 
 def lines(path: Path) -> list[dict]:

@@ -41,8 +41,8 @@ import drlora.adapter.layer
 from drlora.errors import CheckpointError
 from drlora.export import peft_lora
 from drlora.export.formats import per_expert
-from drlora.runs.export import export_run
-from drlora.runs.train import peak_memory, versions
+from drlora.runs.environment import peak_memory, versions
+from drlora.runs.export import export_adapter
 
 HERE = Path(__file__).parent
 WORK = Path(".cache/realistic")
@@ -215,7 +215,7 @@ def defects() -> list[dict[str, Any]]:
         said = None
         with (broken_merge if format == "merged" else broken_lora)(defect):
             try:
-                export_run(RUN, format, WORK / "broken", rounding=rounding)
+                export_adapter(RUN, format, WORK / "broken", rounding=rounding)
             except CheckpointError as error:
                 said = str(error)
         shutil.rmtree(WORK / "broken", ignore_errors=True)

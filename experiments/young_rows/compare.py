@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
 import statistics
 import sys
 from concurrent.futures import ProcessPoolExecutor
@@ -44,7 +43,6 @@ SETTINGS = [
 def run(task: str, mode: str, rate: float, seed: int, folder: str) -> dict:
     """One run; its held-out loss before and after."""
     import torch
-    from rich.console import Console
 
     from drlora.runs.recipe import load_recipe
     from drlora.runs.train import train
@@ -58,8 +56,7 @@ def run(task: str, mode: str, rate: float, seed: int, folder: str) -> dict:
         f"training.seed={seed}",
         f"output_dir={folder}/{task}-{mode}-{rate}-{seed}",
     ]
-    with open(os.devnull, "w", encoding="utf-8") as nowhere:
-        result = train(load_recipe(RECIPE, overrides), console=Console(file=nowhere))
+    result = train(load_recipe(RECIPE, overrides))
     assert result.after is not None
     return {
         "task": task, "mode": mode, "rate": rate, "seed": seed,

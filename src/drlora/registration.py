@@ -19,6 +19,9 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
+# Importing these fills the registries of what settings name (drlora.config.registry).
+_RULES = ("drlora.ranks.saliency", "drlora.ranks.policies", "drlora.ranks.starts")
+
 
 def register_with_peft() -> None:
     """Register now if PEFT is imported already, otherwise in the moment that it is."""
@@ -28,18 +31,14 @@ def register_with_peft() -> None:
         sys.meta_path.insert(0, _WhenPeftIsThere())
 
 
-# Modules that put rules into the registries of drlora.config.registry.
-_WITH_RULES = ("ranks.saliency", "ranks.policies", "ranks.starts")
-
-
 def _register() -> None:
     from drlora.adapter.model import register
     from drlora.report.card import keep_cards
 
+    for module in _RULES:
+        import_module(module)
     register()
     keep_cards()
-    for module in _WITH_RULES:
-        import_module(f"drlora.{module}")
 
 
 class _WhenPeftIsThere(MetaPathFinder):

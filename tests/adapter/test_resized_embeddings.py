@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 import drlora
 from drlora.adapter.state import adapter_state
 from drlora.errors import CheckpointError
-from drlora.runs.export import export_run
+from drlora.runs.export import export_adapter
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`"),
@@ -96,9 +96,9 @@ def test_a_saved_adapter_loads_and_exports(tmp_path, tied, settings):
     with pytest.raises(CheckpointError, match=r"resize_token_embeddings\(34\) before"):
         PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder)
     for format in ("peft", "per-expert", "merged"):
-        planned = export_run(folder, format, tmp_path / "none", dry_run=True).plan
+        planned = export_adapter(folder, format, tmp_path / "none", dry_run=True).plan
         out = tmp_path / format
-        export_run(folder, format, out)
+        export_adapter(folder, format, out)
         kind = AutoModelForCausalLM if format == "merged" else AutoPeftModelForCausalLM
         close(kind.from_pretrained(out), wanted)
         written = [x for path in out.glob("*.safetensors") for x in load_file(path).values()]
@@ -113,7 +113,7 @@ def test_rows_beyond_the_tokens(tmp_path):
     model.save_pretrained(tmp_path / "adapter")
     tokenizer().save_pretrained(tmp_path / "adapter")
     close(PeftModel.from_pretrained(resized(base, rows=40), tmp_path / "adapter"), logits(model))
-    export_run(tmp_path / "adapter", "merged", tmp_path / "merged")
+    export_adapter(tmp_path / "adapter", "merged", tmp_path / "merged")
     close(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"), logits(model))
 
 

@@ -284,7 +284,7 @@ def test_methods_see_the_same_batches_in_the_same_order(tmp_path, monkeypatch):
             seen[-1].append(batch["input_ids"].tolist())
             return batch
 
-    monkeypatch.setattr(train_module, "Collator", Watching)
+    monkeypatch.setattr("drlora.runs.training.Collator", Watching)
     for cell in compare_cells(plan, dict.fromkeys(places(plan), {})):
         seen.append([])
         train_module.train(replace(cell.recipe, output_dir=str(tmp_path / cell.name)))

@@ -333,8 +333,8 @@ def test_a_recipe_names_a_method_and_its_record_means_the_same(method, tmp_path)
     path.write_text(yaml.safe_dump(recipe.to_dict()))
     assert load_recipe(path) == recipe and recipe.method == method
     settings = DrLoraConfig.for_method(method, r_target=3, r_init=1, r_max=8, p_grow=0.5)
-    assert recipe.adapter["start"] == settings.start
-    assert recipe.adapter["r_init"] == settings.r_init
+    assert recipe.adapter.start == settings.start
+    assert recipe.adapter.r_init == settings.r_init
 
 
 @pytest.mark.parametrize("method", ["hot", "drlora-global"])

@@ -20,7 +20,7 @@ from drlora.export.format import LoraFormat
 from drlora.export.formats import FORMATS, register_format
 from drlora.export.plan import apply_plan, make_plan
 from drlora.io.run_files import EXPORT_RECORD, README
-from drlora.runs.export import export_run
+from drlora.runs.export import export_adapter
 
 IDS = make_batch(7)["input_ids"]
 BATCHES = [{"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}]
@@ -102,7 +102,7 @@ def test_a_defect_of_it_is_found(tmp_path, deltas, monkeypatch):
 def test_the_command_line_and_python_know_it(tmp_path, deltas, capsys):
     save_all(tmp_path)
     assert main(["train", str(tmp_path / "recipe.yaml")]) == 0
-    result = export_run(tmp_path / "run", "deltas", tmp_path / "one", "auto")
+    result = export_adapter(tmp_path / "run", "deltas", tmp_path / "one", "auto")
     assert result.difference.is_rounding
     words = ["export", str(tmp_path / "run"), "--format", "deltas", "-o"]
     assert main([*words, str(tmp_path / "two"), "--rank", "auto"]) == 0

@@ -20,7 +20,8 @@ MAX_LINES = 400
 # Lowest first. Wings of one row do not know each other.
 ORDER: tuple[frozenset[str], ...] = (
     frozenset({"errors", "version"}),
-    frozenset({"io", "config", "distributed", "embedded", "ops"}),
+    frozenset({"io", "config", "distributed", "embedded"}),
+    frozenset({"ops"}),
     frozenset({"data", "moe"}),
     frozenset({"evaluation", "adapter"}),
     frozenset({"export", "ranks"}),
@@ -109,6 +110,25 @@ def test_no_file_is_too_long():
     lengths = {path: len(path.read_text().splitlines()) for path in SRC.rglob("*.py")}
     long = {str(path.relative_to(SRC)): n for path, n in lengths.items() if n > MAX_LINES}
     assert not long, f"over {MAX_LINES} lines, split them: {long}"
+
+
+def printing(path: Path) -> Iterator[str]:
+    """Calls of print and imports of rich in a file."""
+    source = path.read_text()
+    for node in ast.walk(ast.parse(source)):
+        called = node.func if isinstance(node, ast.Call) else None
+        if isinstance(called, ast.Name) and called.id == "print":
+            yield f"{path.relative_to(SRC)}:{called.lineno}: print"
+    for line, name in imported_names(source, "drlora"):
+        if name.partition(".")[0] == "rich":
+            yield f"{path.relative_to(SRC)}:{line}: {name}"
+
+
+def test_only_the_command_line_prints():
+    found = [line for path in package_files() for line in printing(path)]
+    elsewhere = [line for line in found if not line.startswith("cli/")]
+    assert not elsewhere, "\n".join(elsewhere)
+    assert {line.rpartition(" ")[2] for line in found} >= {"print", "rich.console.Console"}
 
 
 def spelt(path: Path) -> Iterator[str]:

@@ -15,7 +15,7 @@ from tiny_trainer import STEPS, dynamics_of, make_trainer
 
 import drlora
 from drlora.io.jsonl import read_lines
-from drlora.runs.progress import MetricsLog
+from drlora.runs.metrics_log import MetricsLog
 
 SETTINGS = dict(r_init=2, r_target=4, r_max=8, p_grow=0.5, grow_every=4, warmup_steps=5,
                 settle_steps=2, lora_alpha=8.0)  # fmt: skip

@@ -16,11 +16,13 @@ from tiny import make_batch, make_model
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import drlora
+from drlora.cli.heat_map import print_heat_map
+from drlora.cli.progress import ConsoleProgress, say
 from drlora.cli.summary import print_ranks
 from drlora.ranks.concentration import gini, top_share
 from drlora.ranks.event import Grant
-from drlora.report.heat_map import LEVELS, block_lines, print_heat_map
-from drlora.runs.progress import ShowProgress, growth_line, say
+from drlora.report.heat_map import LEVELS, block_lines
+from drlora.runs.progress import TellProgress, growth_line
 from drlora.trainer import event_log
 
 STEPS, EVENTS = 8, [3, 5, 7]
@@ -160,14 +162,14 @@ def test_elsewhere_there_are_a_few_whole_lines():
 
 
 def show_a_step(console):
-    bar = ShowProgress(console)
+    bar = TellProgress(shown := ConsoleProgress(console))
     state = SimpleNamespace(max_steps=100, global_step=0)
     bar.on_train_begin(None, state, None)
     logs = dict(loss=1.23456, learning_rate=2e-4, tokens_per_second=3210.4, rank_mean=12.52)
     state.global_step = 40
     bar.on_log(None, state, None, logs={**logs, "epoch": 0.5})
     bar.on_step_end(None, state, None)
-    bar.bar.refresh()
+    shown.bar.refresh()
     bar.on_train_end(None, state, None)
 
 

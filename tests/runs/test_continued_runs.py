@@ -16,9 +16,9 @@ from tiny_run import save_all, save_examples
 from tiny_trainer import SETTINGS, callback_of, dynamics_of, make_trainer
 
 import drlora
-import drlora.runs.train as train_module
 from drlora.cli.main import main
 from drlora.io.jsonl import read_lines
+from drlora.trainer.trainer import RunTrainer
 
 LONGER = "training.num_train_epochs=4"
 
@@ -95,14 +95,14 @@ def test_data_that_only_lie_otherwise_are_the_same(tmp_path, monkeypatch):
 
 def too_large(at: int, monkeypatch, most: int = 2):
     """A batch of more than `most` examples does not fit from step `at` on."""
-    real = train_module._Trainer.training_step
+    real = RunTrainer.training_step
 
     def step(self, model, inputs, *args, **kwargs):
         if len(inputs["input_ids"]) > most and self.state.global_step >= at:
             raise RuntimeError("CUDA out of memory. Tried to allocate")
         return real(self, model, inputs, *args, **kwargs)
 
-    monkeypatch.setattr(train_module._Trainer, "training_step", step)
+    monkeypatch.setattr(RunTrainer, "training_step", step)
 
 
 def test_a_batch_found_late_makes_the_run_of_that_batch(tmp_path, monkeypatch):

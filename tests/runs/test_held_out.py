@@ -18,8 +18,9 @@ from drlora.data.draw import drawn
 from drlora.data.encode import Examples
 from drlora.data.load import load_placed
 from drlora.data.roles import load_source, load_training_data
-from drlora.data.section import DataSection, EvaluationSection
+from drlora.data.section import DataSection
 from drlora.data.slices import rows_of
+from drlora.evaluation.measure import EvaluationSection
 from drlora.ranks.rank_map import read_rank_map
 from drlora.runs.held_out import evaluation_notes
 from drlora.runs.run_record import held_out_record

@@ -48,7 +48,7 @@ def test_overrides_reach_every_section(path):
     )
     assert recipe.output_dir == "runs/y"
     assert recipe.training["learning_rate"] == 0.001
-    assert recipe.adapter["projections"] == ["down"]
+    assert recipe.adapter.projections == ["down"]
     assert recipe.evaluation.exact_match is False
     assert recipe.data.limits == {"train": 100, "eval": 5}
 
@@ -63,9 +63,9 @@ def test_preset_with_changes():
 
 def test_the_learning_rates_warmup_is_also_the_adapters():
     training = {"warmup_steps": 50}
-    assert recipe_from({**MINIMAL, "training": training}).adapter["warmup_steps"] == 50
+    assert recipe_from({**MINIMAL, "training": training}).adapter.warmup_steps == 50
     own = {**MINIMAL, "training": training, "adapter": {"warmup_steps": 70}}
-    assert recipe_from(own).adapter["warmup_steps"] == 70
+    assert recipe_from(own).adapter.warmup_steps == 70
 
 
 def test_resolved_recipe_is_a_recipe_and_stays_as_it_is(path):

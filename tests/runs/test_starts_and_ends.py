@@ -19,8 +19,9 @@ from drlora.evaluation.evaluate import LossResult
 from drlora.evaluation.measure import Measurement
 from drlora.report.facts import lead
 from drlora.report.read import read_run
+from drlora.runs.metrics_log import MetricsLog
 from drlora.runs.outcome import reasons_of_divergence
-from drlora.runs.progress import MetricsLog
+from drlora.trainer.trainer import RunTrainer
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +92,7 @@ def test_a_folder_in_which_no_step_was_taken_is_free(recipe, tmp_path, monkeypat
         raise RuntimeError("no kernel for this")
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_module._Trainer, "training_step", fail)
+        patch.setattr(RunTrainer, "training_step", fail)
         with pytest.raises(RuntimeError, match="no kernel"):
             main(["train", str(recipe)])
     assert (run / "config.yaml").is_file() and (run / "metrics.jsonl").is_file()

@@ -15,9 +15,10 @@ import drlora.runs.train as train_module
 from drlora.cli.main import main
 from drlora.cli.summary import print_summary
 from drlora.evaluation.measure import measurement_from
+from drlora.ranks.rank_map import Budget
 from drlora.ranks.schedule import plan_growth
+from drlora.runs.metrics_log import MetricsLog
 from drlora.runs.outcome import TrainResult
-from drlora.runs.progress import MetricsLog
 from drlora.runs.recipe import load_recipe, recipe_from
 from drlora.runs.rundir import RunDir
 
@@ -105,7 +106,7 @@ def test_summary_says_before_after_ranks_and_budget(trained, capsys):
         before,
         after,
         found["ranks"],
-        found["budget"],
+        Budget(**found["budget"]),
         4896,
         4896,
         12,
@@ -195,7 +196,7 @@ def test_interrupted_before_the_first_step_it_starts_again(trained, tmp_path, mo
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_module._Training, "fit", press)
+        patch.setattr(train_module.Training, "fit", press)
         assert main(["train", str(recipe)]) == 130
     assert "--resume" in capsys.readouterr().err
     assert main(["train", str(recipe), "--resume"]) == 0

@@ -9,7 +9,7 @@ from tiny_run import save_all
 
 from drlora.cli.main import main
 from drlora.errors import ConfigError
-from drlora.runs.export import export_run
+from drlora.runs.export import export_adapter
 
 SHORT = dict(training=dict(max_steps=8, save_steps=8))
 
@@ -63,7 +63,7 @@ def test_rounding_of_a_merge_on_the_command_line(run, tmp_path, capsys):
         record = json.loads((tmp_path / name / "drlora_export.json").read_text())
         assert (record["rounding"]["mode"], record["rounding"]["seed"]) == wanted
     with pytest.raises(ConfigError, match="rounding='up' is not known"):
-        export_run(run, "merged", tmp_path / "out", rounding="up")
+        export_adapter(run, "merged", tmp_path / "out", rounding="up")
 
 
 def test_fewer_examples_than_asked_for(run, capsys):

@@ -28,7 +28,7 @@ from transformers import (
 import drlora
 from drlora.adapter.inject import adapted_layers
 from drlora.io.jsonl import read_lines
-from drlora.runs.progress import MetricsLog
+from drlora.runs.metrics_log import MetricsLog
 
 
 class StopAfter(TrainerCallback):

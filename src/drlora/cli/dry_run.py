@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 
 from drlora.cli.inspection import print_inspection
-from drlora.runs.progress import say
+from drlora.cli.progress import say
 
 
 def print_dry_run(found: dict[str, Any], console: Console) -> None:

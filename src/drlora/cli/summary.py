@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
+from drlora.cli.heat_map import print_heat_map
+from drlora.cli.progress import say
 from drlora.errors import counted, duration
 from drlora.evaluation.measure import Measurement
 from drlora.ranks.rank_map import Ranks
-from drlora.report.heat_map import print_heat_map
 from drlora.runs.outcome import TrainResult
-from drlora.runs.progress import say
 
 MOST_IN_TABLE = 32  # experts of a layer
 
@@ -86,13 +86,13 @@ def budget_line(result: TrainResult) -> str:
     """The ranks spent, and what the budget is made of."""
     b = result.budget
     factors = (
-        f"r_target {b['r_target']} x {b['experts']} experts x {b['layers']} layers x "
-        f"{b['projections']} projections"
+        f"r_target {b.r_target} x {b.experts} experts x {b.layers} layers x "
+        f"{b.projections} projections"
     )
-    planned = b["r_target"] * b["experts"] * b["layers"] * b["projections"]
-    if b["stored"] == planned:
-        return f"spent {b['spent']} of {b['stored']} ranks = {factors}"
-    return f"spent {b['spent']} ranks ({planned} = {factors}); {b['stored']} rows are stored"
+    planned = b.r_target * b.experts * b.layers * b.projections
+    if b.stored == planned:
+        return f"spent {b.spent} of {b.stored} ranks = {factors}"
+    return f"spent {b.spent} ranks ({planned} = {factors}); {b.stored} rows are stored"
 
 
 def rank_table(ranks: Ranks) -> Table:

@@ -15,23 +15,24 @@ import transformers
 from rich.console import Console
 
 from drlora.cli import exits
+from drlora.cli.comparison import print_comparison
 from drlora.cli.dry_run import print_dry_run
 from drlora.cli.exits import end
+from drlora.cli.export import print_export
 from drlora.cli.inspection import print_inspection
+from drlora.cli.progress import ConsoleProgress
 from drlora.cli.summary import print_summary
-from drlora.compare import compare
+from drlora.compare.comparison import run_comparison
 from drlora.errors import CheckpointError, ConfigError, Terminated
-from drlora.io.files import read_json, refuse_links_out
 from drlora.io.settings import set_in, split_override
 from drlora.report.write import write_report
 from drlora.runs.dry_run import dry_run
 from drlora.runs.environment import describe
-from drlora.runs.evaluate import evaluate_run
-from drlora.runs.export import ExportResult, export_run, print_plan
+from drlora.runs.evaluate import evaluate
+from drlora.runs.export import export_adapter
 from drlora.runs.inspect import inspect_model
-from drlora.runs.moved import located_at
-from drlora.runs.outcome import verdict_line
-from drlora.runs.progress import sigterm_interrupts
+from drlora.runs.interrupt import sigterm_interrupts
+from drlora.runs.outcome import RunDiverged, RunInterrupted
 from drlora.runs.recipe import load_recipe, make_adapter_config
 from drlora.runs.rundir import RunDir
 from drlora.runs.train import train
@@ -56,41 +57,41 @@ def _train(arguments: argparse.Namespace) -> int:
         raise ConfigError("--resume and --overwrite contradict each other; keep one.")
     console = Console(highlight=False, soft_wrap=True, stderr=arguments.json)
     recipe = load_recipe(arguments.recipe, arguments.overrides, arguments.resume)
-    recipe = located_at(recipe, arguments.recipe, arguments.overrides)
-    run = RunDir(Path(recipe.output_dir))
-    if arguments.resume or arguments.overwrite:
-        refuse_links_out(run.path)
+    how: dict[str, Any] = {"resume": arguments.resume, "overwrite": arguments.overwrite}
     if arguments.dry_run:
-        found = dry_run(recipe, arguments.resume, arguments.overwrite)
+        found = dry_run(recipe, **how)
         if arguments.json:
             print(json.dumps(found, indent=2))
         else:
             print_dry_run(found, console)
         return 0
+    verdict = None
+    run = RunDir(Path(recipe.output_dir))
     try:
         with sigterm_interrupts():
-            result = train(recipe, arguments.resume, console, arguments.overwrite)
+            result = train(recipe, progress=ConsoleProgress(console), **how)
+    except RunDiverged as error:
+        result, verdict = error.result, str(error)
     except KeyboardInterrupt as stop:
-        is_term = isinstance(stop, Terminated)
-        what = "terminated" if is_term else "interrupted"
-        return end(_way_on(run, what), exits.TERMINATED if is_term else exits.INTERRUPTED)
+        return _interrupted(run, stop)
     except (CheckpointError, OSError) as error:
         if arguments.debug or not run.config.is_file() or run.result.is_file():
             raise
         # Such as a full disk: what is there stays good.
         return end(_way_on(run, f"error: {error}"), exits.BAD_INPUT)
-    if result.interrupted:
-        is_term = result.signal == signal.SIGTERM
-        what = "terminated" if is_term else "interrupted"
-        what = f"{what} at step {result.steps}; a checkpoint is saved"
-        return end(_way_on(run, what), exits.TERMINATED if is_term else exits.INTERRUPTED)
     print_summary(result, console)
     if arguments.json:
-        print(json.dumps({"run": str(run.path), **read_json(run.result)}, indent=2))
-    if result.diverged:
-        rate = float(recipe.training["learning_rate"])
-        return end(verdict_line(result, rate), exits.DIVERGED)
-    return 0
+        print(json.dumps(result.to_dict(), indent=2))
+    return 0 if verdict is None else end(verdict, exits.DIVERGED)
+
+
+def _interrupted(run: RunDir, stop: KeyboardInterrupt) -> int:
+    result = stop.result if isinstance(stop, RunInterrupted) else None
+    is_term = isinstance(stop, Terminated) or (result and result.signal == signal.SIGTERM)
+    what = "terminated" if is_term else "interrupted"
+    if result:
+        what = f"{what} at step {result.steps}; a checkpoint is saved"
+    return end(_way_on(run, what), exits.TERMINATED if is_term else exits.INTERRUPTED)
 
 
 def _way_on(run: RunDir, what: str) -> str:
@@ -117,7 +118,7 @@ def _env(arguments: argparse.Namespace) -> int:
 
 
 def _eval(arguments: argparse.Namespace) -> int:
-    found = evaluate_run(
+    found = evaluate(
         arguments.run,
         arguments.split,
         arguments.data,
@@ -145,7 +146,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    result = export_run(
+    result = export_adapter(
         arguments.run,
         arguments.format,
         arguments.output,
@@ -159,22 +160,15 @@ def _export(arguments: argparse.Namespace) -> int:
         seed=arguments.seed,
     )
     if arguments.json:
-        print(json.dumps(_export_to_json(result, arguments.output), indent=2))
+        print(json.dumps(result.to_dict(), indent=2))
         return 0
-    print_plan(result, arguments.output, Console(highlight=False, soft_wrap=True, markup=False))
+    print_export(result, arguments.output, Console(highlight=False, soft_wrap=True, markup=False))
     return 0
 
 
-def _export_to_json(result: ExportResult, output: str) -> dict[str, Any]:
-    found = {**result.plan.to_dict(), "output": None, "logits": None}
-    found["notes"] += result.notes
-    if result.difference is not None:
-        found |= {"output": output, "logits": result.difference.to_dict()}
-    return found
-
-
 def _compare(arguments: argparse.Namespace) -> int:
-    return compare(
+    console = Console(highlight=False, soft_wrap=True, markup=False, stderr=arguments.json)
+    found = run_comparison(
         arguments.plan,
         arguments.overrides,
         jobs=arguments.jobs,
@@ -182,8 +176,12 @@ def _compare(arguments: argparse.Namespace) -> int:
         dry_run=arguments.dry_run,
         only_page=arguments.only_page,
         retry_failed=arguments.retry_failed,
-        as_json=arguments.json,
+        progress=console.print,
     )
+    print_comparison(found, console)
+    if arguments.json:
+        print(json.dumps(found.to_dict(), indent=2))
+    return exits.FAILED_CELL if found.failed and not arguments.dry_run else 0
 
 
 def _report(arguments: argparse.Namespace) -> int:

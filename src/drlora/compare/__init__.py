@@ -7,8 +7,5 @@ run.py         the processes
 results.py     result files, the tuned choice, pairing
 statistics.py  means, t-intervals, paired gains
 page.py, figures.py, metrics.py    what is shown
+comparison.py  all of that in turn
 """
-
-from drlora.compare.door import compare
-
-__all__ = ["compare"]

@@ -22,7 +22,7 @@ from drlora.data.load import EMBEDDED_FOLDER, EMBEDDED_PREFIX
 from drlora.embedded import resolve_model
 from drlora.errors import ConfigError
 from drlora.io.files import local_path
-from drlora.runs.recipe import Recipe, recipe_from
+from drlora.runs.recipe import Recipe, recipe_from, settings_of
 
 KEY_LENGTH = 12
 HASHED_WHOLE = 64 << 20
@@ -126,7 +126,7 @@ def _refuse_unused(name: str, given: Settings, recipe: Recipe) -> None:
     In `base` the method wins, for one base serves all methods; in the entry itself it would be
     another run than the entry says.
     """
-    fixed = method_settings(recipe.method, recipe.adapter) if recipe.method else {}
+    fixed = method_settings(recipe.method, settings_of(recipe.adapter)) if recipe.method else {}
     wanted, set_to = _flat(given), _flat(fixed)
     for key in wanted.keys() & set_to.keys():
         if wanted[key] != set_to[key]:

@@ -12,14 +12,13 @@ import multiprocessing.connection
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.process import BaseProcess
 from typing import Any
 
 from filelock import FileLock, Timeout
-from rich.console import Console
 
 from drlora.compare.cells import Cell
 from drlora.compare.plan import Plan
@@ -54,7 +53,11 @@ def make_pool(jobs: int | None, threads: int | None) -> Pool:
 
 
 def run_plan(
-    plan: Plan, folder: Folder, pool: Pool, console: Console, retry_failed: bool = False
+    plan: Plan,
+    folder: Folder,
+    pool: Pool,
+    tell: Callable[[str], object],
+    retry_failed: bool = False,
 ) -> Matrix:
     """Run what has no result yet: the tuning first, then the compared cells.
 
@@ -62,7 +65,7 @@ def run_plan(
         plan: what to run.
         folder: where results go; locked meanwhile.
         pool: how many at once.
-        console: one line a finished cell.
+        tell: is told a line for each cell that ends.
         retry_failed: run the cells again that failed before.
 
     Raises:
@@ -80,7 +83,7 @@ def run_plan(
             if not todo:
                 return matrix
             tried |= {cell.key for cell in todo}
-            _run_all(todo, folder, pool, console)
+            _run_all(todo, folder, pool, tell)
 
 
 def open_cells(matrix: Matrix) -> list[Cell]:
@@ -88,7 +91,9 @@ def open_cells(matrix: Matrix) -> list[Cell]:
     return [c for c in matrix.cells if c.key not in matrix.results and c.key not in matrix.failures]
 
 
-def _run_all(cells: Sequence[Cell], folder: Folder, pool: Pool, console: Console) -> None:
+def _run_all(
+    cells: Sequence[Cell], folder: Folder, pool: Pool, tell: Callable[[str], object]
+) -> None:
     # Windows has no fork; there each process imports everything for itself.
     has_fork = "forkserver" in multiprocessing.get_all_start_methods()
     context: Any = multiprocessing.get_context("forkserver" if has_fork else "spawn")
@@ -111,7 +116,7 @@ def _run_all(cells: Sequence[Cell], folder: Folder, pool: Pool, console: Console
                 done += 1
                 failed = _note_failure(cell, folder, process.exitcode)
                 said = f"failed: {failed}" if failed else f"{time.monotonic() - started:.0f} s"
-                console.print(f"[{done}/{len(cells)}] {cell.stage} {cell.name}: {said}")
+                tell(f"[{done}/{len(cells)}] {cell.stage} {cell.name}: {said}")
     finally:
         for process, _, _ in running.values():
             process.terminate()
@@ -128,7 +133,7 @@ def _work(cell: Cell, folder: Folder, pool: Pool) -> Work:
         "method": cell.method,
         "tuned": cell.tuned,
     }
-    recipe = {**cell.recipe.to_dict(), "output_dir": str(place / "run")}
+    recipe = replace(cell.recipe, output_dir=str(place / "run"))
     return Work(recipe, labels, place, folder.cell_file(cell), pool.threads)
 
 

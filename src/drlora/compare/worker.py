@@ -17,7 +17,6 @@ from typing import Any
 import datasets
 import torch
 import transformers
-from rich.console import Console
 
 from drlora.compare.cells import contents_of
 from drlora.compare.results import read_result, write_result
@@ -25,9 +24,10 @@ from drlora.errors import CheckpointError, ConfigError
 from drlora.evaluation.measure import Measurement
 from drlora.io.jsonl import read_lines
 from drlora.runs.environment import peak_memory, processor, source_state
-from drlora.runs.recipe import Recipe, recipe_from
+from drlora.runs.outcome import RunDiverged, RunInterrupted, TrainResult
+from drlora.runs.recipe import Recipe
 from drlora.runs.rundir import RunDir
-from drlora.runs.train import TrainResult, train
+from drlora.runs.train import train
 
 CURVE_POINTS = 50
 EXIT_FAILED = 1
@@ -39,14 +39,14 @@ class Work:
     """A cell as its process gets it.
 
     Attributes:
-        recipe: plain values of the recipe, output_dir included.
+        recipe: of the run.
         labels: what the result says of its place in the plan.
         folder: where the run and the log go; removed at the end.
         target: the result file.
         threads: of torch.
     """
 
-    recipe: dict[str, Any]
+    recipe: Recipe
     labels: dict[str, Any]
     folder: Path
     target: Path
@@ -65,7 +65,7 @@ def run_cell(work: Work) -> None:
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(work.threads)
     started = time.monotonic()
-    recipe = recipe_from(work.recipe)
+    recipe = work.recipe
     is_resumed = RunDir(Path(recipe.output_dir)).newest_checkpoint() is not None
     outcome = _train(recipe)
     seconds = {"wall_seconds": round(time.monotonic() - started, 2), "is_resumed": is_resumed}
@@ -93,18 +93,29 @@ def _log_to(path: Path) -> None:
 def _train(recipe: Recipe) -> TrainResult:
     """The outcome of the run; what an earlier process left is continued where it can be."""
     run = RunDir(Path(recipe.output_dir))
-    console = Console(highlight=False, width=100, force_terminal=False)
     try:
-        outcome = train(recipe, resume=run.config.is_file(), console=console)
+        return _trained(recipe, resume=run.config.is_file())
     except (CheckpointError, ConfigError):
         if not run.path.exists():
             raise
         # A finished run without its result file, one of an older drlora, or one cut off too early.
         shutil.rmtree(run.path)
-        outcome = train(recipe, console=console)
-    if outcome.interrupted:
-        raise SystemExit(130)
-    return outcome
+        return _trained(recipe)
+
+
+def _trained(recipe: Recipe, resume: bool = False) -> TrainResult:
+    """Also of a run that diverged: that is a result of a method, too."""
+    try:
+        return train(recipe, resume=resume, progress=_log)
+    except RunDiverged as error:
+        return error.result
+    except RunInterrupted:
+        raise SystemExit(130) from None
+
+
+def _log(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
 
 
 def _harvest(outcome: TrainResult, recipe: Recipe, labels: dict[str, Any]) -> dict[str, Any]:

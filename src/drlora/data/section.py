@@ -1,4 +1,4 @@
-"""The sections `data` and `evaluation` of a recipe."""
+"""The section `data` of a recipe: where the examples of a run come from."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from drlora.io.settings import check_type, refuse_unknown
 ROLES = ("train", "eval", "test")
 EMBEDDED_SPLITS = {"train": "train", "eval": "dev", "test": "test"}
 HUB_SPLITS = {"train": "train", "eval": "validation", "test": "test"}
-DRAWS = ("random", "front")
 
 
 @dataclass(frozen=True)
@@ -77,38 +76,3 @@ def default_split(source: str, role: str) -> str:
     if source.startswith("embedded:"):
         return EMBEDDED_SPLITS[role]
     return "train" if is_file_name(source) else HUB_SPLITS[role]
-
-
-@dataclass(frozen=True)
-class EvaluationSection:
-    """What is measured before and after training, on the held-out data.
-
-    Args:
-        loss_examples: examples for the loss; by default all.
-        exact_match: whether answers are generated and compared; by default where there are
-            prompts with one-line completions.
-        exact_match_examples: examples for exact match.
-        max_new_tokens: longest answer, in tokens.
-        batch_size: examples at once.
-        before: whether the untrained model is measured too, at step 0.
-        draw: which examples are taken where there are more: a `random` draw, always the same of as
-            many, or those from the `front`.
-    """
-
-    loss_examples: int | None = None
-    exact_match: bool | None = None
-    exact_match_examples: int = 100
-    max_new_tokens: int = 32
-    batch_size: int = 16
-    before: bool = True
-    draw: str = "random"
-
-    def __post_init__(self) -> None:
-        if self.draw not in DRAWS:
-            raise ConfigError(
-                f"evaluation.draw={self.draw!r} is not known; choose one of {list(DRAWS)}."
-            )
-        for name in ("loss_examples", "exact_match_examples", "max_new_tokens", "batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"evaluation.{name}={value} must be at least 1.")

@@ -13,9 +13,45 @@ from transformers import PreTrainedTokenizerBase
 from drlora.data import Collator
 from drlora.data.draw import draw
 from drlora.data.encode import Examples
-from drlora.data.section import EvaluationSection
-from drlora.errors import CheckpointError, DataError, shown
+from drlora.errors import CheckpointError, ConfigError, DataError, shown
 from drlora.evaluation.evaluate import LossResult, MatchResult, evaluate_loss, exact_match
+
+DRAWS = ("random", "front")
+
+
+@dataclass(frozen=True)
+class EvaluationSection:
+    """What is measured before and after training, on the held-out data.
+
+    Args:
+        loss_examples: examples for the loss; by default all.
+        exact_match: whether answers are generated and compared; by default where there are
+            prompts with one-line completions.
+        exact_match_examples: examples for exact match.
+        max_new_tokens: longest answer, in tokens.
+        batch_size: examples at once.
+        before: whether the untrained model is measured too, at step 0.
+        draw: which examples are taken where there are more: a `random` draw, always the same of as
+            many, or those from the `front`.
+    """
+
+    loss_examples: int | None = None
+    exact_match: bool | None = None
+    exact_match_examples: int = 100
+    max_new_tokens: int = 32
+    batch_size: int = 16
+    before: bool = True
+    draw: str = "random"
+
+    def __post_init__(self) -> None:
+        if self.draw not in DRAWS:
+            raise ConfigError(
+                f"evaluation.draw={self.draw!r} is not known; choose one of {list(DRAWS)}."
+            )
+        for name in ("loss_examples", "exact_match_examples", "max_new_tokens", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"evaluation.{name}={value} must be at least 1.")
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from drlora.adapter.layer import ExpertsAdapter
+from drlora.adapter.experts import ExpertsAdapter
 from drlora.config.adapter import DrLoraConfig
 from drlora.config.registry import ALLOCATIONS
 from drlora.moe.blocks import MoEBlock

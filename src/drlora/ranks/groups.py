@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from drlora.adapter.layer import ExpertsAdapter, RankPool
+from drlora.adapter.experts import ExpertsAdapter
+from drlora.adapter.pool import RankPool
 from drlora.config.adapter import DrLoraConfig
 from drlora.ranks.saliency import Signals, expert_sums
 from drlora.ranks.schedule import Competitors, GrowthPlan, Schedule, make_schedule, plan_of

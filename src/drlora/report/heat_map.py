@@ -1,17 +1,13 @@
 """Ranks as a map of characters, layers downwards and experts to the right.
 
-Each expert is one block whose height is its rank; on a terminal with colours viridis says it too.
+Each expert is one block whose height is its rank.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rich.console import Console
-from rich.text import Text
-
 LEVELS = "▁▂▃▄▅▆▇█"
-VIRIDIS = ("#482878", "#3e4989", "#31688e", "#26828e", "#1f9e89", "#35b779", "#6ece58", "#fde725")
 
 
 def levels(row: Sequence[float], low: float, high: float) -> list[int]:
@@ -23,27 +19,3 @@ def levels(row: Sequence[float], low: float, high: float) -> list[int]:
 def block_lines(rows: Sequence[Sequence[float]], low: float, high: float) -> list[str]:
     """One line a row, one character a value."""
     return ["".join(LEVELS[level] for level in levels(row, low, high)) for row in rows]
-
-
-def print_heat_map(rows: Sequence[Sequence[float]], console: Console) -> None:
-    """The map with numbered layers and its scale; rows wider than the terminal are wrapped.
-
-    Args:
-        rows: ranks, one row a layer.
-        console: where to.
-    """
-    low, high = min(map(min, rows)), max(map(max, rows))
-    digits = len(str(len(rows) - 1))
-    width = max(8, console.width - digits - 1)
-    for layer, row in enumerate(rows):
-        steps = levels(row, low, high)
-        for first in range(0, len(steps), width):
-            label = f"{layer:{digits}} " if first == 0 else " " * (digits + 1)
-            line = Text(label, no_wrap=True)
-            for level in steps[first : first + width]:
-                line.append(LEVELS[level], style=VIRIDIS[level])
-            console.print(line)
-    scale = Text(f"{' ' * (digits + 1)}rank {low:g} ")
-    for level, block in enumerate(LEVELS):
-        scale.append(block, style=VIRIDIS[level])
-    console.print(scale.append(f" {high:g}, one row a layer, one column an expert"))

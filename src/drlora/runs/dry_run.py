@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from drlora.io.files import refuse_links_out
 from drlora.runs.held_out import evaluation_notes
 from drlora.runs.inspect import inspect_model
 from drlora.runs.job import Job, prepare
@@ -30,6 +31,8 @@ def dry_run(recipe: Recipe, resume: bool = False, overwrite: bool = False) -> di
         DrLoraError: what `train` would refuse.
     """
     run = RunDir(Path(recipe.output_dir))
+    if resume or overwrite:
+        refuse_links_out(run.path)
     if resume:
         run.refuse_resume_of(recipe)
     else:

@@ -47,7 +47,7 @@ class Evaluation(Measurement):
         return f"{self.model}{with_adapter}, {self.dtype} on {self.device}\n{super().__str__()}"
 
 
-def evaluate_run(
+def evaluate(
     folder: str | Path,
     split: str = "eval",
     data: str | None = None,

@@ -7,12 +7,12 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel, TaskType, get_peft_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
-from rich.console import Console
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -49,14 +49,29 @@ EXAMPLES, MAX_TOKENS = 8, 128
 
 @dataclass(frozen=True)
 class ExportResult:
-    """The plan and, unless it was a dry run, how far the export is off, and what that cost."""
+    """What came of an export.
+
+    Attributes:
+        plan: what is, or would be, written.
+        output: the folder with the export; None after a dry run.
+        difference: how far the export is from the adapter; None after a dry run.
+        notes: what was found when it was made.
+    """
 
     plan: ExportPlan
-    difference: Difference | None
+    output: Path | None = None
+    difference: Difference | None = None
     notes: tuple[str, ...] = ()
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        found = self.plan.to_dict()
+        found["notes"] += self.notes
+        output = None if self.output is None else str(self.output)
+        return {**found, "output": output, "logits": self.difference and self.difference.to_dict()}
 
-def export_run(
+
+def export_adapter(
     folder: str | Path,
     format: str,
     output: str | Path,
@@ -99,7 +114,7 @@ def export_run(
     output = home(str(output))
     refuse_full_folder(output)
     if dry_run:
-        return ExportResult(make_plan(_adapter_without_base(source), format, rank), None)
+        return ExportResult(make_plan(_adapter_without_base(source), format, rank))
     base = load_base_model(source)
     adapted = load_adapter(base, str(source.folder))
     vocab_size = vocabulary_size(base)
@@ -115,7 +130,7 @@ def export_run(
     }
     adapted.to(best_device())
     written = apply_plan(plan, adapted, batches, output, tokenizer, record, max_shard_size, how)
-    return ExportResult(plan, written.difference, tuple(written.notes))
+    return ExportResult(plan, Path(output), written.difference, tuple(written.notes))
 
 
 def _find_adapter(folder: Path, model: str | None, trust_remote_code: bool) -> Source:
@@ -134,24 +149,6 @@ def _find_adapter(folder: Path, model: str | None, trust_remote_code: bool) -> S
             f"drlora.export.plan.make_plan and apply_plan."
         )
     return source
-
-
-def print_plan(result: ExportResult, output: str | Path, console: Console) -> None:
-    """The plan and the outcome, for people."""
-    plan = result.plan
-    low, mean, high = plan.owned
-    console.print(f"format   {plan.format}")
-    padded = "" if plan.rank is None else f", written at rank {plan.rank}"
-    console.print(f"ranks    {low} to {high} (mean {mean:.4g}) in the adapter{padded}")
-    console.print(f"weights  {plan.weight_bytes / 2**20:.2f} MiB")
-    console.print(f"files    {', '.join(plan.files)}")
-    for note in (*plan.notes, *result.notes):
-        console.print(f"note     {note}")
-    if result.difference is None:
-        console.print(f"dry run: nothing was written to {output}")
-    else:
-        console.print(f"checked  {result.difference}")
-        console.print(f"written  {output}")
 
 
 def _adapter_without_base(source: Source) -> PeftModel:

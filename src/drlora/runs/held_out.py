@@ -11,11 +11,10 @@ from datasets import Dataset
 from drlora.data.draw import draw
 from drlora.data.encode import Examples
 from drlora.data.layout import PLACES
-from drlora.data.section import EvaluationSection
 from drlora.errors import counted
 from drlora.evaluation.choices import refuse_single_choice
 from drlora.evaluation.evaluate import accepted_answers
-from drlora.evaluation.measure import notes_on, wants_match
+from drlora.evaluation.measure import EvaluationSection, notes_on, wants_match
 
 
 def refuse_unanswerable(raw: Dataset, section: EvaluationSection) -> None:

@@ -24,7 +24,7 @@ from drlora.config.adapter import DrLoraConfig
 from drlora.config.registry import ALLOCATIONS
 from drlora.errors import ConfigError
 from drlora.moe.blocks import MoEBlock, active_experts
-from drlora.ops.parts import MATRICES
+from drlora.ops.weights import MATRICES
 from drlora.ranks.schedule import Competitors, GrowthPlan, make_schedule, plan_of
 from drlora.runs.loading import load_architecture, model_on_meta
 from drlora.runs.memory import TOKENS, Beside, adapter_parameters, memory_plan, stored_rank

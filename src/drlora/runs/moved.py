@@ -8,13 +8,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from drlora.data.section import ROLES
 from drlora.io.places import Place, leads_somewhere
 from drlora.io.run_files import CHECKPOINTS, CONFIG
-from drlora.runs.recipe import ROLES, Recipe
+
+if TYPE_CHECKING:
+    from drlora.runs.recipe import Recipe
 
 _PATHS = ("model", "tokenizer", "start_from", "start_ranks")
 
@@ -30,7 +33,7 @@ def located_at(recipe: Recipe, path: str | Path, overrides: Sequence[str] = ()) 
     """`recipe` as it is, unless `path`, which it was read from, is the config.yaml of a run.
 
     Args:
-        recipe: from `load_recipe(path, overrides)`.
+        recipe: read from `path`, with `overrides`.
         path: a YAML file.
         overrides: `key=value`; an output_dir among them stays.
     """

@@ -7,8 +7,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from drlora.errors import DrLoraError
 from drlora.evaluation.measure import Measurement
-from drlora.ranks.rank_map import Ranks
+from drlora.io.files import read_json
+from drlora.ranks.rank_map import Budget, Ranks
 from drlora.runs.rundir import RunDir
 
 # Without a held-out loss to compare with, the training loss must have risen by this factor: it
@@ -18,7 +20,7 @@ RISEN = 1.2
 
 @dataclass(frozen=True)
 class TrainResult:
-    """The outcome of a run.
+    """The outcome of a run; result.json in its directory says more.
 
     Attributes:
         run: the run directory.
@@ -40,7 +42,7 @@ class TrainResult:
     before: Measurement | None
     after: Measurement | None
     ranks: Ranks
-    budget: dict[str, Any]
+    budget: Budget
     trainable_parameters: int
     stored_parameters: int
     steps: int
@@ -48,6 +50,34 @@ class TrainResult:
     interrupted: bool
     diverged: tuple[str, ...] = ()
     signal: int | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """`run`, the run directory, and all that result.json says of a finished run."""
+        return {"run": str(self.run.path), **read_json(self.run.result)}
+
+
+class RunDiverged(DrLoraError, RuntimeError):  # noqa: N818  # an outcome, as KeyboardInterrupt is
+    """A run that is finished and whose result nobody wants; its files are there all the same.
+
+    Attributes:
+        result: what came of it; `result.diverged` has the reasons.
+    """
+
+    def __init__(self, result: TrainResult, learning_rate: float) -> None:
+        super().__init__(verdict_line(result, learning_rate))
+        self.result = result
+
+
+class RunInterrupted(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM ended a training after the step under way, and a checkpoint is saved.
+
+    Attributes:
+        result: as far as the run came; `result.signal` says what ended it.
+    """
+
+    def __init__(self, result: TrainResult) -> None:
+        super().__init__(f"interrupted at step {result.steps}; a checkpoint is saved")
+        self.result = result
 
 
 def reasons_of_divergence(

@@ -3,15 +3,16 @@
     recipe = load_recipe("recipes/embedded.yaml", ["training.max_steps=100"])
     train(recipe)
 
-The sections `data` and `evaluation` are the classes of sections.py, `adapter` holds the settings
-of `DrLoraConfig` (or a `preset` and changes to it), `training` those of transformers'
-TrainingArguments. Whatever is not known is refused, with the nearest known name. Relative paths are
-those of the working directory; what a run keeps of its recipe has them from the root on, so that it
-can be resumed from anywhere.
+The section `data` is a `DataSection`, `evaluation` an `EvaluationSection`, `adapter` a
+`DrLoraConfig` (its settings, or a `preset` and changes to it); `training` has the settings of
+transformers' TrainingArguments. Whatever is not known is refused, with the nearest known name.
+Relative paths are those of the working directory; what a run keeps of its recipe has them from the
+root on, so that it can be resumed from anywhere.
 """
 
 from __future__ import annotations
 
+import copy
 import os
 import typing
 from collections.abc import Sequence
@@ -26,13 +27,15 @@ from transformers import TrainingArguments
 from drlora.config.adapter import DrLoraConfig, preset_settings
 from drlora.config.options import GENERAL
 from drlora.config.registry import registered_options
-from drlora.data.section import ROLES, DataSection, EvaluationSection
+from drlora.data.section import ROLES, DataSection
 from drlora.data.section import default_split as default_split
 from drlora.errors import ConfigError
+from drlora.evaluation.measure import EvaluationSection
 from drlora.io.files import home
 from drlora.io.places import from_root
 from drlora.io.settings import check_type, read_settings, refuse_unknown
 from drlora.ranks.continue_adapter import RANKS, kept_settings
+from drlora.runs.moved import located_at
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -79,7 +82,8 @@ class Recipe:
         model: `embedded`, a local folder, or a model of the hub.
         output_dir: the run directory.
         data: see DataSection.
-        adapter: all settings of DrLoraConfig.
+        adapter: what the adapter is; `adapter_config` gives copies, for PEFT writes into what it
+            is given.
         training: fields of TrainingArguments.
         evaluation: see EvaluationSection.
         method: a name of `drlora.config.methods`; what it stands for wins over `adapter`. None:
@@ -98,7 +102,7 @@ class Recipe:
     model: str
     output_dir: str
     data: DataSection
-    adapter: dict[str, Any]
+    adapter: DrLoraConfig
     training: dict[str, Any]
     evaluation: EvaluationSection = EvaluationSection()
     method: str | None = None
@@ -122,9 +126,8 @@ class Recipe:
                 f"start_from_ranks={self.start_from_ranks!r} has no effect without start_from; "
                 f"name the adapter there, or leave it out."
             )
-        start_a = self.adapter.get("options", {}).get("start_a", "random")
-        placing = {"start": (self.adapter.get("start", "uniform"), "uniform"),
-                   "options.start_a": (start_a, "random")}  # fmt: skip
+        placing = {"start": (self.adapter.start, "uniform"),
+                   "options.start_a": (self.adapter.option("start_a"), "random")}  # fmt: skip
         for name in ("start_from", "start_ranks"):
             for setting, (rule, nothing) in placing.items():
                 if getattr(self, name) and rule != nothing:
@@ -134,8 +137,10 @@ class Recipe:
                     )
 
     def adapter_config(self) -> DrLoraConfig:
-        """A new DrLoraConfig of the section `adapter`."""
-        return DrLoraConfig(**self.adapter, task_type=TaskType.CAUSAL_LM)
+        """A copy of `adapter` for a causal language model."""
+        config = copy.deepcopy(self.adapter)
+        config.task_type = TaskType.CAUSAL_LM
+        return config
 
     def resolved(self) -> Recipe:
         """The same with local paths from the root on, so that it holds in any working directory."""
@@ -149,13 +154,16 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values with every default filled in; `recipe_from` reads them back."""
-        return asdict(self)
+        plain = {f.name: getattr(self, f.name) for f in fields(self)}
+        sections = {"data": asdict(self.data), "evaluation": asdict(self.evaluation)}
+        return copy.deepcopy({**plain, **sections, "adapter": settings_of(self.adapter)})
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = (), resume: bool = False) -> Recipe:
     """The recipe in the YAML file `path`, with `key=value` overrides (dotted keys) on top.
 
-    Relative paths in it are those of the working directory.
+    Relative paths in it are those of the working directory. The config.yaml of a run that was moved
+    is read with the paths that it means now.
 
     Args:
         path: the file; `~` stands for home, as in every path in it.
@@ -173,7 +181,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), resume: bool = 
         for one, other in (LENGTHS, LENGTHS[::-1]):
             if f"training.{one}" in given and f"training.{other}" not in given:
                 training.pop(other, None)
-    return recipe_from(tree)
+    return located_at(recipe_from(tree), path, overrides)
 
 
 def recipe_from(tree: dict[str, Any]) -> Recipe:
@@ -239,10 +247,14 @@ def make_adapter_config(settings: dict[str, Any], method: str | None = None) -> 
     return DrLoraConfig.for_method(method, **given) if method else DrLoraConfig(**given)
 
 
-def _adapter(settings: dict[str, Any], training: dict[str, Any], method: Any) -> dict[str, Any]:
-    warmup = {"warmup_steps": training["warmup_steps"]}
-    config = make_adapter_config({**warmup, **settings}, check_type(method, str | None, "method"))
+def settings_of(config: DrLoraConfig) -> dict[str, Any]:
+    """Setting of the section `adapter` -> its value; `make_adapter_config` reads them back."""
     return {key: getattr(config, key) for key in adapter_settings()}
+
+
+def _adapter(settings: dict[str, Any], training: dict[str, Any], method: Any) -> DrLoraConfig:
+    warmup = {"warmup_steps": training["warmup_steps"]}
+    return make_adapter_config({**warmup, **settings}, check_type(method, str | None, "method"))
 
 
 def _training(settings: dict[str, Any]) -> dict[str, Any]:

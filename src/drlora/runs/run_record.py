@@ -26,9 +26,9 @@ from transformers import PreTrainedTokenizerBase
 from drlora.data.draw import drawn
 from drlora.data.encode import Examples
 from drlora.data.layout import PLACES
-from drlora.data.section import EvaluationSection
 from drlora.distributed import world_size
 from drlora.errors import ConfigError
+from drlora.evaluation.measure import EvaluationSection
 from drlora.io.files import read_json
 
 _BATCH = 1000

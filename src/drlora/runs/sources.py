@@ -16,8 +16,9 @@ from typing import Any
 
 from peft.utils.constants import TOKENIZER_CONFIG_NAME
 
-from drlora.data.section import DataSection, EvaluationSection
+from drlora.data.section import DataSection
 from drlora.errors import CheckpointError, shown
+from drlora.evaluation.measure import EvaluationSection
 from drlora.io.files import home, read_adapter_config, read_json
 from drlora.io.places import Place, leads_somewhere
 from drlora.io.run_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, EXPORT_RECORD

@@ -6,49 +6,52 @@ result.before.loss.loss, result.after.loss.loss, result.ranks
 
 from __future__ import annotations
 
-import shutil
+from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from peft import PeftModel
-from rich.console import Console
-from transformers import PrinterCallback, set_seed
+from transformers import set_seed
 
 from drlora.adapter.state import adapter_state
 from drlora.config.adapter import DrLoraConfig
 from drlora.config.methods import METHODS
-from drlora.data import Collator
 from drlora.distributed import is_main, on_main
+from drlora.errors import ConfigError
 from drlora.evaluation.measure import Measurement, measure, measurement_from
 from drlora.io.checkpoint import checkpoint_step
+from drlora.io.files import refuse_links_out
 from drlora.io.jsonl import append_lines, forget_kind, read_lines
-from drlora.io.run_files import CHECKPOINT
 from drlora.ranks.dynamics import RankDynamics
 from drlora.ranks.rank_map import budget_of, free_parameters, rank_map
 from drlora.ranks.starts import needs_ranks
 from drlora.report.card import write_card_if_possible
 from drlora.runs.environment import peak_memory, versions
 from drlora.runs.held_out import measured_on
+from drlora.runs.interrupt import StopOnInterrupt
 from drlora.runs.job import Job, prepare
 from drlora.runs.loading import add_adapter, load_base_model, training_arguments
-from drlora.runs.moved import FindBest
-from drlora.runs.outcome import TrainResult, reasons_of_divergence
-from drlora.runs.progress import MetricsLog, ShowProgress, StopOnInterrupt, at_work, say
+from drlora.runs.outcome import (
+    RunDiverged,
+    RunInterrupted,
+    TrainResult,
+    reasons_of_divergence,
+)
+from drlora.runs.progress import Progress, progress_from
 from drlora.runs.recipe import Recipe
 from drlora.runs.rundir import RunDir, write_json, write_yaml
-from drlora.trainer.callback import DrLoraCallback
-from drlora.trainer.trainer import Clock, NewSchedule, StopWhenLost
-from drlora.trainer.trainer import RunTrainer as _Trainer
+from drlora.runs.training import Training
 
 
 def train(
     recipe: Recipe,
+    *,
     resume: bool = False,
-    console: Console | None = None,
     overwrite: bool = False,
+    progress: Progress | Callable[[str], object] | None = None,
 ) -> TrainResult:
     """Fine-tune as the recipe says, into its output_dir.
 
@@ -56,29 +59,44 @@ def train(
         recipe: what to do.
         resume: continue the unfinished run in output_dir from its newest checkpoint; a finished one
             that is given more steps, too.
-        console: where progress is shown; by default standard output.
         overwrite: replace the run that is in output_dir.
+        progress: what is told how the run goes (`drlora.runs.progress`): a function such as `print`
+            is told a few lines; by default nothing is said.
+
+    Returns:
+        What came of the finished run. Whoever needs no more than its files finds all of it there.
 
     Raises:
         DrLoraError: before anything is trained, with what is wrong and the way out.
+        RunDiverged: at the end, if its result is one that nobody wants; it is in the exception.
+        RunInterrupted: after Ctrl-C or SIGTERM, when a checkpoint is saved that `resume` goes on
+            from; a KeyboardInterrupt.
     """
+    if resume and overwrite:
+        raise ConfigError("resume and overwrite contradict each other; keep one.")
     run = RunDir(Path(recipe.output_dir))
+    if resume or overwrite:
+        refuse_links_out(run.path)
     arguments = training_arguments(recipe, run)  # from here on several processes know each other
-    console = (console or Console()) if is_main() else Console(quiet=True)
+    told = progress_from(progress) if is_main() else Progress()
     with ExitStack() as stack:
         on_main(lambda: _enter(run, recipe, resume, overwrite, stack))
-        tell = console.print
-        checkpoint = on_main(lambda: run.newest_checkpoint(tell) if resume else None)
+        checkpoint = on_main(lambda: run.newest_checkpoint(told.say) if resume else None)
         job = prepare(recipe, run, arguments, checkpoint, resume)
         for note in job.notes():
-            say(console, note)
+            told.say(note)
         if recipe.method:
-            say(console, f"method {recipe.method}: {METHODS[recipe.method].summary}")
-        with at_work(console, f"loading {recipe.model}"):
+            told.say(f"method {recipe.method}: {METHODS[recipe.method].summary}")
+        with told.at_work(f"loading {recipe.model}"):
             base = load_base_model(recipe)
         set_seed(job.arguments.seed)
         model = add_adapter(base, recipe, checkpoint).to(job.arguments.device)
-        return _run(job, model, console)
+        result = _run(job, model, told)
+    if result.interrupted:
+        raise RunInterrupted(result)
+    if result.diverged:
+        raise RunDiverged(result, job.arguments.learning_rate)
+    return result
 
 
 def _enter(run: RunDir, recipe: Recipe, resume: bool, overwrite: bool, stack: ExitStack) -> None:
@@ -95,27 +113,26 @@ def _enter(run: RunDir, recipe: Recipe, resume: bool, overwrite: bool, stack: Ex
     refuse()  # another run may have begun, or ended, meanwhile
 
 
-def _run(job: Job, model: PeftModel, console: Console) -> TrainResult:
+def _run(job: Job, model: PeftModel, progress: Progress) -> TrainResult:
     """From a job with nothing left to refuse to its result."""
-    stop = StopOnInterrupt(console)
-    training = _Training(job, model, console, stop)
+    stop = StopOnInterrupt(progress)
+    training = Training(job, model, stop)
     if not job.checkpoint and not needs_ranks(model):
-        RankDynamics(
-            model, job.plan_steps, step=0
-        ).release()  # what it refuses, it is to refuse now
+        # What it refuses, it is to refuse now.
+        RankDynamics(model, job.plan_steps, step=0).release()
     on_main(lambda: _begin(job))
-    before = _measure_before(job, model, console)
+    before = _measure_before(job, model, progress)
     if before:
-        say(console, f"before: {before}")
+        progress.say(f"before: {before}")
     if job.checkpoint:
-        say(console, f"continuing from {job.checkpoint}")
+        progress.say(f"continuing from {job.checkpoint}")
     set_seed(job.arguments.seed)
     training.fit()
     interrupted = stop.interrupted and training.steps < training.due
     after = None
     if not interrupted:
         _save(job, model)
-        after = _measure_and_log(job, model, "after", training.steps, console)
+        after = _measure_and_log(job, model, "after", training.steps, progress)
     result = _result(job, model, training, before, after)
     if not interrupted:
         on_main(lambda: write_json(job.run.result, _to_json(result, job, model, training)))
@@ -126,7 +143,7 @@ def _run(job: Job, model: PeftModel, console: Console) -> TrainResult:
 def _result(
     job: Job,
     model: PeftModel,
-    training: _Training,
+    training: Training,
     before: Measurement | None,
     after: Measurement | None,
 ) -> TrainResult:
@@ -159,7 +176,7 @@ def _begin(job: Job) -> None:
 
 
 def _reasons(
-    job: Job, training: _Training, before: Measurement | None, after: Measurement
+    job: Job, training: Training, before: Measurement | None, after: Measurement
 ) -> tuple[str, ...]:
     found = on_main(lambda: reasons_of_divergence(before, after, read_lines(job.run.metrics)))
     if found and training.steps < training.due:
@@ -178,7 +195,7 @@ def _save(job: Job, model: PeftModel) -> None:
     on_main(lambda: job.run.write_adapter(write))
 
 
-def _measure_before(job: Job, model: PeftModel, console: Console) -> Measurement | None:
+def _measure_before(job: Job, model: PeftModel, progress: Progress) -> Measurement | None:
     """The measurement at step 0; a resumed run has it in its metrics."""
     if not job.recipe.evaluation.before:
         return None
@@ -186,15 +203,15 @@ def _measure_before(job: Job, model: PeftModel, console: Console) -> Measurement
     found = on_main(lambda: next(entries, None))
     if found:
         return measurement_from(found)
-    return _measure_and_log(job, model, "before", 0, console)
+    return _measure_and_log(job, model, "before", 0, progress)
 
 
 def _measure_and_log(
-    job: Job, model: PeftModel, kind: str, step: int, console: Console
+    job: Job, model: PeftModel, kind: str, step: int, progress: Progress
 ) -> Measurement:
     section = job.recipe.evaluation
     what = f"measuring {kind} training: {measured_on(job.held_out, section)}"
-    with at_work(console, what):
+    with progress.at_work(what):
         found = measure(model, job.tokenizer, job.held_out, section)
     entry = {"step": step, "kind": kind, **found.to_dict()}
     on_main(lambda: _log_measurement(job.run, entry))
@@ -206,123 +223,20 @@ def _log_measurement(run: RunDir, entry: dict[str, Any]) -> None:
     append_lines(run.metrics, [entry])
 
 
-class _Training:
-    """The Trainer of a run, and how far it came.
-
-    Attributes:
-        steps: taken in all.
-        due: the length of the run, by the batch size that was found to fit.
-        seconds: in training, over all parts of the run.
-        restarts: batch sizes that did not fit: `batch_size`, and the `steps` and
-            `seconds` before it showed.
-    """
-
-    def __init__(self, job: Job, model: PeftModel, console: Console, stop: StopOnInterrupt) -> None:
-        self.job, self.model, self.console, self.stop = job, model, console, stop
-        self.due = job.total_steps
-        self.steps = checkpoint_step(job.checkpoint) if job.checkpoint else 0
-        self.clock = Clock()
-        self.restarts: list[dict[str, Any]] = list(job.record.get("restarts", []))
-        self.trainer = None if self.steps >= self.due else self._make_trainer()
-
-    @property
-    def seconds(self) -> float:
-        """In training, over all parts of the run."""
-        return self.clock.seconds if self.trainer else self.job.seconds
-
-    def fit(self) -> None:
-        """Train to the end, or until Ctrl-C or SIGTERM."""
-        checkpoint = self.job.checkpoint
-        if self.trainer is None:
-            # The run ended between its last step and its result; the Trainer would take one more.
-            name = self.model.active_adapter
-            self.model.load_adapter(str(checkpoint), name, is_trainable=True)
-            return
-        with self.stop:
-            self.trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        self.steps, self.due = self.trainer.state.global_step, self.trainer.state.max_steps
-
-    def _make_trainer(self) -> _Trainer:
-        job = self.job
-        progress = ShowProgress(self.console)
-        self.growth = DrLoraCallback(log_dir=job.run.path, on_growth=progress.show_growth)
-        self.growth.tells_of_length = False  # the notes of the job do
-        job.arguments.disable_tqdm = True
-        callbacks = [self.growth, MetricsLog(job.run.metrics), _Share(self, progress), progress]
-        callbacks += [StopWhenLost(), self.stop, self.clock, FindBest()]
-        if job.is_extended:
-            callbacks.append(NewSchedule())
-        trainer = _Trainer(
-            model=self.model,
-            args=job.arguments,
-            train_dataset=job.train.encoded.dataset,
-            eval_dataset=job.held_out.encoded.dataset,
-            data_collator=Collator(job.tokenizer),
-            processing_class=job.tokenizer,
-            callbacks=callbacks,
-        )
-        trainer.on_restart = self._restart
-        trainer.remove_callback(PrinterCallback)
-        self.growth.log_first(trainer)
-        return trainer
-
-    def _restart(self, batch_size: int, step: int) -> None:
-        """A batch did not fit: what was done with it is undone, and told once."""
-        taken, begun = self.clock.seconds, self.steps
-        self.restarts.append({"batch_size": batch_size, "steps": step, "seconds": round(taken, 2)})
-        say(
-            self.console,
-            f"out of memory at step {step} with {batch_size} examples at once; starting again at "
-            f"step {begun} with fewer, as if it had begun so",
-        )
-        self.growth.begin_again()
-        on_main(lambda: self._forget_since(begun))
-
-    def _forget_since(self, step: int) -> None:
-        self.job.run.start_logs_at(step)
-        for path in self.job.run.checkpoints.glob(CHECKPOINT.format("*")):
-            if checkpoint_step(path) > step:
-                shutil.rmtree(path)
-
-    def note_length(self, steps: int, batch_size: int) -> None:
-        """Keep the length of the run and its batch, once training knows them."""
-        assert self.growth.dynamics is not None
-        self.job.record.update(
-            steps=steps,
-            batch_size=batch_size,
-            restarts=self.restarts,
-        )
-        on_main(lambda: write_json(self.job.run.record, self.job.record))
-
-
-class _Share(transformers.TrainerCallback):
-    """Hands on what exists from the start of training on: the ranks, the length of the run."""
-
-    def __init__(self, training: _Training, progress: ShowProgress) -> None:
-        self.training, self.progress = training, progress
-
-    def on_train_begin(self, args: Any, state: Any, *rest: Any, **kwargs: Any) -> None:
-        """Once for each batch size that is tried."""
-        self.progress.dynamics = self.training.growth.dynamics
-        self.training.note_length(state.max_steps, state.train_batch_size)
-
-
 def _config(model: PeftModel) -> DrLoraConfig:
     config = model.peft_config[model.active_adapter]
     assert isinstance(config, DrLoraConfig)
     return config
 
 
-def _to_json(
-    result: TrainResult, job: Job, model: PeftModel, training: _Training
-) -> dict[str, Any]:
+def _to_json(result: TrainResult, job: Job, model: PeftModel, training: Training) -> dict[str, Any]:
     assert result.after is not None
     return {
         "verdict": "diverged" if result.diverged else "ok",
         "diverged": list(result.diverged),
         "before": result.before.to_dict() if result.before else None,
         "after": result.after.to_dict(),
-        "budget": result.budget,
+        "budget": asdict(result.budget),
         "ranks": result.ranks,
         "schedule": _config(model).recorded("schedule"),
         "method": job.recipe.method,

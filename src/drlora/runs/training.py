@@ -1,0 +1,122 @@
+"""The training of a run: the Trainer with all that watches it, and how far it came."""
+
+from __future__ import annotations
+
+import shutil
+from typing import Any
+
+from peft import PeftModel
+from transformers import PrinterCallback, TrainerCallback
+
+from drlora.data import Collator
+from drlora.distributed import on_main
+from drlora.io.checkpoint import checkpoint_step
+from drlora.io.run_files import CHECKPOINT
+from drlora.runs.interrupt import StopOnInterrupt
+from drlora.runs.job import Job
+from drlora.runs.metrics_log import MetricsLog
+from drlora.runs.moved import FindBest
+from drlora.runs.progress import TellProgress
+from drlora.runs.rundir import write_json
+from drlora.trainer.callback import DrLoraCallback
+from drlora.trainer.trainer import Clock, NewSchedule, RunTrainer, StopWhenLost
+
+
+class Training:
+    """The Trainer of a run, and how far it came.
+
+    Attributes:
+        steps: taken in all.
+        due: the length of the run, by the batch size that was found to fit.
+        seconds: in training, over all parts of the run.
+        restarts: batch sizes that did not fit: `batch_size`, and the `steps` and
+            `seconds` before it showed.
+    """
+
+    def __init__(self, job: Job, model: PeftModel, stop: StopOnInterrupt) -> None:
+        self.job, self.model, self.stop, self.progress = job, model, stop, stop.progress
+        self.due = job.total_steps
+        self.steps = checkpoint_step(job.checkpoint) if job.checkpoint else 0
+        self.clock = Clock()
+        self.restarts: list[dict[str, Any]] = list(job.record.get("restarts", []))
+        self.trainer = None if self.steps >= self.due else self._make_trainer()
+
+    @property
+    def seconds(self) -> float:
+        """In training, over all parts of the run."""
+        return self.clock.seconds if self.trainer else self.job.seconds
+
+    def fit(self) -> None:
+        """Train to the end, or until Ctrl-C or SIGTERM."""
+        checkpoint = self.job.checkpoint
+        if self.trainer is None:
+            # The run ended between its last step and its result; the Trainer would take one more.
+            name = self.model.active_adapter
+            self.model.load_adapter(str(checkpoint), name, is_trainable=True)
+            return
+        with self.stop:
+            self.trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        self.steps, self.due = self.trainer.state.global_step, self.trainer.state.max_steps
+
+    def _make_trainer(self) -> RunTrainer:
+        job = self.job
+        progress = TellProgress(self.progress)
+        self.growth = DrLoraCallback(log_dir=job.run.path, on_growth=progress.show_growth)
+        self.growth.tells_of_length = False  # the notes of the job do
+        job.arguments.disable_tqdm = True
+        callbacks = [self.growth, MetricsLog(job.run.metrics), _Share(self, progress), progress]
+        callbacks += [StopWhenLost(), self.stop, self.clock, FindBest()]
+        if job.is_extended:
+            callbacks.append(NewSchedule())
+        trainer = RunTrainer(
+            model=self.model,
+            args=job.arguments,
+            train_dataset=job.train.encoded.dataset,
+            eval_dataset=job.held_out.encoded.dataset,
+            data_collator=Collator(job.tokenizer),
+            processing_class=job.tokenizer,
+            callbacks=callbacks,
+        )
+        trainer.on_restart = self._restart
+        trainer.remove_callback(PrinterCallback)
+        self.growth.log_first(trainer)
+        return trainer
+
+    def _restart(self, batch_size: int, step: int) -> None:
+        """A batch did not fit: what was done with it is undone, and told once."""
+        taken, begun = self.clock.seconds, self.steps
+        self.restarts.append({"batch_size": batch_size, "steps": step, "seconds": round(taken, 2)})
+        self.progress.say(
+            f"out of memory at step {step} with {batch_size} examples at once; starting again at "
+            f"step {begun} with fewer, as if it had begun so",
+        )
+        self.growth.begin_again()
+        on_main(lambda: self._forget_since(begun))
+
+    def _forget_since(self, step: int) -> None:
+        self.job.run.start_logs_at(step)
+        for path in self.job.run.checkpoints.glob(CHECKPOINT.format("*")):
+            if checkpoint_step(path) > step:
+                shutil.rmtree(path)
+
+    def note_length(self, steps: int, batch_size: int) -> None:
+        """Keep the length of the run and its batch, once training knows them."""
+        assert self.growth.dynamics is not None
+        self.job.record.update(
+            steps=steps,
+            batch_size=batch_size,
+            restarts=self.restarts,
+        )
+        on_main(lambda: write_json(self.job.run.record, self.job.record))
+
+
+class _Share(TrainerCallback):
+    """Hands on what exists from the start of training on: the ranks, the length of the run."""
+
+    def __init__(self, training: Training, progress: TellProgress) -> None:
+        self.training, self.progress = training, progress
+
+    def on_train_begin(self, args: Any, state: Any, *rest: Any, **kwargs: Any) -> None:
+        """Once for each batch size that is tried."""
+        self.progress.dynamics = self.training.growth.dynamics
+        self.training.note_length(state.max_steps, state.train_batch_size)
