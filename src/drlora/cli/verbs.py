@@ -30,7 +30,7 @@ from drlora.runs.dry_run import dry_run
 from drlora.runs.environment import describe
 from drlora.runs.evaluate import evaluate
 from drlora.runs.export import export_adapter
-from drlora.runs.inspect import inspect_model
+from drlora.runs.inspect import inspect
 from drlora.runs.interrupt import sigterm_interrupts
 from drlora.runs.outcome import RunDiverged, RunInterrupted
 from drlora.runs.recipe import load_recipe, make_adapter_config
@@ -61,7 +61,7 @@ def _train(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         found = dry_run(recipe, **how)
         if arguments.json:
-            print(json.dumps(found, indent=2))
+            print(json.dumps(found.to_dict(), indent=2))
         else:
             print_dry_run(found, console)
         return 0
@@ -135,11 +135,9 @@ def _inspect(arguments: argparse.Namespace) -> int:
         path, value = split_override(override)
         set_in(settings, path[1:] if path[0] == "adapter" else path, value)
     config = make_adapter_config(settings, settings.pop("method", None))
-    found = inspect_model(
-        arguments.model, config, arguments.steps, arguments.dtype, arguments.tokens
-    )
+    found = inspect(arguments.model, config, arguments.steps, arguments.dtype, arguments.tokens)
     if arguments.json:
-        print(json.dumps(found, indent=2))
+        print(json.dumps(found.to_dict(), indent=2))
     else:
         print_inspection(found)
     return 0

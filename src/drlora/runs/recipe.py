@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 import os
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
@@ -33,7 +33,7 @@ from drlora.errors import ConfigError
 from drlora.evaluation.measure import EvaluationSection
 from drlora.io.files import home
 from drlora.io.places import from_root
-from drlora.io.settings import check_type, read_settings, refuse_unknown
+from drlora.io.settings import check_type, read_settings, refuse_unknown, with_overrides
 from drlora.ranks.continue_adapter import RANKS, kept_settings
 from drlora.runs.moved import located_at
 
@@ -159,14 +159,17 @@ class Recipe:
         return copy.deepcopy({**plain, **sections, "adapter": settings_of(self.adapter)})
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = (), resume: bool = False) -> Recipe:
-    """The recipe in the YAML file `path`, with `key=value` overrides (dotted keys) on top.
+def load_recipe(
+    source: str | Path | Mapping[str, Any], overrides: Sequence[str] = (), resume: bool = False
+) -> Recipe:
+    """The recipe in a YAML file, with `key=value` overrides (dotted keys) on top.
 
     Relative paths in it are those of the working directory. The config.yaml of a run that was moved
     is read with the paths that it means now.
 
     Args:
-        path: the file; `~` stands for home, as in every path in it.
+        source: the file; `~` stands for home, as in every path in it. Or what such a file holds, as
+            nested values.
         overrides: `training.max_steps=100` and the like.
         resume: whether a run is to go on: a length among the overrides, in steps or in epochs, then
             takes the place of the file's, whichever that has.
@@ -174,14 +177,18 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), resume: bool = 
     Raises:
         ConfigError: naming the setting, its value and the way out.
     """
-    tree = read_settings(home(str(path)), overrides)
+    if isinstance(source, Mapping):
+        tree = with_overrides(copy.deepcopy(dict(source)), overrides)
+    else:
+        tree = read_settings(home(str(source)), overrides)
     training = tree.get("training")
     if resume and isinstance(training, dict):
         given = {override.partition("=")[0] for override in overrides}
         for one, other in (LENGTHS, LENGTHS[::-1]):
             if f"training.{one}" in given and f"training.{other}" not in given:
                 training.pop(other, None)
-    return located_at(recipe_from(tree), path, overrides)
+    recipe = recipe_from(tree)
+    return recipe if isinstance(source, Mapping) else located_at(recipe, source, overrides)
 
 
 def recipe_from(tree: dict[str, Any]) -> Recipe:
