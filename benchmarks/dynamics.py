@@ -25,7 +25,8 @@ from torch import nn
 from benchmarks.harness import Row, alternate, append, line_of, parser, rows_of
 from benchmarks.models import ModelShape, make_base, optimizer_step, ours, twin_of
 from drlora import DrLoraConfig, RankDynamics
-from drlora.adapter.layer import DrLoraExperts, RankPool
+from drlora.adapter.layer import DrLoraExperts
+from drlora.adapter.pool import RankPool
 from drlora.ranks.schedule import plan_growth
 from drlora.ranks.young_rows import Clock, Cohort, young_spans
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedModel
 
 import drlora
-from drlora.adapter.layer import RankPool
+from drlora.adapter.pool import RankPool
 
 VOCAB = 1024
 EXPERT_PARAMETERS = ["experts.gate_up_proj", "experts.down_proj"]

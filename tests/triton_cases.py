@@ -15,9 +15,9 @@ from collections.abc import Callable
 from contextlib import contextmanager
 
 import torch
-from op_cases import gelu_gate, make_case
 
-from drlora.ops import ExpertWeights, adapted_experts
+from drlora.ops import ExpertWeights, adapted_experts, as_matrix
+from drlora.ops.contract import gelu_gate, make_case
 
 BF16 = torch.bfloat16
 ONE_EXPERT = torch.ones(21, 1, dtype=torch.int64)
@@ -84,7 +84,7 @@ def prepare(case: dict, device: str) -> tuple:
     settings = dict(case)
     dropout, weight_dtype = settings.pop("dropout", 0.0), settings.pop("weight_dtype", None)
     base, pieces, leaves, index = make_case(**settings)
-    weights = base.gate_up_EGH.to(device), base.down_EHI.to(device)
+    weights = [as_matrix(w.to(device)) for w in (base.gate_up_EGH, base.down_EHI)]
     base = ExpertWeights(*weights, base.apply_gate, base.is_silu)
     if weight_dtype is not None:
         leaves[1] = leaves[1].to(weight_dtype)

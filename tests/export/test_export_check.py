@@ -247,4 +247,4 @@ def test_what_fails_in_float32_leaves_the_model_as_it_was():
         layer = next(iter(adapted_layers(model, "default").values()))
         layer.register_forward_pre_hook(lambda *_: 1 / 0)
         model(IDS)
-    assert layer.base_weight.dtype == torch.bfloat16
+    assert layer.base_weights.dtype == torch.bfloat16

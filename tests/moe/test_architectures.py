@@ -278,9 +278,9 @@ def description(base):
     weights = family.weights(experts)
     differences = {
         "transposed": any(
-            isinstance(stack, torch.Tensor) and stack.stride(-1) != 1
-            for matrix in ("gate_up", "down")
-            for stack in weights.stacks(matrix)
+            part.is_transposed
+            for matrix in (weights.gate_up, weights.down)
+            for part in matrix.parts
         ),
         "interleaved": block.is_interleaved,
         "biases": weights.down_bias_EH is not None,

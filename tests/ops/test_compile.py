@@ -21,12 +21,13 @@ from compiled_models import (
     padded_batch,
     start,
 )
-from op_cases import gelu_gate, make_case, run
+from op_cases import run
 from tiny import checkpoint_activations, plain_loop, trainable
 
 import drlora
 from drlora.adapter.inject import adapted_layers
 from drlora.ops import TracedPiece, stand_ins, traced_experts
+from drlora.ops.contract import gelu_gate, make_case
 
 # torch's own: dynamo makes an instance of each autograd function that it traces, and asks each
 # tensor that comes in for its gradient.
@@ -114,7 +115,7 @@ def test_operator_keeps_what_it_tells_the_compiler(grouped):
     ends = torch.tensor([2, 5, 8], dtype=torch.int32)
     piece = pieces[0]
     args = (x, base.gate_up_EGH, ends, None, [piece.a_RI, piece.b_RO],
-            [torch.tensor(piece.offsets)], [0], [1], [0.7], grouped)  # fmt: skip
+            [torch.tensor(piece.offsets)], "gate_up", [0], [1], [0.7], grouped)  # fmt: skip
     torch.library.opcheck(torch.ops.drlora.adapted_product.default, args)
 
 

@@ -7,8 +7,10 @@ import threading
 
 import pytest
 import torch
-from op_cases import assert_engines_agree, make_case, run
+from op_cases import assert_engines_agree, run
 
+from drlora.ops import as_matrix
+from drlora.ops.contract import make_case
 from drlora.ops.loop import engine as loop
 from drlora.ops.loop import tasks as loop_tasks
 
@@ -119,7 +121,10 @@ def test_widened_products_are_closer_to_the_truth_than_those_in_bfloat16(monkeyp
     base, pieces, leaves, index = case
     exact = make_case([3, 5, 1, 2], dtype=torch.float64, hidden=64, width=32, tokens=40)
     exact_base = exact[0].__class__(
-        base.gate_up_EGH.double(), base.down_EHI.double(), base.apply_gate, base.is_silu
+        as_matrix(base.gate_up_EGH.double()),
+        as_matrix(base.down_EHI.double()),
+        base.apply_gate,
+        base.is_silu,
     )
     wide_leaves = [leaf.detach().double().requires_grad_() for leaf in leaves]
     wide_pieces = [

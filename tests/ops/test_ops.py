@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,22 +9,20 @@ from hypothesis import strategies as st
 from op_cases import (
     FAST,
     assert_engines_agree,
-    gelu_gate,
     looped_grouped_mm,
-    make_case,
     run,
-    silu_gate,
 )
 from torch.nn import functional as F
 
-import drlora.ops
 from drlora.ops import (
-    Apart,
     ExpertWeights,
     adapted_experts,
+    as_matrix,
     choose_engine,
+    grouped,
     stand_ins,
 )
+from drlora.ops.contract import LAYOUTS, change_layout, gelu_gate, make_case, silu_gate
 
 
 @pytest.mark.parametrize("engine", FAST)
@@ -42,7 +38,7 @@ def test_ragged_ranks_in_double_precision(engine, ranks, tokens, top_k, seed):
     case = make_case(ranks, dtype=torch.float64, tokens=tokens, top_k=top_k, seed=seed)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(F, "grouped_mm", looped_grouped_mm)
-        patch.setattr(drlora.ops, "grouped_fits", lambda base: True)
+        patch.setattr(grouped, "_DTYPES", (torch.float64,))
         assert_engines_agree(case, engine, tolerance=1e-11)
 
 
@@ -108,44 +104,6 @@ def test_dropout_draws_the_same_mask(engine):
     assert not torch.allclose(plain[0], dropped[0])
 
 
-def clamped_gate(gate_up):
-    """GPT-OSS's: gate and up alternate."""
-    gate, up = gate_up[..., ::2].clamp(max=0.5), gate_up[..., 1::2].clamp(-0.5, 0.5)
-    return (up + 1) * gate * torch.sigmoid(gate * 1.7)
-
-
-def change_layout(case, layout):
-    """The same numbers, kept in another way; or a case with what few models have."""
-    base, pieces, leaves, index = case
-    experts, _, hidden = base.gate_up_EGH.shape
-    if layout == "transposed":
-        first, down = (w.transpose(1, 2).contiguous().transpose(1, 2)
-                       for w in (base.gate_up_EGH, base.down_EHI))  # fmt: skip
-        base = replace(base, gate_up=first, down=down)
-    elif layout in ("apart", "lists"):
-        gate, up = (half.clone() for half in base.gate_up_EGH.chunk(2, dim=1))
-        base = replace(base, gate_up=Apart(gate, up))
-        if layout == "lists":
-            base = replace(base, gate_up=Apart(list(gate), list(up)), down=list(base.down_EHI))
-    elif layout == "biases":
-        base = replace(base, gate_up_bias_EG=torch.randn(experts, 2 * base.width),
-                       down_bias_EH=torch.randn(experts, hidden))  # fmt: skip
-    elif layout == "interleaved":
-        pieces = [p._replace(start=min(p.start, 1), step=2) if p.matrix == "gate_up" else p
-                  for p in pieces]  # fmt: skip
-        base = replace(base, apply_gate=clamped_gate, is_silu=False)
-    elif layout == "no gate":
-        first = base.gate_up_EGH[:, : base.width]
-        base = replace(base, gate_up=first, apply_gate=F.gelu, is_silu=False)
-        pieces = [p._replace(start=0) for p in pieces]
-    elif layout == "norm":
-        base = replace(base, post_norm=lambda y: F.rms_norm(y, y.shape[-1:]))
-    return base, pieces, leaves, index
-
-
-LAYOUTS = ["transposed", "apart", "lists", "biases", "interleaved", "no gate", "norm"]
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("engine", FAST)
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
@@ -174,7 +132,7 @@ def test_naive_is_the_merged_weights():
             rows = slice(piece.offsets[e], piece.offsets[e + 1])
             update = piece.scaling * piece.b_RO[rows].T @ piece.a_RI[rows]
             matrices[piece.matrix][e, piece.columns] += update.detach()
-    merged = ExpertWeights(matrices["gate_up"], matrices["down"], silu_gate, is_silu=True)
+    merged = ExpertWeights(*map(as_matrix, matrices.values()), silu_gate, is_silu=True)
     plain = adapted_experts(leaves[0], index, leaves[1], merged, [], engine="naive")
     torch.testing.assert_close(out, plain, rtol=1e-5, atol=1e-5)
 
@@ -195,7 +153,7 @@ def test_gradients_are_right_in_double_precision(engine):
 @pytest.mark.parametrize(
     ("engine", "layout", "said"),
     [
-        ("grouped", "lists", "each expert has tensors of its own. 'loop' computes"),
+        ("grouped", "lists", "the weights of all experts are not one tensor. 'loop' computes"),
         ("loop", "norm", "have a norm after each, .* 'grouped' computes"),
     ],
 )

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from op_cases import make_case
 from triton_cases import CASES, LARGE, prepare, relative_errors, run
 
 from drlora.errors import ConfigError
 from drlora.ops import adapted_experts
+from drlora.ops.contract import make_case
 
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None,
@@ -91,7 +91,7 @@ def test_refuses_double_precision():
 
 
 def test_says_how_to_go_on_without_triton(monkeypatch):
-    for name in [name for name in sys.modules if name.startswith("drlora.ops.triton")]:
+    for name in [name for name in sys.modules if name.startswith("drlora.ops.triton.")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "triton", None)
     base, pieces, leaves, index = make_case([1, 2])

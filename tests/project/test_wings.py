@@ -20,11 +20,12 @@ MAX_LINES = 400
 # Lowest first. Wings of one row do not know each other.
 ORDER: tuple[frozenset[str], ...] = (
     frozenset({"errors", "version"}),
-    frozenset({"io", "config", "distributed", "embedded", "ops"}),
+    frozenset({"io", "config", "distributed", "embedded"}),
+    frozenset({"ops"}),
     frozenset({"data", "moe"}),
     frozenset({"evaluation", "adapter"}),
     frozenset({"export", "ranks"}),
-    frozenset({"report", "trainer"}),
+    frozenset({"report", "trainer", "testing"}),
     frozenset({"runs", "registration"}),
     frozenset({"compare"}),
     frozenset({"cli"}),

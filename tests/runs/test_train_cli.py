@@ -15,9 +15,10 @@ import drlora.runs.train as train_module
 from drlora.cli.main import main
 from drlora.cli.summary import print_summary
 from drlora.evaluation.measure import measurement_from
+from drlora.ranks.rank_map import Budget
 from drlora.ranks.schedule import plan_growth
 from drlora.runs.metrics_log import MetricsLog
-from drlora.runs.outcome import Budget, TrainResult
+from drlora.runs.outcome import TrainResult
 from drlora.runs.recipe import load_recipe, recipe_from
 from drlora.runs.rundir import RunDir
 

@@ -16,6 +16,7 @@ from drlora.moe.blocks import MoEBlock, active_experts, find_blocks
 from drlora.moe.families import family_of
 from drlora.moe.refusals import refuse_unfit_model, refuse_unfit_weights
 from drlora.ops import choose_engine
+from drlora.ops.storage import has_own_storage
 
 
 def prepare(model: nn.Module, config: DrLoraConfig, model_type: str | None) -> list[MoEBlock]:
@@ -126,6 +127,17 @@ def wrap_experts(
     return wrapped
 
 
+def refuse_fixed_weights(model: nn.Module) -> None:
+    """Refuse to merge where one block's weights cannot be changed, before another's are.
+
+    Raises:
+        ConfigError: naming the first such block.
+    """
+    for module in model.modules():
+        if isinstance(module, DrLoraExperts):
+            module.refuse_fixed_weights()
+
+
 def adapted_layers(model: nn.Module, adapter: str) -> dict[str, DrLoraExperts]:
     """Block name -> adapted experts, for the blocks that carry `adapter`, in model order."""
     return {
@@ -208,7 +220,13 @@ def _try_engine(config: DrLoraConfig, base: nn.Module) -> None:
 
 
 def _refuse_mixed_dtypes(name: str, base: nn.Module) -> None:
-    kept = {key: p.dtype for key, p in base.named_parameters() if p.is_floating_point()}
+    """Of what is stored as it is computed with; scales of packed numbers may be of any dtype."""
+    packed = {id(p) for m in base.modules() if has_own_storage(m) for p in m.parameters()}
+    kept = {
+        key: p.dtype
+        for key, p in base.named_parameters()
+        if p.is_floating_point() and id(p) not in packed and not has_own_storage(p)
+    }
     if len(set(kept.values())) > 1:
         raise ConfigError(
             f"the experts module {name} mixes dtypes: {kept}; bring it to one dtype first, for "

@@ -1,147 +1,37 @@
-"""The adapter on a block's experts, and the module that takes the experts' place.
+"""The module that takes the place of a block's experts, and carries the adapters on them.
 
 DrLoraExperts                 wraps the model's experts module, same call
   base_layer                  the frozen experts
   drlora_adapters             one ExpertsAdapter per PEFT adapter name
-    pools                     one RankPool per projection: lora_A, lora_B, owners, importance
-    frequency                 (E,) routing frequency f
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
+from drlora.adapter.experts import ExpertsAdapter
 from drlora.adapter.observe import (
     FirstPasses,
     Masks,
-    RoutingMeter,
     TokenMask,
     count_in_backward,
     in_backward,
     real_tokens,
     routing_sums,
 )
-from drlora.adapter.pool import RankPool, in_float32
 from drlora.config.adapter import DrLoraConfig
 from drlora.errors import ConfigError
 from drlora.moe.blocks import MoEBlock
 from drlora.moe.families import family_of
-from drlora.ops import ExpertWeights, LoraPiece, TracedPiece, adapted_experts, traced_experts
+from drlora.ops import adapted_experts, traced_experts
+from drlora.ops.engine import AUTO
 from drlora.ops.merge import NEAREST, Rounding, add_update, is_finite
-from drlora.ops.parts import MATRICES
-
-
-class ProbeRows(NamedTuple):
-    """Rows that add nothing to a projection and whose gradient is a sketch of the experts' own.
-
-    Attributes:
-        a_RI: (E * P, I) zeros, a leaf that asks for a gradient.
-        b_RO: (E * P, O) random, of mean square 1 / P.
-        offsets: E + 1, where each expert's P rows begin.
-    """
-
-    a_RI: Tensor
-    b_RO: Tensor
-    offsets: tuple[int, ...]
-
-    @classmethod
-    def beside(cls, pool: RankPool, rows: int) -> ProbeRows:
-        """`rows` rows for each expert of `pool`, drawn from its seed alone."""
-        count = pool.book.num_experts * rows
-        generator = torch.Generator().manual_seed(int(pool.seed))
-        b_RO = torch.randn(count, pool.lora_B.shape[1], generator=generator) / math.sqrt(rows)
-        device, dtype = pool.owner.device, pool.lora_A.dtype
-        a_RI = torch.zeros(
-            count, pool.lora_A.shape[1], device=device, dtype=dtype, requires_grad=True
-        )
-        return cls(a_RI, b_RO.to(device, dtype), tuple(range(0, count + 1, rows)))
-
-
-class ExpertsAdapter(nn.Module):
-    """One adapter on one block's experts.
-
-    Attributes:
-        pools: projection -> RankPool.
-        frequency: (E,) float32 buffer, the routing frequency f.
-        meter: routing sums of the optimizer step under way.
-        probes: projection -> ProbeRows, only while `drlora.ranks.probe` is at work.
-    """
-
-    frequency: Tensor
-
-    def __init__(self, block: MoEBlock, config: DrLoraConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.block = block
-        # Any other start needs data, and then an expert owns nothing until ranks are placed.
-        rank = 0 if config.starts_from_data else config.r_init
-        self.pools = nn.ModuleDict(
-            {
-                projection: RankPool(
-                    block.num_experts,
-                    *block.shape_of(projection),
-                    rank,
-                    config.pool_rows(block.num_experts),
-                    tracks_uncertainty=config.option("rank_importance") == "sensitivity",
-                )
-                for projection in config.projections
-            }
-        )
-        self.routing_signal = config.option("routing_signal")
-        self.register_buffer("frequency", torch.zeros(block.num_experts))
-        self.meter = RoutingMeter(block.num_experts)
-        self.probes: dict[str, ProbeRows] = {}
-
-    @property
-    def rank_pools(self) -> dict[str, RankPool]:
-        """Projection -> pool."""
-        return cast("dict[str, RankPool]", dict(self.pools.items()))
-
-    def pieces(self, dtype: torch.dtype) -> list[LoraPiece]:
-        """What the engines need of each pool."""
-        result = []
-        for projection, pool in self.rank_pools.items():
-            matrix, start, step = self.block.place_of(projection)
-            a_RI, b_RO = pool(dtype)
-            offsets, scaling = pool.offsets, self.config.scaling
-            result.append(LoraPiece(matrix, start, a_RI, b_RO, offsets, scaling, step))
-        for projection, probe in self.probes.items():
-            matrix, start, step = self.block.place_of(projection)
-            a_RI, b_RO = probe.a_RI.to(dtype), probe.b_RO.to(dtype)
-            result.append(LoraPiece(matrix, start, a_RI, b_RO, probe.offsets, 1.0, step))
-        return result
-
-    def traced_pieces(self, dtype: torch.dtype) -> list[TracedPiece]:
-        """The same under torch.compile."""
-        result = []
-        for projection, pool in self.rank_pools.items():
-            matrix, start, step = self.block.place_of(projection)
-            a_RI, b_RO = pool.all_rows(dtype)
-            bounds, scaling = pool.offset_E1, self.config.scaling
-            result.append(TracedPiece(matrix, start, a_RI, b_RO, bounds, scaling, step))
-        for projection, probe in self.probes.items():
-            matrix, start, step = self.block.place_of(projection)
-            a_RI, b_RO = probe.a_RI.to(dtype), probe.b_RO.to(dtype)
-            bounds = torch.tensor(probe.offsets, device="cpu")
-            result.append(TracedPiece(matrix, start, a_RI, b_RO, bounds, 1.0, step))
-        return result
-
-    def _apply(self, fn: Any, recurse: bool = True) -> ExpertsAdapter:
-        before = self.frequency
-        super()._apply(fn, recurse)
-        self.frequency = in_float32(self.frequency, before)
-        self.meter.to(self.frequency.device)
-        return self
-
-    def ranks(self) -> dict[str, list[int]]:
-        """Projection -> rank of each expert."""
-        return {name: pool.book.ranks().tolist() for name, pool in self.rank_pools.items()}
+from drlora.ops.weights import MATRICES, ExpertWeights
 
 
 class DrLoraExperts(nn.Module, BaseTunerLayer):
@@ -168,7 +58,7 @@ class DrLoraExperts(nn.Module, BaseTunerLayer):
         self.trained_in_full: Sequence[nn.Module] = ()
         self.rounding: Rounding = NEAREST  # of merged weights
         self._disable_adapters = False
-        self._unmerged: list[Tensor] = []
+        self._unmerged: list[Any] = []
 
     def adapter(self, name: str) -> ExpertsAdapter:
         """The adapter called `name`."""
@@ -178,11 +68,6 @@ class DrLoraExperts(nn.Module, BaseTunerLayer):
     def base_weights(self) -> ExpertWeights:
         """The frozen weights of all experts."""
         return self.family.weights(self.get_base_layer())
-
-    @property
-    def base_weight(self) -> Tensor:
-        """One of the base weights, for its device and dtype."""
-        return self.base_weights.sample
 
     @property
     def is_adapting(self) -> bool:
@@ -206,10 +91,11 @@ class DrLoraExperts(nn.Module, BaseTunerLayer):
         """Add an adapter, on the device of the base weights and in their dtype."""
         adapter = ExpertsAdapter(self.block, config)
         if not any(p.device.type == "meta" for p in adapter.parameters()):
-            adapter.to(self.base_weight.device)
+            base = self.base_weights
+            adapter.to(base.device)
             for pool in adapter.rank_pools.values():
-                pool.lora_A.data = pool.lora_A.data.to(self.base_weight.dtype)
-                pool.lora_B.data = pool.lora_B.data.to(self.base_weight.dtype)
+                pool.lora_A.data = pool.lora_A.data.to(base.dtype)
+                pool.lora_B.data = pool.lora_B.data.to(base.dtype)
             if name == "ref" and "default" in self.drlora_adapters:
                 # TRL's frozen reference: it copies the parameters itself, but not who owns them.
                 twin = self.adapter("default")
@@ -222,7 +108,7 @@ class DrLoraExperts(nn.Module, BaseTunerLayer):
         """What the base layer returns for the same call, with the adapters' updates."""
         if self.disable_adapters and self.merged:
             self.unmerge()
-        if self.is_adapting:
+        if self.is_adapting or not self.base_weights.is_plain:
             return self.family.call(self.get_base_layer(), self._run, *args, **kwargs)
         out = self.base_layer(*args, **kwargs)
         self._take_logits()
@@ -238,7 +124,7 @@ class DrLoraExperts(nn.Module, BaseTunerLayer):
     ) -> Tensor:
         """The experts' output, (T, H); see `drlora.moe.families.Run` for the arguments."""
         logits_TE = self._take_logits()
-        names = self._names()
+        names = self._names() if self.is_adapting else []
         adapters = [self.adapter(name) for name in names]
         if self.training and len({a.config.lora_dropout for a in adapters}) > 1:
             raise ConfigError(
@@ -248,9 +134,10 @@ class DrLoraExperts(nn.Module, BaseTunerLayer):
         base = self.base_weights
         x_TH = hidden_states
         if self.cast_input_dtype_enabled:
-            x_TH = x_TH.to(base.sample.dtype)
-        dropout = adapters[0].config.lora_dropout if self.training else 0.0
-        engine, routed = adapters[0].config.engine, (x_TH, top_k_index, top_k_weights, base)
+            x_TH = x_TH.to(base.dtype)
+        dropout = adapters[0].config.lora_dropout if self.training and adapters else 0.0
+        engine = adapters[0].config.engine if adapters else AUTO
+        routed = x_TH, top_k_index, top_k_weights, base
         if torch.compiler.is_compiling() and base.is_fused:
             traced = [piece for adapter in adapters for piece in adapter.traced_pieces(x_TH.dtype)]
             out_TH = traced_experts(*routed, traced, dropout=dropout, engine=engine)
@@ -258,7 +145,7 @@ class DrLoraExperts(nn.Module, BaseTunerLayer):
             pieces = [piece for adapter in adapters for piece in adapter.pieces(x_TH.dtype)]
             out_TH = _untraced_experts(*routed, pieces, dropout=dropout, engine=engine)
         counted = routing or (top_k_index, top_k_weights)
-        if self.training and self.tokens.is_computed_again:
+        if adapters and self.training and self.tokens.is_computed_again:
             self.first_passes.remember(counted[0], self.tokens.masks)
         if self.training and torch.is_grad_enabled() and out_TH.requires_grad:
             masks = self.tokens.masks or self._masks_of_recomputed(counted[0])
@@ -301,14 +188,29 @@ class DrLoraExperts(nn.Module, BaseTunerLayer):
         names = check_adapters_to_merge(self, adapter_names)
         if not names:
             return
+        self.refuse_fixed_weights()
         if not self._unmerged:
-            self._unmerged = [matrix.detach().clone() for matrix in self._all_matrices()]
+            base = self.base_weights
+            self._unmerged = [base.matrix(matrix).snapshot() for matrix in MATRICES]
         self._merge_in_place(names, safe_merge)
+
+    def refuse_fixed_weights(self) -> None:
+        """Refuse to merge into weights that cannot be changed.
+
+        Raises:
+            ConfigError: saying why they cannot.
+        """
+        if (reason := self.base_weights.fixed) is not None:
+            raise ConfigError(
+                f"an adapter cannot be merged into {self.block.experts_name}: {reason}. Keep it "
+                f"beside the model, or put it on the model as it was before it was stored so."
+            )
 
     def unmerge(self) -> None:
         """Put the base weights back as they were before `merge`."""
-        for matrix, kept in zip(self._all_matrices(), self._unmerged, strict=False):
-            matrix.data.copy_(kept)
+        base = self.base_weights
+        for matrix, kept in zip(MATRICES, self._unmerged, strict=False):
+            base.matrix(matrix).restore(kept)
         self._unmerged.clear()
         self.merged_adapters.clear()
 
@@ -317,14 +219,9 @@ class DrLoraExperts(nn.Module, BaseTunerLayer):
     ) -> nn.Module:
         """The base experts, with the adapters merged in if asked; keeps no copy to go back to."""
         if merge:
+            self.refuse_fixed_weights()
             self._merge_in_place(check_adapters_to_merge(self, adapter_names), safe_merge)
         return self.get_base_layer()
-
-    def _all_matrices(self) -> list[Tensor]:
-        """Of all experts, as few tensors as they are kept in."""
-        base = self.base_weights
-        stacks = [stack for matrix in MATRICES for stack in base.stacks(matrix)]
-        return [m for s in stacks for m in ([s] if isinstance(s, Tensor) else s)]
 
     @torch.no_grad()
     def _merge_in_place(self, names: list[str], safe_merge: bool) -> None:
@@ -346,7 +243,7 @@ class DrLoraExperts(nn.Module, BaseTunerLayer):
         self, adapter_name: str, device: torch.device | None = None
     ) -> None:
         if adapter_name in self.drlora_adapters:
-            self.adapter(adapter_name).to(device or self.base_weight.device)
+            self.adapter(adapter_name).to(device or self.base_weights.device)
 
     def __repr__(self) -> str:
         return "drlora." + super().__repr__()

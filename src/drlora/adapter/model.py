@@ -30,7 +30,12 @@ from drlora.adapter.files import (
     refuse_damaged_ranks,
     refuse_other_tensors,
 )
-from drlora.adapter.inject import adapted_layers, prepare, wrap_experts
+from drlora.adapter.inject import (
+    adapted_layers,
+    prepare,
+    refuse_fixed_weights,
+    wrap_experts,
+)
 from drlora.adapter.layer import DrLoraExperts
 from drlora.adapter.linear import choose_targets, lora_config, refuse_endless
 from drlora.adapter.observe import forget_tokens
@@ -145,6 +150,7 @@ class DrLoraModel(LoraModel):
         """As in PEFT; where `safe_merge` refuses one layer, no layer stays merged."""
         layers = [m for m in self.model.modules() if isinstance(m, BaseTunerLayer)]
         was_merged = any(layer.merged for layer in layers)
+        refuse_fixed_weights(self.model)
         try:
             super().merge_adapter(adapter_names, safe_merge)
         except ValueError:
@@ -155,6 +161,8 @@ class DrLoraModel(LoraModel):
             raise
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
+        if merge:
+            refuse_fixed_weights(self.model)
         for adapter_name in self.peft_config:
             routers = TrainedRouters(self.model, adapter_name)
             routers.train_as_the_model()

@@ -29,6 +29,7 @@ from drlora.config.options import check_options
 from drlora.config.peft_type import DRLORA, SavedConfig
 from drlora.config.registry import (
     ALLOCATIONS,
+    ENGINES,
     REGISTRIES,
     WITH_OPTIONS,
     known_options,
@@ -52,7 +53,6 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "budget_scope": ("layer", "model"),
     "router": ("frozen", "train"),
     "young_rows": ("inherit", "own", "shared"),
-    "engine": ("auto", "naive", "loop", "grouped", "triton"),
 }
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -174,6 +174,7 @@ class DrLoraConfig(SavedConfig):
             )
         for name, choices in CHOICES.items():
             one_of(self, name, choices)
+        one_of(self, "engine", (AUTO, *ENGINES.names()))
         self._check_rules()
         self._check_ranks()
         self._check_numbers()

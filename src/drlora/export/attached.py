@@ -13,7 +13,7 @@ from drlora.export.float32 import widened
 from drlora.export.peft_lora import target_of
 from drlora.export.reference import BlockReference, Deviation, Reference
 from drlora.export.updates import PARAMETERS
-from drlora.ops import Matrix
+from drlora.ops.weights import Matrix
 
 
 @torch.no_grad()

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from drlora.adapter.layer import ExpertsAdapter
-from drlora.ops import LoraPiece, Matrix
+from drlora.adapter.experts import ExpertsAdapter
+from drlora.ops import LoraPiece
+from drlora.ops.weights import Matrix
 
 # Singular values below the largest one times this are lost in float32's own rounding.
 _NEGLIGIBLE = torch.finfo(torch.float32).eps

@@ -21,9 +21,8 @@ from torch import Tensor, nn
 from drlora.adapter.layer import DrLoraExperts
 from drlora.adapter.linear import ExactLinear
 from drlora.export.reference import BlockReference, Deviation, Reference
-from drlora.ops import Matrix
 from drlora.ops.merge import Rounding, exact_device
-from drlora.ops.parts import MATRICES
+from drlora.ops.weights import MATRICES, Matrix
 
 
 @dataclass
@@ -155,12 +154,14 @@ def _watch(layer: DrLoraExperts, block: BlockReference, found: Deviation, kept: 
     unload, rounding = layer.unload_and_optionally_merge_module, layer.rounding
 
     def unload_and_compare(*args: Any, **kwargs: Any) -> nn.Module:
-        before = {matrix: _weights(layer, matrix, copies=True) for matrix in MATRICES}
+        experts = range(block.num_experts)
+        before = {m: [_weight(layer, m, e).clone() for e in experts] for m in MATRICES}
         base = unload(*args, **kwargs)
         for matrix, weights in before.items():
-            for expert, after in enumerate(_weights(layer, matrix)):
-                device = exact_device(after[0])
-                before_OI, after_OI = (torch.cat(x).to(device) for x in (weights[expert], after))
+            for expert in experts:
+                after = _weight(layer, matrix, expert)
+                device = exact_device(after)
+                before_OI, after_OI = weights[expert].to(device), after.to(device)
                 update_OI = block.update(matrix, expert).to(device)
                 wanted_OI = block.merged(matrix, expert, before_OI, rounding)
                 error_OI = after_OI.double() - wanted_OI.double()
@@ -171,18 +172,16 @@ def _watch(layer: DrLoraExperts, block: BlockReference, found: Deviation, kept: 
     layer.unload_and_optionally_merge_module = unload_and_compare  # type: ignore[method-assign]
 
 
-def _weights(layer: DrLoraExperts, matrix: Matrix, copies: bool = False) -> list[list[Tensor]]:
-    """For each expert the parts of its matrix, (., I) each, in the order of output features."""
-    parts = zip(*layer.base_weights.stacks(matrix), strict=True)
-    return [[x.detach().clone() if copies else x.detach() for x in expert] for expert in parts]
+def _weight(layer: DrLoraExperts, matrix: Matrix, expert: int) -> Tensor:
+    """(O, I) of one expert, as it is now."""
+    return layer.base_weights.matrix(matrix).read(expert).detach()
 
 
 def _write_block(layer: DrLoraExperts, block: BlockReference, rounding: Rounding) -> None:
     for matrix in MATRICES:
-        for expert, parts in enumerate(_weights(layer, matrix)):
-            merged_OI = block.merged(matrix, expert, torch.cat(parts), rounding)
-            for part, value in zip(parts, merged_OI.split([len(p) for p in parts]), strict=True):
-                part.copy_(value)
+        for expert in range(block.num_experts):
+            merged_OI = block.merged(matrix, expert, _weight(layer, matrix, expert), rounding)
+            layer.base_weights.matrix(matrix).write(expert, merged_OI)
 
 
 def _merge_linear(module: Any, adapter: str, name: str, rounding: Rounding) -> None:

@@ -19,9 +19,9 @@ from drlora.adapter.inject import adapted_layers
 from drlora.adapter.layer import DrLoraExperts
 from drlora.export.factors import Factors
 from drlora.export.updates import linear_updates
-from drlora.ops import LoraPiece, Matrix
+from drlora.ops import LoraPiece
 from drlora.ops.merge import Rounding, exact_device, place
-from drlora.ops.parts import MATRICES
+from drlora.ops.weights import MATRICES, Matrix
 
 ALLOWED = 0.01  # of the adapter's own effect
 
@@ -122,15 +122,9 @@ def _block(layer: DrLoraExperts, adapter: str) -> BlockReference:
     for matrix in MATRICES:
         in_features, out_features = block.shape_of(matrix)
         shapes[matrix] = (out_features, in_features)
-    transposed = frozenset(m for m in MATRICES if _is_transposed(layer, m))
-    name, dtype = block.experts_name, layer.base_weight.dtype
+    transposed = frozenset(m for m in MATRICES if layer.base_weights.matrix(m).is_transposed)
+    name, dtype = block.experts_name, layer.base_weights.dtype
     return BlockReference(name, block.num_experts, shapes, pieces, dtype, transposed)
-
-
-def _is_transposed(layer: DrLoraExperts, matrix: Matrix) -> bool:
-    """Whether (E, O, I) is a turned view of what is stored."""
-    stack = layer.base_weights.stacks(matrix)[0]
-    return isinstance(stack, Tensor) and not stack.is_contiguous()
 
 
 def _trained(inner: nn.Module, adapter: str) -> list[tuple[str, ModulesToSaveWrapper]]:

@@ -18,7 +18,7 @@ from drlora.adapter.inject import adapted_layers
 from drlora.adapter.layer import DrLoraExperts
 from drlora.errors import ConfigError
 from drlora.export.factors import Factors, expert_factors
-from drlora.ops import Matrix
+from drlora.ops.weights import Matrix
 
 # The parameter of an experts module that holds a matrix of all experts.
 PARAMETERS: dict[Matrix, tuple[str, ...]] = {
@@ -134,12 +134,8 @@ def seen_transposed(layer: DrLoraExperts, matrix: Matrix) -> bool:
 
     It believes a flag `is_transposed`, which some modules that store (E, in, out) do not have.
     """
-    experts = layer.get_base_layer()
-    (view_EOI,) = layer.base_weights.stacks(matrix)
-    assert isinstance(view_EOI, Tensor)
-    stored = experts.get_parameter(_parameter_name(layer, matrix).rpartition(".")[2])
-    is_transposed = view_EOI.stride() != stored.stride()
-    return is_transposed != getattr(experts, "is_transposed", False)
+    is_transposed = layer.base_weights.matrix(matrix).is_transposed
+    return is_transposed != getattr(layer.get_base_layer(), "is_transposed", False)
 
 
 def _parameter_name(layer: DrLoraExperts, matrix: Matrix) -> str:
@@ -150,7 +146,8 @@ def _parameter_name(layer: DrLoraExperts, matrix: Matrix) -> str:
             return f"{layer.block.experts_name}.{key}"
     raise ConfigError(
         f"{layer.block.experts_name} ({type(experts).__name__}) does not hold its {matrix} "
-        f"matrices in one parameter (E, ., .), which PEFT's LoRA needs; use the format merged."
+        f"matrices in one parameter (E, ., .), which PEFT's LoRA needs; use the format merged"
+        + (", from the model as it was before." if layer.base_weights.fixed else ".")
     )
 
 

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from drlora.errors import ConfigError
 from drlora.moe.families import FAMILIES, Family, family_of
 from drlora.moe.refusals import is_plain, refuse_unfit_weights
-from drlora.ops import ExpertWeights, Matrix
-from drlora.ops.parts import MATRICES
+from drlora.ops.weights import MATRICES, ExpertWeights, Matrix
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _TOP_K_NAMES = ("num_experts_per_tok", "moe_topk", "moe_top_k", "num_selected_experts")
@@ -189,11 +188,11 @@ def _describe(
 
 def _check_shapes(kind: str, base: ExpertWeights) -> None:
     for matrix in MATRICES:
-        dtype = base.stacks(matrix)[0][0].dtype
+        dtype = base.matrix(matrix).dtype
         if dtype not in _FLOATS:
             raise ConfigError(f"{kind} keeps {matrix} in {dtype}: it is quantised. {_QUANTISED}")
-    shapes = {m: [tuple(stack[0].shape) for stack in base.stacks(m)] for m in MATRICES}
-    counts = {len(stack) for m in MATRICES for stack in base.stacks(m)}
+    shapes = {m: [part.shape[1:] for part in base.matrix(m).parts] for m in MATRICES}
+    counts = {part.shape[0] for m in MATRICES for part in base.matrix(m).parts}
     width, hidden = base.width, base.in_features("gate_up")
     whole = base.out_features("gate_up") in (width, 2 * width)
     if len(counts) != 1 or not whole or base.out_features("down") != hidden:

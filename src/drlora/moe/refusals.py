@@ -1,8 +1,9 @@
 """Base models that would be adapted and then fail in the first forward pass.
 
 What an adapter reads of a model are ordinary tensors, whole or sharded by experts, where the model
-computes. Whatever else there is between a weight and its numbers (a quantiser's class of tensors,
-tensor parallelism, ZeRO, offloading) is refused before anything is changed.
+computes, or what a storage is registered for (`drlora.ops.storage`). Whatever else there is between
+a weight and its numbers (a quantiser's class of tensors, tensor parallelism, ZeRO, offloading) is
+refused before anything is changed.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from drlora.errors import ConfigError
+from drlora.ops.storage import has_own_storage
 
 _OFFLOADED = ("cpu", "disk")
 _ADAPTERS = (".drlora_adapters.", ".lora_", ".modules_to_save.", ".token_adapter.")
@@ -60,7 +62,7 @@ def refuse_unfit_weights(model: nn.Module, name: str, module: nn.Module) -> None
                 f"before TrainingArguments names the ZeRO-3 configuration, or train with DDP or "
                 f"FSDP2."
             )
-        if not is_plain(weight):
+        if not is_plain(weight) and not has_own_storage(weight):
             raise ConfigError(
                 f"{of} are no plain tensors: {key} is a {_class_of(weight)}, which says "
                 f"{weight.dtype} but keeps other numbers (quantised, for example). Load the model "

@@ -12,23 +12,26 @@ which a growth event writes in place.
 Where `loop` widens 16-bit experts, so does the loop here, and what lies between its two products is
 then float32 too.
 
-Letters as in `parts`; P largest rank, rounded up.
+Letters as in `parts`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from drlora.ops.grouped import ALIGNMENT_BYTES, grouped_fits, grouped_misfit, pad_rows, padded_rows
+from drlora.config.registry import ENGINES
+from drlora.ops.engine import AUTO, automatic
+from drlora.ops.grouped import refuses as grouped_refuses
 from drlora.ops.loop.engine import working_dtype
-from drlora.ops.loop.matrices import Widen
-from drlora.ops.parts import DropoutMasks, ExpertWeights, Matrix, Routing
+from drlora.ops.parts import DropoutMasks, LoraPiece
+from drlora.ops.products import backward_grouped, backward_loop, forward_grouped, forward_loop
+from drlora.ops.routing import Routing, combine
 from drlora.ops.stand_ins import tell_once
+from drlora.ops.weights import ExpertWeights, Matrix
 
 
 class TracedPiece(NamedTuple):
@@ -62,7 +65,7 @@ def experts_traced(
     """(T, H) output of the adapted experts; see `drlora.ops.adapted_experts`."""
     num_tokens, top_k = weight_TK.shape
     order_S = routing.order_S
-    ends_E = routing.counts_E.cumsum(0).to(torch.int32)
+    ends_E = routing.ends_E
     grouped = _runs_grouped(engine, base)
 
     def adapted(matrix: Matrix, x_SI: Tensor, weight_EOI: Tensor, mask_SI: Tensor | None) -> Tensor:
@@ -70,7 +73,7 @@ def experts_traced(
         own = [piece for piece in pieces if piece.matrix == matrix]
         factors = [factor for piece in own for factor in (piece.a_RI, piece.b_RO)]
         out_SO = adapted_product(
-            x_SI, weight_EOI, ends_E, mask_SI, factors, [piece.offset_E1 for piece in own],
+            x_SI, weight_EOI, ends_E, mask_SI, factors, [piece.offset_E1 for piece in own], matrix,
             [piece.start for piece in own], [piece.step for piece in own],
             [piece.scaling for piece in own], grouped,
         )  # fmt: skip
@@ -81,55 +84,44 @@ def experts_traced(
     x_SH = x_TH[:, None].expand(-1, top_k, -1).reshape(num_tokens * top_k, -1)[order_S]
     gate_up_SG = adapted("gate_up", x_SH, base.gate_up_EGH, masks.gate_up_SH)
     y_SH = adapted("down", base.apply_gate(gate_up_SG), base.down_EHI, masks.down_SI)
-    y_SH = base.finish(y_SH) * weight_TK.reshape(-1)[order_S, None]
-    return y_SH[torch.argsort(order_S)].view(num_tokens, top_k, -1).sum(dim=1).to(x_TH.dtype)
+    return combine(base.finish(y_SH), weight_TK, routing, x_TH.dtype)
 
 
 def _runs_grouped(engine: str, base: ExpertWeights) -> bool:
-    if engine == "auto":
-        return base.sample.device.type != "cpu" and grouped_fits(base)
-    misfit = grouped_misfit(base)
-    grouped = engine in ("grouped", "triton") and misfit is None
+    misfit = grouped_refuses(base)
+    if engine == AUTO:
+        return automatic(base) == "grouped" and misfit is None
+    grouped = ENGINES[engine].traced == "grouped" and misfit is None
     computes = "grouped" if grouped else "loop"
     if engine != computes:
         tell_once(engine, computes, misfit or "torch.compile knows 'grouped' and 'loop' alone")
     return grouped
 
 
-class _Piece(NamedTuple):
-    """One piece as the operator sees it: its owned rows alone, and its ranks on the host."""
-
-    a_RI: Tensor
-    b_RO: Tensor
-    offsets: tuple[int, ...]
-    columns: slice
-    scaling: float
-
-    def rows(self, expert: int) -> slice:
-        return slice(self.offsets[expert], self.offsets[expert + 1])
-
-
 def _owned(
     factors: Sequence[Tensor],
     offsets: Sequence[Tensor],
+    matrix: str,
     starts: Sequence[int],
     steps: Sequence[int],
     scalings: Sequence[float],
-) -> list[_Piece]:
-    """The pieces that have a rank at all."""
+) -> list[LoraPiece]:
+    """The pieces with their owned rows alone, and their ranks on the host."""
     pieces = []
     for a_RI, b_RO, offset_E1, start, step, scaling in zip(
         factors[::2], factors[1::2], offsets, starts, steps, scalings, strict=True
     ):
         bounds = tuple(offset_E1.tolist())
-        columns, owned = slice(start, start + step * b_RO.shape[1], step), bounds[-1]
-        pieces.append(_Piece(a_RI[:owned], b_RO[:owned], bounds, columns, scaling))
+        owned = slice(bounds[-1])
+        pieces.append(
+            LoraPiece(cast(Matrix, matrix), start, a_RI[owned], b_RO[owned], bounds, scaling, step)
+        )
     return pieces
 
 
 _ARGUMENTS = (
     "Tensor x_SI, Tensor weight_EOI, Tensor ends_E, Tensor? mask_SI, Tensor[] factors, "
-    "Tensor[] offsets, int[] starts, int[] steps, float[] scalings, bool grouped"
+    "Tensor[] offsets, str matrix, int[] starts, int[] steps, float[] scalings, bool grouped"
 )
 
 
@@ -143,6 +135,7 @@ def adapted_product(
     mask_SI: Tensor | None,
     factors: Sequence[Tensor],
     offsets: Sequence[Tensor],
+    matrix: str,
     starts: Sequence[int],
     steps: Sequence[int],
     scalings: Sequence[float],
@@ -159,6 +152,7 @@ def adapted_product(
         mask_SI: factors on the pieces' input, or None.
         factors: (R, in-features) and (R, columns) of each piece in turn, as in `TracedPiece`.
         offsets: of each piece, as in `TracedPiece`.
+        matrix: which matrix it is, `gate_up` or `down`.
         starts: first output feature of each piece.
         steps: from one output feature of a piece to the next.
         scalings: factor on each piece's product.
@@ -166,10 +160,10 @@ def adapted_product(
     """
     dtype = _product_dtype(x_SI, grouped)
     x_SI, factors = x_SI.to(dtype), [factor.to(dtype) for factor in factors]
-    pieces = _owned(factors, offsets, starts, steps, scalings)
+    pieces = _owned(factors, offsets, matrix, starts, steps, scalings)
     adapter_SI = x_SI if mask_SI is None else x_SI * mask_SI
     with torch.autocast(x_SI.device.type, enabled=False):
-        forward = _forward_grouped if grouped else _forward_loop
+        forward = forward_grouped if grouped else forward_loop
         return forward(x_SI, adapter_SI, weight_EOI, ends_E, pieces)
 
 
@@ -186,6 +180,7 @@ def _adapted_product_backward(
     mask_SI: Tensor | None,
     factors: Sequence[Tensor],
     offsets: Sequence[Tensor],
+    matrix: str,
     starts: Sequence[int],
     steps: Sequence[int],
     scalings: Sequence[float],
@@ -195,13 +190,13 @@ def _adapted_product_backward(
     dtype = _product_dtype(x_SI, grouped)
     stored, x_SI = x_SI.dtype, x_SI.to(dtype)
     factor_dtypes, factors = [f.dtype for f in factors], [f.to(dtype) for f in factors]
-    pieces = _owned(factors, offsets, starts, steps, scalings)
+    pieces = _owned(factors, offsets, matrix, starts, steps, scalings)
     grads = [torch.zeros_like(factor) for factor in factors]
     adapter_SI = x_SI if mask_SI is None else x_SI * mask_SI
     # Under dropout the pieces' part of dX is kept apart, until the mask was put on it.
     part_SI = None if mask_SI is None else torch.zeros_like(x_SI)
     with torch.autocast(x_SI.device.type, enabled=False):
-        backward = _backward_grouped if grouped else _backward_loop
+        backward = backward_grouped if grouped else backward_loop
         dx_SI = backward(
             grad_SO.contiguous(), adapter_SI, weight_EOI, ends_E, pieces, grads, part_SI
         )
@@ -242,114 +237,15 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _differentiate(ctx: Any, grad_SO: Tensor) -> tuple[Any, ...]:
     x_SI, weight_EOI, ends_E, mask_SI, *rest = ctx.saved_tensors
-    pieces = len(ctx.settings[0])
+    pieces = len(ctx.settings[1])
     dx_SI, grads = _adapted_product_backward(
         grad_SO, x_SI, weight_EOI, ends_E, mask_SI, rest[: 2 * pieces], rest[2 * pieces :],
         *ctx.settings,
     )  # fmt: skip
     # To torch an empty list of numbers is a list of tensors, and wants a list of gradients.
     of_numbers: list[None] | None = None if pieces else []
-    of_settings = (of_numbers, of_numbers, of_numbers, None)
+    of_settings = (None, of_numbers, of_numbers, of_numbers, None)
     return dx_SI, None, None, None, grads, [None] * pieces, *of_settings
 
 
 adapted_product.register_autograd(_differentiate, setup_context=_keep)
-
-
-def _forward_loop(
-    x_SI: Tensor, adapter_SI: Tensor, weight_EOI: Tensor, ends_E: Tensor, pieces: list[_Piece]
-) -> Tensor:
-    out_SO, widen = x_SI.new_empty(x_SI.shape[0], weight_EOI.shape[1]), Widen(x_SI.dtype)
-    for expert, rows in _rows_of_experts(ends_E):
-        torch.mm(x_SI[rows], widen(weight_EOI[expert]).T, out=out_SO[rows])
-        for piece in pieces:
-            a_rI, b_rO = piece.a_RI[piece.rows(expert)], piece.b_RO[piece.rows(expert)]
-            z_nr = adapter_SI[rows] @ a_rI.T
-            out_SO[rows, piece.columns].addmm_(z_nr, b_rO, alpha=piece.scaling)
-    return out_SO
-
-
-def _backward_loop(
-    grad_SO: Tensor,
-    adapter_SI: Tensor,
-    weight_EOI: Tensor,
-    ends_E: Tensor,
-    pieces: list[_Piece],
-    grads: list[Tensor],
-    part_SI: Tensor | None,
-) -> Tensor:
-    """dX; writes `grads`, and adds the pieces' part of dX to `part_SI` if that is given."""
-    dx_SI, widen = torch.empty_like(adapter_SI), Widen(adapter_SI.dtype)
-    part_SI = dx_SI if part_SI is None else part_SI
-    for expert, rows in _rows_of_experts(ends_E):
-        torch.mm(grad_SO[rows], widen(weight_EOI[expert]), out=dx_SI[rows])
-        for piece, da_RI, db_RO in zip(pieces, grads[::2], grads[1::2], strict=True):
-            ranks, grad_nO = piece.rows(expert), grad_SO[rows, piece.columns]
-            z_nr = adapter_SI[rows] @ piece.a_RI[ranks].T
-            dz_nr = (grad_nO @ piece.b_RO[ranks].T).mul_(piece.scaling)
-            part_SI[rows].addmm_(dz_nr, piece.a_RI[ranks])
-            torch.mm(dz_nr.T, adapter_SI[rows], out=da_RI[ranks])
-            torch.mm(z_nr.mul_(piece.scaling).T, grad_nO, out=db_RO[ranks])
-    return dx_SI
-
-
-def _rows_of_experts(ends_E: Tensor) -> Iterator[tuple[int, slice]]:
-    """(expert, its rows) for the experts that have rows."""
-    start = 0
-    for expert, end in enumerate(ends_E.tolist()):
-        if start < end:
-            yield expert, slice(start, end)
-        start = end
-
-
-def _forward_grouped(
-    x_SI: Tensor, adapter_SI: Tensor, weight_EOI: Tensor, ends_E: Tensor, pieces: list[_Piece]
-) -> Tensor:
-    out_SO = F.grouped_mm(x_SI, weight_EOI.transpose(1, 2), offs=ends_E)
-    for piece in pieces:
-        if piece.offsets[-1]:
-            a_EPI, b_EPO, _ = _padded(piece)
-            z_SP = F.grouped_mm(adapter_SI, a_EPI.transpose(1, 2), offs=ends_E)
-            update_SO = F.grouped_mm(z_SP, b_EPO, offs=ends_E)
-            out_SO[:, piece.columns].add_(update_SO, alpha=piece.scaling)
-    return out_SO
-
-
-def _backward_grouped(
-    grad_SO: Tensor,
-    adapter_SI: Tensor,
-    weight_EOI: Tensor,
-    ends_E: Tensor,
-    pieces: list[_Piece],
-    grads: list[Tensor],
-    part_SI: Tensor | None,
-) -> Tensor:
-    """As `_backward_loop`."""
-    dx_SI = F.grouped_mm(grad_SO, weight_EOI, offs=ends_E)
-    part_SI = dx_SI if part_SI is None else part_SI
-    for piece, da_RI, db_RO in zip(pieces, grads[::2], grads[1::2], strict=True):
-        if piece.offsets[-1]:
-            a_EPI, b_EPO, rows_EP = _padded(piece)
-            grad_SC = grad_SO[:, piece.columns].contiguous()
-            z_SP = F.grouped_mm(adapter_SI, a_EPI.transpose(1, 2), offs=ends_E)
-            dz_SP = F.grouped_mm(grad_SC, b_EPO.transpose(1, 2), offs=ends_E).mul_(piece.scaling)
-            part_SI += F.grouped_mm(dz_SP, a_EPI, offs=ends_E)
-            da_EPI = F.grouped_mm(dz_SP.T, adapter_SI, offs=ends_E)
-            db_EPC = F.grouped_mm(z_SP.mul_(piece.scaling).T, grad_SC, offs=ends_E)
-            _unpad(da_RI, piece.offsets[-1], rows_EP, da_EPI)
-            _unpad(db_RO, piece.offsets[-1], rows_EP, db_EPC)
-    return dx_SI
-
-
-def _padded(piece: _Piece) -> tuple[Tensor, Tensor, Tensor]:
-    """Both factors with P rows for each expert, and which rows these were."""
-    multiple = ALIGNMENT_BYTES // piece.a_RI.element_size()
-    rows_EP = padded_rows(piece.offsets, multiple, piece.a_RI.device)
-    return pad_rows(piece.a_RI, rows_EP), pad_rows(piece.b_RO, rows_EP), rows_EP
-
-
-def _unpad(grad_RO: Tensor, owned: int, rows_EP: Tensor, padded_EPO: Tensor) -> None:
-    """Write the gradient of the owned rows; the padding all goes to one more row, left out."""
-    packed_RO = grad_RO.new_empty(owned + 1, grad_RO.shape[1])
-    packed_RO[rows_EP] = padded_EPO
-    grad_RO[:owned] = packed_RO[:owned]

@@ -13,25 +13,23 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from drlora.ops.parts import DropoutMasks, ExpertWeights, LoraPiece, Matrix, Routing
+from drlora.ops.engine import Engine, register_engine
+from drlora.ops.parts import DropoutMasks, LoraPiece
+from drlora.ops.routing import Routing, combine
+from drlora.ops.weights import ExpertWeights, Matrix
 
 ALIGNMENT_BYTES = 16
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def grouped_fits(base: ExpertWeights) -> bool:
-    """Whether torch's grouped product can take these weights."""
-    return grouped_misfit(base) is None
-
-
-def grouped_misfit(base: ExpertWeights) -> str | None:
+def refuses(base: ExpertWeights) -> str | None:
     """Why torch's grouped product cannot take these weights; None if it can."""
     if not base.is_stacked:
-        return "each expert has tensors of its own"
-    if base.sample.dtype not in _DTYPES:
-        return f"grouped products do not take {base.sample.dtype}"
-    widths = (base.in_features("gate_up"), base.stacks("gate_up")[0][0].shape[0], base.width)
-    if any(w * base.sample.element_size() % ALIGNMENT_BYTES for w in widths):
+        return "the weights of all experts are not one tensor"
+    if base.dtype not in _DTYPES:
+        return f"grouped products do not take {base.dtype}"
+    widths = (base.in_features("gate_up"), base.gate_up.parts[0].shape[1], base.width)
+    if any(w * base.dtype.itemsize % ALIGNMENT_BYTES for w in widths):
         return f"rows of {widths} numbers are no multiples of {ALIGNMENT_BYTES} bytes"
     return None
 
@@ -45,25 +43,25 @@ def experts_grouped(
     masks: DropoutMasks,
 ) -> Tensor:
     """(T, H) output of the adapted experts; see `drlora.ops.adapted_experts`."""
-    ends_E = routing.counts_E.cumsum(0).to(torch.int32)
+    ends_E = routing.ends_E
     x_SH = x_TH[routing.token_S]
     gate_up_SG = _base_product("gate_up", x_SH, ends_E, routing, base)
     gate_up_SG = _add_lora("gate_up", gate_up_SG, x_SH, ends_E, pieces, masks.gate_up_SH)
     h_SI = base.apply_gate(gate_up_SG)
     y_SH = _base_product("down", h_SI, ends_E, routing, base)
     y_SH = _add_lora("down", y_SH, h_SI, ends_E, pieces, masks.down_SI)
-    y_SH = base.finish(y_SH) * weight_TK.reshape(-1)[routing.order_S, None]
-    inverse_S = torch.empty_like(routing.order_S)
-    inverse_S[routing.order_S] = torch.arange(routing.order_S.numel(), device=x_TH.device)
-    # A gather and a sum, not index_add: the order of the sum is then fixed on an accelerator.
-    return y_SH[inverse_S].view(*weight_TK.shape, -1).sum(dim=1).to(x_TH.dtype)
+    return combine(base.finish(y_SH), weight_TK, routing, x_TH.dtype)
 
 
 def _base_product(
     matrix: Matrix, x_SI: Tensor, ends_E: Tensor, routing: Routing, base: ExpertWeights
 ) -> Tensor:
-    stacks = [stack for stack in base.stacks(matrix) if isinstance(stack, Tensor)]
-    outs = [F.grouped_mm(x_SI, stack_EOI.transpose(1, 2), offs=ends_E) for stack_EOI in stacks]
+    stacks = [part.dense() for part in base.matrix(matrix).parts]
+    outs = [
+        F.grouped_mm(x_SI, stack_EOI.transpose(1, 2), offs=ends_E)
+        for stack_EOI in stacks
+        if stack_EOI is not None  # nothing else is let in
+    ]
     out_SO = outs[0] if len(outs) == 1 else torch.cat(outs, dim=-1)
     bias_EO = base.bias(matrix)
     return out_SO if bias_EO is None else out_SO + bias_EO[routing.expert_S]
@@ -109,3 +107,8 @@ def padded_rows(offsets: tuple[int, ...], multiple: int, device: torch.device) -
     step_P = torch.arange(width)
     rows_EP = torch.where(step_P < rank_E[:, None], start_E[:, None] + step_P, offsets[-1])
     return rows_EP.to(device)
+
+
+register_engine(
+    Engine("grouped", experts_grouped, refuses, stand_ins=("loop", "naive"), traced="grouped")
+)

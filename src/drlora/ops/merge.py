@@ -15,7 +15,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from drlora.ops.parts import ExpertWeights, LoraPiece
+from drlora.ops.parts import LoraPiece
+from drlora.ops.weights import ExpertWeights
 
 RoundingMode = Literal["nearest", "stochastic"]
 _SIXTEEN_BIT = (torch.bfloat16, torch.float16)
@@ -109,20 +110,21 @@ def add_update(
         rounding: to the weights' dtype. Entries that are not updated stay, since they are numbers
             of that dtype already.
         name: of the experts module, for the draws.
+
+    Raises:
+        ConfigError: if the weights are stored in a form that cannot be changed.
     """
-    stacks = base.stacks(piece.matrix)
-    for expert, (start, end) in enumerate(zip(piece.offsets, piece.offsets[1:], strict=False)):
-        if start < end:
-            targets = [stack[expert].data for stack in stacks]  # gate and up may lie apart
-            device = exact_device(targets[0])
-            merged_OI = torch.cat([target.to(device, torch.float64) for target in targets])
-            b_Or, a_rI = piece.b_RO[start:end].T, piece.a_RI[start:end]
+    matrix = base.matrix(piece.matrix)
+    for expert, rank in enumerate(piece.ranks):
+        if rank:
+            stored_OI = matrix.read(expert)
+            device = exact_device(stored_OI)
+            merged_OI = stored_OI.detach().to(device, torch.float64, copy=True)
+            b_Or, a_rI = piece.b_RO[piece.rows(expert)].T, piece.a_RI[piece.rows(expert)]
             update_OI = b_Or.to(device, torch.float64) @ a_rI.to(device, torch.float64)
             merged_OI[piece.columns] += update_OI * piece.scaling
-            rounded_OI = rounding(merged_OI, targets[0].dtype, place(name, piece.matrix, expert))
-            parts = rounded_OI.split([len(target) for target in targets])
-            for target, part_OI in zip(targets, parts, strict=True):
-                target.copy_(part_OI)
+            name_of_draws = place(name, piece.matrix, expert)
+            matrix.write(expert, rounding(merged_OI, matrix.dtype, name_of_draws))
 
 
 def place(name: str, matrix: str, expert: int) -> str:

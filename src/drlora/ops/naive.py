@@ -13,7 +13,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from drlora.ops.parts import DropoutMasks, ExpertWeights, LoraPiece, Matrix, Routing
+from drlora.ops.engine import Engine, register_engine
+from drlora.ops.parts import DropoutMasks, LoraPiece
+from drlora.ops.routing import Routing
+from drlora.ops.weights import ExpertWeights, Matrix
 
 
 def experts_naive(
@@ -61,7 +64,10 @@ def _lora(
     for piece in pieces:
         if piece.matrix != matrix:
             continue
-        ranks = slice(piece.offsets[expert], piece.offsets[expert + 1])
+        ranks = piece.rows(expert)
         update_nO = x_nI @ piece.a_RI[ranks].T @ piece.b_RO[ranks] * piece.scaling
         total_nO[:, piece.columns] = total_nO[:, piece.columns] + update_nO
     return total_nO
+
+
+register_engine(Engine("naive", experts_naive, stand_ins=()))

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from drlora.adapter.layer import ExpertsAdapter
+from drlora.adapter.experts import ExpertsAdapter
 from drlora.adapter.pool import RankPool
 from drlora.config.adapter import DrLoraConfig
 from drlora.config.registry import ALLOCATIONS

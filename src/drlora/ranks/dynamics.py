@@ -19,8 +19,9 @@ from dataclasses import asdict, fields
 import torch
 from torch import Tensor, nn
 
+from drlora.adapter.experts import ExpertsAdapter
 from drlora.adapter.inject import active_adapter, adapted_layers
-from drlora.adapter.layer import ExpertsAdapter, RankPool
+from drlora.adapter.pool import RankPool
 from drlora.adapter.router import TrainedRouters
 from drlora.config.adapter import DrLoraConfig
 from drlora.distributed import refuse_differing

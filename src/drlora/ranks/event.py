@@ -15,7 +15,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from drlora.adapter.layer import ExpertsAdapter
+from drlora.adapter.experts import ExpertsAdapter
 from drlora.config.adapter import DrLoraConfig
 from drlora.config.registry import ALLOCATIONS, SALIENCIES
 from drlora.errors import ConfigError

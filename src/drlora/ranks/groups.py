@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from drlora.adapter.layer import ExpertsAdapter, RankPool
+from drlora.adapter.experts import ExpertsAdapter
+from drlora.adapter.pool import RankPool
 from drlora.config.adapter import DrLoraConfig
 from drlora.ranks.saliency import Signals, expert_sums
 from drlora.ranks.schedule import Competitors, GrowthPlan, Schedule, make_schedule, plan_of
@@ -86,6 +87,7 @@ class Group:
             torch.tensor(self.ranks()),
             config.gamma,
             int(self.pools[0].seed) + step,
+            config.options,
         )
 
     def weakest_rows(self, counts: Sequence[int]) -> list[list[int]]:

@@ -22,7 +22,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from drlora.adapter.layer import ExpertsAdapter, ProbeRows
+from drlora.adapter.experts import ExpertsAdapter, ProbeRows
 from drlora.distributed import add_up
 from drlora.errors import ConfigError
 

@@ -11,14 +11,15 @@ owns more rows than it has, E * r_target.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from peft import PeftModel
 
+from drlora.adapter.experts import ExpertsAdapter
 from drlora.adapter.inject import active_adapter, adapted_layers
-from drlora.adapter.layer import ExpertsAdapter
 from drlora.adapter.pool import RankPool
 from drlora.config.adapter import DrLoraConfig
 from drlora.config.registry import STARTS
@@ -48,20 +49,38 @@ def rank_map(model: PeftModel) -> Ranks:
     return {name: adapter.ranks() for name, adapter in adapters_of(model).items()}
 
 
-def budget_of(model: PeftModel) -> dict[str, int]:
-    """Of the active adapter: ranks that are `spent` and `stored`, and the factors of the latter."""
+@dataclass(frozen=True)
+class Budget:
+    """The ranks of a run.
+
+    Attributes:
+        spent: ranks that experts own at the end.
+        stored: rows that there are, r_target x experts x layers x projections unless the method
+            needs more.
+    """
+
+    spent: int
+    stored: int
+    r_target: int
+    experts: int
+    layers: int
+    projections: int
+
+
+def budget_of(model: PeftModel) -> Budget:
+    """That of the active adapter."""
     adapters = adapters_of(model)
     first = next(iter(adapters.values()))
     pools = _pools(adapters)
     stored = sum(len(pool.book.owner_R) for pool in pools)
-    return {
-        "spent": stored - sum(pool.book.free for pool in pools),
-        "stored": stored,
-        "r_target": first.config.r_target,
-        "experts": first.block.num_experts,
-        "layers": len(adapters),
-        "projections": len(first.rank_pools),
-    }
+    return Budget(
+        spent=stored - sum(pool.book.free for pool in pools),
+        stored=stored,
+        r_target=first.config.r_target,
+        experts=first.block.num_experts,
+        layers=len(adapters),
+        projections=len(first.rank_pools),
+    )
 
 
 def free_parameters(model: PeftModel) -> int:

@@ -15,7 +15,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from drlora.adapter.layer import ExpertsAdapter
+from drlora.adapter.experts import ExpertsAdapter
 from drlora.config.adapter import DrLoraConfig
 from drlora.config.options import HOT_FRACTION
 from drlora.config.registry import STARTS

@@ -22,7 +22,7 @@ from drlora.config.adapter import DrLoraConfig
 from drlora.config.registry import ALLOCATIONS
 from drlora.errors import ConfigError
 from drlora.moe.blocks import MoEBlock, active_experts
-from drlora.ops.parts import MATRICES
+from drlora.ops.weights import MATRICES
 from drlora.ranks.schedule import Competitors, GrowthPlan, make_schedule, plan_of
 from drlora.runs.inspection import (
     AdapterSize,

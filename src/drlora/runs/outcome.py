@@ -10,30 +10,12 @@ from typing import Any
 from drlora.errors import DrLoraError
 from drlora.evaluation.measure import Measurement
 from drlora.io.files import read_json
-from drlora.ranks.rank_map import Ranks
+from drlora.ranks.rank_map import Budget, Ranks
 from drlora.runs.rundir import RunDir
 
 # Without a held-out loss to compare with, the training loss must have risen by this factor: it
 # differs between batches too.
 RISEN = 1.2
-
-
-@dataclass(frozen=True)
-class Budget:
-    """The ranks of a run.
-
-    Attributes:
-        spent: ranks that experts own at the end.
-        stored: rows that there are, r_target x experts x layers x projections unless the method
-            needs more.
-    """
-
-    spent: int
-    stored: int
-    r_target: int
-    experts: int
-    layers: int
-    projections: int
 
 
 @dataclass(frozen=True)

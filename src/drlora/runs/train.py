@@ -33,7 +33,6 @@ from drlora.runs.interrupt import StopOnInterrupt
 from drlora.runs.job import Job, prepare
 from drlora.runs.loading import add_adapter, load_base_model, training_arguments
 from drlora.runs.outcome import (
-    Budget,
     RunDiverged,
     RunInterrupted,
     TrainResult,
@@ -106,9 +105,8 @@ def _run(job: Job, model: PeftModel, progress: Progress) -> TrainResult:
     stop = StopOnInterrupt(progress)
     training = Training(job, model, stop)
     if not job.checkpoint and not needs_ranks(model):
-        RankDynamics(
-            model, job.plan_steps, step=0
-        ).release()  # what it refuses, it is to refuse now
+        # What it refuses, it is to refuse now.
+        RankDynamics(model, job.plan_steps, step=0).release()
     on_main(lambda: _begin(job))
     before = _measure_before(job, model, progress)
     if before:
@@ -142,7 +140,7 @@ def _result(
         before=before,
         after=after,
         ranks=rank_map(model),
-        budget=Budget(**budget_of(model)),
+        budget=budget_of(model),
         trainable_parameters=stored - free_parameters(model),
         stored_parameters=stored,
         steps=training.steps,

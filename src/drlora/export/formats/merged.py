@@ -10,6 +10,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from drlora.adapter.embeddings import has_tied_embeddings
+from drlora.adapter.inject import refuse_fixed_weights
 from drlora.errors import ConfigError
 from drlora.export.check import Batch
 from drlora.export.float32 import NARROW
@@ -37,6 +38,7 @@ class _Merged(Format):
                 f"rank={rank!r} is for formats of LoRA, such as peft; merged weights have no rank; "
                 f"leave it out."
             )
+        refuse_fixed_weights(model)
         return Contents(None, _bytes(cast(PreTrainedModel, model.get_base_model())))
 
     def make(

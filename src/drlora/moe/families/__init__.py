@@ -1,31 +1,19 @@
-"""The kinds of experts that can be adapted: the interface of transformers, and the exceptions."""
+"""The kinds of experts that can be adapted: the interface of transformers, and the exceptions.
+
+A family registers itself when its file is imported, and every file of this folder is: a family more
+is a file more. What lies outside of the package registers itself in the same manner.
+"""
 
 from __future__ import annotations
 
-from torch import nn
+from importlib import import_module
+from pkgutil import iter_modules
 
-from drlora.moe.families.base import Family, Run
-from drlora.moe.families.dbrx import Dbrx
-from drlora.moe.families.interface import InterfaceExperts
-from drlora.moe.families.jetmoe import JetMoe
-from drlora.moe.families.llama4 import Llama4
-from drlora.moe.families.longcat_flash import LongcatFlash
-from drlora.moe.families.module_list import ModuleListExperts
-from drlora.moe.families.step3p7 import Step3p7
+from drlora.moe.families.base import FAMILIES, Family, Run, family_of, register_family
 
-__all__ = ["FAMILIES", "Family", "Run", "family_of"]
+__all__ = ["FAMILIES", "Family", "Run", "family_of", "register_family"]
 
-FAMILIES: tuple[Family, ...] = (
-    InterfaceExperts(),
-    Dbrx(),
-    JetMoe(),
-    Llama4(),
-    LongcatFlash(),
-    ModuleListExperts(),
-    Step3p7(),
-)
-
-
-def family_of(module: nn.Module) -> Family | None:
-    """The family that recognises `module` as its experts, or None."""
-    return next((family for family in FAMILIES if family.recognises(module)), None)
+_files = sorted(module.name for module in iter_modules(__path__))
+# What registers last is asked first; models grow into the interface, so it goes before exceptions.
+for _file in sorted(_files, key=lambda name: name == "interface"):
+    import_module(f"{__name__}.{_file}")

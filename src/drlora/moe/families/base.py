@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
-from drlora.ops import ExpertWeights
+from drlora.ops.weights import ExpertWeights
 
 
 class Run(Protocol):
@@ -56,7 +56,7 @@ class Family(ABC):
 
     @abstractmethod
     def weights(self, module: Any) -> ExpertWeights:
-        """The frozen weights, as views of the module's parameters. Called in each forward."""
+        """The frozen weights, which stay the module's own. Called in each forward."""
 
     def missing(self, module: Any) -> str | None:
         """Why a recognised module cannot be adapted, or None."""
@@ -81,6 +81,20 @@ class Family(ABC):
         """The logits, a column for each expert (more may follow), in what the router returns."""
         logits = output[0] if isinstance(output, tuple) else output
         return logits if isinstance(logits, Tensor) else None
+
+
+FAMILIES: list[Family] = []
+
+
+def register_family(family: Family) -> Family:
+    """Have experts recognised by `family` too, which is asked before all that are there."""
+    FAMILIES.insert(0, family)
+    return family
+
+
+def family_of(module: nn.Module) -> Family | None:
+    """The family that recognises `module` as its experts, or None."""
+    return next((family for family in FAMILIES if family.recognises(module)), None)
 
 
 def gated(act: Any) -> tuple[Any, bool]:

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from drlora.moe.families.base import Family, Run, gated
-from drlora.ops import Apart, ExpertWeights
+from drlora.moe.families.base import Family, Run, gated, register_family
+from drlora.ops.weights import Apart, ExpertWeights, as_matrix
 
 
 class Dbrx(Family):
@@ -19,8 +19,8 @@ class Dbrx(Family):
     def weights(self, module: Any) -> ExpertWeights:
         mlp, shape = module.mlp, (module.num_experts, module.ffn_hidden_size, module.hidden_size)
         return ExpertWeights(
-            Apart(mlp.w1.view(shape), mlp.v1.view(shape)),
-            mlp.w2.view(shape).transpose(1, 2),
+            Apart(as_matrix(mlp.w1.view(shape)), as_matrix(mlp.v1.view(shape))),
+            as_matrix(mlp.w2.view(shape), transposed=True),
             *gated(mlp.activation_fn),
         )
 
@@ -29,3 +29,6 @@ class Dbrx(Family):
     ) -> Tensor:
         out_TH = run(hidden.reshape(-1, hidden.shape[-1]), index_TK, weight_TK)
         return out_TH.view(hidden.shape)
+
+
+register_family(Dbrx())

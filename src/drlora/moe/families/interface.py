@@ -13,8 +13,9 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.integrations import moe as hf_moe
 
-from drlora.moe.families.base import Family, is_silu
-from drlora.ops import ExpertWeights
+from drlora.moe.families.base import Family, is_silu, register_family
+from drlora.ops.storage import storage_of
+from drlora.ops.weights import ExpertWeights, as_matrix
 
 # `has_post_expert_norm` came after transformers 5.17.
 FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
@@ -34,24 +35,22 @@ class InterfaceExperts(Family):
                 "and FSDP2 work)"
             )
         names = _parameter_names(module)
-        absent = [name for name in names if not isinstance(getattr(module, name, None), Tensor)]
+        absent = [name for name in names if storage_of(getattr(module, name, None)) is None]
         return f"its flags promise {' and '.join(absent)}, which it has not" if absent else None
 
     def is_interleaved(self, module: Any) -> bool:
         return module.has_gate and not module.is_concatenated
 
     def weights(self, module: Any) -> ExpertWeights:
-        first, down = module.gate_up_proj if module.has_gate else module.up_proj, module.down_proj
-        if module.is_transposed:
-            first, down = first.transpose(1, 2), down.transpose(1, 2)
+        first = module.gate_up_proj if module.has_gate else module.up_proj
         own_gate = type(module)._apply_gate is not hf_moe._default_apply_gate
         first_bias = down_bias = None
         if module.has_bias:
             first_bias = module.gate_up_proj_bias if module.has_gate else module.up_proj_bias
             down_bias = module.down_proj_bias
         return ExpertWeights(
-            first,
-            down,
+            as_matrix(first, module.is_transposed),
+            as_matrix(module.down_proj, module.is_transposed),
             module._apply_gate if module.has_gate else module.act_fn,
             is_silu=module.has_gate and not own_gate and is_silu(module.act_fn),
             gate_up_bias_EG=first_bias,
@@ -71,3 +70,6 @@ def _has_post_norm(module: Any) -> bool:
 def _parameter_names(module: Any) -> list[str]:
     names = ["gate_up_proj" if module.has_gate else "up_proj", "down_proj"]
     return names + [f"{name}_bias" for name in names] if module.has_bias else names
+
+
+register_family(InterfaceExperts())

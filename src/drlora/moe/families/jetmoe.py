@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from drlora.moe.families.base import Family, Run, gated
-from drlora.ops import ExpertWeights
+from drlora.moe.families.base import Family, Run, gated, register_family
+from drlora.ops.weights import ExpertWeights, as_matrix
 
 
 class JetMoe(Family):
@@ -26,7 +26,9 @@ class JetMoe(Family):
 
     def weights(self, module: Any) -> ExpertWeights:
         return ExpertWeights(
-            module.input_linear.weight, module.output_linear.weight, *gated(module.activation)
+            as_matrix(module.input_linear.weight),
+            as_matrix(module.output_linear.weight),
+            *gated(module.activation),
         )
 
     def call(self, module: Any, run: Run, hidden: Tensor) -> Tensor:
@@ -44,3 +46,6 @@ class JetMoe(Family):
 
     def router_logits(self, output: tuple[Any, ...]) -> Tensor:
         return output[4]
+
+
+register_family(JetMoe())

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from drlora.moe.families.base import Family, gated
-from drlora.ops import ExpertWeights
+from drlora.moe.families.base import Family, gated, register_family
+from drlora.ops.weights import ExpertWeights, as_matrix
 
 
 class Llama4(Family):
@@ -27,8 +27,8 @@ class Llama4(Family):
 
     def weights(self, module: Any) -> ExpertWeights:
         return ExpertWeights(
-            module.gate_up_proj.transpose(1, 2),
-            module.down_proj.transpose(1, 2),
+            as_matrix(module.gate_up_proj, transposed=True),
+            as_matrix(module.down_proj, transposed=True),
             *gated(module.act_fn),
         )
 
@@ -64,3 +64,6 @@ def _sparse(block_class: Any) -> Any:
         return self.shared_expert(x_TH) + routed_TH, logits_TE
 
     return type(block_class.__name__, (block_class,), {"forward": forward, "drlora_sparse": True})
+
+
+register_family(Llama4())

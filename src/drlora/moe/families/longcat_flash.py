@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from drlora.moe.families.base import Family, Run, gated, run_routed_rows
-from drlora.ops import ExpertWeights
+from drlora.moe.families.base import Family, Run, gated, register_family, run_routed_rows
+from drlora.ops.weights import ExpertWeights, as_matrix
 
 
 class LongcatFlash(Family):
@@ -25,7 +25,8 @@ class LongcatFlash(Family):
 
     def weights(self, module: Any) -> ExpertWeights:
         gate_up_EGH = module.gate_up_proj[: module.num_routed_experts]
-        return ExpertWeights(gate_up_EGH, module.down_proj, *gated(module.act_fn))
+        gate_up, down = as_matrix(gate_up_EGH), as_matrix(module.down_proj)
+        return ExpertWeights(gate_up, down, *gated(module.act_fn))
 
     def num_choices(self, module: Any) -> int:
         return module.total_experts
@@ -37,3 +38,6 @@ class LongcatFlash(Family):
         kept_T1 = weight_TK.masked_fill(index_TK < num_experts, 0).sum(dim=1, keepdim=True)
         routed_TH = run_routed_rows(run, x_TH, index_TK, weight_TK, num_experts)
         return routed_TH + (x_TH * kept_T1).to(x_TH.dtype)
+
+
+register_family(LongcatFlash())

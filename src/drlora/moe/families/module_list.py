@@ -13,8 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from drlora.moe.families.base import Family, Run, gated
-from drlora.ops import Apart, ExpertWeights, adapted_experts
+from drlora.moe.families.base import Family, Run, gated, register_family
+from drlora.ops.naive import experts_naive
+from drlora.ops.parts import DropoutMasks
+from drlora.ops.routing import sort_by_expert
+from drlora.ops.storage import has_own_storage
+from drlora.ops.weights import Apart, ExpertWeights, as_matrix
 
 # Names of an expert's gate, up and down.
 _NAMES = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
@@ -38,7 +42,7 @@ class ModuleListExperts(Family):
             if names is None or not hasattr(expert, "act_fn"):
                 return f"its experts have no {_NAMES[0]} or {_NAMES[1]} with an act_fn"
             layers = [getattr(expert, name) for name in names]
-            if not all(type(layer) is nn.Linear and layer.bias is None for layer in layers):
+            if not all(_is_readable(layer) for layer in layers):
                 return "its experts are not plain Linear layers without bias (quantised, perhaps)"
         return None if self._computes_the_same(module) else (
             "its block does not compute what a softmax or DeepSeek router with experts in a "
@@ -47,9 +51,12 @@ class ModuleListExperts(Family):
 
     def weights(self, module: Any) -> ExpertWeights:
         gate, up, down = _names_of(module.experts[0]) or _NAMES[0]
-        lists = {n: tuple(getattr(e, n).weight for e in module.experts) for n in (gate, up, down)}
+        matrices = {
+            name: as_matrix([getattr(expert, name).weight for expert in module.experts])
+            for name in (gate, up, down)
+        }
         return ExpertWeights(
-            Apart(lists[gate], lists[up]), lists[down], *gated(module.experts[0].act_fn)
+            Apart(matrices[gate], matrices[up]), matrices[down], *gated(module.experts[0].act_fn)
         )
 
     def call(self, module: Any, run: Run, hidden: Tensor) -> Any:
@@ -73,14 +80,16 @@ class ModuleListExperts(Family):
     @torch.no_grad()
     def _computes_the_same(self, module: Any) -> bool:
         weights = self.weights(module)
-        sample = weights.sample
-        if sample.device.type == "meta":  # nothing to compute with; tried when it has weights
+        if weights.device.type == "meta":  # nothing to compute with; tried when it has weights
             return True
         generator = torch.Generator().manual_seed(0)
-        hidden = torch.randn(1, _PROBE_TOKENS, len(sample), generator=generator).to(sample)
+        hidden = torch.randn(
+            1, _PROBE_TOKENS, weights.in_features("gate_up"), generator=generator
+        ).to(weights.device, weights.dtype)
 
         def run(x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor, /, **_: Any) -> Tensor:
-            return adapted_experts(x_TH, index_TK, weight_TK, weights, [], engine="naive")
+            routing = sort_by_expert(index_TK, weights.num_experts)
+            return experts_naive(x_TH, weight_TK, routing, weights, [], DropoutMasks(None, None))
 
         training = module.training
         module.eval()
@@ -93,8 +102,15 @@ class ModuleListExperts(Family):
         if isinstance(own, tuple) != isinstance(ours, tuple):
             return False
         own, ours = (out[0] if isinstance(out, tuple) else out for out in (own, ours))
-        tolerance = 16 * torch.finfo(sample.dtype).eps ** 0.75
+        tolerance = 16 * torch.finfo(weights.dtype).eps ** 0.75
         return bool((own - ours).norm() <= tolerance * own.norm())
+
+
+def _is_readable(layer: nn.Module) -> bool:
+    """A plain Linear layer without bias; or a subclass of it, if its weight's storage is known."""
+    if not isinstance(layer, nn.Linear) or layer.bias is not None:
+        return False
+    return type(layer) is nn.Linear or has_own_storage(layer.weight)
 
 
 def _names_of(expert: nn.Module) -> tuple[str, str, str] | None:
@@ -112,3 +128,6 @@ def _softmax_top_k(module: Any, logits_TE: Tensor) -> tuple[Tensor, Tensor]:
     if getattr(module, "norm_topk_prob", True):
         weight_TK = weight_TK / weight_TK.sum(dim=-1, keepdim=True)
     return weight_TK.to(logits_TE.dtype), index_TK
+
+
+register_family(ModuleListExperts())

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from drlora.moe.families.base import Family
-from drlora.ops import ExpertWeights
+from drlora.moe.families.base import Family, register_family
+from drlora.ops.weights import ExpertWeights, as_matrix
 
 
 class Step3p7(Family):
@@ -20,6 +20,8 @@ class Step3p7(Family):
         return type(module).__name__ == "Step3p7Experts"
 
     def weights(self, module: Any) -> ExpertWeights:
-        return ExpertWeights(
-            module.gate_up_proj, module.down_proj, module._apply_gate, is_silu=False
-        )
+        gate_up, down = as_matrix(module.gate_up_proj), as_matrix(module.down_proj)
+        return ExpertWeights(gate_up, down, module._apply_gate, is_silu=False)
+
+
+register_family(Step3p7())

@@ -33,10 +33,16 @@ from torch import Tensor, promote_types
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from drlora.ops.loop.matrices import Buffers, Plan, Projection, Widen, empty_shrunk, write_back
+from drlora.ops.engine import Engine, register_engine
+from drlora.ops.loop.buffers import Buffers, Widen, write_back
+from drlora.ops.loop.gate import gate_again, gate_backward, gate_into
+from drlora.ops.loop.matrices import Projection, empty_shrunk
+from drlora.ops.loop.plan import Plan
 from drlora.ops.loop.scratch import scratch
 from drlora.ops.loop.tasks import Task, Work, cut, share_out
-from drlora.ops.parts import DropoutMasks, ExpertWeights, LoraPiece, Routing
+from drlora.ops.parts import DropoutMasks, LoraPiece
+from drlora.ops.routing import Routing
+from drlora.ops.weights import ExpertWeights
 
 
 def experts_loop(
@@ -51,6 +57,12 @@ def experts_loop(
     plan = Plan(base, pieces, routing, cut(routing.counts()), working_dtype(x_TH))
     factors = [factor for piece in pieces for factor in (piece.a_RI, piece.b_RO)]
     return _ExpertsLoop.apply(plan, x_TH, weight_TK, masks.gate_up_SH, masks.down_SI, *factors)
+
+
+def _refuses(base: ExpertWeights) -> str | None:
+    if base.post_norm is not None:
+        return "the experts have a norm after each, whose backward pass it does not know"
+    return None
 
 
 def working_dtype(like: Tensor) -> torch.dtype:
@@ -103,7 +115,7 @@ class _ExpertsLoop(torch.autograd.Function):
                 torch.index_select(wide_x_TH, 0, tokens[task.number], out=x_cH)
                 gate_up_cG = buffers.instead("gate_up", task, kept[task.number])
                 gate_up.forward(task, widen_gate_up, gate_up_cG, x_cH)
-                h_cI = base.gate_into(buffers.get("h", task, width), gate_up_cG)
+                h_cI = gate_into(base, buffers.get("h", task, width), gate_up_cG)
                 y_cH = buffers.instead("y", task, outputs[task.number])
                 down.forward(task, widen_down, y_cH, h_cI)
                 write_back(kept[task.number], gate_up_cG)
@@ -112,7 +124,7 @@ class _ExpertsLoop(torch.autograd.Function):
             return work
 
         share_out(plan.tasks, make_work, x_TH.device)
-        place_TK = _places(plan.routing).view(weight_TK.shape)
+        place_TK = plan.routing.place_S.view(weight_TK.shape)
         ctx.plan = plan
         # Through save_for_backward, so that checkpointing can drop them.
         ctx.save_for_backward(
@@ -150,8 +162,8 @@ class _ExpertsLoop(torch.autograd.Function):
                 g_cH = buffers.get("g", task, hidden)
                 torch.index_select(wide_grad_TH, 0, token_c, out=g_cH)
                 gate_up_cG = buffers.filled("gate_up", task, kept[task.number])
-                h_cI, act_cI = base.gate_again(
-                    buffers.get("h", task, width), buffers.get("act", task, width), gate_up_cG
+                h_cI, act_cI = gate_again(
+                    base, buffers.get("h", task, width), buffers.get("act", task, width), gate_up_cG
                 )
                 dh_cI = buffers.get("dh", task, width)
                 down.backward(task, widen_down, dh_cI, g_cH, h_cI)
@@ -159,7 +171,7 @@ class _ExpertsLoop(torch.autograd.Function):
                 down.add_bias_products(task, grad_ws[task.number], g_cH)
                 dgate_up_cG = buffers.get("dgate_up", task, gate_up_SG.shape[1])
                 dh_cI.mul_(weights[task.number])
-                base.gate_backward(dgate_up_cG, gate_up_cG, act_cI, dh_cI, h_cI)
+                gate_backward(base, dgate_up_cG, gate_up_cG, act_cI, dh_cI, h_cI)
                 x_cH = torch.index_select(wide_x_TH, 0, token_c, out=g_cH)  # g is done with
                 dx_cH = buffers.instead("dx", task, grad_xs[task.number])
                 gate_up.backward(task, widen_gate_up, dx_cH, dgate_up_cG, x_cH)
@@ -179,14 +191,10 @@ class _ExpertsLoop(torch.autograd.Function):
         )  # fmt: skip
 
 
-def _places(routing: Routing) -> Tensor:
-    """(S,) where each routed row of the flattened (T * K) routing went in the sorted order."""
-    place_S = torch.empty_like(routing.order_S)
-    place_S[routing.order_S] = torch.arange(len(place_S), device=place_S.device)
-    return place_S
-
-
 def _sum_rows(y_SH: Tensor, place_TK: Tensor, weight_TK: Tensor | None) -> Tensor:
     """(T, H): each token's rows, weighted and summed; bfloat16 is summed in float32."""
     weights = None if weight_TK is None else weight_TK.to(y_SH.dtype)
     return F.embedding_bag(place_TK, y_SH, mode="sum", per_sample_weights=weights)
+
+
+register_engine(Engine("loop", experts_loop, _refuses, stand_ins=("grouped", "naive")))

@@ -12,32 +12,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from drlora.ops.loop.scratch import scratch
+from drlora.ops.loop.buffers import Widen
+from drlora.ops.loop.plan import Plan
 from drlora.ops.loop.tasks import Segment, Task
-from drlora.ops.parts import ExpertWeights, LoraPiece, Matrix, Routing, Stack
-
-
-class Plan(NamedTuple):
-    """What is not a tensor, or needs no gradient."""
-
-    base: ExpertWeights
-    pieces: list[LoraPiece]
-    routing: Routing
-    tasks: list[Task]
-    dtype: torch.dtype
-
-    @property
-    def segments(self) -> list[Segment]:
-        """Of all tasks, in the order of the sorted rows."""
-        return [segment for task in self.tasks for segment in task.segments]
-
-    def by_task(self, rows_S: Tensor) -> Sequence[Tensor]:
-        """Views of each task's rows."""
-        return rows_S.split_with_sizes([task.rows for task in self.tasks])
-
-    def by_segment(self, rows_S: Tensor) -> Sequence[Tensor]:
-        """Views of each segment's rows."""
-        return rows_S.split_with_sizes([segment.rows for segment in self.segments])
+from drlora.ops.parts import LoraPiece
+from drlora.ops.weights import ExpertMatrix, Matrix
 
 
 class Projection:
@@ -51,7 +30,7 @@ class Projection:
         shrunk: Sequence[Tensor],
         mask_SI: Tensor | None,
     ) -> None:
-        self.parts = _parts(plan.base.stacks(matrix))
+        self.parts = _parts(plan.base.matrix(matrix).parts)
         bias_EO = plan.base.bias(matrix)
         self.biases = None if bias_EO is None else bias_EO.to(plan.dtype).unbind()
         self.masks = None if mask_SI is None else plan.by_task(mask_SI)
@@ -73,7 +52,7 @@ class Projection:
         )  # fmt: skip
         for segment, out_nO, x_nI, adapter_In in views:
             for part in self.parts:
-                torch.mm(x_nI, widen(part.into[segment.expert]), out=part.own(out_nO))
+                torch.mm(x_nI, part.into(segment.expert, widen), out=part.own(out_nO))
             if self.biases is not None:
                 out_nO.add_(self.biases[segment.expert])
             for update in self.updates:
@@ -102,9 +81,9 @@ class Projection:
         )  # fmt: skip
         first, *others = self.parts
         for segment, dx_nI, part_nI, g_nO, g_On, adapter_nI in views:
-            torch.mm(first.own(g_nO), widen(first.back[segment.expert]), out=dx_nI)
+            torch.mm(first.own(g_nO), first.back(segment.expert, widen), out=dx_nI)
             for part in others:
-                dx_nI.addmm_(part.own(g_nO), widen(part.back[segment.expert]))
+                dx_nI.addmm_(part.own(g_nO), part.back(segment.expert, widen))
             for update in self.updates:
                 update.backward(segment, part_nI, g_On)
                 update.factor_gradients(segment, g_nO, adapter_nI)
@@ -134,29 +113,48 @@ class _Part(NamedTuple):
 
     Attributes:
         columns: output features of the matrix, None for all.
-        into: E matrices (in-features, out-features), for `x @ W^T`; views, not copies.
-        back: E matrices (out-features, in-features), for `g @ W`.
+        matrix: the part itself.
+        turned: E views (in-features, out-features), None where experts are not stored so.
+        stored: E views (out-features, in-features), likewise.
     """
 
     columns: slice | None
-    into: Sequence[Tensor]
-    back: Sequence[Tensor]
+    matrix: ExpertMatrix
+    turned: Sequence[Tensor] | None
+    stored: Sequence[Tensor] | None
+
+    def into(self, expert: int, widen: Widen) -> Tensor:
+        """(in-features, out-features) in the working type, for `x @ W^T`."""
+        if self.turned is None:
+            return widen.read(self.matrix, expert).T
+        return widen(self.turned[expert])
+
+    def back(self, expert: int, widen: Widen) -> Tensor:
+        """(out-features, in-features) in the working type, for `g @ W`."""
+        return (
+            widen.read(self.matrix, expert) if self.stored is None else widen(self.stored[expert])
+        )
 
     def own(self, out_nO: Tensor) -> Tensor:
         return out_nO if self.columns is None else out_nO[:, self.columns]
 
 
-def _parts(stacks: Sequence[Stack]) -> list[_Part]:
+def _parts(matrices: Sequence[ExpertMatrix]) -> list[_Part]:
     parts, start = [], 0
-    for stack in stacks:
-        if isinstance(stack, Tensor):
-            into, back = stack.transpose(1, 2).unbind(), stack.unbind()
-        else:
-            into, back = tuple(w_OI.T for w_OI in stack), tuple(stack)
-        columns = None if len(stacks) == 1 else slice(start, start + back[0].shape[0])
-        parts.append(_Part(columns, into, back))
-        start += back[0].shape[0]
+    for matrix in matrices:
+        width = matrix.shape[1]
+        columns = None if len(matrices) == 1 else slice(start, start + width)
+        parts.append(_Part(columns, matrix, _turned(matrix), matrix.views()))
+        start += width
     return parts
+
+
+def _turned(matrix: ExpertMatrix) -> Sequence[Tensor] | None:
+    """The views, each transposed: all at once where that is possible."""
+    if (dense_EOI := matrix.dense()) is not None:
+        return dense_EOI.transpose(1, 2).unbind()
+    views = matrix.views()
+    return None if views is None else tuple(w_OI.T for w_OI in views)
 
 
 class _Update:
@@ -232,53 +230,6 @@ class _Update:
         """The (rank, rows) block of each segment."""
         parts = flat.split([rank * rows for rank, rows in self.shapes])
         return [part.view(shape) for part, shape in zip(parts, self.shapes, strict=True)]
-
-
-class Widen:
-    """An expert's matrix in the working type, in a buffer that is used again."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
-        self.buffer: Tensor | None = None
-
-    def __call__(self, weight_IO: Tensor) -> Tensor:
-        if weight_IO.dtype == self.dtype:
-            return weight_IO
-        if self.buffer is None:
-            self.buffer = torch.empty_like(weight_IO, dtype=self.dtype)
-        return self.buffer.copy_(weight_IO)
-
-
-class Buffers:
-    """A thread's buffers, as large as the largest task needs."""
-
-    def __init__(self, plan: Plan) -> None:
-        self.rows = max((task.rows for task in plan.tasks), default=0)
-        self.dtype, self.device = plan.dtype, plan.routing.order_S.device
-        self.kept: dict[str, Tensor] = {}
-
-    def get(self, name: str, task: Task, width: int) -> Tensor:
-        """(rows of the task, width); its content is whatever was there."""
-        if name not in self.kept:
-            self.kept[name] = scratch(name, self.rows, width, self.dtype, self.device)
-        return self.kept[name][: task.rows]
-
-    def instead(self, name: str, task: Task, stored_nO: Tensor) -> Tensor:
-        """The stored rows themselves if they are of the working type, else a buffer for them."""
-        if stored_nO.dtype == self.dtype:
-            return stored_nO
-        return self.get(name, task, stored_nO.shape[1])
-
-    def filled(self, name: str, task: Task, stored_nO: Tensor) -> Tensor:
-        """The stored rows in the working type."""
-        if stored_nO.dtype == self.dtype:
-            return stored_nO
-        return self.get(name, task, stored_nO.shape[1]).copy_(stored_nO)
-
-
-def write_back(stored_nO: Tensor, computed_nO: Tensor) -> None:
-    if stored_nO is not computed_nO:
-        stored_nO.copy_(computed_nO)
 
 
 def empty_shrunk(piece: LoraPiece, plan: Plan) -> Tensor:

@@ -29,11 +29,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from drlora.errors import ConfigError
-from drlora.ops.parts import DropoutMasks, ExpertWeights, LoraPiece, Matrix, Routing
+from drlora.ops.parts import DropoutMasks, LoraPiece
+from drlora.ops.routing import Routing
 from drlora.ops.triton import launch
 from drlora.ops.triton.kernels import INTERPRETED
 from drlora.ops.triton.launch import Expansion, RankOffsets, Rows
 from drlora.ops.triton.tiles import Sorted, sorted_rows
+from drlora.ops.weights import ExpertWeights, Matrix
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -16,7 +16,7 @@ import triton  # type: ignore[import-not-found, import-untyped, unused-ignore]
 from torch import Tensor
 from torch.nn import functional as F
 
-from drlora.ops.parts import Routing
+from drlora.ops.routing import Routing
 
 
 class Tiles(NamedTuple):
