@@ -100,7 +100,7 @@ def _way_on(run: RunDir, what: str) -> str:
 
 
 def _env(arguments: argparse.Namespace) -> int:
-    found = describe()
+    found = describe().to_dict()
     if arguments.json:
         print(json.dumps(found, indent=2))
         return 0
