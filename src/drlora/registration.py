@@ -67,7 +67,7 @@ class _WhenPeftIsThere(MetaPathFinder):
         run = loader.exec_module
 
         def run_and_look(module: ModuleType) -> None:
-            del loader.exec_module  # of this one module; the loader is as it was
+            vars(loader).pop("exec_module", None)  # of this module alone; the loader is as it was
             self._under_way += 1
             try:
                 run(module)

@@ -14,6 +14,7 @@ import pytest
 import yaml
 from tiny_run import save_all, save_examples
 
+import drlora
 import drlora.compare.cells as cells_module
 import drlora.runs.train as train_module
 from drlora.cli.main import main
@@ -143,6 +144,21 @@ def test_a_finished_plan_runs_nothing_again(finished, capsys):
     assert times(finished) == before
     assert (finished / "results" / "README.md").read_bytes() == page
     assert figures == (finished / "results" / "figures.svg").read_bytes()
+
+
+def test_from_python_it_says_how_it_stands_and_prints_nothing(finished, capsys):
+    told = []
+    plan = finished / "plan.yaml"
+    found = drlora.run_comparison(plan, progress=told.append)
+    assert found.done == found.total == len(found.matrix.cells) and found.failed == 0
+    assert told == [f"{found}; {found.pool.jobs} at once, {found.pool.threads} threads each"]
+    assert str(found) == f"{found.total} of {found.total} cells done, 0 failed"
+    assert found.page.is_file() and found.estimate() == "nothing is left to run"
+    more = drlora.run_comparison(plan, ["seeds=[1, 2, 3]"], dry_run=True)
+    assert more.page is None and more.done < more.total
+    assert capsys.readouterr().out == ""
+    assert main(["compare", str(plan), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(found.to_dict()))
 
 
 def test_the_page_has_every_value_and_figure(finished):

@@ -138,7 +138,7 @@ def _export(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "run", metavar="RUN", type=home, help="a run directory, or a folder with an adapter"
     )
-    verb.add_argument("--format", required=True, choices=list(FORMATS))
+    verb.add_argument("--format", required=True, choices=FORMATS)
     verb.add_argument(
         "-o", "--output", required=True, metavar="DIR", type=home, help="a new or empty folder"
     )
