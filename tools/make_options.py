@@ -1,6 +1,6 @@
 """The table of options in docs/methods.md, from what the rules have registered.
 
-    python tools/make_options.py [--check]
+python tools/make_options.py [--check]
 """
 
 from __future__ import annotations
