@@ -23,7 +23,7 @@ from drlora.cli.inspection import print_inspection
 from drlora.cli.progress import ConsoleProgress
 from drlora.cli.summary import print_summary
 from drlora.compare.comparison import run_comparison
-from drlora.errors import CheckpointError, ConfigError, Terminated
+from drlora.errors import CheckpointError, Terminated
 from drlora.io.settings import set_in, split_override
 from drlora.report.write import write_report
 from drlora.runs.dry_run import dry_run
@@ -53,8 +53,6 @@ def _quiet() -> None:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    if arguments.resume and arguments.overwrite:
-        raise ConfigError("--resume and --overwrite contradict each other; keep one.")
     console = Console(highlight=False, soft_wrap=True, stderr=arguments.json)
     recipe = load_recipe(arguments.recipe, arguments.overrides, arguments.resume)
     how: dict[str, Any] = {"resume": arguments.resume, "overwrite": arguments.overwrite}
@@ -102,7 +100,7 @@ def _way_on(run: RunDir, what: str) -> str:
 
 
 def _env(arguments: argparse.Namespace) -> int:
-    found = describe()
+    found = describe().to_dict()
     if arguments.json:
         print(json.dumps(found, indent=2))
         return 0

@@ -10,7 +10,7 @@ import shutil
 import sys
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +139,7 @@ def _harvest(outcome: TrainResult, recipe: Recipe, labels: dict[str, Any]) -> di
         **{key: value for key, value in found.items() if key not in labels},
         **peak_memory(),
         "machine": _machine(),
-        "source": source_state(),
+        "source": asdict(source_state()),
         "contents": contents_of(recipe),
         "curve": _curve(run),
         "items": _items(outcome.after),

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from drlora.io.files import refuse_links_out
 from drlora.runs.held_out import evaluation_notes
 from drlora.runs.inspect import inspect
 from drlora.runs.inspection import Inspection
@@ -58,12 +57,7 @@ def dry_run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) ->
         DrLoraError: what `train` would refuse.
     """
     run = RunDir(Path(recipe.output_dir))
-    if resume or overwrite:
-        refuse_links_out(run.path)
-    if resume:
-        run.refuse_resume_of(recipe)
-    else:
-        run.refuse_second_run(overwrite)
+    run.refuse(recipe, resume, overwrite)
     checkpoint = run.newest_checkpoint() if resume else None
     job = prepare(recipe, run, training_arguments(recipe, run), checkpoint, resume)
     dtype = None if recipe.dtype == "auto" else recipe.dtype
