@@ -9,12 +9,13 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import get_peft_model
+from registries import as_they_were
 from tiny import make_batch, make_model, plain_loop, trainable
 
 import drlora
 from drlora.config.methods import METHODS, Method
 from drlora.config.options import Option
-from drlora.config.registry import ALLOCATIONS, SALIENCIES, STARTS
+from drlora.config.registry import SALIENCIES, STARTS
 from drlora.ranks.starts import Start
 from drlora.testing import check_allocation, check_method, check_saliency, check_start
 
@@ -22,11 +23,8 @@ from drlora.testing import check_allocation, check_method, check_saliency, check
 @pytest.fixture(autouse=True)
 def forget():
     """Whatever a test registers is gone after it."""
-    kept = [(r, r.names()) for r in (SALIENCIES, STARTS, METHODS, ALLOCATIONS)]
-    yield
-    for registry, names in kept:
-        for name in set(registry.names()) - set(names):
-            registry.remove(name)
+    with as_they_were():
+        yield
 
 
 @pytest.mark.parametrize("name", ["product", "routing", "importance", "random"])

@@ -25,8 +25,9 @@ from peft import PeftConfig, TaskType
 from transformers import TrainingArguments
 
 from drlora.config.adapter import DrLoraConfig, preset_settings
+from drlora.config.methods import METHODS
 from drlora.config.options import GENERAL
-from drlora.config.registry import registered_options
+from drlora.config.registry import REGISTRIES, WITH_OPTIONS, registered_options
 from drlora.data.section import ROLES, DataSection
 from drlora.data.section import default_split as default_split
 from drlora.errors import ConfigError
@@ -191,8 +192,13 @@ def load_recipe(
     return recipe if isinstance(source, Mapping) else located_at(recipe, source, overrides)
 
 
-def recipe_from(tree: dict[str, Any]) -> Recipe:
+def recipe_from(tree: dict[str, Any], is_record: bool = False) -> Recipe:
     """A recipe from nested plain values, as YAML gives them.
+
+    Args:
+        tree: the values.
+        is_record: whether a run wrote them, with everything filled in, and they are only read: then
+            rules and methods that are not registered here are no fault.
 
     Raises:
         ConfigError: naming the setting, its value and the way out.
@@ -204,10 +210,19 @@ def recipe_from(tree: dict[str, Any]) -> Recipe:
     parts = {
         "data": _build(DataSection, _at_home(sections["data"], ROLES), "data"),
         "evaluation": _build(EvaluationSection, sections["evaluation"], "evaluation"),
-        "adapter": _adapter(_continued(tree, sections["adapter"]), training, tree.get("method")),
         "training": training,
     }
+    if is_record and _has_unknown_rules(sections["adapter"], tree.get("method")):
+        parts["adapter"] = DrLoraConfig(**sections["adapter"], inference_mode=True)
+    else:
+        given = _continued(tree, sections["adapter"])
+        parts["adapter"] = _adapter(given, training, tree.get("method"))
     return _build(Recipe, {**tree, **parts}, "")
+
+
+def _has_unknown_rules(settings: dict[str, Any], method: Any) -> bool:
+    known = (settings.get(name) in REGISTRIES[name] for name in WITH_OPTIONS if name in settings)
+    return not all(known) or (method is not None and method not in METHODS)
 
 
 def _at_home(tree: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:

@@ -271,7 +271,7 @@ class RunDir:
         if isinstance(tree.get("adapter"), dict):  # of version 0.1, perhaps
             tree["adapter"] = with_options_apart(tree["adapter"])
             tree["adapter"].pop("record", None)
-        return recipe_from(tree)
+        return recipe_from(tree, is_record=True)
 
     def newest_checkpoint(self, on_skip: Callable[[str], Any] = lambda reason: None) -> Path | None:
         """The whole checkpoint of the latest step; `on_skip` is told of those passed over."""

@@ -23,6 +23,7 @@ from drlora.distributed import is_main, on_main
 from drlora.evaluation.measure import Measurement, measure, measurement_from
 from drlora.io.checkpoint import checkpoint_step
 from drlora.io.jsonl import append_lines, forget_kind, read_lines
+from drlora.io.plugins import plugins_for_the_record
 from drlora.ranks.dynamics import RankDynamics
 from drlora.ranks.rank_map import budget_of, free_parameters, rank_map
 from drlora.ranks.starts import needs_ranks
@@ -240,5 +241,6 @@ def _to_json(result: TrainResult, job: Job, model: PeftModel, training: Training
         **peak_memory(),
         "threads": torch.get_num_threads(),
         "versions": versions(),
+        "plugins": plugins_for_the_record(),
         "config": job.recipe.to_dict(),
     }
