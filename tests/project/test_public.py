@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import inspect
+import typing
 from pathlib import Path
 
 import pytest
@@ -147,4 +148,6 @@ def test_every_verb_is_a_function(verb):
     """Whose name is no wing's, for `drlora.NAME` can be but one of them."""
     assert list(inspect.signature(getattr(drlora, verb)).parameters) == VERBS[verb]
     assert verb not in WINGS
-    assert inspect.signature(getattr(drlora, verb)).return_annotation is not inspect.Signature.empty
+    found = typing.get_type_hints(getattr(drlora, verb))["return"]
+    assert found is Path or dataclasses.is_dataclass(found)
+    assert found is Path or callable(found.to_dict)

@@ -4,6 +4,7 @@ Run: make test ARGS=tests/runs/test_python.py
 """
 
 import json
+import pickle
 import re
 import signal
 
@@ -96,6 +97,7 @@ def test_ctrl_c_is_raised_and_the_run_goes_on(trained, tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt, match="step 7; a checkpoint is saved") as stop:
             drlora.train(recipe)
     assert isinstance(stop.value, drlora.RunInterrupted)
+    assert pickle.loads(pickle.dumps(stop.value)).result == stop.value.result
     assert stop.value.result.steps == 7 and stop.value.result.signal == signal.SIGINT
     result = drlora.train(recipe, resume=True)
     assert result.steps == 12
@@ -108,6 +110,8 @@ def test_a_run_that_diverged_is_raised_with_its_result(tmp_path):
     with pytest.raises(drlora.DrLoraError, match="DIVERGED: ") as failure:
         drlora.train(recipe)
     assert isinstance(failure.value, drlora.RunDiverged)
+    again = pickle.loads(pickle.dumps(failure.value))
+    assert str(again) == str(failure.value) and again.result.diverged
     assert failure.value.result.diverged and (tmp_path / "run" / "result.json").is_file()
 
 

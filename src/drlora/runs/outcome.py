@@ -65,7 +65,10 @@ class RunDiverged(DrLoraError, RuntimeError):  # noqa: N818  # an outcome, as Ke
 
     def __init__(self, result: TrainResult, learning_rate: float) -> None:
         super().__init__(verdict_line(result, learning_rate))
-        self.result = result
+        self.result, self._made_of = result, (result, learning_rate)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), self._made_of  # for processes that hand it on
 
 
 class RunInterrupted(KeyboardInterrupt):
@@ -78,6 +81,9 @@ class RunInterrupted(KeyboardInterrupt):
     def __init__(self, result: TrainResult) -> None:
         super().__init__(f"interrupted at step {result.steps}; a checkpoint is saved")
         self.result = result
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.result,)
 
 
 def reasons_of_divergence(
