@@ -27,6 +27,7 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -185,7 +186,7 @@ def summary(seed: int, found: list[dict[str, Any]]) -> dict[str, Any]:
         "most_memory_grown_bytes": max(case["grown_bytes"] for case in found),
         "limits": {"seconds": SECONDS, "bytes": f"2 * file + {SLACK_BYTES}"},
         "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}},
-        "source": source_state(),
+        "source": asdict(source_state()),
         "date": time.strftime("%Y-%m-%d"),
         "fault_list": [case for case in found if case.get("is_fault")],
     }

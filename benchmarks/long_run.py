@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -175,7 +176,7 @@ def run(steps: int, folder: Path) -> dict[str, Any]:
         "minutes": round(seconds / 60, 1),
         "settings": {**SETTINGS, "options": {"move_share": 0.05}, "batch": [ROWS, LENGTH]},
         **where(),
-        "source": source_state(),
+        "source": asdict(source_state()),
     }  # fmt: skip
 
 

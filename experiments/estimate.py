@@ -18,12 +18,12 @@ import json
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 from drlora.compare.cells import compare_cells, places
 from drlora.compare.plan import load_plan
 from drlora.config.adapter import DrLoraConfig
-from drlora.runs.inspect import inspect_model
+from drlora.runs.inspect import inspect
+from drlora.runs.inspection import Inspection
 from drlora.runs.recipe import Recipe, load_recipe, settings_of
 
 ROOT = Path(__file__).parents[1]
@@ -54,11 +54,11 @@ def micro_batch_tokens(recipe: Recipe) -> int:
 
 
 @cache
-def _inspected(config: str, settings: str, dtype: str, tokens: int) -> dict[str, Any]:
-    return inspect_model(config, DrLoraConfig(**json.loads(settings)), None, dtype, tokens)
+def _inspected(config: str, settings: str, dtype: str, tokens: int) -> Inspection:
+    return inspect(config, DrLoraConfig(**json.loads(settings)), None, dtype, tokens)
 
 
-def inspected(recipe: Recipe, config: str) -> dict[str, Any]:
+def inspected(recipe: Recipe, config: str) -> Inspection:
     """What `drlora inspect` says of the recipe's adapter on the model of `config`."""
     dtype = "bfloat16" if recipe.dtype == "auto" else recipe.dtype
     return _inspected(
@@ -68,19 +68,19 @@ def inspected(recipe: Recipe, config: str) -> dict[str, Any]:
 
 def memory_gb(recipe: Recipe, config: str) -> float:
     """All that is counted: weights, adapter with gradients and moments, activations."""
-    found = inspected(recipe, config)["memory_gb"]
+    found = inspected(recipe, config).memory_gb
     checkpoints = recipe.training.get("gradient_checkpointing")
     activations = "activations_with_checkpointing" if checkpoints else "activations"
-    return found["weights"] + found["adapter_at_budget"] + found[activations]
+    return found.weights + found.adapter_at_budget + getattr(found, activations)
 
 
 def hours(recipe: Recipe, config: str) -> float:
     """Hours of the run's steps on one GPU; measurements before and after not included."""
     found = inspected(recipe, config)
-    blocks, weights = found["blocks"], found["parameters"]
-    share = sum((b["top_k"] or 1) / b["experts"] for b in blocks) / len(blocks)
-    active = weights["total"] - weights["experts"] * (1 - share)
-    adapter = found["adapter"]["r_target"]["parameters"] * share
+    blocks, weights = found.blocks, found.parameters
+    share = sum((b.top_k or 1) / b.experts for b in blocks) / len(blocks)
+    active = weights.total - weights.experts * (1 - share)
+    adapter = found.adapter.r_target.parameters * share
     factor = 6 if recipe.training.get("gradient_checkpointing") else 4
     training = recipe.training
     tokens = micro_batch_tokens(recipe) * training["gradient_accumulation_steps"]

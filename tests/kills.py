@@ -353,7 +353,7 @@ def summary(killer: Killer, minutes: float) -> dict:
         "checkpoint_every": EVERY,
         "minutes": round(minutes, 1),
         "versions": versions(),
-        "source": source_state(),
+        "source": asdict(source_state()),
         "moments": [asdict(kill) for kill in killer.kills],
     }
 

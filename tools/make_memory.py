@@ -15,7 +15,7 @@ from made_pages import write_or_check
 from transformers import OlmoeConfig, PreTrainedConfig, Qwen3MoeConfig
 
 from drlora import DrLoraConfig
-from drlora.runs.inspect import inspect_model
+from drlora.runs.inspect import inspect
 from drlora.runs.loading import load_architecture, model_on_meta
 
 PAGE = Path(__file__).parents[1] / "docs" / "many-processes.md"
@@ -52,15 +52,15 @@ def sizes(config: PreTrainedConfig) -> dict[str, float]:
         path = Path(folder) / "config.json"
         path.write_text(json.dumps({**config.to_dict(), "architectures": None}))
         settings = DrLoraConfig(r_init=RANK // 2, r_target=RANK, r_max=2 * RANK)
-        found = inspect_model(str(path), settings)
+        found = inspect(str(path), settings)
         skeleton = model_on_meta(load_architecture(str(path)))
     layers = skeleton.get_submodule("model.layers")
     layer = max(sum(p.numel() for p in one.parameters()) for one in layers.children())
-    trained = found["adapter"]["r_target"]["parameters"]
+    trained = found.adapter.r_target.parameters
     return {
-        "parameters": found["parameters"]["total"],
+        "parameters": found.parameters.total,
         "trained": trained,
-        "weights": found["parameters"]["total"] * WEIGHT_BYTES,
+        "weights": found.parameters.total * WEIGHT_BYTES,
         "state": trained * TRAINED_BYTES,
         # Gathered while it computes: base weights, and the adapter's share in float32.
         "gathered": layer * WEIGHT_BYTES + trained / len(list(layers.children())) * 4,

@@ -6,6 +6,9 @@
     model = get_peft_model(base_model, drlora.DrLoraConfig(r_init=8, r_target=16, r_max=32))
     trainer = Trainer(model=model, ..., callbacks=[drlora.DrLoraCallback()])
 
+Every verb of the command line is a function here too: `load_recipe` and `train`, `evaluate`,
+`inspect`, `export_adapter`, `write_report`, `run_comparison`.
+
 Importing drlora registers the method with PEFT (see `registration`). The names below are imported
 from where they are defined when they are first used. The method: arXiv 2601.04823.
 """
@@ -22,6 +25,7 @@ from drlora.version import __version__
 
 if TYPE_CHECKING:
     from drlora.adapter.state import adapter_state
+    from drlora.compare.comparison import run_comparison
     from drlora.config.adapter import DrLoraConfig
     from drlora.export.import_lora import load_peft_lora
     from drlora.io.checkpoint import newest_checkpoint, write_checkpoint
@@ -30,11 +34,19 @@ if TYPE_CHECKING:
     from drlora.ranks.event import Grant
     from drlora.ranks.rank_map import rank_map, start_ranks
     from drlora.ranks.starts import place_ranks, ranks_from_routing
+    from drlora.report.write import write_report
+    from drlora.runs.evaluate import evaluate
+    from drlora.runs.export import export_adapter
+    from drlora.runs.inspect import inspect
+    from drlora.runs.outcome import RunDiverged, RunInterrupted
+    from drlora.runs.recipe import load_recipe
+    from drlora.runs.train import train
     from drlora.trainer.callback import DrLoraCallback
 
 # Module -> the public names that it defines.
 _NAMES = {
     "adapter.state": ("adapter_state",),
+    "compare.comparison": ("run_comparison",),
     "config.adapter": ("DrLoraConfig",),
     "export.import_lora": ("load_peft_lora",),
     "io.checkpoint": ("newest_checkpoint", "write_checkpoint"),
@@ -43,6 +55,13 @@ _NAMES = {
     "ranks.event": ("Grant",),
     "ranks.rank_map": ("rank_map", "start_ranks"),
     "ranks.starts": ("place_ranks", "ranks_from_routing"),
+    "report.write": ("write_report",),
+    "runs.evaluate": ("evaluate",),
+    "runs.export": ("export_adapter",),
+    "runs.inspect": ("inspect",),
+    "runs.outcome": ("RunDiverged", "RunInterrupted"),
+    "runs.recipe": ("load_recipe",),
+    "runs.train": ("train",),
     "trainer.callback": ("DrLoraCallback",),
 }
 _HOMES = {name: module for module, names in _NAMES.items() for name in names}
@@ -56,17 +75,26 @@ __all__ = [
     "DrLoraError",
     "Grant",
     "RankDynamics",
+    "RunDiverged",
+    "RunInterrupted",
     "SyncError",
     "__version__",
     "adapter_state",
     "continue_adapter",
+    "evaluate",
+    "export_adapter",
+    "inspect",
     "load_peft_lora",
+    "load_recipe",
     "newest_checkpoint",
     "place_ranks",
     "rank_map",
     "ranks_from_routing",
+    "run_comparison",
     "start_ranks",
+    "train",
     "write_checkpoint",
+    "write_report",
 ]
 
 

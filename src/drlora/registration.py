@@ -19,7 +19,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-# What is registered when these are imported: what DrLoraConfig may name.
+# Importing these fills the registries of what settings name (drlora.config.registry).
 _RULES = ("drlora.ranks.saliency", "drlora.ranks.policies", "drlora.ranks.starts")
 
 
@@ -31,22 +31,14 @@ def register_with_peft() -> None:
         sys.meta_path.insert(0, _WhenPeftIsThere())
 
 
-# Modules that put rules into the registries of drlora.config.registry.
-_WITH_RULES = ("ranks.saliency", "ranks.event", "ranks.starts")
-
-
 def _register() -> None:
-    # Importing the rules fills the registries of what settings name.
     from drlora.adapter.model import register
-    from drlora.ranks import event, starts  # noqa: F401
     from drlora.report.card import keep_cards
 
     for module in _RULES:
         import_module(module)
     register()
     keep_cards()
-    for module in _WITH_RULES:
-        import_module(f"drlora.{module}")
 
 
 class _WhenPeftIsThere(MetaPathFinder):

@@ -6,6 +6,8 @@ Run: make test ARGS=tests/cli/test_command_line.py
 import importlib.util
 import json
 import shlex
+import subprocess
+from pathlib import Path
 
 import pytest
 from tiny_run import save_all
@@ -13,6 +15,7 @@ from tiny_run import save_all
 import drlora
 from drlora.cli.arguments import VERBS, make_parser
 from drlora.cli.main import main
+from drlora.runs.environment import describe
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +111,16 @@ def test_the_version(capsys):
         main(["--version"])
     assert ended.value.code == 0
     assert capsys.readouterr().out == f"drlora {drlora.__version__}\n"
+
+
+def test_the_source_of_a_checkout_is_known():
+    root = Path(drlora.__file__).parents[2]
+    if not (root / ".git").exists():
+        pytest.skip("no checkout")
+    command = ["git", "-C", str(root), "rev-parse", "HEAD"]
+    head = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    assert describe().source.commit == head
+    assert describe().to_dict()["source"].keys() == {"commit", "dirty"}
 
 
 def test_the_environment_says_what_a_report_of_a_fault_needs(capsys, monkeypatch):

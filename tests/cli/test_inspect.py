@@ -1,7 +1,9 @@
 """`drlora inspect`: figures of models that are too large to load, from their config alone."""
 
+import dataclasses
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +16,8 @@ from drlora.cli.inspection import CHART_HEIGHT, growth_chart, print_inspection
 from drlora.cli.main import main
 from drlora.config.adapter import DrLoraConfig
 from drlora.embedded import model_folder
-from drlora.runs.inspect import inspect_model
+from drlora.runs.inspect import inspect
+from drlora.runs.inspection import MeanRank, SizeAtRank
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +140,7 @@ def test_text_for_people(olmoe, capsys):
 def test_figures_are_those_of_a_real_adapter(tmp_path, capsys, changes):
     folder = save_model_folder(tmp_path / "model")
     config = DrLoraConfig(r_init=1, r_target=3, r_max=8, p_grow=0.5, **changes)
-    found = inspect_model(str(folder), config, dtype="bfloat16")
+    found = inspect(str(folder), config, dtype="bfloat16")
     base = make_model("olmoe").to(torch.bfloat16)
     total, in_base = sum(p.numel() for p in base.parameters()), base.state_dict()
     model = get_peft_model(base, config)
@@ -150,16 +153,16 @@ def test_figures_are_those_of_a_real_adapter(tmp_path, capsys, changes):
             p.grad = torch.zeros_like(p)
     optimizer.step()
     trained = [p for p in model.parameters() if p.requires_grad]
-    assert found["adapter"]["r_target"]["parameters"] == sum(p.numel() for p in trained)
-    beside = found["adapter"]["beside"]
-    assert beside["ordinary_lora"] == sum(p.numel() for p in lora)
-    assert beside["layers"] == len(lora) // 2
-    assert beside["routers"] == sum(p.numel() for p in routers)
-    assert beside["modules_to_save"] == sum(p.numel() for p in saved) - beside["routers"]
+    assert found.adapter.r_target.parameters == sum(p.numel() for p in trained)
+    beside = found.adapter.beside
+    assert beside.ordinary_lora == sum(p.numel() for p in lora)
+    assert beside.layers == len(lora) // 2
+    assert beside.routers == sum(p.numel() for p in routers)
+    assert beside.modules_to_save == sum(p.numel() for p in saved) - beside.routers
     kept = [x for p in trained for x in (p, p.grad, *optimizer.state[p].values()) if x.dim()]
     kept_gb = sum(x.numel() * x.element_size() for x in kept) / 1e9
-    assert found["memory_gb"]["adapter_at_budget"] == pytest.approx(kept_gb)
-    assert found["parameters"]["total"] == total == sum(x.numel() for x in in_base.values())
+    assert found.memory_gb.adapter_at_budget == pytest.approx(kept_gb)
+    assert found.parameters.total == total == sum(x.numel() for x in in_base.values())
     print_inspection(found)
     assert f"{sum(p.numel() for p in trained):,} parameters" in capsys.readouterr().out
 
@@ -192,16 +195,16 @@ def test_stored_rows_are_those_of_the_method(tmp_path, method, settings, rank):
     folder = save_model_folder(tmp_path / "model")
     given = dict(r_init=1, r_target=3, r_max=8, p_grow=0.5, **settings)
     config = DrLoraConfig.for_method(method, **given)
-    found = inspect_model(str(folder), config)
+    found = inspect(str(folder), config)
     model = get_peft_model(make_model("olmoe"), config)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert found["adapter"]["stored"] == {"rank": rank, "parameters": trained}
-    memory = found["memory_gb"]
-    assert sum(memory["parts"].values()) == pytest.approx(16 * trained / 1e9)
-    assert memory["adapter_at_budget"] == pytest.approx(16 * trained / 1e9)
-    for row in memory["by_rank"]:
-        total = memory["weights"] + row["trained"] + memory["activations"]
-        assert row["total"] == pytest.approx(total)
+    assert found.adapter.stored == SizeAtRank(rank, trained)
+    memory = found.memory_gb
+    assert sum(dataclasses.asdict(memory.parts).values()) == pytest.approx(16 * trained / 1e9)
+    assert memory.adapter_at_budget == pytest.approx(16 * trained / 1e9)
+    for row in memory.by_rank:
+        total = memory.weights + row.trained + memory.activations
+        assert row.total == pytest.approx(total)
 
 
 def test_activations_are_what_autograd_keeps():
@@ -221,11 +224,11 @@ def test_activations_are_what_autograd_keeps():
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept = sum(s.nbytes() for pointer, s in storages.items() if pointer not in own)
     loss.backward()
-    memory = inspect_model("embedded", config, dtype="float32", tokens=ids.numel())["memory_gb"]
+    memory = inspect("embedded", config, dtype="float32", tokens=ids.numel()).memory_gb
     # The logits and their gradient are there at the peak, but kept is only the softmax.
     at_peak = ids.numel() * model.config.vocab_size * 8
-    assert memory["activations"] * 1e9 - at_peak == pytest.approx(kept, rel=0.2)
-    assert memory["activations_with_checkpointing"] < memory["activations"]
+    assert memory.activations * 1e9 - at_peak == pytest.approx(kept, rel=0.2)
+    assert memory.activations_with_checkpointing < memory.activations
 
 
 @pytest.mark.parametrize(
@@ -240,20 +243,20 @@ def test_activations_are_what_autograd_keeps():
 def test_warnings_in_words(tmp_path, steps, settings, said, capsys):
     folder = save_model_folder(tmp_path / "model")
     config = DrLoraConfig(**{**dict(r_init=8, r_target=16, r_max=64, warmup_steps=20), **settings})
-    found = inspect_model(str(folder), config, steps)
-    assert len(found["warnings"]) == (said is not None)
+    found = inspect(str(folder), config, steps)
+    assert len(found.warnings) == (said is not None)
     if said:
-        assert re.search(said, found["warnings"][0]), found["warnings"]
+        assert re.search(said, found.warnings[0]), found.warnings
     print_inspection(found)
     assert ("warning: " in capsys.readouterr().out) == bool(said)
 
 
 def test_the_plan_as_a_chart():
-    events = [{"step": 40 + 10 * n, "mean_rank": 8.0 + n} for n in range(1, 9)]
-    lines = growth_chart({"start_rank": 8, "steps": 240, "mean_ranks": events})
+    events = [MeanRank(40 + 10 * n, 8.0 + n) for n in range(1, 9)]
+    lines = growth_chart(SimpleNamespace(start_rank=8, steps=240, mean_ranks=events))
     assert len(lines) == CHART_HEIGHT + 1
     assert lines[0].startswith("    16 ") and lines[0].endswith("█")
     heights = [sum(row[7:].ljust(60)[i] != " " for row in lines[:-1]) for i in range(60)]
     assert heights == sorted(heights) and heights[0] == 3 and heights[-1] == CHART_HEIGHT
     assert "step 0" in lines[-1] and "240" in lines[-1]
-    assert growth_chart({"start_rank": 8, "steps": 240, "mean_ranks": []}) == []
+    assert growth_chart(SimpleNamespace(start_rank=8, steps=240, mean_ranks=[])) == []

@@ -17,6 +17,7 @@ import torch
 import transformers
 import yaml
 from peft import PeftModel, get_peft_model
+from registries import as_they_were
 from safetensors.torch import save_file
 from tiny import make_batch, make_model
 from tiny_run import save_all, save_examples
@@ -57,6 +58,12 @@ def commands(page: str) -> list[str]:
     ]
 
 
+@pytest.fixture(autouse=True)
+def registries():
+    with as_they_were():
+        yield
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """A folder with the files that the pages name: a model, data, recipes, finished runs."""
@@ -79,6 +86,8 @@ def world(tmp_path_factory):
         ],
     )
     save_examples(folder / "held-out.jsonl", 6)
+    rule = next(code for _, code, _ in blocks("docs/extending.md") if "def sharp" in code)
+    (folder / "my_rules.py").write_text(rule.partition("\n\n\ncheck_saliency")[0])
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         for name in ("own-data", "embedded"):

@@ -5,6 +5,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import inspect
+from pathlib import Path
+
+import pytest
 
 import drlora
 from drlora.cli.arguments import make_parser
@@ -18,17 +21,26 @@ NAMES = {
     "DrLoraError",
     "Grant",
     "RankDynamics",
+    "RunDiverged",
+    "RunInterrupted",
     "SyncError",
     "__version__",
     "adapter_state",
     "continue_adapter",
+    "evaluate",
+    "export_adapter",
+    "inspect",
     "load_peft_lora",
+    "load_recipe",
     "newest_checkpoint",
     "place_ranks",
     "rank_map",
     "ranks_from_routing",
+    "run_comparison",
     "start_ranks",
+    "train",
     "write_checkpoint",
+    "write_report",
 }
 SETTINGS = {
     "r_init": 8,
@@ -111,3 +123,28 @@ def test_command_line_verbs():
     assert set(verbs.choices) == {
         "train", "eval", "inspect", "export", "compare", "report", "env",
     }  # fmt: skip
+
+
+WINGS = {path.stem for path in Path(drlora.__file__).parent.iterdir()}
+VERBS = {
+    "train": ["recipe", "resume", "overwrite", "progress"],
+    "load_recipe": ["source", "overrides", "resume"],
+    "evaluate": ["folder", "split", "data", "model", "trust_remote_code"],
+    "inspect": ["model", "config", "steps", "dtype", "tokens"],
+    "export_adapter": [
+        "folder", "format", "output", "rank", "dry_run", "model", "data", "trust_remote_code",
+        "max_shard_size", "rounding", "seed",
+    ],
+    "write_report": ["folders", "output", "format"],
+    "run_comparison": [
+        "path", "overrides", "jobs", "threads", "dry_run", "only_page", "retry_failed", "progress",
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_is_a_function(verb):
+    """Whose name is no wing's, for `drlora.NAME` can be but one of them."""
+    assert list(inspect.signature(getattr(drlora, verb)).parameters) == VERBS[verb]
+    assert verb not in WINGS
+    assert inspect.signature(getattr(drlora, verb)).return_annotation is not inspect.Signature.empty

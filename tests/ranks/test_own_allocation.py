@@ -110,6 +110,22 @@ def test_a_trained_adapter_is_saved_and_loaded(tmp_path):
         drlora.RankDynamics(trainable_one, TOTAL, step=0)
 
 
+@pytest.mark.parametrize(("ranks", "allocation"), [("keep", "grow"), ("grow", "steal")])
+def test_it_can_be_continued(tmp_path, ranks, allocation):
+    """With kept ranks nothing is stolen any more; otherwise it goes on."""
+    model = start(options={"keeps": 2})
+    optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
+    plain_loop(model, drlora.RankDynamics(model, TOTAL), optimizer, range(TOTAL))
+    model.save_pretrained(tmp_path)
+    again = drlora.continue_adapter(make_model(), tmp_path, ranks=ranks)
+    assert drlora.rank_map(again) == drlora.rank_map(model)
+    assert torch.equal(again.eval()(**make_batch(9)).logits, model.eval()(**make_batch(9)).logits)
+    config = again.peft_config["default"]
+    assert config.allocation == allocation and config.options.get("keeps", 2) == 2
+    dynamics = drlora.RankDynamics(again, TOTAL)
+    assert bool(dynamics.event_steps) == (allocation == "steal")
+
+
 class StopAfter(TrainerCallback):
     def __init__(self, step):
         self.step = step

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from drlora.export.choices import RANKS, ROUNDINGS
@@ -80,6 +80,16 @@ def _words(parser: argparse.ArgumentParser) -> list[str]:
     return found
 
 
+def plugins_in(words: Sequence[str]) -> list[str]:
+    """The files that `--plugin` names: they may add to what the other arguments can be."""
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--plugin", action="append", default=[], type=home)
+    try:
+        return early.parse_known_args(words)[0].plugin
+    except SystemExit:  # without a file; the parser of the verb says it better
+        return []
+
+
 def make_parser() -> Parser:
     """The parser of all verbs; what it parsed has the name of one as `verb`."""
     parser = Parser(
@@ -103,6 +113,14 @@ def make_parser() -> Parser:
         add_options(verb)
         verb.add_argument("--json", action="store_true", help="print JSON")
         verb.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        verb.add_argument(
+            "--plugin",
+            action="append",
+            default=[],
+            type=home,
+            metavar="FILE.py",
+            help="run this file first: it registers rules, methods, formats of yours",
+        )
         verb.set_defaults(verb=name)
     return parser
 

@@ -8,8 +8,8 @@
     drlora compare PLAN.yaml [key=value ...] [--jobs N] [--dry-run] [--retry-failed]
     drlora env
 
-Every verb takes --json and --help (with examples). `drlora --print-completion bash` writes a
-completion script, where shtab is installed.
+Every verb takes --json, --plugin FILE and --help (with examples). `drlora --print-completion bash`
+writes a completion script, where shtab is installed.
 
 Exit codes: 0 done, 1 a run of a comparison failed, 2 something to put right (one message on
 standard error), 3 a run that diverged, 130 interrupted, 143 terminated (SIGTERM).
@@ -19,19 +19,26 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 from drlora.cli import exits
-from drlora.cli.arguments import Parser, make_parser
+from drlora.cli.arguments import Parser, make_parser, plugins_in
 from drlora.cli.exits import end
 from drlora.errors import ConfigError, DrLoraError, Terminated
+from drlora.io.plugins import load_plugins
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
+    words = sys.argv[1:] if argv is None else list(argv)
+    try:
+        load_plugins(plugins_in(words))
+    except DrLoraError as error:
+        return end(f"error: {error}", exits.BAD_INPUT)
     parser = make_parser()
-    arguments = _parse(parser, argv)
+    arguments = _parse(parser, words)
     shell = arguments.print_completion
     if shell is None and not hasattr(arguments, "verb"):
         parser.print_help()
@@ -55,9 +62,9 @@ def _run(arguments: argparse.Namespace) -> int:
     return run(arguments)
 
 
-def _parse(parser: Parser, argv: Sequence[str] | None) -> argparse.Namespace:
+def _parse(parser: Parser, words: Sequence[str]) -> argparse.Namespace:
     """As argparse does, but `key=value` may stand after options too."""
-    arguments, left = parser.parse_known_args(argv)
+    arguments, left = parser.parse_known_args(words)
     late = [word for word in left if "=" in word and not word.startswith("-")]
     if hasattr(arguments, "overrides"):
         arguments.overrides += late

@@ -23,14 +23,14 @@ from drlora.cli.inspection import print_inspection
 from drlora.cli.progress import ConsoleProgress
 from drlora.cli.summary import print_summary
 from drlora.compare.comparison import run_comparison
-from drlora.errors import CheckpointError, ConfigError, Terminated
+from drlora.errors import CheckpointError, Terminated
 from drlora.io.settings import set_in, split_override
 from drlora.report.write import write_report
 from drlora.runs.dry_run import dry_run
 from drlora.runs.environment import describe
 from drlora.runs.evaluate import evaluate
 from drlora.runs.export import export_adapter
-from drlora.runs.inspect import inspect_model
+from drlora.runs.inspect import inspect
 from drlora.runs.interrupt import sigterm_interrupts
 from drlora.runs.outcome import RunDiverged, RunInterrupted
 from drlora.runs.recipe import load_recipe, make_adapter_config
@@ -53,15 +53,13 @@ def _quiet() -> None:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    if arguments.resume and arguments.overwrite:
-        raise ConfigError("--resume and --overwrite contradict each other; keep one.")
     console = Console(highlight=False, soft_wrap=True, stderr=arguments.json)
     recipe = load_recipe(arguments.recipe, arguments.overrides, arguments.resume)
     how: dict[str, Any] = {"resume": arguments.resume, "overwrite": arguments.overwrite}
     if arguments.dry_run:
         found = dry_run(recipe, **how)
         if arguments.json:
-            print(json.dumps(found, indent=2))
+            print(json.dumps(found.to_dict(), indent=2))
         else:
             print_dry_run(found, console)
         return 0
@@ -102,7 +100,7 @@ def _way_on(run: RunDir, what: str) -> str:
 
 
 def _env(arguments: argparse.Namespace) -> int:
-    found = describe()
+    found = describe().to_dict()
     if arguments.json:
         print(json.dumps(found, indent=2))
         return 0
@@ -135,11 +133,9 @@ def _inspect(arguments: argparse.Namespace) -> int:
         path, value = split_override(override)
         set_in(settings, path[1:] if path[0] == "adapter" else path, value)
     config = make_adapter_config(settings, settings.pop("method", None))
-    found = inspect_model(
-        arguments.model, config, arguments.steps, arguments.dtype, arguments.tokens
-    )
+    found = inspect(arguments.model, config, arguments.steps, arguments.dtype, arguments.tokens)
     if arguments.json:
-        print(json.dumps(found, indent=2))
+        print(json.dumps(found.to_dict(), indent=2))
     else:
         print_inspection(found)
     return 0

@@ -25,6 +25,7 @@ from drlora.compare.plan import Plan
 from drlora.compare.results import Folder, Matrix, read_matrix, write_result
 from drlora.compare.worker import LOG_NAME, Work, run_cell
 from drlora.errors import ConfigError
+from drlora.io.plugins import loaded_plugins
 from drlora.io.run_files import LOCK
 
 LOG_LINES_KEPT = 20
@@ -134,7 +135,9 @@ def _work(cell: Cell, folder: Folder, pool: Pool) -> Work:
         "tuned": cell.tuned,
     }
     recipe = replace(cell.recipe, output_dir=str(place / "run"))
-    return Work(recipe, labels, place, folder.cell_file(cell), pool.threads)
+    return Work(
+        recipe, labels, place, folder.cell_file(cell), pool.threads, tuple(loaded_plugins())
+    )
 
 
 def _note_failure(cell: Cell, folder: Folder, exit_code: int | None) -> str | None:

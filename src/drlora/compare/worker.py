@@ -10,7 +10,7 @@ import shutil
 import sys
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from drlora.compare.results import read_result, write_result
 from drlora.errors import CheckpointError, ConfigError
 from drlora.evaluation.measure import Measurement
 from drlora.io.jsonl import read_lines
+from drlora.io.plugins import load_plugins
 from drlora.runs.environment import peak_memory, processor, source_state
 from drlora.runs.outcome import RunDiverged, RunInterrupted, TrainResult
 from drlora.runs.recipe import Recipe
@@ -44,6 +45,7 @@ class Work:
         folder: where the run and the log go; removed at the end.
         target: the result file.
         threads: of torch.
+        plugins: files that register what the recipe names.
     """
 
     recipe: Recipe
@@ -51,6 +53,7 @@ class Work:
     folder: Path
     target: Path
     threads: int
+    plugins: tuple[str, ...] = ()
 
 
 def run_cell(work: Work) -> None:
@@ -61,6 +64,7 @@ def run_cell(work: Work) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     work.folder.mkdir(parents=True, exist_ok=True)
     _log_to(work.folder / LOG_NAME)
+    load_plugins(work.plugins)
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(work.threads)
@@ -135,7 +139,7 @@ def _harvest(outcome: TrainResult, recipe: Recipe, labels: dict[str, Any]) -> di
         **{key: value for key, value in found.items() if key not in labels},
         **peak_memory(),
         "machine": _machine(),
-        "source": source_state(),
+        "source": asdict(source_state()),
         "contents": contents_of(recipe),
         "curve": _curve(run),
         "items": _items(outcome.after),

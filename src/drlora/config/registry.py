@@ -75,7 +75,8 @@ class Registry(Generic[T]):
         if name not in self:
             raise ConfigError(
                 f"{self.setting}={shown(name)} is not known; choose one of {list(self.names())}, "
-                f"or import the module that registers it first."
+                f"or import the module that registers it first (--plugin FILE, on the command "
+                f"line)."
             )
         return self._found[name]
 

@@ -88,6 +88,15 @@ def read_settings(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, 
     tree = parse_yaml(text, str(path))
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} must hold `setting: value` lines, not {shown(tree)}.")
+    return with_overrides(tree, overrides)
+
+
+def with_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """`tree`, in which each `key=value` was put in its place.
+
+    Raises:
+        ConfigError: if one of them is no override, or its key leads into a plain value.
+    """
     for override in overrides:
         set_in(tree, *split_override(override))
     return tree

@@ -32,7 +32,7 @@ from drlora.adapter.inject import adapted_layers
 from drlora.adapter.pool import RankPool
 from drlora.adapter.row_book import FREE
 from drlora.config.adapter import DrLoraConfig, with_options_apart
-from drlora.config.registry import WITH_OPTIONS, known_options
+from drlora.config.registry import ALLOCATIONS, WITH_OPTIONS, known_options
 from drlora.errors import CheckpointError, ConfigError, DrLoraError, first_line
 from drlora.io.files import home, read_adapter_config, read_shapes
 from drlora.io.run_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CHECKPOINTS, CONFIG
@@ -90,16 +90,20 @@ def kept_settings(
         wanted = int(given["r_target"]) / saved["r_target"]
         saved["lora_alpha"] *= math.sqrt(wanted) if saved.get("use_rslora") else wanted
     found = {**saved, **given}
+    is_kept = (ranks or "keep") == "keep"
+    if is_kept:  # with r_init = r_target growth changes nothing, other policies may
+        found["allocation"] = "grow"
     still = known_options({setting: found[setting] for setting in WITH_OPTIONS if setting in found})
     options = {k: v for k, v in options.items() if k in still}
     found["options"] = {**options, **(given.get("options") or {})}
-    if (ranks or "keep") == "keep":
+    if is_kept:
         _refuse_growth(found, given)
         still = {k: v for k, v in found["options"].items() if k != "move_share"}
-        return {**found, "r_init": found["r_target"], "options": still, "allocation": "grow"}
+        return {**found, "r_init": found["r_target"], "options": still}
     if ranks == "grow" and "r_init" not in given:
         found["r_init"] = min(_lowest_mean_rank(path), found["r_target"])
-    if found["r_init"] >= found["r_target"] and not found["options"].get("move_share"):
+    planned = DrLoraConfig(**found)
+    if not ALLOCATIONS[planned.allocation].changes_ranks(planned):
         raise ConfigError(
             f"start_from_ranks={ranks!r}: the adapter in {folder} has spent its budget of "
             f"{found['r_target']} ranks an expert; raise adapter.r_target (and adapter.r_max), or "

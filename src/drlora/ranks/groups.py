@@ -87,6 +87,7 @@ class Group:
             torch.tensor(self.ranks()),
             config.gamma,
             int(self.pools[0].seed) + step,
+            config.options,
         )
 
     def weakest_rows(self, counts: Sequence[int]) -> list[list[int]]:

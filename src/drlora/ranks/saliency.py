@@ -15,8 +15,9 @@ The registry SALIENCIES holds S and what may stand in its place, by the name of 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -96,6 +97,7 @@ class Signals:
         ranks_E: (E,) current ranks.
         gamma: exponent of the rank penalty.
         seed: of this event; equal on all processes, and the same after a resume.
+        options: those of the configuration, for rules that have some of their own.
     """
 
     frequency_E: Tensor
@@ -103,6 +105,7 @@ class Signals:
     ranks_E: Tensor
     gamma: float
     seed: int
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @SALIENCIES.register("product")

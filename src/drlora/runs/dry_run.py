@@ -2,19 +2,50 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from drlora.io.files import refuse_links_out
 from drlora.runs.held_out import evaluation_notes
-from drlora.runs.inspect import inspect_model
+from drlora.runs.inspect import inspect
+from drlora.runs.inspection import Inspection
 from drlora.runs.job import Job, prepare
 from drlora.runs.loading import training_arguments
 from drlora.runs.recipe import Recipe
 from drlora.runs.rundir import RunDir
 
 
-def dry_run(recipe: Recipe, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
+@dataclass(frozen=True)
+class DryRun:
+    """What a run would be.
+
+    Attributes:
+        recipe: with all defaults.
+        steps: optimizer steps of the run.
+        examples: role -> how many are `used`, `dropped` and `truncated`.
+        notes: what would be said of them.
+        model: what `inspect` says of it, with the growth plan and the memory of this recipe's
+            batches.
+    """
+
+    recipe: Recipe
+    steps: int
+    examples: dict[str, dict[str, int]]
+    notes: tuple[str, ...]
+    model: Inspection
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            "recipe": self.recipe.to_dict(),
+            "steps": self.steps,
+            "examples": self.examples,
+            "notes": list(self.notes),
+            "model": self.model.to_dict(),
+        }
+
+
+def dry_run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> DryRun:
     """Check everything that can be checked without the weights.
 
     Args:
@@ -22,33 +53,18 @@ def dry_run(recipe: Recipe, resume: bool = False, overwrite: bool = False) -> di
         resume: whether the run in output_dir would be continued.
         overwrite: whether it would be replaced.
 
-    Returns:
-        `recipe` (with all defaults), `steps`, `examples` (role -> how many are used, dropped and
-        truncated), `notes` (what is printed of them), and `model`: what `inspect_model` says of
-        it, with the growth plan and the memory of this recipe's batches.
-
     Raises:
         DrLoraError: what `train` would refuse.
     """
     run = RunDir(Path(recipe.output_dir))
-    if resume or overwrite:
-        refuse_links_out(run.path)
-    if resume:
-        run.refuse_resume_of(recipe)
-    else:
-        run.refuse_second_run(overwrite)
+    run.refuse(recipe, resume, overwrite)
     checkpoint = run.newest_checkpoint() if resume else None
     job = prepare(recipe, run, training_arguments(recipe, run), checkpoint, resume)
     dtype = None if recipe.dtype == "auto" else recipe.dtype
     tokens = _tokens_of_a_batch(job)
-    found = inspect_model(recipe.model, recipe.adapter_config(), job.plan_steps, dtype, tokens)
-    return {
-        "recipe": recipe.to_dict(),
-        "steps": job.total_steps,
-        "examples": job.counts(),
-        "notes": [*job.notes(), *evaluation_notes(job.held_out, recipe.evaluation)],
-        "model": found,
-    }
+    found = inspect(recipe.model, recipe.adapter_config(), job.plan_steps, dtype, tokens)
+    notes = (*job.notes(), *evaluation_notes(job.held_out, recipe.evaluation))
+    return DryRun(recipe, job.total_steps, job.counts(), notes, found)
 
 
 def _tokens_of_a_batch(job: Job) -> int:

@@ -9,6 +9,8 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -55,38 +57,95 @@ def _peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def describe() -> dict[str, Any]:
-    """What a report of a fault needs, as plain values; no names of users, folders or hosts."""
+@dataclass(frozen=True)
+class SourceState:
+    """The commit of the package's source, and whether it was changed since; None if unknown."""
+
+    commit: str | None
+    dirty: bool | None
+
+
+@dataclass(frozen=True)
+class Accelerator:
+    """One accelerator; of another kind than CUDA only the name is known."""
+
+    name: str
+    memory_gb: float | None = None
+    capability: str | None = None
+    cuda: str | None = None
+
+
+@dataclass(frozen=True)
+class Environment:
+    """What a report of a fault needs; no names of users, folders or hosts.
+
+    Attributes:
+        versions: package -> version, of what is installed.
+        system: its name and release.
+        processor: its name.
+        source: of the package.
+        vector_unit: the instructions that torch computes with; they decide how sums are rounded.
+        cores, threads: of the machine, of torch.
+        memory_gb: of the machine.
+        accelerators: that torch can use.
+        processes: of this run.
+        variables: those that change what torch, transformers or drlora do, where they are set.
+    """
+
+    versions: dict[str, str]
+    system: str
+    processor: str
+    source: SourceState
+    vector_unit: str
+    cores: int | None
+    threads: int
+    memory_gb: float
+    accelerators: tuple[Accelerator, ...]
+    processes: int
+    variables: dict[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        found = asdict(self)
+        found["accelerators"] = [
+            {name: value for name, value in one.items() if value is not None}
+            for one in found["accelerators"]
+        ]
+        return found
+
+
+def describe() -> Environment:
+    """What this process runs in."""
     installed = {name: _version_of(name) for name in OTHERS}
-    return {
-        "versions": versions() | {name: v for name, v in installed.items() if v is not None},
-        "system": f"{platform.system()} {platform.release()}",
-        "processor": processor(),
-        "source": source_state(),
-        "vector_unit": torch.backends.cpu.get_cpu_capability(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
-        "accelerators": _accelerators(),
-        "processes": torch.distributed.get_world_size() if are_several() else 1,
-        "variables": {
+    return Environment(
+        versions=versions() | {name: v for name, v in installed.items() if v is not None},
+        system=f"{platform.system()} {platform.release()}",
+        processor=processor(),
+        source=source_state(),
+        vector_unit=torch.backends.cpu.get_cpu_capability(),
+        cores=os.cpu_count(),
+        threads=torch.get_num_threads(),
+        memory_gb=round(psutil.virtual_memory().total / 1e9, 1),
+        accelerators=tuple(_accelerators()),
+        processes=torch.distributed.get_world_size() if are_several() else 1,
+        variables={
             name: os.environ[name] if name != "HF_HOME" else "(set)"
             for name in VARIABLES
             if name in os.environ
         },
-    }
+    )
 
 
-def source_state() -> dict[str, Any]:
-    """The commit of the package's source, and whether it was changed since; None if unknown."""
-    here = Path(__file__).parent
+def source_state() -> SourceState:
+    """Of the package, where git is at hand and knows it."""
+    here = Path(__file__).parents[1]
     try:
         commit = _git(here, "rev-parse", "HEAD")
         is_tracked = bool(_git(here, "ls-files", "--", "version.py"))
         dirty = bool(_git(here, "status", "--porcelain", "--untracked-files=no", "--", "."))
     except (OSError, subprocess.SubprocessError):
         is_tracked = False
-    return {"commit": commit, "dirty": dirty} if is_tracked else {"commit": None, "dirty": None}
+    return SourceState(commit, dirty) if is_tracked else SourceState(None, None)
 
 
 def _git(folder: Path, *words: str) -> str:
@@ -111,19 +170,17 @@ def processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def _accelerators() -> list[dict[str, Any]]:
+def _accelerators() -> Iterator[Accelerator]:
     if not torch.cuda.is_available():
         device = best_device()
-        return [] if device.type == "cpu" else [{"name": device.type}]
-    found = []
+        if device.type != "cpu":
+            yield Accelerator(device.type)
+        return
     for number in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(number)
-        found.append(
-            {
-                "name": properties.name,
-                "memory_gb": round(properties.total_memory / 1e9, 1),
-                "capability": f"{properties.major}.{properties.minor}",
-                "cuda": torch.version.cuda,
-            }
+        yield Accelerator(
+            name=properties.name,
+            memory_gb=round(properties.total_memory / 1e9, 1),
+            capability=f"{properties.major}.{properties.minor}",
+            cuda=torch.version.cuda,
         )
-    return found

@@ -1,6 +1,6 @@
 """What DR-LoRA would do to a model, before anything is downloaded or trained: `drlora inspect`.
 
-    found = inspect_model("allenai/OLMoE-1B-7B-0924", DrLoraConfig.preset("paper-v3"), steps=38_000)
+    found = inspect("allenai/OLMoE-1B-7B-0924", DrLoraConfig.preset("paper-v3"), steps=38_000)
 
 Only the model's config is read; the model itself is built without memory for its weights.
 """
@@ -10,8 +10,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
-from typing import Any
 
 import torch
 from peft import get_peft_model
@@ -26,54 +24,61 @@ from drlora.errors import ConfigError
 from drlora.moe.blocks import MoEBlock, active_experts
 from drlora.ops.weights import MATRICES
 from drlora.ranks.schedule import Competitors, GrowthPlan, make_schedule, plan_of
+from drlora.runs.inspection import (
+    AdapterSize,
+    Beside,
+    BlockShape,
+    BudgetNotReached,
+    GrowthForecast,
+    Inspection,
+    MeanRank,
+    Parameters,
+    SizeAtRank,
+)
 from drlora.runs.loading import load_architecture, model_on_meta
-from drlora.runs.memory import TOKENS, Beside, adapter_parameters, memory_plan, stored_rank
+from drlora.runs.memory import TOKENS, adapter_parameters, memory_plan, stored_rank
 from drlora.runs.recipe import DTYPES
 
 EARLY, LATE, FEW_EVENTS = 0.6, 0.95, 4
 
 
-def inspect_model(
+def inspect(
     model: str,
-    config: DrLoraConfig,
+    config: DrLoraConfig | None = None,
     steps: int | None = None,
     dtype: str | None = None,
     tokens: int | None = None,
-) -> dict[str, Any]:
-    """Blocks, parameters, memory and growth plan, as plain values.
+) -> Inspection:
+    """Blocks, parameters, memory and growth plan of an adapter on a model.
 
     Args:
         model: `embedded`, a folder, the path of a config.json, or a model of the hub.
-        config: the adapter to plan for.
+        config: the adapter to plan for; by default that of the default settings.
         steps: optimizer steps of a run; without it there is no growth plan.
         dtype: of the base weights; by default what the model's config says.
         tokens: of a forward and backward pass, padding included, that activations are kept for; by
             default 4,096.
 
-    Returns:
-        A JSON-ready mapping: `blocks`, `parameters`, `adapter` (trained parameters if every expert
-        had a rank, as many as the rows that are `stored`, and those `beside` the experts, which are
-        part of all of these), `memory_gb` (see drlora.runs.memory), and with `steps` `growth` and
-        `warnings`. A plan that cannot spend the budget has `reached: false` and the reason.
-
     Raises:
         ConfigError: if there is no such model, it has no MoE blocks, or `dtype` is not known.
     """
+    config = config or DrLoraConfig()
     architecture = load_architecture(model)
     skeleton = model_on_meta(architecture)
     blocks = choose_blocks(skeleton, config)
     weights_dtype = _dtype(dtype, architecture)
     parameters = _parameters(skeleton, blocks)
-    described = [_block(block, architecture, skeleton) for block in blocks]
+    described = tuple(_block(block, skeleton) for block in blocks)
     beside = _beside(skeleton, config)
-    found: dict[str, Any] = {
-        "model": model,
-        "architecture": type(skeleton).__name__,
-        "blocks": described,
-        "parameters": parameters,
-        "adapter": _adapter(blocks, config, beside),
-        "memory_gb": memory_plan(
-            parameters["total"],
+    growth = None if steps is None else _growth(blocks, config, steps)
+    return Inspection(
+        model=model,
+        architecture=type(skeleton).__name__,
+        blocks=described,
+        parameters=parameters,
+        adapter=_adapter(blocks, config, beside),
+        memory_gb=memory_plan(
+            parameters.total,
             blocks,
             described,
             architecture,
@@ -82,24 +87,20 @@ def inspect_model(
             weights_dtype,
             TOKENS if tokens is None else tokens,
         ),
-    }
-    if steps is not None:
-        found["growth"] = _growth(blocks, config, steps)
-        found["warnings"] = growth_warnings(found["growth"], config)
-    return found
+        growth=growth,
+        warnings=_warnings(growth, config) if isinstance(growth, GrowthForecast) else (),
+    )
 
 
-def _block(
-    block: MoEBlock, architecture: PreTrainedConfig, skeleton: PreTrainedModel
-) -> dict[str, Any]:
-    return {
-        "name": block.name,
-        "router": block.router_name,
-        "experts": block.num_experts,
-        "top_k": active_experts(skeleton, block),
-        "hidden_size": block.hidden_size,
-        "expert_width": block.expert_width,
-    }
+def _block(block: MoEBlock, skeleton: PreTrainedModel) -> BlockShape:
+    return BlockShape(
+        name=block.name,
+        router=block.router_name,
+        experts=block.num_experts,
+        top_k=active_experts(skeleton, block),
+        hidden_size=block.hidden_size,
+        expert_width=block.expert_width,
+    )
 
 
 def _beside(skeleton: PreTrainedModel, config: DrLoraConfig) -> Beside:
@@ -118,30 +119,31 @@ def _beside(skeleton: PreTrainedModel, config: DrLoraConfig) -> Beside:
     return Beside(len(lora), sum(lora), **saved)
 
 
-def _parameters(skeleton: PreTrainedModel, blocks: Sequence[MoEBlock]) -> dict[str, int]:
+def _parameters(skeleton: PreTrainedModel, blocks: Sequence[MoEBlock]) -> Parameters:
     experts = sum(
         block.num_experts * math.prod(block.shape_of(matrix))
         for block in blocks
         for matrix in MATRICES
     )
-    return {"total": sum(p.numel() for p in skeleton.parameters()), "experts": experts}
+    return Parameters(sum(p.numel() for p in skeleton.parameters()), experts)
 
 
-def _adapter(blocks: Sequence[MoEBlock], config: DrLoraConfig, beside: Beside) -> dict[str, Any]:
-    ranks: dict[str, float] = {n: getattr(config, n) for n in ("r_init", "r_target", "r_max")}
-    ranks["stored"] = stored_rank(config)
+def _adapter(blocks: Sequence[MoEBlock], config: DrLoraConfig, beside: Beside) -> AdapterSize:
     also = beside.ordinary_lora + beside.modules_to_save + beside.routers
-    return {
-        "projections": list(config.projections),
-        "budget_ranks": sum(
-            b.num_experts * config.r_target * len(config.projections) for b in blocks
-        ),
-        **{
-            name: {"rank": rank, "parameters": adapter_parameters(blocks, config, rank) + also}
-            for name, rank in ranks.items()
-        },
-        "beside": asdict(beside),
-    }
+
+    def at(rank: float) -> SizeAtRank:
+        return SizeAtRank(rank, adapter_parameters(blocks, config, rank) + also)
+
+    per_expert = config.r_target * len(config.projections)
+    return AdapterSize(
+        projections=tuple(config.projections),
+        budget_ranks=sum(b.num_experts * per_expert for b in blocks),
+        r_init=at(config.r_init),
+        r_target=at(config.r_target),
+        r_max=at(config.r_max),
+        stored=at(stored_rank(config)),
+        beside=beside,
+    )
 
 
 def _dtype(name: str | None, architecture: PreTrainedConfig) -> torch.dtype:
@@ -153,44 +155,45 @@ def _dtype(name: str | None, architecture: PreTrainedConfig) -> torch.dtype:
     return getattr(torch, name)
 
 
-def _growth(blocks: Sequence[MoEBlock], config: DrLoraConfig, steps: int) -> dict[str, Any]:
+def _growth(
+    blocks: Sequence[MoEBlock], config: DrLoraConfig, steps: int
+) -> GrowthForecast | BudgetNotReached:
     """The plan of one block; all blocks with as many experts have the same."""
-    num_experts = blocks[0].num_experts
-    common: dict[str, Any] = {"steps": steps, "warmup_steps": config.resolve_warmup(steps)}
+    num_experts, warmup = blocks[0].num_experts, config.resolve_warmup(steps)
     try:
         groups = [Competitors(block.num_experts) for block in blocks]
         schedule = make_schedule(config, groups, steps)
     except ConfigError as error:
-        return {**common, "reached": False, "reason": str(error)}
+        return BudgetNotReached(steps, warmup, str(error))
     plan = plan_of(config, num_experts, schedule)
     curve = _curve(plan, config, num_experts)
-    full = [event["step"] for event in curve if event["mean_rank"] == config.r_target]
-    return {
-        **common,
-        "schedule": str(schedule) if plan.event_steps else "no events: ranks stay as they start",
-        "start_rank": config.r_init,
-        "events": len(plan.event_steps),
-        "quota_module_ranks": plan.quota,
-        "grow_every": schedule.grow_every,
-        "settle_steps": schedule.settle_steps,
-        "cap_ranks": schedule.cap,
-        "reached": True,
-        "reached_at_step": full[0] if full else 0,
-        "reached_at_share": (full[0] if full else 0) / steps,
-        "mean_ranks": curve,
-    }
+    full = [event.step for event in curve if event.mean_rank == config.r_target]
+    return GrowthForecast(
+        steps=steps,
+        warmup_steps=warmup,
+        schedule=str(schedule) if plan.event_steps else "no events: ranks stay as they start",
+        start_rank=config.r_init,
+        events=len(plan.event_steps),
+        quota_module_ranks=plan.quota,
+        grow_every=schedule.grow_every,
+        settle_steps=schedule.settle_steps,
+        cap_ranks=schedule.cap,
+        reached_at_step=full[0] if full else 0,
+        reached_at_share=(full[0] if full else 0) / steps,
+        mean_ranks=curve,
+    )
 
 
-def growth_warnings(growth: dict[str, Any], config: DrLoraConfig) -> list[str]:
+def _warnings(growth: GrowthForecast, config: DrLoraConfig) -> tuple[str, ...]:
     """What is unlikely to be wanted, in words, with the way out."""
-    if not growth["reached"] or not growth["mean_ranks"]:
-        return []
+    if not growth.mean_ranks:
+        return ()
     found = []
-    steps, at = growth["steps"], growth["reached_at_step"]
-    every, settle = growth["grow_every"], growth["settle_steps"]
+    steps, at = growth.steps, growth.reached_at_step
+    every, settle = growth.grow_every, growth.settle_steps
     done = ALLOCATIONS[config.allocation].done
     if at < EARLY * steps:
-        spacing = max(every + 1, math.ceil(0.75 * steps / growth["events"]))
+        spacing = max(every + 1, math.ceil(0.75 * steps / growth.events))
         found.append(
             f"{done} at {at / steps:.0%} of the run, and what is learned later changes no rank: "
             f"raise grow_every to about {spacing}, or lower settle_steps ({settle})."
@@ -200,22 +203,22 @@ def growth_warnings(growth: dict[str, Any], config: DrLoraConfig) -> list[str]:
             f"{done} at {at / steps:.0%} of the run, which leaves {steps - at} steps to learn with "
             f"all ranks: lower grow_every, or raise settle_steps ({settle})."
         )
-    if growth["events"] < FEW_EVENTS:
+    if growth.events < FEW_EVENTS:
         found.append(
-            f"there are only {growth['events']} events, so ranks follow little of what is "
+            f"there are only {growth.events} events, so ranks follow little of what is "
             f"observed: lower grow_every ({every}) or settle_steps."
         )
-    if growth["warmup_steps"] > every * growth["events"]:
+    if growth.warmup_steps > every * growth.events:
         found.append(
-            f"the warm-up takes {growth['warmup_steps']} steps, longer than all growth: lower "
+            f"the warm-up takes {growth.warmup_steps} steps, longer than all growth: lower "
             f"warmup_steps."
         )
-    return found
+    return tuple(found)
 
 
-def _curve(plan: GrowthPlan, config: DrLoraConfig, num_experts: int) -> list[dict[str, Any]]:
+def _curve(plan: GrowthPlan, config: DrLoraConfig, num_experts: int) -> tuple[MeanRank, ...]:
     """Step of each event and the mean rank after it."""
-    return [
-        {"step": step, "mean_rank": config.r_init + plan.due(event) / num_experts}
+    return tuple(
+        MeanRank(step, config.r_init + plan.due(event) / num_experts)
         for event, step in enumerate(plan.event_steps, start=1)
-    ]
+    )

@@ -14,36 +14,19 @@ of one layer.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
 
 from drlora.config.adapter import DrLoraConfig
 from drlora.moe.blocks import MoEBlock
+from drlora.runs.inspection import Beside, BlockShape, Memory, MemoryAtTarget, TrainedParts
 
 GB = 1e9
 NUMBER_BYTES = 4  # adapters are trained in float32
 MOMENTS = 2  # of Adam
 TOKENS = 4096
 SCALES = (0.25, 0.5, 1, 2, 4)
-
-
-@dataclass(frozen=True)
-class Beside:
-    """What is trained beside the experts, in numbers.
-
-    Attributes:
-        ordinary_lora: A and B on `target_modules`, of `layers` linear layers.
-        modules_to_save: modules that are trained in full, in the dtype of the model.
-        routers: trained in float32.
-    """
-
-    layers: int
-    ordinary_lora: int
-    modules_to_save: int
-    routers: int
 
 
 def adapter_parameters(blocks: Sequence[MoEBlock], config: DrLoraConfig, rank: float) -> int:
@@ -63,20 +46,24 @@ def stored_rank(config: DrLoraConfig) -> float:
 def memory_plan(
     num_weights: int,
     blocks: Sequence[MoEBlock],
-    described: Sequence[dict[str, Any]],
+    described: Sequence[BlockShape],
     architecture: PreTrainedConfig,
     config: DrLoraConfig,
     beside: Beside,
     dtype: torch.dtype,
     tokens: int,
-) -> dict[str, Any]:
-    """GB (1e9 bytes) of what training keeps.
+) -> Memory:
+    """What training keeps.
 
-    Returns:
-        `weights` of the base; `adapter_at_budget`, with gradients and Adam's moments, for the rows
-        that are stored; `adapter_at_r_max_everywhere`; `parts`: adapter, gradients, optimizer and
-        `activations` of `tokens` tokens, without and with gradient checkpointing; `by_rank`: all
-        of it without checkpointing, for other r_target.
+    Args:
+        num_weights: of the base, in `dtype`.
+        blocks: that are adapted.
+        described: the same blocks.
+        architecture: of the base.
+        config: of the adapter.
+        beside: what is trained beside the experts.
+        dtype: of the base's weights.
+        tokens: of a batch, padding included.
     """
 
     def trained(rank: float) -> float:
@@ -87,27 +74,24 @@ def memory_plan(
     adapter, gradients, optimizer = (
         part / GB for part in _trained(adapter_parameters(blocks, config, stored), beside, dtype)
     )
-    active = sum((d["top_k"] or 1) for d in described) / len(described)
+    active = sum((d.top_k or 1) for d in described) / len(described)
     kept, checkpointed = _activations(architecture, described, config, active, dtype, tokens)
-    return {
-        "dtype": str(dtype).removeprefix("torch."),
-        "weights": weights,
-        "adapter_at_budget": trained(stored),
-        "adapter_at_r_max_everywhere": trained(config.r_max),
-        "parts": {"adapter": adapter, "gradients": gradients, "optimizer": optimizer},
-        "tokens": tokens,
-        "activations": kept / GB,
-        "activations_with_checkpointing": checkpointed / GB,
-        "by_rank": [
-            {
-                "r_target": round(config.r_target * scale),
-                "trained": (found := trained(stored * scale)),
-                "total": weights + found + kept / GB,
-            }
-            for scale in SCALES
+    totals = [(round(config.r_target * s), trained(stored * s)) for s in SCALES]
+    return Memory(
+        dtype=str(dtype).removeprefix("torch."),
+        weights=weights,
+        adapter_at_budget=trained(stored),
+        adapter_at_r_max_everywhere=trained(config.r_max),
+        parts=TrainedParts(adapter, gradients, optimizer),
+        tokens=tokens,
+        activations=kept / GB,
+        activations_with_checkpointing=checkpointed / GB,
+        by_rank=tuple(
+            MemoryAtTarget(r_target, found, weights + found + kept / GB)
+            for scale, (r_target, found) in zip(SCALES, totals, strict=True)
             if config.r_target * scale >= 1
-        ],
-    }
+        ),
+    )
 
 
 def _trained(numbers: int, beside: Beside, dtype: torch.dtype) -> tuple[int, int, int]:
@@ -120,7 +104,7 @@ def _trained(numbers: int, beside: Beside, dtype: torch.dtype) -> tuple[int, int
 
 def _activations(
     architecture: PreTrainedConfig,
-    described: Sequence[dict[str, Any]],
+    described: Sequence[BlockShape],
     config: DrLoraConfig,
     active: float,
     dtype: torch.dtype,
@@ -129,7 +113,7 @@ def _activations(
     """Bytes kept for the backward pass, without and with gradient checkpointing."""
     text = architecture.get_text_config()
     layers = getattr(text, "num_hidden_layers", len(described))
-    hidden, width = described[0]["hidden_size"], described[0]["expert_width"]
+    hidden, width = described[0].hidden_size, described[0].expert_width
     experts = active * (2 * hidden + 4 * width + len(config.projections) * config.r_target)
     a_layer = (8 * hidden + experts) * dtype.itemsize
     logits = getattr(text, "vocab_size", 0) * (dtype.itemsize + 2 * NUMBER_BYTES)

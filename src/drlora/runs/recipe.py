@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 import os
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
@@ -25,15 +25,16 @@ from peft import PeftConfig, TaskType
 from transformers import TrainingArguments
 
 from drlora.config.adapter import DrLoraConfig, preset_settings
+from drlora.config.methods import METHODS
 from drlora.config.options import GENERAL
-from drlora.config.registry import registered_options
+from drlora.config.registry import REGISTRIES, WITH_OPTIONS, registered_options
 from drlora.data.section import ROLES, DataSection
 from drlora.data.section import default_split as default_split
 from drlora.errors import ConfigError
 from drlora.evaluation.measure import EvaluationSection
 from drlora.io.files import home
 from drlora.io.places import from_root
-from drlora.io.settings import check_type, read_settings, refuse_unknown
+from drlora.io.settings import check_type, read_settings, refuse_unknown, with_overrides
 from drlora.ranks.continue_adapter import RANKS, kept_settings
 from drlora.runs.moved import located_at
 
@@ -159,14 +160,17 @@ class Recipe:
         return copy.deepcopy({**plain, **sections, "adapter": settings_of(self.adapter)})
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = (), resume: bool = False) -> Recipe:
-    """The recipe in the YAML file `path`, with `key=value` overrides (dotted keys) on top.
+def load_recipe(
+    source: str | Path | Mapping[str, Any], overrides: Sequence[str] = (), resume: bool = False
+) -> Recipe:
+    """The recipe in a YAML file, with `key=value` overrides (dotted keys) on top.
 
     Relative paths in it are those of the working directory. The config.yaml of a run that was moved
     is read with the paths that it means now.
 
     Args:
-        path: the file; `~` stands for home, as in every path in it.
+        source: the file; `~` stands for home, as in every path in it. Or what such a file holds, as
+            nested values.
         overrides: `training.max_steps=100` and the like.
         resume: whether a run is to go on: a length among the overrides, in steps or in epochs, then
             takes the place of the file's, whichever that has.
@@ -174,18 +178,27 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), resume: bool = 
     Raises:
         ConfigError: naming the setting, its value and the way out.
     """
-    tree = read_settings(home(str(path)), overrides)
+    if isinstance(source, Mapping):
+        tree = with_overrides(copy.deepcopy(dict(source)), overrides)
+    else:
+        tree = read_settings(home(str(source)), overrides)
     training = tree.get("training")
     if resume and isinstance(training, dict):
         given = {override.partition("=")[0] for override in overrides}
         for one, other in (LENGTHS, LENGTHS[::-1]):
             if f"training.{one}" in given and f"training.{other}" not in given:
                 training.pop(other, None)
-    return located_at(recipe_from(tree), path, overrides)
+    recipe = recipe_from(tree)
+    return recipe if isinstance(source, Mapping) else located_at(recipe, source, overrides)
 
 
-def recipe_from(tree: dict[str, Any]) -> Recipe:
+def recipe_from(tree: dict[str, Any], is_record: bool = False) -> Recipe:
     """A recipe from nested plain values, as YAML gives them.
+
+    Args:
+        tree: the values.
+        is_record: whether a run wrote them, with everything filled in, and they are only read: then
+            rules and methods that are not registered here are no fault.
 
     Raises:
         ConfigError: naming the setting, its value and the way out.
@@ -197,10 +210,19 @@ def recipe_from(tree: dict[str, Any]) -> Recipe:
     parts = {
         "data": _build(DataSection, _at_home(sections["data"], ROLES), "data"),
         "evaluation": _build(EvaluationSection, sections["evaluation"], "evaluation"),
-        "adapter": _adapter(_continued(tree, sections["adapter"]), training, tree.get("method")),
         "training": training,
     }
+    if is_record and _has_unknown_rules(sections["adapter"], tree.get("method")):
+        parts["adapter"] = DrLoraConfig(**sections["adapter"], inference_mode=True)
+    else:
+        given = _continued(tree, sections["adapter"])
+        parts["adapter"] = _adapter(given, training, tree.get("method"))
     return _build(Recipe, {**tree, **parts}, "")
+
+
+def _has_unknown_rules(settings: dict[str, Any], method: Any) -> bool:
+    known = (settings.get(name) in REGISTRIES[name] for name in WITH_OPTIONS if name in settings)
+    return not all(known) or (method is not None and method not in METHODS)
 
 
 def _at_home(tree: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:

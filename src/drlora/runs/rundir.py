@@ -26,7 +26,7 @@ from filelock import FileLock, Timeout
 from drlora.config.adapter import with_options_apart
 from drlora.errors import CheckpointError, ConfigError, DrLoraError
 from drlora.io.checkpoint import newest_checkpoint
-from drlora.io.files import read_json
+from drlora.io.files import read_json, refuse_links_out
 from drlora.io.jsonl import finite, forget_after, read_lines
 from drlora.io.run_files import (
     ADAPTER_CONFIG,
@@ -120,6 +120,23 @@ class RunDir:
     def resume_command(self) -> str:
         """What to type to continue this run."""
         return f"drlora train {self.config} --resume"
+
+    def refuse(self, recipe: Recipe, resume: bool, overwrite: bool) -> None:
+        """Refuse to begin `recipe` here, or to go on with it, where that cannot be.
+
+        Raises:
+            ConfigError: if there is another run, or one of other settings.
+            CheckpointError: if what is to be continued is finished or not there, or a link in the
+                folder leads out of it.
+        """
+        if resume and overwrite:
+            raise ConfigError("--resume and --overwrite contradict each other; keep one.")
+        if resume or overwrite:
+            refuse_links_out(self.path)
+        if resume:
+            self.refuse_resume_of(recipe)
+        else:
+            self.refuse_second_run(overwrite)
 
     def refuse_second_run(self, overwrite: bool = False) -> None:
         """Refuse to start where a run already is; one that took no step is none.
@@ -254,7 +271,7 @@ class RunDir:
         if isinstance(tree.get("adapter"), dict):  # of version 0.1, perhaps
             tree["adapter"] = with_options_apart(tree["adapter"])
             tree["adapter"].pop("record", None)
-        return recipe_from(tree)
+        return recipe_from(tree, is_record=True)
 
     def newest_checkpoint(self, on_skip: Callable[[str], Any] = lambda reason: None) -> Path | None:
         """The whole checkpoint of the latest step; `on_skip` is told of those passed over."""

@@ -20,11 +20,10 @@ from drlora.adapter.state import adapter_state
 from drlora.config.adapter import DrLoraConfig
 from drlora.config.methods import METHODS
 from drlora.distributed import is_main, on_main
-from drlora.errors import ConfigError
 from drlora.evaluation.measure import Measurement, measure, measurement_from
 from drlora.io.checkpoint import checkpoint_step
-from drlora.io.files import refuse_links_out
 from drlora.io.jsonl import append_lines, forget_kind, read_lines
+from drlora.io.plugins import plugins_for_the_record
 from drlora.ranks.dynamics import RankDynamics
 from drlora.ranks.rank_map import budget_of, free_parameters, rank_map
 from drlora.ranks.starts import needs_ranks
@@ -72,11 +71,7 @@ def train(
         RunInterrupted: after Ctrl-C or SIGTERM, when a checkpoint is saved that `resume` goes on
             from; a KeyboardInterrupt.
     """
-    if resume and overwrite:
-        raise ConfigError("resume and overwrite contradict each other; keep one.")
     run = RunDir(Path(recipe.output_dir))
-    if resume or overwrite:
-        refuse_links_out(run.path)
     arguments = training_arguments(recipe, run)  # from here on several processes know each other
     told = progress_from(progress) if is_main() else Progress()
     with ExitStack() as stack:
@@ -101,16 +96,9 @@ def train(
 
 def _enter(run: RunDir, recipe: Recipe, resume: bool, overwrite: bool, stack: ExitStack) -> None:
     """Hold the run directory until `stack` is closed, if it is fit for what is wanted."""
-
-    def refuse() -> None:
-        if resume:
-            run.refuse_resume_of(recipe)
-        else:
-            run.refuse_second_run(overwrite)
-
-    refuse()
+    run.refuse(recipe, resume, overwrite)
     stack.enter_context(run.held())
-    refuse()  # another run may have begun, or ended, meanwhile
+    run.refuse(recipe, resume, overwrite)  # another may have begun, or ended, meanwhile
 
 
 def _run(job: Job, model: PeftModel, progress: Progress) -> TrainResult:
@@ -253,5 +241,6 @@ def _to_json(result: TrainResult, job: Job, model: PeftModel, training: Training
         **peak_memory(),
         "threads": torch.get_num_threads(),
         "versions": versions(),
+        "plugins": plugins_for_the_record(),
         "config": job.recipe.to_dict(),
     }
