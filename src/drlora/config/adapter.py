@@ -112,6 +112,7 @@ class DrLoraConfig(SavedConfig):
             to 6.6 times larger). See docs/rank-pool.md.
         engine: how the adapted experts are computed; `auto` chooses by device (`loop` or
             `grouped`). `triton` needs a GPU and the triton package, and is not chosen by itself.
+            What `drlora.ops.register_engine` was given can be named too.
         target_modules: further linear layers that get PEFT's ordinary LoRA in the same adapter,
             such as attention or shared experts: a list of names or endings of names, a regular
             expression that a full name must match, or `all-linear`. Their rank does not grow.
