@@ -35,6 +35,7 @@ NAMES = {
     "load_recipe",
     "newest_checkpoint",
     "place_ranks",
+    "quantise_experts",
     "rank_map",
     "ranks_from_routing",
     "run_comparison",
