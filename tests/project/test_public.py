@@ -34,6 +34,7 @@ NAMES = {
     "load_peft_lora",
     "load_recipe",
     "newest_checkpoint",
+    "QuantisedExperts",
     "place_ranks",
     "quantise_experts",
     "rank_map",

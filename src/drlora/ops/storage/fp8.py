@@ -18,6 +18,7 @@ class Fp8(PackedFormat):
     """Matrices of any shape; the last tiles of a row or column may be cut off."""
 
     name = "fp8"
+    bits = 8.0
     says = "they are stored in 8 bits (FP8), in which an update would be rounded away"
 
     def encode(self, w_OI: Tensor) -> dict[str, Tensor]:
