@@ -1,7 +1,8 @@
 """OLMoE-1B-7B at its real shape on a small machine: `python -m benchmarks.full_size`.
 
 Random bfloat16 weights made on the spot, gradient checkpointing on, a few training steps of DR-LoRA
-with a growth event among them; reports seconds per step and the peak resident memory.
+with a growth event among them; reports seconds per step and the peak resident memory. `packed` does
+the same with experts in four bits (NF4, nested scales), which are packed while they are made.
 
 PEFT's LoRA on the same experts, and ours, take such steps on models of one and of two layers (PEFT
 one, after its moments were made). What PEFT needs for all sixteen is computed as the straight line
@@ -27,7 +28,13 @@ from transformers import OlmoeConfig, OlmoeForCausalLM
 
 import drlora
 from benchmarks.harness import Row, add_names, append, peak_resident_bytes, where
-from benchmarks.models import EXPERT_PARAMETERS, random_model, with_checkpointing
+from benchmarks.models import (
+    EXPERT_PARAMETERS,
+    random_model,
+    random_packed_model,
+    with_checkpointing,
+)
+from drlora.ops.storage.packed import FORMATS
 
 GB = 1e9
 LAYERS, FEW, MORE = 16, 1, 2
@@ -71,7 +78,10 @@ def make_model(kind: str, layers: int) -> nn.Module:
     """Up to 6.9 billion random bfloat16 weights and an adapter of mean rank 16 in training mode."""
     # The other defaults are those of OLMoE-1B-7B-0924.
     config = OlmoeConfig(intermediate_size=1024, num_hidden_layers=layers)
-    base = random_model(OlmoeForCausalLM, config, torch.bfloat16, "cpu")
+    if kind in FORMATS:
+        base = random_packed_model(OlmoeForCausalLM, config, torch.bfloat16, kind)
+    else:
+        base = random_model(OlmoeForCausalLM, config, torch.bfloat16, "cpu")
     for module in base.modules():
         if isinstance(module, nn.Linear):
             module.forward = WideBackward.of(module)  # type: ignore[method-assign]
@@ -87,7 +97,7 @@ def measure(kind: str, layers: int, tokens: int) -> Row:
     torch.manual_seed(0)
     model = make_model(kind, layers)
     loaded = peak_resident_bytes() / GB
-    dynamics = drlora.RankDynamics(model, STEPS) if kind == "ours" else None
+    dynamics = None if kind == "peft" else drlora.RankDynamics(model, STEPS)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
     ids = torch.randint(1, 50_000, (1, tokens))
@@ -152,6 +162,11 @@ def full(tokens: int) -> Iterator[Row]:
     yield in_a_process("ours", LAYERS, tokens)
 
 
+def packed(tokens: int) -> Iterator[Row]:
+    """Ours at full size, experts in four bits."""
+    yield in_a_process("nf4-nested", LAYERS, tokens)
+
+
 def lines(tokens: int) -> Iterator[Row]:
     """Ours and PEFT at two small sizes, and their lines."""
     for kind in ("ours", "peft"):
@@ -162,7 +177,7 @@ def lines(tokens: int) -> Iterator[Row]:
 def main(argv: list[str] | None = None) -> int:
     """Run what is asked for and append its rows to benchmarks/results/full_size.jsonl."""
     parser = argparse.ArgumentParser(description=__doc__)
-    add_names(parser, ["full", "lines"])
+    add_names(parser, ["full", "packed", "lines"])
     parser.add_argument("--tokens", type=int, default=128, help="of the full model, 128 if unset")
     parser.add_argument("--dry", action="store_true", help="append no row")
     parser.add_argument(
@@ -173,7 +188,11 @@ def main(argv: list[str] | None = None) -> int:
         kind, layers = arguments.measure
         print(json.dumps(measure(kind, int(layers), arguments.tokens)))
         return 0
-    parts = {"full": full(arguments.tokens), "lines": lines(LINE_TOKENS)}
+    parts = {
+        "full": full(arguments.tokens),
+        "packed": packed(arguments.tokens),
+        "lines": lines(LINE_TOKENS),
+    }
     for row in (row for name in arguments.names for row in parts[name]):
         print(json.dumps(row), flush=True)
         if not arguments.dry:

@@ -17,6 +17,10 @@ from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedModel
 
 import drlora
 from drlora.adapter.pool import RankPool
+from drlora.moe.families import family_of
+from drlora.moe.families.interface import InterfaceExperts
+from drlora.moe.quantise import matrices_of, put_in
+from drlora.ops.storage.packed import Packed, packed_format
 
 VOCAB = 1024
 EXPERT_PARAMETERS = ["experts.gate_up_proj", "experts.down_proj"]
@@ -75,6 +79,29 @@ def random_model(
             nn.init.normal_(weight, std=0.02)
     # Its buffers are computed, not stored.
     model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
+    return model.requires_grad_(False).train()
+
+
+def random_packed_model(
+    model_class: type[PreTrainedModel], config: Any, dtype: torch.dtype, storage: str
+) -> PreTrainedModel:
+    """The same on the CPU with experts packed: one matrix of one block is wide at a time."""
+    kind = packed_format(storage)
+    with torch.device("meta"):
+        model = model_class(config).to(dtype)
+    for module in model.modules():
+        if isinstance(family_of(module), InterfaceExperts):
+            for key in matrices_of(module):
+                wide_EOI = torch.empty(getattr(module, key).shape, dtype=dtype).normal_(std=0.02)
+                put_in(module, {key: Packed.of(wide_EOI, kind)})
+    for module in model.modules():
+        for name, weight in list(module.named_parameters(recurse=False)):
+            if weight.is_meta:
+                made = torch.empty(weight.shape, dtype=dtype)
+                is_norm = "norm" in type(module).__name__.lower()
+                made = made.fill_(1) if is_norm else made.normal_(std=0.02)
+                setattr(module, name, nn.Parameter(made, requires_grad=False))
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)
     return model.requires_grad_(False).train()
 
 
