@@ -18,7 +18,7 @@ from typing import Any
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
-from drlora.errors import DataError
+from drlora.errors import DataError, first_line
 
 Turn = Mapping[str, Any]
 Span = tuple[int, int]
@@ -70,19 +70,44 @@ class ChatTemplate:
         try:
             return self._marked(conversation) if self.text else self._by_prefixes(conversation)
         except (jinja2.TemplateError, TypeError, KeyError) as error:
-            raise DataError(str(error)) from error
+            raise DataError(
+                f"{first_line(error)}; write the conversation as it expects, or use another "
+                f"template (chat_template: FILE)"
+            ) from error
 
     def render(self, turns: Sequence[Turn], options: Mapping[str, Any], **more: Any) -> str:
         """The text that the template makes of some turns."""
-        shown: Any = list(turns)
+        shown: Any = self._as_read(turns)
         kwargs = {"chat_template": self.text, **options, **more}
         text = self.tokenizer.apply_chat_template(shown, tokenize=False, **kwargs)
         assert isinstance(text, str)
         return text
 
+    @cached_property
+    def takes_parts(self) -> bool:
+        """Whether it reads a content as a list of parts, as those of models that see do."""
+        words: Any = [{"role": "user", "content": "word"}]
+        parts: Any = [{"role": "user", "content": [{"type": "text", "text": "word"}]}]
+        return not self._has_word(words) and self._has_word(parts)
+
+    def _has_word(self, turns: Any) -> bool:
+        try:
+            return "word" in str(
+                self.tokenizer.apply_chat_template(
+                    turns, chat_template=self.text, tokenize=False, add_generation_prompt=False
+                )
+            )
+        except (jinja2.TemplateError, TypeError, KeyError):
+            return False
+
+    def _as_read(self, turns: Sequence[Turn]) -> Any:
+        if not self.takes_parts:
+            return list(turns)
+        return [{**t, "content": [{"type": "text", "text": t["content"]}]} for t in turns]
+
     def _marked(self, conversation: Conversation) -> tuple[list[int], list[Span]]:
         encoded: Any = self.tokenizer.apply_chat_template(
-            conversation.turns,
+            self._as_read(conversation.turns),
             chat_template=self.text,
             tokenize=True,
             return_dict=True,
