@@ -37,13 +37,22 @@ class Conversation:
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """The chat template of `tokenizer`, as it is trained with."""
+    """The chat template of `tokenizer`, as it is trained with.
+
+    Attributes:
+        tokenizer: that it belongs to.
+        is_marked: whether the assistant's turns are asked for; else all of a conversation is
+            trained, with the template as it is.
+    """
 
     tokenizer: PreTrainedTokenizerBase
+    is_marked: bool = True
 
     @cached_property
     def text(self) -> str | None:
         """A version with generation marks; None of a template that has no such version."""
+        if not self.is_marked:
+            return None
         from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
         own = self.tokenizer.get_chat_template()
@@ -68,12 +77,23 @@ class ChatTemplate:
             DataError: the template cannot render it, or its turns cannot be told apart.
         """
         try:
+            if not self.is_marked:
+                ids = self._plain(self.render(conversation.turns, conversation.options))
+                return list(ids["input_ids"]), [(0, len(ids["input_ids"]))]
             return self._marked(conversation) if self.text else self._by_prefixes(conversation)
         except (jinja2.TemplateError, TypeError, KeyError) as error:
             raise DataError(
                 f"{first_line(error)}; write the conversation as it expects, or use another "
                 f"template (chat_template: FILE)"
             ) from error
+
+    def opened(self, conversation: Conversation, asked: int, ids: Sequence[int]) -> int:
+        """How many of `ids` the first `asked` turns are, with the opening of an answer."""
+        if not asked:
+            return 0
+        turns, options = conversation.turns[:asked], conversation.options
+        head = self._plain(self.render(turns, options, add_generation_prompt=True))["input_ids"]
+        return len(commonprefix([list(head), list(ids)]))
 
     def render(self, turns: Sequence[Turn], options: Mapping[str, Any], **more: Any) -> str:
         """The text that the template makes of some turns."""
@@ -82,6 +102,9 @@ class ChatTemplate:
         text = self.tokenizer.apply_chat_template(shown, tokenize=False, **kwargs)
         assert isinstance(text, str)
         return text
+
+    def _plain(self, text: str) -> Any:
+        return self.tokenizer(text, add_special_tokens=False)
 
     @cached_property
     def takes_parts(self) -> bool:
@@ -121,7 +144,7 @@ class ChatTemplate:
     def _by_prefixes(self, conversation: Conversation) -> tuple[list[int], list[Span]]:
         turns, options = conversation.turns, conversation.options
         text = self.render(turns, options)
-        encoded = self.tokenizer(text, add_special_tokens=False)
+        encoded = self._plain(text)
         ids, spans = list(encoded["input_ids"]), []
         for index, turn in enumerate(turns):
             if turn["role"] != "assistant":
