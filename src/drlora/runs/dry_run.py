@@ -69,6 +69,6 @@ def dry_run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) ->
 
 def _tokens_of_a_batch(job: Job) -> int:
     """Of the largest batch there can be, padding included."""
-    longest = max(map(len, job.train.encoded.dataset["input_ids"]))
+    longest = max(map(len, job.train.tokens["input_ids"]))
     accelerators = max(1, job.arguments.n_gpu)  # of one process; each has its part of the batch
     return longest * -(-job.batch_size // accelerators)

@@ -31,9 +31,9 @@ from drlora.adapter.embeddings import fit_embeddings
 from drlora.adapter.inject import choose_blocks
 from drlora.config.adapter import DrLoraConfig
 from drlora.data import encode_examples
-from drlora.data.encode import Examples
 from drlora.data.roles import load_source as load_source
 from drlora.data.section import DataSection
+from drlora.data.tokens import Prepared
 from drlora.distributed import are_several
 from drlora.embedded import resolve_model
 from drlora.errors import CheckpointError, ConfigError, DataError, DrLoraError, first_line
@@ -131,7 +131,7 @@ def vocabulary_size(model: PreTrainedModel) -> int:
 
 def encode(
     raw: Dataset, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, config: PreTrainedConfig
-) -> Examples:
+) -> Prepared:
     """Token ids of `raw`, at most `data.max_length` of them an example.
 
     Raises:
@@ -139,7 +139,7 @@ def encode(
         DataError: if no example has a token to learn.
     """
     wanted = longest_example(recipe.data, recipe.model, config)
-    return Examples(raw, encode_examples(raw, tokenizer, wanted))
+    return encode_examples(raw, tokenizer, wanted)
 
 
 def longest_example(data: DataSection | None, model: str, config: PreTrainedConfig) -> int:

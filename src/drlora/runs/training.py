@@ -71,8 +71,8 @@ class Training:
         trainer = RunTrainer(
             model=self.model,
             args=job.arguments,
-            train_dataset=job.train.encoded.dataset,
-            eval_dataset=job.held_out.encoded.dataset,
+            train_dataset=job.train.tokens,
+            eval_dataset=job.held_out.tokens,
             data_collator=Collator(job.tokenizer),
             processing_class=job.tokenizer,
             callbacks=callbacks,
