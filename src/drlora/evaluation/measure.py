@@ -58,12 +58,15 @@ class EvaluationSection:
 class Measurement:
     """Loss over target tokens and, where answers can be compared, exact match.
 
-    `notes` say what was asked for and could not be had, and why there is no exact match.
+    `notes` say what was asked for and could not be had, and why there is no exact match. Of a run
+    that learns from preferences, the loss is that of the answers that are wanted, and `objective`
+    has its own loss and what its trainer measures beside, by TRL's names.
     """
 
     loss: LossResult
     match: MatchResult | None
     notes: tuple[str, ...] = ()
+    objective: dict[str, float] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, without those of each example; `measurement_from` reads them back."""
@@ -71,13 +74,22 @@ class Measurement:
         del values["loss"]["example_nats"]
         if values["match"]:
             del values["match"]["is_correct"]
+        if self.objective is None:
+            del values["objective"]
         return values
 
     def __str__(self) -> str:
         text = f"loss {self.loss.loss:.4f}, perplexity {self.loss.perplexity:.2f}"
         if self.loss.examples:
             text += f" on {self.loss.examples} examples"
-        return "; ".join([text + self._match_text(), *self.notes])
+        return "; ".join([*self._objective_text(), text + self._match_text(), *self.notes])
+
+    def _objective_text(self) -> list[str]:
+        if self.objective is None:
+            return []
+        text = f"objective {self.objective['loss']:.4f}"
+        share = self.objective.get("rewards/accuracies")
+        return [text if share is None else f"{text}, {share:.1%} of the pairs in order"]
 
     def _match_text(self) -> str:
         if self.match is None:
@@ -100,6 +112,7 @@ def measurement_from(values: dict[str, Any]) -> Measurement:
             LossResult(**values["loss"]),
             MatchResult(**{**match, "samples": ()}) if match else None,
             tuple(values.get("notes", ())),
+            values.get("objective"),
         )
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{shown(values)} is no measurement: {error}.") from error

@@ -1,4 +1,4 @@
-"""From a recipe to its parts: architecture, tokenizer, data, Trainer arguments, weights.
+"""From a recipe to its parts: architecture, tokenizer, weights, adapter.
 
 The order in which train.py calls these is the order of cost: what can be refused from the
 configuration is refused before data is read, and what data can tell before weights are loaded.
@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
-from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from safetensors import SafetensorError
 from transformers import (
@@ -24,19 +23,15 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    TrainingArguments,
 )
 
 from drlora.adapter.embeddings import fit_embeddings
 from drlora.adapter.inject import choose_blocks
 from drlora.config.adapter import DrLoraConfig
-from drlora.data import encode_examples
-from drlora.data.encode import Examples
 from drlora.data.roles import load_source as load_source
 from drlora.data.section import DataSection
-from drlora.distributed import are_several
 from drlora.embedded import resolve_model
-from drlora.errors import CheckpointError, ConfigError, DataError, DrLoraError, first_line
+from drlora.errors import CheckpointError, ConfigError, DrLoraError, first_line
 from drlora.export.import_lora import load_peft_lora, refuse_other_files
 from drlora.io.places import from_root
 from drlora.io.run_files import CONFIG
@@ -44,7 +39,6 @@ from drlora.ranks.continue_adapter import continue_adapter, is_drlora, refuse_un
 from drlora.ranks.rank_map import read_rank_map, start_ranks
 from drlora.ranks.schedule import Competitors, Schedule, make_schedule, plan_of
 from drlora.runs.recipe import Recipe
-from drlora.runs.rundir import RunDir
 
 DEFAULT_MAX_LENGTH = 1024
 
@@ -129,19 +123,6 @@ def vocabulary_size(model: PreTrainedModel) -> int:
     return weight.shape[0]
 
 
-def encode(
-    raw: Dataset, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, config: PreTrainedConfig
-) -> Examples:
-    """Token ids of `raw`, at most `data.max_length` of them an example.
-
-    Raises:
-        ConfigError: if the model cannot take examples of that length.
-        DataError: if no example has a token to learn.
-    """
-    wanted = longest_example(recipe.data, recipe.model, config)
-    return Examples(raw, encode_examples(raw, tokenizer, wanted))
-
-
 def longest_example(data: DataSection | None, model: str, config: PreTrainedConfig) -> int:
     """`data.max_length`, or by default what the model takes, at most 1024; in tokens.
 
@@ -156,64 +137,6 @@ def longest_example(data: DataSection | None, model: str, config: PreTrainedConf
             f"lower it."
         )
     return int(wanted)
-
-
-def training_arguments(recipe: Recipe, run: RunDir) -> TrainingArguments:
-    """The Trainer's arguments: the section `training`, and what a run directory needs.
-
-    Raises:
-        ConfigError: what transformers says against them.
-    """
-    has_accelerator = torch.accelerator.is_available()
-    settings: dict[str, Any] = {
-        "use_cpu": not has_accelerator,
-        "dataloader_pin_memory": has_accelerator,
-        **recipe.training,
-    }
-    try:
-        arguments = TrainingArguments(
-            output_dir=str(run.checkpoints), label_names=["labels"], **settings
-        )
-    except Exception as error:  # whatever the packages say that a setting asks for
-        raise ConfigError(f"the section training is refused by transformers: {error}") from error
-    for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
-        if getattr(arguments, name) < 1:
-            raise ConfigError(f"training.{name}={getattr(arguments, name)} must be at least 1.")
-    if arguments.max_steps < 1 and arguments.num_train_epochs <= 0:
-        raise ConfigError(
-            f"training.num_train_epochs={arguments.num_train_epochs} leaves nothing to train; set "
-            f"it, or training.max_steps, above 0."
-        )
-    if arguments.auto_find_batch_size and are_several():
-        raise ConfigError(
-            "training.auto_find_batch_size=true: each process would find a batch of its own; set "
-            "training.per_device_train_batch_size."
-        )
-    return arguments
-
-
-def count_steps(
-    arguments: TrainingArguments, num_examples: int, batch_size: int | None = None
-) -> int:
-    """Optimizer steps of the run, as the Trainer counts them.
-
-    Args:
-        arguments: of the Trainer.
-        num_examples: of the training data.
-        batch_size: of a process, where it is not what the arguments say.
-
-    Raises:
-        DataError: if `dataloader_drop_last` leaves no batch.
-    """
-    if arguments.max_steps > 0:
-        return arguments.max_steps
-    batch_size = batch_size or arguments.train_batch_size
-    examples = num_examples / arguments.world_size / batch_size
-    batches = math.floor(examples) if arguments.dataloader_drop_last else math.ceil(examples)
-    if batches < 1:
-        raise DataError(f"{num_examples} examples do not fill one batch; lower the batch size.")
-    updates = math.ceil(batches / arguments.gradient_accumulation_steps)
-    return math.ceil(arguments.num_train_epochs * updates)
 
 
 def load_base_model(recipe: NamesModel) -> PreTrainedModel:
