@@ -164,7 +164,7 @@ def _read_adapter(world: Path, folder: Path) -> None:
 
 def _read_data(world: Path, folder: Path) -> None:
     for path in folder.iterdir():
-        encoded = encode_examples(load_examples(str(path)), _tokenizer(), 64).dataset
+        encoded = encode_examples(load_examples(str(path)), _tokenizer(), 64).tokens
         Collator(_tokenizer())([encoded[0]])
 
 

@@ -75,6 +75,7 @@ def test_a_resumed_run_is_the_straight_one(tmp_path, objective, monkeypatch):
     assert_same_run(tmp_path / "cut" / "run", tmp_path / "straight" / "run")
 
 
+@pytest.mark.filterwarnings("ignore:start_from_ranks 'again'")
 def test_a_run_that_continues_an_adapter_has_it_as_reference(tmp_path, monkeypatch, capsys):
     """It is the adapter as it was, does not move, and is there again after a resume."""
     first = tmp_path / "first"

@@ -82,7 +82,7 @@ def test_without_token_metrics_it_is_transformers_trainer(tmp_path):
         TrainingArguments(str(tmp_path / "script"), **TRAINING),
         train_dataset=encode_examples(
             load_examples(str(folder / "train.jsonl")), tokenizer, 64
-        ).dataset,
+        ).tokens,
         data_collator=Collator(tokenizer),
         callbacks=[growth],
     )

@@ -1,6 +1,6 @@
 """Evaluate a causal language model: loss on target tokens, and answers against the right ones.
 
-    result = evaluate_loss(model, encoded.dataset, Collator(tokenizer), batch_size=8)
+    result = evaluate_loss(model, prepared.tokens, Collator(tokenizer), batch_size=8)
     match = exact_match(model, tokenizer, load_examples("embedded:definitions", split="test"), 32,
                         max_new_tokens=12)
 

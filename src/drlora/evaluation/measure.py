@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from drlora.data import Collator
 from drlora.data.draw import draw
-from drlora.data.encode import Examples
+from drlora.data.tokens import Prepared
 from drlora.errors import CheckpointError, ConfigError, DataError, shown
 from drlora.evaluation.evaluate import LossResult, MatchResult, evaluate_loss, exact_match
 
@@ -121,14 +121,14 @@ def measurement_from(values: dict[str, Any]) -> Measurement:
 def measure(
     model: PeftModel,
     tokenizer: PreTrainedTokenizerBase,
-    examples: Examples,
+    examples: Prepared,
     section: EvaluationSection,
 ) -> Measurement:
     """Measure the model as it is on `examples`, as the recipe's section `evaluation` says."""
-    encoded = draw(examples.encoded.dataset, section.loss_examples, section.draw)
+    encoded = draw(examples.tokens, section.loss_examples, section.draw)
     loss = evaluate_loss(model, encoded, Collator(tokenizer), section.batch_size)
     raw = draw(examples.raw, section.exact_match_examples, section.draw)
-    notes = tuple(notes_on(len(examples.encoded.dataset), raw, section))
+    notes = tuple(notes_on(len(examples.tokens), raw, section))
     if not wants_match(raw, section):
         return Measurement(loss, None, notes)
     match = exact_match(model, tokenizer, raw, section.batch_size, section.max_new_tokens)

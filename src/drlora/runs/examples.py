@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any, cast
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, TrainingArguments
-from trl import pack_dataset
 
-from drlora.data import encode_examples
-from drlora.data.encode import EncodedData, Examples
+from drlora.data import Prepared, prepare
+from drlora.errors import DataError
 from drlora.trainer.objectives import objective_of
 from drlora.trainer.preferences import lengths, tokenize, wanted_answers
 
@@ -21,7 +19,7 @@ def encode(
     tokenizer: PreTrainedTokenizerBase,
     objective: str,
     arguments: TrainingArguments,
-) -> Examples:
+) -> Prepared:
     """Token ids of `raw`, at most `max_length` of them an example; packed, where that is asked for.
 
     Args:
@@ -32,30 +30,33 @@ def encode(
         arguments: of its trainer.
 
     Raises:
-        DataError: if no example has a token to learn.
+        DataError: if no example has a token to learn, or the objective learns from other columns.
     """
     settings, kind = cast(Any, arguments), objective_of(objective)
-    if kind.compares:
-        tokens, cut = tokenize(kind.trl, raw, tokenizer, arguments, role)
-        return Examples(raw, EncodedData(tokens, len(raw) - len(tokens), cut))
-    found = encode_examples(raw, tokenizer, settings.max_length)
-    if not settings.packing or role != "train":
-        return Examples(raw, found)
-    packed = pack_dataset(found.dataset, settings.max_length, settings.packing_strategy)
-    return Examples(raw, replace(found, dataset=packed))
+    is_fit = any(set(columns) <= set(raw.column_names) for columns in kind.columns)
+    if not is_fit:
+        wanted = ", or ".join(" and ".join(columns) for columns in kind.columns)
+        raise DataError(
+            f"objective={objective!r} learns from {wanted}; {raw.info.description or 'the data'} "
+            f"has {sorted(raw.column_names)}. Name other data, or another objective."
+        )
+    if not kind.compares:
+        return prepare(raw, tokenizer, settings, packing=settings.packing and role == "train")
+    tokens, cut = tokenize(kind.trl, raw, tokenizer, arguments, role)
+    return Prepared(raw, tokens, len(raw) - len(tokens), cut, raw.info.citation)
 
 
-def examples_to_measure(held_out: Examples, objective: str, max_length: int) -> Examples:
+def examples_to_measure(held_out: Prepared, objective: str, max_length: int) -> Prepared:
     """What loss and exact match are measured on: of preferences the answers that are wanted."""
     if not objective_of(objective).compares:
         return held_out
-    raw, tokens = wanted_answers(held_out.raw, held_out.encoded.dataset, max_length)
-    return Examples(raw, EncodedData(tokens, 0, 0))
+    raw, tokens = wanted_answers(held_out.raw, held_out.tokens, max_length)
+    return Prepared(raw, tokens, 0, 0, held_out.said)
 
 
-def longest_of(examples: Examples) -> int:
+def longest_of(examples: Prepared) -> int:
     """Tokens of the longest example, or of both answers of the longest pair."""
-    tokens = examples.encoded.dataset
+    tokens = examples.tokens
     if "input_ids" in tokens.column_names:
         return max(map(len, tokens["input_ids"]))
     return max(lengths(tokens)) * (2 if "chosen_ids" in tokens.column_names else 1)

@@ -10,8 +10,8 @@ from typing import Any
 from peft import PeftModel, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
-from drlora.data.encode import Examples
 from drlora.data.roles import load_training_data
+from drlora.data.tokens import Prepared
 from drlora.distributed import on_main, world_size
 from drlora.errors import CheckpointError, ConfigError, counted
 from drlora.io.checkpoint import checkpoint_step
@@ -61,9 +61,9 @@ class Job:
     run: RunDir
     arguments: TrainingArguments
     tokenizer: PreTrainedTokenizerBase
-    train: Examples
-    held_out: Examples
-    measured: Examples
+    train: Prepared
+    held_out: Prepared
+    measured: Prepared
     longest: int
     total_steps: int
     plan_steps: int
@@ -78,8 +78,8 @@ class Job:
     def counts(self) -> dict[str, dict[str, int]]:
         """Role -> examples that are used, dropped and truncated."""
         return {
-            role: {"used": len(e.dataset), "dropped": e.dropped, "truncated": e.truncated}
-            for role, e in (("train", self.train.encoded), ("eval", self.held_out.encoded))
+            role: {"used": len(e.tokens), "dropped": e.dropped, "truncated": e.truncated}
+            for role, e in (("train", self.train), ("eval", self.held_out))
         }
 
     def notes(self) -> Iterator[str]:
@@ -88,6 +88,8 @@ class Job:
             left_out = f", {counts['dropped']:,} left out" if counts["dropped"] else ""
             cut = f", {counts['truncated']:,} cut" if counts["truncated"] else ""
             yield f"{name:8} {counted(counts['used'], 'example')}{left_out}{cut}"
+        if self.train.said:
+            yield f"{'data':8} {self.train.said}"
         yield f"{'length':8} {self._length()}"
         yield f"{'device':8} {self.arguments.device}"
         yield from notes_of(self.arguments, self.recipe.objective, self.recipe.start_from)
@@ -115,7 +117,7 @@ class Job:
             factors.append(f"{world_size()} processes")
         effective = self.batch_size * arguments.gradient_accumulation_steps * world_size()
         made_of = f" ({' x '.join(factors)})" if len(factors) > 1 else ""
-        epochs = self.total_steps * effective / len(self.train.encoded.dataset)
+        epochs = self.total_steps * effective / len(self.train.tokens)
         return (
             f"{counted(self.total_steps, 'step')} of {counted(effective, 'example')}{made_of}, "
             f"{epochs:.3g} epoch{'s' * (epochs != 1)}"
@@ -205,7 +207,7 @@ def prepare(
     record = data_record({"train": train, "eval": held_out}, tokenizer, most)
     if resume:
         refuse_other_data(past.record, record, str(run.path))
-    total = past.length(arguments, len(train.encoded.dataset))
+    total = past.length(arguments, len(train.tokens))
     planned = _plan(recipe, run, skeleton, past, total)
     record |= {
         "held_out": held_out_record(measured, recipe.evaluation),
@@ -280,7 +282,7 @@ def _plan(recipe: Recipe, run: RunDir, skeleton: PreTrainedModel, past: _Past, t
 
 
 def _remarks(
-    train: Examples, held_out: Examples, past: _Past, record: dict[str, Any]
+    train: Prepared, held_out: Prepared, past: _Past, record: dict[str, Any]
 ) -> Iterator[str]:
     """What the data of the run have in common, and what is otherwise than when it began."""
     shared = word_for_word(train.raw, held_out.raw)

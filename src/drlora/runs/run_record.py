@@ -24,8 +24,8 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from drlora.data.draw import drawn
-from drlora.data.encode import Examples
-from drlora.data.layout import PLACES
+from drlora.data.formats import PLACES
+from drlora.data.tokens import Prepared
 from drlora.distributed import world_size
 from drlora.errors import ConfigError
 from drlora.evaluation.measure import EvaluationSection
@@ -49,7 +49,7 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def data_record(
-    examples: Mapping[str, Examples], tokenizer: PreTrainedTokenizerBase, max_length: int
+    examples: Mapping[str, Prepared], tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> dict[str, Any]:
     """The parts of a record that say what batches are made of.
 
@@ -62,7 +62,7 @@ def data_record(
         role: {
             "examples": len(one.raw),
             "content": _content(one.raw),
-            "tokens": _tokens(one.encoded.dataset),
+            "tokens": _tokens(one.tokens),
         }
         for role, one in examples.items()
     }
@@ -121,10 +121,10 @@ def _encoding(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     return "; ".join(changed) or "the tokenizer gives other tokens"
 
 
-def held_out_record(held_out: Examples, section: EvaluationSection) -> dict[str, Any]:
+def held_out_record(held_out: Prepared, section: EvaluationSection) -> dict[str, Any]:
     """Which held-out examples are measured, by their place in the data."""
     return {
-        "loss": _drawn(held_out.encoded.dataset, section.loss_examples, section.draw),
+        "loss": _drawn(held_out.tokens, section.loss_examples, section.draw),
         "exact_match": _drawn(held_out.raw, section.exact_match_examples, section.draw),
     }
 

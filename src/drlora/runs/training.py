@@ -115,8 +115,8 @@ class Training:
             continues=job.recipe.start_from is not None,
             model=self.model,
             args=job.arguments,
-            train_dataset=job.train.encoded.dataset,
-            eval_dataset=job.held_out.encoded.dataset,
+            train_dataset=job.train.tokens,
+            eval_dataset=job.held_out.tokens,
             processing_class=job.tokenizer,
             callbacks=callbacks,
         )

@@ -27,6 +27,7 @@ class Objective:
     Attributes:
         name: in a recipe.
         summary: what is learned from, in one sentence.
+        columns: of the examples, any one of these sets.
         trl: TRL's trainer.
         trainer: the same with what a run needs.
         config: of the trainer; its fields are the section `training`.
@@ -35,6 +36,7 @@ class Objective:
 
     name: str
     summary: str
+    columns: tuple[tuple[str, ...], ...]
     trl: Any
     trainer: type[RunTrainer]
     config: type[TrainingArguments]
@@ -52,6 +54,7 @@ OBJECTIVES = {
         Objective(
             "sft",
             "answers, conversations or texts, by their likelihood",
+            (("prompt", "completion"), ("messages",), ("text",)),
             SFTTrainer,
             SftTrainer,
             SFTConfig,
@@ -59,6 +62,7 @@ OBJECTIVES = {
         Objective(
             "dpo",
             "pairs of a chosen and a rejected answer",
+            (("chosen", "rejected"),),
             DPOTrainer,
             DpoTrainer,
             DPOConfig,
@@ -67,6 +71,7 @@ OBJECTIVES = {
         Objective(
             "kto",
             "answers with the verdict good or bad (label)",
+            (("prompt", "completion", "label"),),
             KTOTrainer,
             KtoTrainer,
             KTOConfig,
