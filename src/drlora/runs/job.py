@@ -25,6 +25,7 @@ from drlora.runs.held_out import refuse_unanswerable, word_for_word
 from drlora.runs.loading import (
     check_growth,
     check_start,
+    fit_tokenizer,
     last_event,
     load_architecture,
     load_tokenizer,
@@ -196,6 +197,7 @@ def prepare(
     skeleton = model_on_meta(architecture, recipe.trust_remote_code)
     _refuse_settings(recipe, arguments, skeleton, past)
     tokenizer = load_tokenizer(recipe, vocabulary_size(skeleton))
+    fit_tokenizer(tokenizer, recipe, getattr(arguments, "eos_token", None))
     most = longest_example(recipe.data, recipe.model, architecture)
     settle(arguments, architecture, most)
     train, held_out = (

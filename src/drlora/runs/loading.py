@@ -33,6 +33,7 @@ from drlora.data.section import DataSection
 from drlora.embedded import resolve_model
 from drlora.errors import CheckpointError, ConfigError, DrLoraError, first_line
 from drlora.export.import_lora import load_peft_lora, refuse_other_files
+from drlora.io.files import read_text
 from drlora.io.places import from_root
 from drlora.io.run_files import CONFIG
 from drlora.ranks.continue_adapter import continue_adapter, is_drlora, refuse_unfit
@@ -114,6 +115,35 @@ def load_tokenizer(recipe: NamesModel, vocab_size: int) -> PreTrainedTokenizerBa
             f"knows {vocab_size}; set tokenizer: to the one the model was trained with."
         )
     return tokenizer
+
+
+def fit_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, recipe: Recipe, eos_token: str | None = None
+) -> None:
+    """Give the tokenizer the recipe's chat template, and the token that ends a turn.
+
+    Both are saved with the adapter, so that whoever uses it writes prompts as they were trained.
+
+    Raises:
+        ConfigError: if there is no such template or token.
+    """
+    if eos_token is not None:
+        if eos_token not in tokenizer.get_vocab():
+            raise ConfigError(
+                f"training.eos_token={eos_token!r} is no token of {tokenizer.name_or_path!r}."
+            )
+        tokenizer.eos_token = eos_token
+    if recipe.chat_template is None:
+        return
+    if recipe.chat_template.endswith((".jinja", ".jinja2", ".j2")):
+        tokenizer.chat_template = read_text(Path(recipe.chat_template), 2**20, ConfigError)
+        return
+    name = resolve_model(recipe.chat_template)
+    with _told(f"chat_template={name!r} cannot be loaded", _TEMPLATE_HINT):
+        other = AutoTokenizer.from_pretrained(name, trust_remote_code=recipe.trust_remote_code)
+    if not other.chat_template:
+        raise ConfigError(f"chat_template={name!r} has no chat template. {_TEMPLATE_HINT}")
+    tokenizer.chat_template = other.chat_template
 
 
 def vocabulary_size(model: PreTrainedModel) -> int:
@@ -246,6 +276,7 @@ def load_adapter(model: PreTrainedModel, folder: str) -> PeftModel:
         ) from error
 
 
+_TEMPLATE_HINT = "Name a .jinja file, or a folder or a model of the hub whose tokenizer has one."
 _MODEL_HINT = "Name a local folder with a model, a model of the hub, or `embedded`."
 
 

@@ -101,6 +101,7 @@ class Training:
         progress = TellProgress(self.progress)
         self.growth = DrLoraCallback(log_dir=job.run.path, on_growth=progress.show_growth)
         self.growth.tells_of_length = False  # the notes of the job do
+        self.growth.ended_early = lambda: self.stopped_early
         job.arguments.disable_tqdm = True
         callbacks = [self.growth, MetricsLog(job.run.metrics), _Share(self, progress), progress]
         callbacks += [StopWhenLost(), self.stop, self.clock, FindBest()]
