@@ -43,7 +43,7 @@ def test_each_prompt_has_the_answer_that_it_has_alone(tmp_path):
 
 
 def test_a_run_keeps_ten_from_before_and_after(tmp_path):
-    recipe = save_all(tmp_path, training=dict(max_steps=8, save_steps=8))
+    recipe = save_all(tmp_path, training=dict(max_steps=30, learning_rate=0.03))
     lines = [{"prompt": f"{c}b:", "completion": f" b\n{c}"} for c in "abcdefghijkl"]
     for name in ("train", "eval"):
         rows = [{**one, "prompt": name[0] + one["prompt"]} for one in lines]
