@@ -70,6 +70,13 @@ def _refuse_arguments(arguments: TrainingArguments, own: OwnSettings) -> None:
         raise ConfigError(
             f"training.early_stopping_patience={own.early_stopping_patience} must be at least 1."
         )
+    is_flat = getattr(arguments, "packing", False) or getattr(arguments, "padding_free", False)
+    if is_flat and getattr(arguments, "pad_to_multiple_of", None):
+        raise ConfigError(
+            f"training.pad_to_multiple_of={cast(Any, arguments).pad_to_multiple_of}: rows without "
+            f"padding have no mask that tells their filler from tokens, so its routing would be "
+            f"counted; leave it out, or packing and padding_free."
+        )
     stops = own.early_stopping_patience is not None
     if (stops or arguments.load_best_model_at_end) and arguments.eval_strategy == "no":
         what = "early_stopping_patience" if stops else "load_best_model_at_end"
