@@ -9,18 +9,14 @@ that is wrong; good files are read once.
 
 from __future__ import annotations
 
-import bz2
 import csv
 import glob
-import gzip
 import io
-import json
 import logging
-import lzma
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
 import datasets
 from datasets.data_files import DataFilesDict, get_data_patterns
@@ -36,6 +32,7 @@ from drlora.data.formats import (
     suspects,
     unused_columns,
 )
+from drlora.data.lines import PACKED, diagnose, numbers_of, opened, suffix_of
 from drlora.data.slices import base_of, rows_of
 from drlora.errors import DataError
 from drlora.io.files import home, local_path
@@ -46,8 +43,6 @@ READERS = {
     ".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet",
     ".txt": "text",
 }  # fmt: skip
-OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-PACKED = (*OPENERS, ".zst")
 OTHER_SUFFIXES = (".arrow", ".zip", ".xlsx", ".xls", ".tar", ".pkl")
 MIX_SEED = 20260111
 
@@ -161,7 +156,7 @@ def data_files(source: str, split: str) -> list[Path] | None:
         if not found:
             raise DataError(f"{source}: no file has such a name")
     for one in found:
-        if _suffix(one) not in READERS:
+        if suffix_of(one) not in READERS:
             raise DataError(f"{one}: cannot read {one.suffix!r} files; use {', '.join(READERS)}")
         if not one.is_file():
             raise DataError(f"{one}: no such file")
@@ -172,15 +167,10 @@ def is_file_name(source: str) -> bool:
     """Whether a source is a file or folder, there or not, and no hub data set or embedded task."""
     return (
         local_path(source) is not None
-        or _suffix(Path(source)) in (*READERS, *OTHER_SUFFIXES, *PACKED)
+        or suffix_of(Path(source)) in (*READERS, *OTHER_SUFFIXES, *PACKED)
         or source.startswith(("/", "./", "../", "~"))
         or (glob.has_magic(source) and not source.startswith(EMBEDDED_PREFIX))
     )
-
-
-def _suffix(path: Path) -> str:
-    """`.jsonl` of `a.jsonl` and of `a.jsonl.gz`."""
-    return Path(path.stem).suffix or path.suffix if path.suffix in PACKED else path.suffix
 
 
 def _embedded_file(source: str, split: str) -> Path:
@@ -205,7 +195,7 @@ def _files_of_folder(folder: Path, split: str) -> list[Path]:
     except (DatasetsError, OSError) as error:
         raise DataError(f"{folder} is a folder without data files: {error}") from error
     paths = {str(name): [Path(p) for p in found] for name, found in by_split.items()}
-    known = {name: [p for p in found if _suffix(p) in READERS] for name, found in paths.items()}
+    known = {name: [p for p in found if suffix_of(p) in READERS] for name, found in paths.items()}
     known = {name: sorted(found) for name, found in known.items() if found}
     if split not in known:
         raise DataError(
@@ -259,14 +249,14 @@ def _load_file(path: Path) -> tuple[datasets.Dataset, str, str]:
         hint = "was it written by save_to_disk, and is the split in it?"
         found = _read(lambda: datasets.load_from_disk(str(path)), str(path), hint)
         return _placed(found, "row", range(1, len(found) + 1)), str(path), hint
-    reader = READERS[_suffix(path)]
-    hint = f"is it empty, or not really a {_suffix(path)} file?"
+    reader = READERS[suffix_of(path)]
+    hint = f"is it empty, or not really a {suffix_of(path)} file?"
     try:
         found = _read(lambda: _whole(path, reader), str(path), hint)
-        place, numbers = _numbers(path, reader, len(found))
+        place, numbers = numbers_of(path, reader, len(found))
     except DataError:
         if reader == "json":
-            _diagnose(path)
+            diagnose(path)
         raise
     return _placed(found, place, numbers), str(path), hint
 
@@ -274,8 +264,8 @@ def _load_file(path: Path) -> tuple[datasets.Dataset, str, str]:
 def _whole(path: Path, reader: str) -> datasets.Dataset:
     options: dict[str, Any] = {}
     if reader == "csv":
-        options["sep"] = "\t" if _suffix(path) == ".tsv" else ","
-        with _opened(path) as file:
+        options["sep"] = "\t" if suffix_of(path) == ".tsv" else ","
+        with opened(path) as file:
             text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
             names = next(csv.reader(text, delimiter=options["sep"]))
         options["features"] = datasets.Features({name: datasets.Value("string") for name in names})
@@ -283,79 +273,6 @@ def _whole(path: Path, reader: str) -> datasets.Dataset:
     found = datasets.load_dataset(reader, data_files=str(path), split="train", **options)
     found.data.table.validate(full=True)  # what says it is text may be none
     return found
-
-
-def _numbers(path: Path, reader: str, count: int) -> tuple[str, Sequence[int]]:
-    """What records are counted in, and the number of each."""
-    if reader == "json" and _starts_list(path):
-        return "item", range(1, count + 1)
-    if reader != "json":
-        return "row" if reader != "text" else "line", range(1, count + 1)
-    with _opened(path) as lines:
-        total = sum(1 for _ in lines)
-    if total != count:
-        with _opened(path) as lines:
-            filled = [number for number, line in enumerate(lines, start=1) if line.strip()]
-        if len(filled) != count:
-            raise DataError(f"{path}: {len(filled)} lines gave {count} examples")
-        return "line", filled
-    return "line", range(1, count + 1)
-
-
-def _opened(path: Path) -> IO[bytes]:
-    if path.suffix == ".zst":
-        import zstandard
-
-        return cast("IO[bytes]", zstandard.open(path, "rb"))
-    return cast("IO[bytes]", OPENERS.get(path.suffix, open)(path, "rb"))
-
-
-def _starts_list(path: Path) -> bool:
-    with _opened(path) as lines:
-        first = next((line for line in lines if line.strip()), b"")
-    return first.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
-
-
-def _diagnose(path: Path) -> None:
-    """Name what is wrong with a JSON file, if it is that.
-
-    Raises:
-        DataError: with the number of the line.
-    """
-    found = 0
-    try:
-        if _suffix(path) == ".json" and _starts_list(path):
-            with _opened(path) as file:
-                items = enumerate(json.loads(file.read().decode("utf-8-sig")), start=1)
-            records: Iterator[tuple[str, Any]] = ((f"item {n}", item) for n, item in items)
-        else:
-            records = _json_lines(path)
-        for where, record in records:
-            found += 1
-            if not isinstance(record, dict):
-                raise DataError(
-                    f"{path}, {where}: must be a JSON object, not {type(record).__name__}"
-                )
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text: {error}; save it as UTF-8") from error
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}, line {error.lineno}: not valid JSON ({error.msg})") from error
-    if not found:
-        raise DataError(f"{path} is empty")
-
-
-def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    with _opened(path) as lines:
-        for number, line in enumerate(lines, start=1):
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-            if text.strip():
-                try:
-                    yield f"line {number}", json.loads(text)
-                except json.JSONDecodeError as error:
-                    raise DataError(
-                        f"{path}, line {number}: not valid JSON ({error.msg}, column "
-                        f"{error.colno}); each line must be one JSON object"
-                    ) from error
 
 
 def _placed(found: datasets.Dataset, place: str, numbers: Sequence[int]) -> datasets.Dataset:

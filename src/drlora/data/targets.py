@@ -136,13 +136,15 @@ def _squeezed(text: str) -> str:
 
 def _decoded(ids: Sequence[int], spans: Sequence[Span], template: ChatTemplate) -> tuple[str, str]:
     """What is trained and what is not, as text without white space."""
-    trained, other, at = [], [], 0
+    trained: list[int] = []
+    other: list[int] = []
+    at = 0
     for first, end in spans:
-        other.append(_read(ids[at:first], template))
-        trained.append(_read(ids[first:end], template))
+        other += ids[at:first]
+        trained += ids[first:end]
         at = end
-    other.append(_read(ids[at:], template))
-    return _squeezed("".join(trained)), _squeezed("".join(other))
+    other += ids[at:]
+    return _squeezed(_read(trained, template)), _squeezed(_read(other, template))
 
 
 def _read(ids: Sequence[int], template: ChatTemplate) -> str:

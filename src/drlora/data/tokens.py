@@ -113,17 +113,18 @@ def prepare(
         new_fingerprint=encoder.fingerprint(raw),
         desc="Tokenizing",
     )
-    lengths, has_target = encoded["length"], encoded["has_target"]
-    rows = [row for row, has in enumerate(has_target) if has]
-    kept = encoded if len(rows) == len(encoded) else encoded.select(rows)
-    truncated = sum(lengths[row] > longest for row in rows) if longest else 0
-    _report(len(encoded), len(encoded) - len(rows), truncated, longest)
+    columns = encoded.select_columns(["length", "has_target"]).with_format("numpy")[:]
+    has_target = columns["has_target"]
+    kept = encoded if has_target.all() else encoded.select(has_target.nonzero()[0])
+    truncated = int((columns["length"][has_target] > longest).sum()) if longest else 0
+    dropped = len(encoded) - len(kept)
+    _report(len(encoded), dropped, truncated, longest)
     tokens = kept.select_columns(["input_ids", "labels"])
     if arguments.shuffle_dataset:
         tokens = tokens.shuffle(seed=arguments.seed)
     if packing:
         tokens = _packed(tokens, arguments)
-    return Prepared(raw, tokens, len(encoded) - len(rows), truncated, raw.info.citation)
+    return Prepared(raw, tokens, dropped, truncated, raw.info.citation)
 
 
 def encode_examples(

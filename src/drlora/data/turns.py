@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby
+from os.path import commonprefix
 from typing import Any
 
 import jinja2
@@ -73,10 +74,9 @@ class ChatTemplate:
 
     def render(self, turns: Sequence[Turn], options: Mapping[str, Any], **more: Any) -> str:
         """The text that the template makes of some turns."""
+        shown: Any = list(turns)
         kwargs = {"chat_template": self.text, **options, **more}
-        text = self.tokenizer.apply_chat_template(
-            [dict(t) for t in turns], tokenize=False, **kwargs
-        )
+        text = self.tokenizer.apply_chat_template(shown, tokenize=False, **kwargs)
         assert isinstance(text, str)
         return text
 
@@ -105,16 +105,17 @@ class ChatTemplate:
             before = (
                 self.render(turns[:index], options, add_generation_prompt=True) if index else ""
             )
-            through = self.render(turns[: index + 1], options)
+            is_last = index == len(turns) - 1
+            through = text if is_last else self.render(turns[: index + 1], options)
             if not text.startswith(through):
                 raise DataError(
                     "it changes earlier turns, so the assistant's cannot be told apart; mark them "
                     "with {% generation %} in a template of your own (chat_template: FILE), or "
                     "give each conversation one assistant turn, its last"
                 )
-            start = next((n for n, (a, b) in enumerate(zip(before, text, strict=False)) if a != b),
-                         len(before))  # fmt: skip
-            spans.append(_tokens_of(encoded, start, len(through), len(ids)))
+            if not text.startswith(before):
+                before = commonprefix([before, text])
+            spans.append(_tokens_of(encoded, len(before), len(through), len(ids)))
         return ids, spans
 
 
