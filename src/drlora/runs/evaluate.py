@@ -83,7 +83,13 @@ def evaluate(
     found = measure(subject.to(device), tokenizer, examples, source.evaluation)
     model = from_root(source.model)
     return Evaluation(
-        found.loss, found.match, found.notes, model, source.adapter, dtype, str(device)
+        found.loss,
+        found.match,
+        found.notes,
+        model=model,
+        adapter=source.adapter,
+        dtype=dtype,
+        device=str(device),
     )
 
 

@@ -18,7 +18,7 @@ from drlora.io.run_files import CHECKPOINTS, CONFIG
 if TYPE_CHECKING:
     from drlora.runs.recipe import Recipe
 
-_PATHS = ("model", "tokenizer", "start_from", "start_ranks")
+_PATHS = ("model", "tokenizer", "start_from", "start_ranks", "chat_template")
 
 
 def located(recipe: Recipe, folder: Path) -> Recipe:

@@ -32,6 +32,10 @@ from drlora.evaluation.measure import EvaluationSection
 from drlora.io.files import read_json
 
 _BATCH = 1000
+_TOKENS = (
+    "input_ids", "labels", "seq_lengths", "prompt_ids", "chosen_ids", "rejected_ids",
+    "completion_ids",
+)  # fmt: skip
 _NAMES = {"train": "training", "eval": "held-out"}
 
 
@@ -147,10 +151,11 @@ def _content(rows: Dataset) -> str:
 
 
 def _tokens(rows: Dataset) -> str:
-    """A hash of input_ids and labels, as numbers and lengths."""
+    """A hash of input_ids and labels, or of what preferences have, as numbers and lengths."""
     digest = hashlib.sha256()
+    names = [name for name in _TOKENS if name in rows.column_names]
     for batch in rows.with_format("arrow").iter(_BATCH):
-        for name in ("input_ids", "labels"):
+        for name in names:
             column = batch.column(name).combine_chunks()
             for part in (column.value_lengths(), column.flatten()):
                 digest.update(np.asarray(part).astype(np.int64).tobytes())
