@@ -8,6 +8,7 @@ import yaml
 from drlora.data.section import DataSection
 from drlora.errors import ConfigError
 from drlora.io.settings import check_type, parse_yaml, split_override
+from drlora.recipes import recipe_names
 from drlora.runs.recipe import load_recipe, recipe_from
 
 MINIMAL = {
@@ -15,7 +16,7 @@ MINIMAL = {
     "output_dir": "runs/x",
     "data": {"train": "embedded:pronunciation"},
 }
-RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+RECIPES = recipe_names()
 
 
 @pytest.fixture
