@@ -1,7 +1,7 @@
 """What recipes and plans of large models would need on one 80 GB GPU: estimates, not measured.
 
     python experiments/estimate.py            prints the lines
-    python experiments/estimate.py --write    puts them into src/drlora/recipes/ and experiments/paper/
+    python experiments/estimate.py --write    puts them into the recipes and plans
 
 Memory is what `drlora inspect` computes for the recipe's micro-batch. Time is arithmetic:
 

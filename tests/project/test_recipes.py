@@ -1,7 +1,7 @@
 """Recipes and plans of large models hold together, as far as that shows without a network.
 
-The hub's models are their config.json files (experiments/paper/models) on the meta device, its data sets one
-made-up record in their own columns.
+The hub's models are their config.json files (experiments/paper/models) on the meta device, its data
+sets one made-up record in their own columns.
 Run: make test ARGS=tests/project/test_recipes.py
 """
 
@@ -60,7 +60,9 @@ def prepare():
 
 @functools.cache
 def skeleton(name):
-    return model_on_meta(load_architecture(str(ROOT / "experiments" / "paper" / "models" / f"{name}.json")))
+    return model_on_meta(
+        load_architecture(str(ROOT / "experiments" / "paper" / "models" / f"{name}.json"))
+    )
 
 
 @pytest.mark.parametrize("name", MODELS)

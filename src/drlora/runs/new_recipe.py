@@ -88,6 +88,7 @@ def write_recipe(
     values = {".".join(key): value for key, value in map(split_override, overrides)}
     notes: list[str] = []
     values.setdefault("output_dir", f"runs/{path.stem}")
+    text = _without_other_length(text, values)
     if name == OWN_DATA:
         text = _fitted(text, values, notes)
     for key, value in values.items():
@@ -102,6 +103,14 @@ def write_recipe(
     path.parent.mkdir(parents=True, exist_ok=True)
     write_at_once(path, text)
     return NewRecipe(path, name, recipe, tuple(notes))
+
+
+def _without_other_length(text: str, values: dict[str, Any]) -> str:
+    """A length in steps takes the place of one in epochs, and the other way round."""
+    for one, other in (LENGTHS, LENGTHS[::-1]):
+        if f"training.{one}" in values and f"training.{other}" not in values:
+            text = without(text, ["training", other])
+    return text
 
 
 def _head(path: Path) -> str:
