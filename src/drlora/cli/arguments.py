@@ -38,12 +38,12 @@ EVAL = """examples:
 """
 GENERATE = """examples:
   drlora generate runs/own-data --prompts held-out.jsonl
-  drlora generate out/merged --prompts questions.txt max_new_tokens=64 temperature=0.7
+  drlora generate out/merged max_new_tokens=64 temperature=0.7 --prompts questions.txt
   drlora generate runs/own-data --prompts held-out.jsonl --compare --json
 """
 CHAT = """examples:
   drlora chat runs/own-data
-  drlora chat out/peft --compare temperature=0.7 top_p=0.9
+  drlora chat out/peft temperature=0.7 top_p=0.9 --compare
 """
 INSPECT = """examples:
   drlora inspect embedded --steps 800

@@ -20,15 +20,15 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from drlora.data.draw import drawn
+from drlora.data.encode import IGNORED
+from drlora.data.layout import PLACES
 from drlora.errors import ConfigError, counted
 from drlora.runs.job import Job, prepare
 from drlora.runs.loading import training_arguments
 from drlora.runs.recipe import Recipe
 from drlora.runs.rundir import RunDir
 
-IGNORED = -100
 EXAMPLES_SHOWN = 3
-_PLACES = ("line", "item", "row")
 _BATCH = 1000
 
 
@@ -221,7 +221,7 @@ def _parts(
 
 def _place(raw: Dataset, rows: Dataset, row: int) -> str | None:
     """Known where each example became one row, in order."""
-    name = next((place for place in _PLACES if place in raw.column_names), None)
+    name = next((place for place in PLACES if place in raw.column_names), None)
     return f"{name} {raw[row][name]}" if name and len(raw) == len(rows) else None
 
 
