@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from drlora.config.adapter import DrLoraConfig
     from drlora.export.import_lora import load_peft_lora
     from drlora.io.checkpoint import newest_checkpoint, write_checkpoint
+    from drlora.moe.quantise import quantise_experts
     from drlora.ranks.continue_adapter import continue_adapter
     from drlora.ranks.dynamics import RankDynamics
     from drlora.ranks.event import Grant
@@ -55,6 +56,7 @@ _NAMES = {
     "config.adapter": ("DrLoraConfig",),
     "export.import_lora": ("load_peft_lora",),
     "io.checkpoint": ("newest_checkpoint", "write_checkpoint"),
+    "moe.quantise": ("quantise_experts",),
     "ranks.continue_adapter": ("continue_adapter",),
     "ranks.dynamics": ("RankDynamics",),
     "ranks.event": ("Grant",),
@@ -100,6 +102,7 @@ __all__ = [
     "look_at_data",
     "newest_checkpoint",
     "place_ranks",
+    "quantise_experts",
     "rank_map",
     "ranks_from_routing",
     "run_comparison",

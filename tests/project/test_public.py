@@ -38,6 +38,7 @@ NAMES = {
     "look_at_data",
     "newest_checkpoint",
     "place_ranks",
+    "quantise_experts",
     "rank_map",
     "ranks_from_routing",
     "run_comparison",
