@@ -35,7 +35,7 @@ def refused(folder, capsys, monkeypatch):
     def no_training(*arguments, **settings):
         raise AssertionError("training was started")
 
-    monkeypatch.setattr("drlora.runs.training.RunTrainer", no_training)
+    monkeypatch.setattr("drlora.runs.training.make_trainer", no_training)
 
     def call(*arguments: str) -> str:
         code = main(["train", str(folder / "recipe.yaml"), *arguments])

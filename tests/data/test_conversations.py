@@ -49,7 +49,7 @@ def encode(template, *conversations, tokenizer=None):
     tokenizer = tokenizer or byte_tokenizer()
     tokenizer.chat_template = template
     rows = Dataset.from_list([{"messages": messages} for messages in conversations])
-    encoded = encode_examples(rows, tokenizer, 1000).dataset
+    encoded = encode_examples(rows, tokenizer, 1000).tokens
     return [split_text(tokenizer, row) for row in encoded]
 
 
@@ -144,7 +144,7 @@ def test_tool_calls_that_a_table_filled_up_are_refused(tmp_path):
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "calls.parquet")
     template = PLAIN.replace("{{ m.content }}", "{{ m.content }}{{ m.tool_calls }}")
     tokenizer = byte_tokenizer(template)
-    with pytest.raises(DataError, match="a tool call in message 2 has arguments.*as .jsonl"):
+    with pytest.raises(DataError, match="message 2 has a tool call with arguments.*as .jsonl"):
         encode_examples(load_examples(str(tmp_path / "calls.parquet")), tokenizer, 1000)
 
 
@@ -190,7 +190,7 @@ def test_a_tokenizer_that_puts_a_space_before_every_text_keeps_the_text():
              ("def f(x):\n", "    return x"), ("the ans", "wer is 42")]  # fmt: skip
     rows = Dataset.from_list([{"prompt": p, "completion": c} for p, c in pairs])
     for (prompt, completion), row in zip(
-        pairs, encode_examples(rows, tokenizer, 64).dataset, strict=True
+        pairs, encode_examples(rows, tokenizer, 64).tokens, strict=True
     ):
         whole = tokenizer(prompt + completion)["input_ids"]
         assert row["input_ids"] == [*whole, tokenizer.eos_token_id]

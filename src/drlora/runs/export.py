@@ -217,6 +217,6 @@ def _batches(
     else:
         name, split = data, default_split(data, "eval")
     rows = encode_examples(load_source(source.data, name, split, EXAMPLES), tokenizer, MAX_TOKENS)
-    features = [rows.dataset[i] for i in range(len(rows.dataset))]
+    features = [rows.tokens[i] for i in range(len(rows.tokens))]
     # In one batch: what merging makes of the weights is computed once for each.
     return f"{name}, split {split}", [Collator(tokenizer)(features)]
