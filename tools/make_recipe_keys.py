@@ -20,6 +20,7 @@ from drlora.config.adapter import CHOICES, PRESETS, DrLoraConfig
 from drlora.config.checks import AUTO
 from drlora.config.methods import METHODS
 from drlora.config.registry import ENGINES, REGISTRIES
+from drlora.data.formats import FORMS
 from drlora.data.section import DataSection
 from drlora.evaluation.measure import DRAWS, EvaluationSection
 from drlora.io.settings import described
@@ -31,6 +32,7 @@ from drlora.runs.recipe import (
     Recipe,
     adapter_settings,
 )
+from drlora.trainer.objectives import CHECKPOINTING, OBJECTIVES, OFF, OwnSettings
 
 PAGE = Path(__file__).parents[1] / "docs" / "recipe-keys.md"
 START, END = "<!-- keys -->\n", "<!-- end of keys -->\n"
@@ -43,10 +45,16 @@ CHOSEN = {
     "dtype": DTYPES,
     "start_from_ranks": RANKS,
     "draw": DRAWS,
+    "objective": tuple(OBJECTIVES),
+    "format": tuple(FORMS),
 }
-ARGUMENTS = (
-    "https://huggingface.co/docs/transformers/main_classes/trainer#transformers.TrainingArguments"
-)
+CONFIGS = {
+    "SFTConfig": "https://huggingface.co/docs/trl/sft_trainer#trl.SFTConfig",
+    "DPOConfig": "https://huggingface.co/docs/trl/dpo_trainer#trl.DPOConfig",
+    "KTOConfig": "https://huggingface.co/docs/trl/kto_trainer#trl.KTOConfig",
+    "TrainingArguments": "https://huggingface.co/docs/transformers/main_classes/trainer"
+    "#transformers.TrainingArguments",
+}
 HEAD = ["| key | what it takes | default | what it is |", "|---|---|---|---|"]
 
 
@@ -105,13 +113,28 @@ def in_words(hint: Any, name: str) -> str:
 
 
 def training() -> Iterator[str]:
-    """What is set otherwise than by transformers, and what a recipe does not set."""
-    yield from ("| key | default here |", "|---|---|")
-    for name, value in TRAINING_DEFAULTS.items():
-        yield f"| `training.{name}` | {shown(value)} |"
+    """What is set otherwise than by TRL, what only drlora has, what a recipe does not set."""
+    links = [f"[{name}]({url})" for name, url in CONFIGS.items()]
+    objectives = [f"{one.config.__name__} (`{one.name}`)" for one in OBJECTIVES.values()]
+    yield f"The fields of TRL's config for the objective: {', '.join(objectives)}, and with them"
+    yield f"those of transformers' TrainingArguments, by their names: {', '.join(links)}."
+    yield from ("They have TRL's defaults, but:", "", "| key | default here |", "|---|---|")
+    # Its name where transformers is older; the newer one is known too.
+    off = {"gradient_checkpointing" if k == CHECKPOINTING else k: v for k, v in OFF.items()}
+    for name, value in {**TRAINING_DEFAULTS, **off}.items():
+        yield f"| `training.{name}` | {shown(value)}{of_objectives(name)} |"
+    yield from ("", "What TRL has not:", "", *HEAD)
+    yield from rows(OwnSettings, [f.name for f in fields(OwnSettings)], "training")
     yield from ("", "Not to be set in a recipe:", "", "| key | instead |", "|---|---|")
     for name, why in NOT_IN_RECIPES.items():
         yield f"| `training.{name}` | {cell(why)} |"
+
+
+def of_objectives(name: str) -> str:
+    """Where an objective has a default of its own."""
+    own = [f"{shown(o.defaults[name])} for `{o.name}`" for o in OBJECTIVES.values()
+           if name in o.defaults]  # fmt: skip
+    return "".join(f", {one}" for one in own)
 
 
 def page() -> str:
@@ -127,12 +150,7 @@ def page() -> str:
             f"changes them |",
             *rows(DrLoraConfig, adapter_settings(), "adapter"),
         ],
-        "## training": [
-            f"The fields of transformers' [TrainingArguments]({ARGUMENTS}), by their names and "
-            f"with their defaults, but:",
-            "",
-            *training(),
-        ],
+        "## training": [*training()],
         "## evaluation": [
             *HEAD,
             *rows(EvaluationSection, [f.name for f in fields(EvaluationSection)], "evaluation"),

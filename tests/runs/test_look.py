@@ -32,6 +32,7 @@ def test_figures_and_parts(recipe):
     assert (train.examples, train.dropped, train.truncated, train.duplicates) == (26, 0, 1, 1)
     # "abc:" and " cba</s>", each letter a token; the long one is cut at 12.
     assert train.tokens == 25 * 9 + 12 and train.trained == 25 * 5 + 9
+    assert "prompt and completion" in train.said
     assert train.trained_share == train.trained / train.tokens
     assert (train.lengths.shortest, train.lengths.median, train.lengths.longest) == (9, 9, 12)
     first = train.shown[0]

@@ -113,6 +113,18 @@ def test_what_is_given_stays(folder):
     assert json.dumps(made.to_dict())
 
 
+def test_pairs_are_learned_from_as_pairs(folder):
+    """With the objective that they are for, and its learning rate."""
+    pairs = [{"prompt": f"{w}:", "chosen": f" {w}", "rejected": " no"} for w in ("ab", "cd", "ef")]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs * 20))
+    made = drlora.write_recipe("a.yaml", ["model=model", "data.train=pairs.jsonl"])
+    assert made.recipe.objective == "dpo" and made.recipe.training["learning_rate"] == 1e-5
+    assert any("objective dpo" in note for note in made.notes)
+    found = drlora.look_at_data(made.recipe, 1).roles[0]
+    assert found.examples == 54 and found.shown[0].parts[0].is_trained is False
+    assert found.shown[0].trained > 0 and "preference pairs" in found.said
+
+
 def test_more_examples_make_larger_steps(folder):
     save_examples(folder / "train.jsonl", 6000)
     made = drlora.write_recipe(None, ["model=model", "data.train=train.jsonl"])

@@ -215,5 +215,5 @@ def described(wanted: Any) -> str:
     if origin is Literal:
         return " or ".join(map(repr, arguments))
     if origin is list:
-        return f"a list ({described(arguments[0])} each)"
+        return "a list" if arguments[0] is Any else f"a list ({described(arguments[0])} each)"
     return _NAMES.get(origin or wanted, str(wanted))

@@ -20,11 +20,11 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from drlora.data.draw import drawn
-from drlora.data.encode import IGNORED
-from drlora.data.layout import PLACES
+from drlora.data.formats import PLACES
+from drlora.data.tokens import IGNORED
 from drlora.errors import ConfigError, counted
+from drlora.runs.arguments import training_arguments
 from drlora.runs.job import Job, prepare
-from drlora.runs.loading import training_arguments
 from drlora.runs.recipe import Recipe
 from drlora.runs.rundir import RunDir
 
@@ -75,7 +75,8 @@ class RoleReport:
     Attributes:
         role: which.
         source: where they come from, as the recipe says.
-        examples: that are used.
+        said: what they were read as.
+        examples: that are used; of packed ones the rows that they were put into.
         dropped: left out, for no token with loss was within the longest length.
         truncated: used, but cut.
         duplicates: used examples with the same tokens as one before them.
@@ -87,6 +88,7 @@ class RoleReport:
 
     role: str
     source: str
+    said: str
     examples: int
     dropped: int
     truncated: int
@@ -144,16 +146,16 @@ def look_at_data(recipe: Recipe, examples: int = EXAMPLES_SHOWN) -> DataReport:
 
 def _role(job: Job, role: str, wanted: int) -> RoleReport:
     examples = job.train if role == "train" else job.held_out
-    encoded = examples.encoded
-    rows, raw = encoded.dataset, examples.raw
+    rows, raw = examples.tokens, examples.raw
     lengths_N, trained, duplicates = _figures(rows)
     source, split = job.recipe.data.source(role)
     return RoleReport(
         role,
         f"{source}, split {split}",
+        examples.said,
         len(rows),
-        encoded.dropped,
-        encoded.truncated,
+        examples.dropped,
+        examples.truncated,
         duplicates,
         int(lengths_N.sum()),
         trained,
@@ -221,8 +223,11 @@ def _parts(
 
 def _place(raw: Dataset, rows: Dataset, row: int) -> str | None:
     """Known where each example became one row, in order."""
-    name = next((place for place in PLACES if place in raw.column_names), None)
-    return f"{name} {raw[row][name]}" if name and len(raw) == len(rows) else None
+    if len(raw) != len(rows) or "seq_lengths" in rows.column_names:
+        return None
+    found = {name: raw[row][name] for name in PLACES if name in raw.column_names}
+    file = f"{found.pop('file')}, " if "file" in found else ""
+    return next((f"{file}{name} {number}" for name, number in found.items()), None)
 
 
 def summary(role: RoleReport) -> list[str]:
@@ -231,6 +236,7 @@ def summary(role: RoleReport) -> list[str]:
     repeated = f", {counted(role.duplicates, 'duplicate')}" if role.duplicates else ""
     at = role.lengths
     return [
+        *([role.said] if role.said else []),
         f"{counted(role.examples, 'example')}{left_out}, {role.truncated:,} cut{repeated}",
         f"{role.tokens:,} tokens, {role.trained:,} of them trained ({role.trained_share:.1%})",
         f"{at.shortest:,} to {at.longest:,} tokens an example: median {at.median:,}, mean "

@@ -28,6 +28,7 @@ from drlora.recipes import ENDING, recipe_text
 from drlora.runs.dry_run import dry_run
 from drlora.runs.loading import load_architecture
 from drlora.runs.recipe import LENGTHS, Recipe, load_recipe
+from drlora.trainer.objectives import OBJECTIVES, objective_of
 
 OWN_DATA = "own-data"
 EPOCHS = 3
@@ -124,7 +125,7 @@ def _head(path: Path) -> str:
 def _fitted(text: str, values: dict[str, Any], notes: list[str]) -> str:
     """The recipe `own-data` with what the model and the data decide; values that are given stay."""
     for key in ("model", "data.train"):
-        if not isinstance(values.get(key), str):
+        if not values.get(key):
             raise ConfigError(
                 f"a recipe for a model and data of your own needs {key}: drlora init "
                 f"model=path/to/model data.train=path/to/train.jsonl. drlora init --list shows "
@@ -136,9 +137,20 @@ def _fitted(text: str, values: dict[str, Any], notes: list[str]) -> str:
     if section.max_length and longest < section.max_length and "data.max_length" not in values:
         values["data.max_length"] = longest
         notes.append(f"the model takes {longest} tokens, so longer examples are cut")
+    train, _ = load_training_data(section)
+    _choose_objective(train.column_names, values, notes)
     if not {f"training.{name}" for name in LENGTHS} & values.keys():
-        _choose_length(len(load_training_data(section)[0]), values)
+        _choose_length(len(train), values)
     return text
+
+
+def _choose_objective(columns: Sequence[str], values: dict[str, Any], notes: list[str]) -> None:
+    """Pairs and verdicts are learned from as such, where nothing else is asked for."""
+    for name in ("dpo", "kto"):
+        fits = any(set(needed) <= set(columns) for needed in OBJECTIVES[name].columns)
+        if fits and "objective" not in values:
+            values["objective"] = name
+            notes.append(f"objective {name}: the data has {OBJECTIVES[name].summary}")
 
 
 def _held_out(text: str, values: dict[str, Any], notes: list[str]) -> str:
@@ -146,7 +158,7 @@ def _held_out(text: str, values: dict[str, Any], notes: list[str]) -> str:
     if "data.eval" in values:
         return text
     text = without(text, ["data", "eval"])
-    is_embedded = values["data.train"].startswith("embedded:")
+    is_embedded = str(values["data.train"]).startswith("embedded:")
     if not is_embedded and not any(key.startswith("data.splits") for key in values):
         values["data.splits"] = SPLITS
         notes.append("the last tenth of the data is held out, for data.eval is not named")
@@ -171,11 +183,13 @@ def _choose_length(examples: int, values: dict[str, Any]) -> None:
     in_all = EPOCHS * examples
     batch = next((b for b in BATCHES if in_all / b >= ENOUGH_STEPS), BATCHES[-1])
     steps = max(FEWEST_STEPS, math.ceil(in_all / batch))
+    rate = LEARNING_RATES["long" if steps >= LONG_RUN else "short"]
+    rate = objective_of(values.get("objective", "sft")).defaults.get("learning_rate", rate)
     chosen = {
         "max_steps": steps,
         "per_device_train_batch_size": EXAMPLES_AT_ONCE,
         "gradient_accumulation_steps": batch // EXAMPLES_AT_ONCE,
-        "learning_rate": LEARNING_RATES["long" if steps >= LONG_RUN else "short"],
+        "learning_rate": rate,
         "save_steps": min(500, max(10, steps // 4)),
     }
     for key, value in chosen.items():
