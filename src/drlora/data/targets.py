@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jinja2
 
 from drlora.data.formats import CONTENT_KEYS
 from drlora.data.turns import ChatTemplate, Conversation, Span, Turn
@@ -66,12 +69,18 @@ def refuse_unread(conversation: Conversation, template: ChatTemplate) -> None:
     text = template.render(turns, options)
     for key in sorted({key for turn in turns for key in turn if key in CONTENT_KEYS}):
         without = [{k: v for k, v in turn.items() if k != key} for turn in turns]
-        _refuse_same(template.render(without, options), text, f"{key!r} of the messages")
+        _refuse_same(without, options, text, f"{key!r} of the messages", template)
     if options.get("tools"):
-        _refuse_same(template.render(turns, {**options, "tools": None}), text, "'tools'")
+        _refuse_same(turns, {**options, "tools": None}, text, "'tools'", template)
 
 
-def _refuse_same(without: str, text: str, what: str) -> None:
+def _refuse_same(
+    turns: Sequence[Turn], options: Mapping[str, Any], text: str, what: str, template: ChatTemplate
+) -> None:
+    try:
+        without = template.render(turns, options)
+    except (jinja2.TemplateError, TypeError, KeyError):  # it is missed, so it is read
+        return
     if without == text:
         raise DataError(
             f"it does not read {what}, so what stands there would not be learned; remove it, or "

@@ -227,24 +227,27 @@ class _Encoder:
     def _conversations(
         self, rows: Sequence[Mapping[str, Any]], places: Sequence[str]
     ) -> Iterator[Tokens]:
-        template = ChatTemplate(self.tokenizer)
+        template = ChatTemplate(self.tokenizer, self.settings.assistant_only_loss)
         seen: set[frozenset[tuple[str, str]]] = set()
         for row, where in zip(rows, places, strict=True):
             conversation, weights = conversation_of(row, where)
             try:
                 ids, spans = template.encode(conversation)
-                ids, spans = _ended(ids, spans, conversation.turns, template)
+                if template.is_marked:
+                    ids, spans = _ended(ids, spans, conversation.turns, template)
                 if (kind := targets.kind(conversation)) not in seen:
                     targets.refuse_unread(conversation, template)
                     seen.add(kind)
-                targets.verify(conversation, ids, spans, template)
-                learned = _weighed(conversation.turns, spans, weights)
+                learned = spans
+                if template.is_marked:
+                    targets.verify(conversation, ids, spans, template)
+                    learned = _weighed(conversation.turns, spans, weights)
+                    opened = template.opened(conversation, len(row.get("prompt") or ()), ids)
+                    learned = [(max(first, opened), end) for first, end in learned]
             except DataError as error:
                 raise DataError(
                     f"{where}: the chat template cannot be used on it: {error}"
                 ) from error
-            if not self.settings.assistant_only_loss:
-                learned = [(0, len(ids))]
             labels = [IGNORED] * len(ids)
             for first, end in learned:
                 labels[first:end] = ids[first:end]

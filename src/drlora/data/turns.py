@@ -18,7 +18,7 @@ from typing import Any
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
-from drlora.errors import DataError
+from drlora.errors import DataError, first_line
 
 Turn = Mapping[str, Any]
 Span = tuple[int, int]
@@ -37,13 +37,22 @@ class Conversation:
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """The chat template of `tokenizer`, as it is trained with."""
+    """The chat template of `tokenizer`, as it is trained with.
+
+    Attributes:
+        tokenizer: that it belongs to.
+        is_marked: whether the assistant's turns are asked for; else all of a conversation is
+            trained, with the template as it is.
+    """
 
     tokenizer: PreTrainedTokenizerBase
+    is_marked: bool = True
 
     @cached_property
     def text(self) -> str | None:
         """A version with generation marks; None of a template that has no such version."""
+        if not self.is_marked:
+            return None
         from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
         own = self.tokenizer.get_chat_template()
@@ -68,21 +77,60 @@ class ChatTemplate:
             DataError: the template cannot render it, or its turns cannot be told apart.
         """
         try:
+            if not self.is_marked:
+                ids = self._plain(self.render(conversation.turns, conversation.options))
+                return list(ids["input_ids"]), [(0, len(ids["input_ids"]))]
             return self._marked(conversation) if self.text else self._by_prefixes(conversation)
         except (jinja2.TemplateError, TypeError, KeyError) as error:
-            raise DataError(str(error)) from error
+            raise DataError(
+                f"{first_line(error)}; write the conversation as it expects, or use another "
+                f"template (chat_template: FILE)"
+            ) from error
+
+    def opened(self, conversation: Conversation, asked: int, ids: Sequence[int]) -> int:
+        """How many of `ids` the first `asked` turns are, with the opening of an answer."""
+        if not asked:
+            return 0
+        turns, options = conversation.turns[:asked], conversation.options
+        head = self._plain(self.render(turns, options, add_generation_prompt=True))["input_ids"]
+        return len(commonprefix([list(head), list(ids)]))
 
     def render(self, turns: Sequence[Turn], options: Mapping[str, Any], **more: Any) -> str:
         """The text that the template makes of some turns."""
-        shown: Any = list(turns)
+        shown: Any = self._as_read(turns)
         kwargs = {"chat_template": self.text, **options, **more}
         text = self.tokenizer.apply_chat_template(shown, tokenize=False, **kwargs)
         assert isinstance(text, str)
         return text
 
+    def _plain(self, text: str) -> Any:
+        return self.tokenizer(text, add_special_tokens=False)
+
+    @cached_property
+    def takes_parts(self) -> bool:
+        """Whether it reads a content as a list of parts, as those of models that see do."""
+        words: Any = [{"role": "user", "content": "word"}]
+        parts: Any = [{"role": "user", "content": [{"type": "text", "text": "word"}]}]
+        return not self._has_word(words) and self._has_word(parts)
+
+    def _has_word(self, turns: Any) -> bool:
+        try:
+            return "word" in str(
+                self.tokenizer.apply_chat_template(
+                    turns, chat_template=self.text, tokenize=False, add_generation_prompt=False
+                )
+            )
+        except (jinja2.TemplateError, TypeError, KeyError):
+            return False
+
+    def _as_read(self, turns: Sequence[Turn]) -> Any:
+        if not self.takes_parts:
+            return list(turns)
+        return [{**t, "content": [{"type": "text", "text": t["content"]}]} for t in turns]
+
     def _marked(self, conversation: Conversation) -> tuple[list[int], list[Span]]:
         encoded: Any = self.tokenizer.apply_chat_template(
-            conversation.turns,
+            self._as_read(conversation.turns),
             chat_template=self.text,
             tokenize=True,
             return_dict=True,
@@ -96,7 +144,7 @@ class ChatTemplate:
     def _by_prefixes(self, conversation: Conversation) -> tuple[list[int], list[Span]]:
         turns, options = conversation.turns, conversation.options
         text = self.render(turns, options)
-        encoded = self.tokenizer(text, add_special_tokens=False)
+        encoded = self._plain(text)
         ids, spans = list(encoded["input_ids"]), []
         for index, turn in enumerate(turns):
             if turn["role"] != "assistant":
