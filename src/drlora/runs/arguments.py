@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 from transformers import PreTrainedConfig, TrainingArguments
+from trl import KTOConfig
 
 from drlora.distributed import are_several
 from drlora.errors import ConfigError, DataError
@@ -42,6 +43,8 @@ def training_arguments(recipe: Recipe, run: RunDir) -> TrainingArguments:
             f"the section training is refused by {objective.config.__name__}: {error}"
         ) from error
     _refuse_arguments(arguments, OwnSettings.of(recipe.training))
+    if isinstance(arguments, KTOConfig):
+        _refuse_batches(arguments)
     return arguments
 
 
@@ -110,6 +113,16 @@ def count_steps(
         raise DataError(f"{num_examples} examples do not fill one batch; lower the batch size.")
     updates = math.ceil(batches / arguments.gradient_accumulation_steps)
     return math.ceil(arguments.num_train_epochs * updates)
+
+
+def _refuse_batches(arguments: KTOConfig) -> None:
+    """KTO pairs a prompt with an answer to another one of its batch; that is done beforehand."""
+    if arguments.auto_find_batch_size or arguments.per_device_train_batch_size < 2:
+        raise ConfigError(
+            f"training.per_device_train_batch_size={arguments.per_device_train_batch_size}, "
+            f"auto_find_batch_size={arguments.auto_find_batch_size}: kto pairs the examples of a "
+            f"batch, so it needs one of 2 or more that stays as it is."
+        )
 
 
 def settle(arguments: TrainingArguments, config: PreTrainedConfig, longest: int) -> None:
