@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from drlora.config.adapter import DrLoraConfig
     from drlora.export.import_lora import load_peft_lora
     from drlora.io.checkpoint import newest_checkpoint, write_checkpoint
+    from drlora.moe.loading import QuantisedExperts
     from drlora.moe.quantise import quantise_experts
     from drlora.ranks.continue_adapter import continue_adapter
     from drlora.ranks.dynamics import RankDynamics
@@ -56,6 +57,7 @@ _NAMES = {
     "config.adapter": ("DrLoraConfig",),
     "export.import_lora": ("load_peft_lora",),
     "io.checkpoint": ("newest_checkpoint", "write_checkpoint"),
+    "moe.loading": ("QuantisedExperts",),
     "moe.quantise": ("quantise_experts",),
     "ranks.continue_adapter": ("continue_adapter",),
     "ranks.dynamics": ("RankDynamics",),
@@ -85,6 +87,7 @@ __all__ = [
     "DrLoraConfig",
     "DrLoraError",
     "Grant",
+    "QuantisedExperts",
     "RankDynamics",
     "RunDiverged",
     "RunInterrupted",

@@ -9,6 +9,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from tiny import make_batch, make_class, make_model
 from tiny_adapter import logits, make_settings, train
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import drlora
 from drlora.adapter.inject import adapted_layers
@@ -155,3 +156,49 @@ def test_what_cannot_be_packed_is_refused_and_left_as_it_was(make, storage, mess
     after = model.state_dict()
     assert after.keys() == before.keys()
     assert all(torch.equal(after[key], before[key]) for key in before)
+
+
+# While loading.
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("family", ["olmoe", "mixtral", "gpt_oss"])
+def test_packed_while_loading_it_is_what_packing_in_place_gives(tmp_path, family, name, dtype):
+    """Mixtral's checkpoint has experts apart, which transformers puts together first."""
+    base(family).save_pretrained(tmp_path)
+    config = drlora.QuantisedExperts(name)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype, quantization_config=config)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+    held = [sum(p.numel() * p.element_size() for p in m.parameters()) for m in (loaded, plain)]
+    assert held[0] < held[1]
+    wanted, found = quantise_experts(plain, name).state_dict(), loaded.state_dict()
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+    assert torch.equal(logits(loaded), logits(plain))
+
+
+def test_a_loaded_model_trains_and_says_that_it_is_quantised(tmp_path):
+    base().save_pretrained(tmp_path / "base")
+    config = drlora.QuantisedExperts("nf4-nested")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=config)
+    assert loaded.config.quantization_config.storage == "nf4-nested"
+    model = train(adapted(loaded))
+    model.save_pretrained(tmp_path / "adapter")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=config)
+    read = PeftModel.from_pretrained(again, tmp_path / "adapter")
+    assert torch.equal(logits(read), logits(model))
+
+
+def test_what_cannot_be_packed_is_refused_before_it_is_read(tmp_path):
+    with pytest.raises(drlora.ConfigError, match="storage 'int3' is not known"):
+        drlora.QuantisedExperts("int3")
+    make_model("olmoe").save_pretrained(tmp_path / "narrow")
+    sizes = dict(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1)
+    dense = LlamaForCausalLM(LlamaConfig(num_attention_heads=1, **sizes))
+    dense.save_pretrained(tmp_path / "dense")
+    for name, said in (("narrow", "no multiple of 64"), ("dense", "has nothing to pack")):
+        with pytest.raises(drlora.ConfigError, match=said):
+            AutoModelForCausalLM.from_pretrained(
+                tmp_path / name, quantization_config=drlora.QuantisedExperts("nf4")
+            )

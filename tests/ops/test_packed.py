@@ -10,7 +10,7 @@ from op_cases import run
 from torch import nn
 
 import drlora
-from drlora.ops import as_matrix
+from drlora.ops import as_matrix, choose_engine, grouped
 from drlora.ops.contract import make_case
 from drlora.ops.storage import fp8, mxfp4, nf4
 from drlora.ops.storage.packed import FORMATS, Packed, packed_format
@@ -154,7 +154,22 @@ def test_packed_experts_are_those_that_they_stand_for(name, engine, dtype, trans
         assert torch.equal(got, wanted), what
 
 
-def test_autograd_keeps_no_wide_expert():
+@pytest.mark.parametrize("budget", [1, 3 * 128 * 128 * 4, 2**28])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["nf4", "int8"])
+def test_grouped_products_make_ranges_of_experts_wide(name, dtype, budget, monkeypatch):
+    """To the bit, however many experts are wide at once."""
+    monkeypatch.setattr(grouped, "WIDE_BYTES", budget)
+    packed, wide = packed_case(name, dtype, False)
+    assert choose_engine("grouped", packed.base).name == "grouped"
+    for what, got, wanted in zip(
+        packed.names, run("grouped", packed, 0.3), run("grouped", wide, 0.3), strict=True
+    ):
+        assert torch.equal(got, wanted), what
+
+
+@pytest.mark.parametrize("engine", ["loop", "grouped"])
+def test_autograd_keeps_no_wide_expert(engine):
     """What is saved for the backward pass has no matrix of an expert in it."""
     packed, _ = packed_case("nf4", torch.float32, False)
     kept = set()
@@ -164,7 +179,7 @@ def test_autograd_keeps_no_wide_expert():
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        run("loop", packed)
+        run(engine, packed)
     expert = {"gate_up": 2 * 64 * 128, "down": 128 * 64}
     assert kept and not kept & {n * size for n in (1, 4) for size in expert.values()}
 

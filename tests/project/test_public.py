@@ -37,6 +37,7 @@ NAMES = {
     "load_recipe",
     "look_at_data",
     "newest_checkpoint",
+    "QuantisedExperts",
     "place_ranks",
     "quantise_experts",
     "rank_map",

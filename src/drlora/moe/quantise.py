@@ -9,6 +9,7 @@ works as before, with an adapter on it, with the adapter switched off, and witho
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
@@ -20,7 +21,7 @@ from drlora.moe.blocks import find_blocks
 from drlora.moe.families import family_of
 from drlora.moe.families.interface import InterfaceExperts
 from drlora.ops import adapted_experts
-from drlora.ops.storage.packed import Packed, packed_format
+from drlora.ops.storage.packed import Packed, PackedFormat, packed_format
 
 
 @torch.no_grad()
@@ -44,24 +45,32 @@ def quantise_experts(model: nn.Module, storage: str = "nf4") -> nn.Module:
     names = [block.experts_name for block in find_blocks(model)]  # refuses a model without any
     found = [(name, model.get_submodule(name)) for name in names]
     for name, experts in found:
-        _refuse(name, experts, kind)
+        refuse_unfit(name, experts, kind)
     for _, experts in found:
-        for key in _matrices(experts):
-            packed = Packed.of(getattr(experts, key).detach(), kind)
-            delattr(experts, key)
-            setattr(experts, key, packed)
-        own_class: Any = type(experts)
-        experts.__class__ = _packed_class(own_class)
+        for key in matrices_of(experts):
+            put_in(experts, {key: Packed.of(getattr(experts, key).detach(), kind)})
     return model
 
 
-def _refuse(name: str, experts: nn.Module, kind: Any) -> None:
+def put_in(experts: nn.Module, packed: Mapping[str, Packed]) -> None:
+    """Have packed matrices take the places of parameters of an experts module."""
+    for key, matrix in packed.items():
+        delattr(experts, key)
+        setattr(experts, key, matrix)
+    own_class: Any = type(experts)
+    experts.__class__ = _packed_class(own_class)
+
+
+def refuse_unfit(name: str, experts: nn.Module, kind: PackedFormat) -> None:
+    """Raises:
+    ConfigError: if the experts module called `name` cannot be packed so.
+    """
     if not isinstance(family_of(experts), InterfaceExperts):
         raise ConfigError(
             f"{name}: experts of the class {type(experts).__name__} are not kept as transformers' "
             f"experts interface does, so they cannot be packed yet; leave them in 16 bits."
         )
-    for key in _matrices(experts):
+    for key in matrices_of(experts):
         weight = getattr(experts, key)
         if isinstance(weight, Packed):
             raise ConfigError(f"{name}.{key} is packed already, as {weight.kind.name}.")
@@ -70,13 +79,17 @@ def _refuse(name: str, experts: nn.Module, kind: Any) -> None:
             raise ConfigError(f"{name}.{key} cannot be packed as {kind.name}: {reason}.")
 
 
-def _matrices(experts: Any) -> list[str]:
+def matrices_of(experts: Any) -> list[str]:
+    """Names of the parameters that hold its matrices."""
     return ["gate_up_proj" if experts.has_gate else "up_proj", "down_proj"]
 
 
 @cache
 def _packed_class(kind: Any) -> Any:
     """The experts' class with a forward of packed matrices; copies take a class along."""
+
+    if getattr(kind, "drlora_packed", False):
+        return kind
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         family = family_of(self)
@@ -89,4 +102,6 @@ def _packed_class(kind: Any) -> Any:
 
         return family.call(self, run, *args, **kwargs)
 
-    return type(kind.__name__, (kind,), {"forward": forward, "__module__": __name__})
+    return type(
+        kind.__name__, (kind,), {"forward": forward, "drlora_packed": True, "__module__": __name__}
+    )

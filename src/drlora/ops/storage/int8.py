@@ -14,6 +14,7 @@ class Int8(PackedFormat):
     """Rows of any width."""
 
     name = "int8"
+    bits = 8.0
     says = "they are stored in 8 bits (INT8), in which an update would be rounded away"
 
     def encode(self, w_OI: Tensor) -> dict[str, Tensor]:

@@ -22,6 +22,7 @@ class Mxfp4(PackedFormat):
     """Rows of I numbers, I a multiple of 32: blocks (O, I / 32, 16) and scales (O, I / 32)."""
 
     name = "mxfp4"
+    bits = 4 + 8 / BLOCK
     says = "they are stored in 4 bits (MXFP4), in which an update would be rounded away"
 
     def refuses(self, outputs: int, inputs: int) -> str | None:

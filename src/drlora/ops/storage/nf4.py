@@ -37,6 +37,7 @@ class Nf4(PackedFormat):
     """Rows of I numbers, I a multiple of 64."""
 
     name = "nf4"
+    bits = 4 + 32 / BLOCK
     says = "they are stored in 4 bits (NF4), in which an update would be rounded away"
 
     def refuses(self, outputs: int, inputs: int) -> str | None:
@@ -68,6 +69,7 @@ class NestedNf4(Nf4):
     """The same with scales of eight bits: 4.127 bits a number instead of 4.5."""
 
     name = "nf4-nested"
+    bits = 4 + 8 / BLOCK + 32 / BLOCK / NESTED_BLOCK
 
     def encode(self, w_OI: Tensor) -> dict[str, Tensor]:
         found = super().encode(w_OI)

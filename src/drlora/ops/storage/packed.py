@@ -30,10 +30,12 @@ class PackedFormat(ABC):
 
     Attributes:
         name: what users call it.
+        bits: of storage a number, scales among them, without those of a row.
         says: why nothing can be merged into it, as the end of a sentence.
     """
 
     name: ClassVar[str]
+    bits: ClassVar[float]
     says: ClassVar[str]
 
     def refuses(self, outputs: int, inputs: int) -> str | None:
