@@ -1,6 +1,6 @@
 """A recipe: everything that makes a run, in one YAML file.
 
-    recipe = load_recipe("recipes/embedded.yaml", ["training.max_steps=100"])
+    recipe = load_recipe("embedded", ["training.max_steps=100"])
     train(recipe)
 
 The section `data` is a `DataSection`, `evaluation` an `EvaluationSection`, `adapter` a
@@ -37,6 +37,7 @@ from drlora.io.files import home
 from drlora.io.places import from_root
 from drlora.io.settings import check_type, read_settings, refuse_unknown, with_overrides
 from drlora.ranks.continue_adapter import RANKS, kept_settings
+from drlora.recipes import resolve_recipe
 from drlora.runs.moved import located_at
 from drlora.trainer.objectives import OBJECTIVES, OWN, Objective, OwnSettings, objective_of
 
@@ -197,8 +198,8 @@ def load_recipe(
     is read with the paths that it means now.
 
     Args:
-        source: the file; `~` stands for home, as in every path in it. Or what such a file holds, as
-            nested values.
+        source: the file; `~` stands for home, as in every path in it. Or the name of a recipe that
+            comes with drlora (`drlora.recipes`). Or what such a file holds, as nested values.
         overrides: `training.max_steps=100` and the like.
         resume: whether a run is to go on: a length among the overrides, in steps or in epochs, then
             takes the place of the file's, whichever that has.
@@ -209,7 +210,8 @@ def load_recipe(
     if isinstance(source, Mapping):
         tree = with_overrides(copy.deepcopy(dict(source)), overrides)
     else:
-        tree = read_settings(home(str(source)), overrides)
+        source = resolve_recipe(home(str(source)))
+        tree = read_settings(source, overrides)
     training = tree.get("training")
     if resume and isinstance(training, dict):
         given = {override.partition("=")[0] for override in overrides}

@@ -1,6 +1,6 @@
 """One run, from a recipe to a trained adapter: `drlora train`.
 
-result = train(load_recipe("recipes/embedded.yaml"))
+result = train(load_recipe("embedded"))
 result.before.loss.loss, result.after.loss.loss, result.ranks
 """
 

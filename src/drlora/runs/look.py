@@ -1,0 +1,244 @@
+"""What a run would learn from: examples with their trained part marked, and figures on all of them.
+
+    found = look_at_data(load_recipe("own.yaml"))
+    print(found.roles[0].trained_share, found.roles[0].shown[0].parts)
+
+Tokens are those that the trainer would be given, so a template that marks the wrong part, an answer
+without its end and a text that is cut are seen here before anything is trained.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from drlora.data.draw import drawn
+from drlora.data.formats import PLACES
+from drlora.data.tokens import IGNORED
+from drlora.errors import ConfigError, counted
+from drlora.runs.arguments import training_arguments
+from drlora.runs.job import Job, prepare
+from drlora.runs.recipe import Recipe
+from drlora.runs.rundir import RunDir
+
+EXAMPLES_SHOWN = 3
+_BATCH = 1000
+
+
+@dataclass(frozen=True)
+class Part:
+    """A stretch of an example, and whether it is learned."""
+
+    text: str
+    is_trained: bool
+
+
+@dataclass(frozen=True)
+class Example:
+    """One example as the trainer gets it.
+
+    Attributes:
+        where: `line 61`, where that is known.
+        tokens: in all.
+        trained: those with loss.
+        parts: the whole example, in order.
+    """
+
+    where: str | None
+    tokens: int
+    trained: int
+    parts: tuple[Part, ...]
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Of examples, in tokens."""
+
+    shortest: int
+    median: int
+    mean: float
+    of_95_percent: int
+    longest: int
+
+
+@dataclass(frozen=True)
+class RoleReport:
+    """The examples of a role (train, eval).
+
+    Attributes:
+        role: which.
+        source: where they come from, as the recipe says.
+        said: what they were read as.
+        examples: that are used; of packed ones the rows that they were put into.
+        dropped: left out, for no token with loss was within the longest length.
+        truncated: used, but cut.
+        duplicates: used examples with the same tokens as one before them.
+        tokens: of those used.
+        trained: of them those with loss.
+        lengths: None where there are no examples.
+        shown: a few of them, drawn at random, always the same ones.
+    """
+
+    role: str
+    source: str
+    said: str
+    examples: int
+    dropped: int
+    truncated: int
+    duplicates: int
+    tokens: int
+    trained: int
+    lengths: Lengths
+    shown: tuple[Example, ...]
+
+    @property
+    def trained_share(self) -> float:
+        """Share of the tokens that have loss, 0 to 1."""
+        return self.trained / self.tokens
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """What a run would learn from, role by role.
+
+    Attributes:
+        max_length: longest example, in tokens.
+        roles: train and eval.
+        notes: what the dry run would say of the data and the length of the run.
+    """
+
+    max_length: int
+    roles: tuple[RoleReport, ...]
+    notes: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        found = asdict(self)
+        for plain, role in zip(found["roles"], self.roles, strict=True):
+            plain["trained_share"] = role.trained_share
+        return found
+
+
+def look_at_data(recipe: Recipe, examples: int = EXAMPLES_SHOWN) -> DataReport:
+    """Read and encode the data of a recipe, as `train` would, and describe it.
+
+    Args:
+        recipe: names model and data; its length must suit its plan of growth.
+        examples: how many of each role to show, at least 0.
+
+    Raises:
+        DrLoraError: what `train` would refuse before it loads weights.
+    """
+    if examples < 0:
+        raise ConfigError(f"examples={examples} must be at least 0.")
+    run = RunDir(Path(recipe.output_dir))
+    job = prepare(recipe, run, training_arguments(recipe, run), None)
+    roles = tuple(_role(job, role, examples) for role in ("train", "eval"))
+    return DataReport(job.record["encoding"]["max_length"], roles, job.remarks)
+
+
+def _role(job: Job, role: str, wanted: int) -> RoleReport:
+    examples = job.train if role == "train" else job.held_out
+    rows, raw = examples.tokens, examples.raw
+    lengths_N, trained, duplicates = _figures(rows)
+    source, split = job.recipe.data.source(role)
+    return RoleReport(
+        role,
+        f"{source}, split {split}",
+        examples.said,
+        len(rows),
+        examples.dropped,
+        examples.truncated,
+        duplicates,
+        int(lengths_N.sum()),
+        trained,
+        Lengths(
+            int(lengths_N.min()),
+            int(np.median(lengths_N)),
+            float(lengths_N.mean()),
+            int(np.percentile(lengths_N, 95)),
+            int(lengths_N.max()),
+        ),
+        tuple(
+            _example(rows[row], job.tokenizer, _place(raw, rows, row))
+            for row in drawn(len(rows), wanted)
+        ),
+    )
+
+
+def _figures(rows: Dataset) -> tuple[np.ndarray, int, int]:
+    """Tokens of each of N examples, int64 (N,); those with loss in all; repeated examples."""
+    lengths: list[int] = []
+    trained, seen = 0, set()
+    for batch in rows.iter(_BATCH):
+        assert isinstance(batch, dict)
+        for row in _rows_of(batch):
+            ids, is_trained = tokens_of(row)
+            lengths.append(len(ids))
+            trained += sum(is_trained)
+            seen.add(hash(tuple(ids)))
+    return np.array(lengths), trained, len(lengths) - len(seen)
+
+
+def _rows_of(batch: dict[str, list]) -> Iterator[dict[str, Any]]:
+    return (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
+
+
+def tokens_of(row: dict[str, Any]) -> tuple[list[int], list[bool]]:
+    """Token ids of an example, and on which of them there is loss.
+
+    Args:
+        row: has input_ids and labels; or, of a preference, prompt_ids and the ids of answers, each
+            of which is learned from.
+    """
+    if "labels" in row:
+        return list(row["input_ids"]), [label != IGNORED for label in row["labels"]]
+    parts = [name for name in row if name.endswith("_ids")]
+    parts.sort(key=lambda name: not name.startswith("prompt"))
+    ids = [token for name in parts for token in row[name]]
+    return ids, [not name.startswith("prompt") for name in parts for _ in row[name]]
+
+
+def _example(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, where: str | None) -> Example:
+    ids, is_trained = tokens_of(row)
+    return Example(where, len(ids), sum(is_trained), tuple(_parts(ids, is_trained, tokenizer)))
+
+
+def _parts(
+    ids: Sequence[int], is_trained: Sequence[bool], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[Part]:
+    pairs = zip(ids, is_trained, strict=True)
+    for trained, run in itertools.groupby(pairs, key=lambda pair: pair[1]):
+        text = tokenizer.decode([token for token, _ in run], clean_up_tokenization_spaces=False)
+        assert isinstance(text, str)
+        yield Part(text, trained)
+
+
+def _place(raw: Dataset, rows: Dataset, row: int) -> str | None:
+    """Known where each example became one row, in order."""
+    if len(raw) != len(rows) or "seq_lengths" in rows.column_names:
+        return None
+    found = {name: raw[row][name] for name in PLACES if name in raw.column_names}
+    file = f"{found.pop('file')}, " if "file" in found else ""
+    return next((f"{file}{name} {number}" for name, number in found.items()), None)
+
+
+def summary(role: RoleReport) -> list[str]:
+    """The figures of a role, in sentences."""
+    left_out = f", {role.dropped:,} left out" if role.dropped else ""
+    repeated = f", {counted(role.duplicates, 'duplicate')}" if role.duplicates else ""
+    at = role.lengths
+    return [
+        *([role.said] if role.said else []),
+        f"{counted(role.examples, 'example')}{left_out}, {role.truncated:,} cut{repeated}",
+        f"{role.tokens:,} tokens, {role.trained:,} of them trained ({role.trained_share:.1%})",
+        f"{at.shortest:,} to {at.longest:,} tokens an example: median {at.median:,}, mean "
+        f"{at.mean:,.1f}, 95 % up to {at.of_95_percent:,}",
+    ]
