@@ -68,6 +68,18 @@ def test_colour_takes_the_place_of_marks(recipe):
     assert "[[" not in said and "\x1b[1;32m" in said
 
 
+def test_what_is_not_used_is_named_once(recipe, tmp_path, capfd):
+    """Though training and held-out data have it."""
+    for name in ("train", "eval"):
+        path = tmp_path / f"{name}.jsonl"
+        rows = [{**json.loads(line), "note": 1} for line in path.read_text().splitlines()]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["data", str(recipe), f"data.eval={tmp_path / 'train.jsonl'}",
+             "data.splits={train: 'train[:20]', eval: 'train[20:]'}"]  # fmt: skip
+    assert main(words) == 0
+    assert capfd.readouterr().err.count("columns not used: note") == 1
+
+
 def test_nothing_is_written_and_faults_are_named(recipe, tmp_path):
     drlora.look_at_data(load_recipe(recipe))
     assert not (tmp_path / "run").exists()
