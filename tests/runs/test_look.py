@@ -83,6 +83,7 @@ def test_what_is_not_used_is_named_once(recipe, tmp_path, capfd):
 def test_nothing_is_written_and_faults_are_named(recipe, tmp_path):
     drlora.look_at_data(load_recipe(recipe))
     assert not (tmp_path / "run").exists()
+    drlora.look_at_data(load_recipe(recipe, ["training.max_steps=1"]))  # no plan fits that
     with pytest.raises(ConfigError, match="at least 0"):
         drlora.look_at_data(load_recipe(recipe), -1)
 
