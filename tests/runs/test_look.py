@@ -43,6 +43,19 @@ def test_figures_and_parts(recipe):
     assert held_out.examples == 6 and held_out.duplicates == 0
 
 
+def test_packed_examples_are_counted_one_by_one(recipe):
+    """The same figures, in fewer rows."""
+    plain = drlora.look_at_data(load_recipe(recipe)).roles[0]
+    packed = load_recipe(recipe, ["training.packing=true", "data.max_length=24"])
+    found = drlora.look_at_data(packed).roles[0]
+    whole = drlora.look_at_data(load_recipe(recipe, ["data.max_length=24"])).roles[0]
+    assert plain.rows == plain.examples == whole.rows == found.examples > found.rows
+    assert (found.tokens, found.trained, found.duplicates) == (
+        whole.tokens, whole.trained, whole.duplicates
+    )  # fmt: skip
+    assert found.lengths == whole.lengths and found.shown[0].where is None
+
+
 def test_it_is_printed_with_marks(recipe, capsys):
     assert main(["data", str(recipe), "--examples", "1"]) == 0
     said = capsys.readouterr().out

@@ -86,7 +86,8 @@ class RoleReport:
         role: which.
         source: where they come from, as the recipe says.
         said: what they were read as.
-        examples: that are used; of packed ones the rows that they were put into.
+        examples: that are used.
+        rows: that they were put into: as many, or fewer where they are packed.
         dropped: left out, for no token with loss was within the longest length.
         truncated: used, but cut.
         duplicates: used examples with the same tokens as one before them.
@@ -100,6 +101,7 @@ class RoleReport:
     source: str
     said: str
     examples: int
+    rows: int
     dropped: int
     truncated: int
     duplicates: int
@@ -181,8 +183,9 @@ def _role(
     source, split = recipe.data.source(role)
     return RoleReport(
         role,
-        f"{source}, split {split}",
+        f"{_named(source)}, split {split}",
         examples.said,
+        len(lengths_N),
         len(rows),
         examples.dropped,
         examples.truncated,
@@ -211,9 +214,11 @@ def _figures(rows: Dataset) -> tuple[np.ndarray, int, int]:
         assert isinstance(batch, dict)
         for row in _rows_of(batch):
             ids, is_trained = tokens_of(row)
-            lengths.append(len(ids))
             trained += sum(is_trained)
-            seen.add(hash(tuple(ids)))
+            ends = itertools.accumulate(row.get("seq_lengths", [len(ids)]), initial=0)
+            for first, end in itertools.pairwise(ends):
+                lengths.append(end - first)
+                seen.add(hash(tuple(ids[first:end])))
     return np.array(lengths), trained, len(lengths) - len(seen)
 
 
@@ -234,6 +239,14 @@ def tokens_of(row: dict[str, Any]) -> tuple[list[int], list[bool]]:
     parts.sort(key=lambda name: not name.startswith("prompt"))
     ids = [token for name in parts for token in row[name]]
     return ids, [not name.startswith("prompt") for name in parts for _ in row[name]]
+
+
+def _named(source: Any) -> str:
+    """One source, or the parts of a mix with their weights."""
+    if isinstance(source, str):
+        return source
+    parts = (path if weight is None else f"{path} ({weight:g})" for path, weight in source)
+    return " + ".join(parts)
 
 
 def _example(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, where: str | None) -> Example:
@@ -263,11 +276,12 @@ def _place(raw: Dataset, rows: Dataset, row: int) -> str | None:
 def summary(role: RoleReport) -> list[str]:
     """The figures of a role, in sentences."""
     left_out = f", {role.dropped:,} left out" if role.dropped else ""
+    packed = f", packed to {counted(role.rows, 'row')}" if role.rows != role.examples else ""
     repeated = f", {counted(role.duplicates, 'duplicate')}" if role.duplicates else ""
     at = role.lengths
     return [
         *([role.said] if role.said else []),
-        f"{counted(role.examples, 'example')}{left_out}, {role.truncated:,} cut{repeated}",
+        f"{counted(role.examples, 'example')}{left_out}, {role.truncated:,} cut{repeated}{packed}",
         f"{role.tokens:,} tokens, {role.trained:,} of them trained ({role.trained_share:.1%})",
         f"{at.shortest:,} to {at.longest:,} tokens an example: median {at.median:,}, mean "
         f"{at.mean:,.1f}, 95 % up to {at.of_95_percent:,}",
