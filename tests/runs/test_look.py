@@ -43,6 +43,19 @@ def test_figures_and_parts(recipe):
     assert held_out.examples == 6 and held_out.duplicates == 0
 
 
+def test_packed_examples_are_counted_one_by_one(recipe):
+    """The same figures, in fewer rows."""
+    plain = drlora.look_at_data(load_recipe(recipe)).roles[0]
+    packed = load_recipe(recipe, ["training.packing=true", "data.max_length=24"])
+    found = drlora.look_at_data(packed).roles[0]
+    whole = drlora.look_at_data(load_recipe(recipe, ["data.max_length=24"])).roles[0]
+    assert plain.rows == plain.examples == whole.rows == found.examples > found.rows
+    assert (found.tokens, found.trained, found.duplicates) == (
+        whole.tokens, whole.trained, whole.duplicates
+    )  # fmt: skip
+    assert found.lengths == whole.lengths and found.shown[0].where is None
+
+
 def test_it_is_printed_with_marks(recipe, capsys):
     assert main(["data", str(recipe), "--examples", "1"]) == 0
     said = capsys.readouterr().out
@@ -68,9 +81,22 @@ def test_colour_takes_the_place_of_marks(recipe):
     assert "[[" not in said and "\x1b[1;32m" in said
 
 
+def test_what_is_not_used_is_named_once(recipe, tmp_path, capfd):
+    """Though training and held-out data have it."""
+    for name in ("train", "eval"):
+        path = tmp_path / f"{name}.jsonl"
+        rows = [{**json.loads(line), "note": 1} for line in path.read_text().splitlines()]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["data", str(recipe), f"data.eval={tmp_path / 'train.jsonl'}",
+             "data.splits={train: 'train[:20]', eval: 'train[20:]'}"]  # fmt: skip
+    assert main(words) == 0
+    assert capfd.readouterr().err.count("columns not used: note") == 1
+
+
 def test_nothing_is_written_and_faults_are_named(recipe, tmp_path):
     drlora.look_at_data(load_recipe(recipe))
     assert not (tmp_path / "run").exists()
+    drlora.look_at_data(load_recipe(recipe, ["training.max_steps=1"]))  # no plan fits that
     with pytest.raises(ConfigError, match="at least 0"):
         drlora.look_at_data(load_recipe(recipe), -1)
 

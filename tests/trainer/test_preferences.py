@@ -179,3 +179,51 @@ def test_evaluations_in_between_have_the_objectives_figures(tmp_path):
     assert all("eval_rewards/accuracies" in e for e in found)
     after = result_of(tmp_path)["after"]["objective"]
     assert after["loss"] == pytest.approx(found[-1]["eval_loss"])
+
+
+def test_a_finished_run_is_measured_and_exported_by_the_answers_that_are_wanted(tmp_path, capsys):
+    recipe = save_preferences(tmp_path, "dpo")
+    assert main(["train", str(recipe)]) == 0
+    capsys.readouterr()
+    assert main(["eval", str(tmp_path / "run"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["loss"] == result_of(tmp_path)["after"]["loss"]
+    out = str(tmp_path / "out")
+    assert main(["export", str(tmp_path / "run"), "--format", "peft", "-o", out]) == 0
+
+
+def test_pairs_without_a_prompt_and_of_messages(tmp_path, capsys):
+    """The prompt is what both answers begin with."""
+    recipe = save_preferences(tmp_path, "dpo", training=dict(max_steps=8, save_steps=8))
+    (tmp_path / "chat.jinja").write_text(
+        "{% for m in messages %}{{ m.content }}{% if m.role == 'user' %}:{% else %}"
+        "{{ eos_token }}{% endif %}{% endfor %}"
+    )
+    for name, words in (("train", WORDS), ("eval", [f"x{word}" for word in WORDS[:4]])):
+        ask = [{"role": "user", "content": word} for word in words]
+        rows = [
+            {
+                "chosen": [turn, {"role": "assistant", "content": turn["content"][::-1]}],
+                "rejected": [turn, {"role": "assistant", "content": "no"}],
+            }
+            for turn in ask
+        ]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / f"{name}.jsonl").write_text(text)
+    words = [f"chat_template={tmp_path / 'chat.jinja'}"]
+    assert main(["train", str(recipe), *words]) == 0
+    after = result_of(tmp_path)["after"]
+    assert after["loss"]["examples"] == 4 and after["objective"]["loss"] < 0.69
+    assert after["match"] is None and "prompts are messages" in str(after["notes"])
+    assert [s["prompt"] for s in after["samples"]] == [f"x{word}" for word in WORDS[:4]]
+
+
+def test_verdicts_are_not_learned_as_if_all_were_good(tmp_path, capsys):
+    recipe = save_all(tmp_path)
+    for name in ("train", "eval"):
+        text = "".join(json.dumps(row) + "\n" for row in VERDICTS)
+        (tmp_path / f"{name}.jsonl").write_text(text)
+    assert main(["train", str(recipe), "--dry-run"]) == 2
+    assert "Take objective: kto" in capsys.readouterr().err
+    assert main(["train", str(recipe), "objective=dpo", "--dry-run"]) == 2
+    assert "objective='dpo' learns from chosen and rejected" in capsys.readouterr().err

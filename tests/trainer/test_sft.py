@@ -227,7 +227,8 @@ def test_a_packed_run_from_the_command_line(tmp_path, capsys):
     assert main(["train", str(recipe)]) == 0
     said = capsys.readouterr().out
     record = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert record["data"]["train"]["examples"] == 24 and "train" in said
+    assert record["data"]["train"]["examples"] == 24
+    assert "24 examples, packed to 6 rows" in said and "8 steps of 1 row" in said
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["budget"]["spent"] == result["budget"]["stored"]
     assert result["after"]["loss"]["loss"] < result["before"]["loss"]["loss"]

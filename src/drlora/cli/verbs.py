@@ -21,6 +21,7 @@ from drlora.cli.exits import end
 from drlora.cli.export import print_export
 from drlora.cli.inspection import print_inspection
 from drlora.cli.look import print_data
+from drlora.cli.notes import notes_once
 from drlora.cli.progress import ConsoleProgress
 from drlora.cli.summary import print_summary
 from drlora.cli.talk import print_answer, print_end, talk
@@ -50,7 +51,8 @@ from drlora.runs.train import train
 def run(arguments: argparse.Namespace) -> int:
     """Carry out what was parsed; returns the exit code."""
     _quiet()
-    return ACTIONS[arguments.verb](arguments)
+    with notes_once():
+        return ACTIONS[arguments.verb](arguments)
 
 
 def _quiet() -> None:

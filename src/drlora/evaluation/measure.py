@@ -172,8 +172,10 @@ def notes_on(there: int, raw: Dataset, section: EvaluationSection) -> Iterator[s
     if section.loss_examples is not None and section.loss_examples > there:
         yield f"evaluation.loss_examples={section.loss_examples}, but there are {there}"
     if section.exact_match is None and not wants_match(raw, section):
-        has_prompts = "prompt" in raw.column_names
-        reason = "completions have several lines" if has_prompts else "there are no prompts"
+        reason = "there are no prompts"
+        if "prompt" in raw.column_names:
+            is_text = isinstance(raw[0]["prompt"], str)
+            reason = "completions have several lines" if is_text else "prompts are messages"
         yield f"no exact match: {reason}"
 
 
@@ -183,7 +185,7 @@ def wants_match(raw: Dataset, section: EvaluationSection) -> bool:
     Raises:
         DataError: if the recipe asks for it but the data has no prompts.
     """
-    has_prompts = "prompt" in raw.column_names
+    has_prompts = "prompt" in raw.column_names and isinstance(raw[0]["prompt"], str)
     if section.exact_match and not has_prompts:
         raise DataError(
             f"evaluation.exact_match=true needs prompt and completion columns; the held-out data "

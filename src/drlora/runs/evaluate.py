@@ -22,6 +22,7 @@ from drlora.runs.loading import (
 )
 from drlora.runs.recipe import ROLES, default_split
 from drlora.runs.sources import Source, find_source
+from drlora.trainer.preferences import wanted
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,8 @@ def evaluate(
 ) -> Evaluation:
     """Loss and exact match of what is in `folder`, by its own base and dtype.
 
+    Of preferences the answers are measured that are to be preferred.
+
     Args:
         folder: a run directory, or a folder with an adapter (DR-LoRA or PEFT's LoRA) or a model,
             such as an export.
@@ -78,7 +81,7 @@ def evaluate(
     if source.adapter is not None:
         subject = load_adapter(subject, str(source.folder))
     tokenizer = load_tokenizer(source, vocabulary_size(subject))
-    examples = encode_examples(raw, tokenizer, length)
+    examples = encode_examples(wanted(raw), tokenizer, length)
     device = best_device()
     found = measure(subject.to(device), tokenizer, examples, source.evaluation)
     model = from_root(source.model)

@@ -40,6 +40,12 @@ def encode(
             f"objective={objective!r} learns from {wanted}; {raw.info.description or 'the data'} "
             f"has {sorted(raw.column_names)}. Name other data, or another objective."
         )
+    if not kind.compares and "label" in raw.column_names:
+        raise DataError(
+            f"{raw.info.description or 'the data'} has the column label, which says what answers "
+            f"are good; objective='sft' would learn from the others too. Take objective: kto, or "
+            f"keep the good ones and leave the column out."
+        )
     if not kind.compares:
         return prepare(raw, tokenizer, settings, packing=settings.packing and role == "train")
     tokens, cut = tokenize(kind.trl, raw, tokenizer, arguments, role)

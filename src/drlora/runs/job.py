@@ -79,7 +79,7 @@ class Job:
     def counts(self) -> dict[str, dict[str, int]]:
         """Role -> examples that are used, dropped and truncated."""
         return {
-            role: {"used": len(e.tokens), "dropped": e.dropped, "truncated": e.truncated}
+            role: {"used": len(e.raw) - e.dropped, "dropped": e.dropped, "truncated": e.truncated}
             for role, e in (("train", self.train), ("eval", self.held_out))
         }
 
@@ -88,7 +88,10 @@ class Job:
         for name, counts in zip(("train", "held out"), self.counts().values(), strict=True):
             left_out = f", {counts['dropped']:,} left out" if counts["dropped"] else ""
             cut = f", {counts['truncated']:,} cut" if counts["truncated"] else ""
-            yield f"{name:8} {counted(counts['used'], 'example')}{left_out}{cut}"
+            rows = len(self.train.tokens)
+            is_packed = name == "train" and rows != counts["used"]
+            packed = f", packed to {counted(rows, 'row')}" if is_packed else ""
+            yield f"{name:8} {counted(counts['used'], 'example')}{left_out}{cut}{packed}"
         if self.train.said:
             yield f"{'data':8} {self.train.said}"
         yield f"{'length':8} {self._length()}"
@@ -118,9 +121,10 @@ class Job:
             factors.append(f"{world_size()} processes")
         effective = self.batch_size * arguments.gradient_accumulation_steps * world_size()
         made_of = f" ({' x '.join(factors)})" if len(factors) > 1 else ""
+        one = "row" if "seq_lengths" in self.train.tokens.column_names else "example"
         epochs = self.total_steps * effective / len(self.train.tokens)
         return (
-            f"{counted(self.total_steps, 'step')} of {counted(effective, 'example')}{made_of}, "
+            f"{counted(self.total_steps, 'step')} of {counted(effective, one)}{made_of}, "
             f"{epochs:.3g} epoch{'s' * (epochs != 1)}"
         )
 

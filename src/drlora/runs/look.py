@@ -21,10 +21,20 @@ from transformers import PreTrainedTokenizerBase
 
 from drlora.data.draw import drawn
 from drlora.data.formats import PLACES
-from drlora.data.tokens import IGNORED
+from drlora.data.roles import load_training_data
+from drlora.data.tokens import IGNORED, Prepared
 from drlora.errors import ConfigError, counted
-from drlora.runs.arguments import training_arguments
-from drlora.runs.job import Job, prepare
+from drlora.runs.arguments import settle, training_arguments
+from drlora.runs.examples import encode
+from drlora.runs.held_out import word_for_word
+from drlora.runs.loading import (
+    fit_tokenizer,
+    load_architecture,
+    load_tokenizer,
+    longest_example,
+    model_on_meta,
+    vocabulary_size,
+)
 from drlora.runs.recipe import Recipe
 from drlora.runs.rundir import RunDir
 
@@ -76,7 +86,8 @@ class RoleReport:
         role: which.
         source: where they come from, as the recipe says.
         said: what they were read as.
-        examples: that are used; of packed ones the rows that they were put into.
+        examples: that are used.
+        rows: that they were put into: as many, or fewer where they are packed.
         dropped: left out, for no token with loss was within the longest length.
         truncated: used, but cut.
         duplicates: used examples with the same tokens as one before them.
@@ -90,6 +101,7 @@ class RoleReport:
     source: str
     said: str
     examples: int
+    rows: int
     dropped: int
     truncated: int
     duplicates: int
@@ -111,7 +123,7 @@ class DataReport:
     Attributes:
         max_length: longest example, in tokens.
         roles: train and eval.
-        notes: what the dry run would say of the data and the length of the run.
+        notes: what the roles have in common.
     """
 
     max_length: int
@@ -130,29 +142,50 @@ def look_at_data(recipe: Recipe, examples: int = EXAMPLES_SHOWN) -> DataReport:
     """Read and encode the data of a recipe, as `train` would, and describe it.
 
     Args:
-        recipe: names model and data; its length must suit its plan of growth.
+        recipe: names model and data; whether its plan of growth fits is not asked.
         examples: how many of each role to show, at least 0.
 
     Raises:
-        DrLoraError: what `train` would refuse before it loads weights.
+        DrLoraError: what `train` would refuse of the data.
     """
     if examples < 0:
         raise ConfigError(f"examples={examples} must be at least 0.")
-    run = RunDir(Path(recipe.output_dir))
-    job = prepare(recipe, run, training_arguments(recipe, run), None)
-    roles = tuple(_role(job, role, examples) for role in ("train", "eval"))
-    return DataReport(job.record["encoding"]["max_length"], roles, job.remarks)
+    arguments = training_arguments(recipe, RunDir(Path(recipe.output_dir)))
+    architecture = load_architecture(recipe.model, recipe.trust_remote_code)
+    skeleton = model_on_meta(architecture, recipe.trust_remote_code)
+    tokenizer = load_tokenizer(recipe, vocabulary_size(skeleton))
+    fit_tokenizer(tokenizer, recipe, getattr(arguments, "eos_token", None))
+    longest = longest_example(recipe.data, recipe.model, architecture)
+    settle(arguments, architecture, longest)
+    found = {
+        role: encode(raw, role, tokenizer, recipe.objective, arguments)
+        for role, raw in zip(("train", "eval"), load_training_data(recipe.data), strict=True)
+    }
+    roles = (_role(recipe, role, one, tokenizer, examples) for role, one in found.items())
+    return DataReport(longest, tuple(roles), tuple(_notes(found)))
 
 
-def _role(job: Job, role: str, wanted: int) -> RoleReport:
-    examples = job.train if role == "train" else job.held_out
+def _notes(found: dict[str, Prepared]) -> Iterator[str]:
+    held_out = found["eval"].raw
+    shared = word_for_word(found["train"].raw, held_out)
+    if shared:
+        yield (
+            f"{shared:,} of the {counted(len(held_out), 'held-out example')} can be found in the "
+            f"training data word for word"
+        )
+
+
+def _role(
+    recipe: Recipe, role: str, examples: Prepared, tokenizer: PreTrainedTokenizerBase, wanted: int
+) -> RoleReport:
     rows, raw = examples.tokens, examples.raw
     lengths_N, trained, duplicates = _figures(rows)
-    source, split = job.recipe.data.source(role)
+    source, split = recipe.data.source(role)
     return RoleReport(
         role,
-        f"{source}, split {split}",
+        f"{_named(source)}, split {split}",
         examples.said,
+        len(lengths_N),
         len(rows),
         examples.dropped,
         examples.truncated,
@@ -167,7 +200,7 @@ def _role(job: Job, role: str, wanted: int) -> RoleReport:
             int(lengths_N.max()),
         ),
         tuple(
-            _example(rows[row], job.tokenizer, _place(raw, rows, row))
+            _example(rows[row], tokenizer, _place(raw, rows, row))
             for row in drawn(len(rows), wanted)
         ),
     )
@@ -181,9 +214,11 @@ def _figures(rows: Dataset) -> tuple[np.ndarray, int, int]:
         assert isinstance(batch, dict)
         for row in _rows_of(batch):
             ids, is_trained = tokens_of(row)
-            lengths.append(len(ids))
             trained += sum(is_trained)
-            seen.add(hash(tuple(ids)))
+            ends = itertools.accumulate(row.get("seq_lengths", [len(ids)]), initial=0)
+            for first, end in itertools.pairwise(ends):
+                lengths.append(end - first)
+                seen.add(hash(tuple(ids[first:end])))
     return np.array(lengths), trained, len(lengths) - len(seen)
 
 
@@ -204,6 +239,14 @@ def tokens_of(row: dict[str, Any]) -> tuple[list[int], list[bool]]:
     parts.sort(key=lambda name: not name.startswith("prompt"))
     ids = [token for name in parts for token in row[name]]
     return ids, [not name.startswith("prompt") for name in parts for _ in row[name]]
+
+
+def _named(source: Any) -> str:
+    """One source, or the parts of a mix with their weights."""
+    if isinstance(source, str):
+        return source
+    parts = (path if weight is None else f"{path} ({weight:g})" for path, weight in source)
+    return " + ".join(parts)
 
 
 def _example(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, where: str | None) -> Example:
@@ -233,11 +276,12 @@ def _place(raw: Dataset, rows: Dataset, row: int) -> str | None:
 def summary(role: RoleReport) -> list[str]:
     """The figures of a role, in sentences."""
     left_out = f", {role.dropped:,} left out" if role.dropped else ""
+    packed = f", packed to {counted(role.rows, 'row')}" if role.rows != role.examples else ""
     repeated = f", {counted(role.duplicates, 'duplicate')}" if role.duplicates else ""
     at = role.lengths
     return [
         *([role.said] if role.said else []),
-        f"{counted(role.examples, 'example')}{left_out}, {role.truncated:,} cut{repeated}",
+        f"{counted(role.examples, 'example')}{left_out}, {role.truncated:,} cut{repeated}{packed}",
         f"{role.tokens:,} tokens, {role.trained:,} of them trained ({role.trained_share:.1%})",
         f"{at.shortest:,} to {at.longest:,} tokens an example: median {at.median:,}, mean "
         f"{at.mean:,.1f}, 95 % up to {at.of_95_percent:,}",

@@ -14,6 +14,7 @@ from typing import Any, cast
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from trl import DPOTrainer, KTOTrainer
+from trl.data_utils import maybe_extract_prompt
 
 from drlora.errors import DataError
 from drlora.trainer.trainer import RunTrainer
@@ -105,6 +106,15 @@ def lengths(tokens: Dataset) -> list[int]:
     return [len(prompt) + max(map(len, of)) for prompt, *of in rows]
 
 
+def wanted(raw: Dataset) -> Dataset:
+    """Of preferences the answers that are to be preferred, as prompt and completion; else `raw`."""
+    if "chosen" in raw.column_names:
+        if "prompt" not in raw.column_names:
+            raw = raw.map(maybe_extract_prompt)
+        return raw.rename_column("chosen", "completion").remove_columns("rejected")
+    return raw.filter(lambda row: row["label"]) if "label" in raw.column_names else raw
+
+
 def wanted_answers(raw: Dataset, tokens: Dataset, max_length: int) -> tuple[Dataset, Dataset]:
     """The answers that are to be preferred, as examples of a completion.
 
@@ -115,11 +125,8 @@ def wanted_answers(raw: Dataset, tokens: Dataset, max_length: int) -> tuple[Data
         (columns prompt and completion, and the others of `raw`; columns input_ids and labels). The
         first has all examples, the second those with a token of the answer within `max_length`.
     """
-    if "chosen" in raw.column_names:
-        wanted = raw.rename_column("chosen", "completion").remove_columns("rejected")
-        answers = "chosen_ids"
-    else:
-        wanted, answers = raw.filter(lambda row: row["label"]), "completion_ids"
+    answers = "chosen_ids" if "chosen" in raw.column_names else "completion_ids"
+    if answers == "completion_ids":
         tokens = tokens.filter(lambda row: row["label"])
 
     def labelled(row: dict[str, Any]) -> dict[str, Any]:
@@ -129,4 +136,4 @@ def wanted_answers(raw: Dataset, tokens: Dataset, max_length: int) -> tuple[Data
             "labels": [*[IGNORED] * len(prompt), *answer][:max_length],
         }
 
-    return wanted, tokens.map(labelled, remove_columns=tokens.column_names)
+    return wanted(raw), tokens.map(labelled, remove_columns=tokens.column_names)
