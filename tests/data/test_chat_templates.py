@@ -36,7 +36,10 @@ def test_the_table_is_what_is_trained(made):
 TURN = "<|{{ m.role }}|>{% generation %}{{ m.content }}{{ eos_token }}{% endgeneration %}"
 NO_TURN = "<|{{ m.role }}|>{{ m.content }}{{ eos_token }}"
 NO_END = TURN.replace("{{ eos_token }}", "") + "."
-LOOP = "{{% for m in messages %}}{{% if m.role == 'user' %}}{}{{% else %}}{}{{% endif %}}{{% endfor %}}"
+LOOP = (
+    "{{% for m in messages %}}{{% if m.role == 'user' %}}{}{{% else %}}{}{{% endif %}}"
+    "{{% endfor %}}"
+)
 
 
 @pytest.mark.parametrize(("user", "assistant"), [(TURN, TURN), (TURN, NO_TURN), (NO_TURN, NO_END)])
