@@ -71,7 +71,8 @@ def main() -> None:
             for _ in range(2):
                 words = [
                     sys.executable,
-                    __file__,
+                    "-m",
+                    "benchmarks.files_to_tokens",
                     str(path),
                     "--cache",
                     str(Path(folder) / "cache"),
