@@ -219,6 +219,8 @@ def _joined(parts: Sequence[datasets.Dataset], shares: Sequence[float] = ()) -> 
     """The parts one after the other, or drawn by their shares until one of them is used up."""
     placed = [_with_file(part) for part in parts]
     try:
+        if len({choose_form(part.column_names, None, "").name for part in parts}) > 1:
+            raise ValueError("they are of several forms")
         if shares:
             found = datasets.interleave_datasets(placed, list(shares), seed=MIX_SEED)
         else:

@@ -155,9 +155,8 @@ def standard(found: Dataset, form: Form) -> Dataset:
         kept = {name: found.features[name] for name in places}
         tools = {"tools": Value("string")} if "tools" in form.columns else {}
         features = Features({**kept, "messages": List(Json()), **tools})
-        return found.map(
-            _from_sharegpt, features=features, remove_columns=["conversations"], desc="ShareGPT"
-        ).select_columns([*features])
+        done = found.map(_from_sharegpt, features=features, remove_columns=list(form.columns))
+        return done.select_columns([*features])
     if form.name == "alpaca":
         return found.map(_from_alpaca, desc="Alpaca").select_columns(
             ["prompt", "completion", *places]
@@ -177,8 +176,8 @@ def _from_sharegpt(record: Mapping[str, Any]) -> dict[str, Any]:
     system = [{"role": "system", "content": record["system"]}] if record.get("system") else []
     turns = [_from_value(turn) for turn in record["conversations"]]
     tools = record.get("tools")
-    given = {"tools": tools if isinstance(tools, str) else json.dumps(tools)} if tools else {}
-    return {"messages": [*system, *turns], **given}
+    text = tools if isinstance(tools, str) or not tools else json.dumps(tools)
+    return {"messages": [*system, *turns], **({"tools": text or None} if "tools" in record else {})}
 
 
 def _from_value(turn: Mapping[str, Any]) -> dict[str, Any]:

@@ -31,6 +31,11 @@ IGNORED = -100
 VERSION = 1
 """Of the tokens; they are cached by it, so whoever changes what is made here raises it."""
 
+_OTHER_OBJECTIVES = {
+    "chosen": "has pairs of answers (chosen, rejected)",
+    "label": "says of completions whether they are good (label)",
+}
+
 logger = logging.getLogger(__name__)
 
 Tokens = tuple[list[int], list[int]]
@@ -211,6 +216,12 @@ class _Encoder:
         DataError: it lacks what the examples need.
         """
         eos_token_id(self.tokenizer)
+        for column, what in _OTHER_OBJECTIVES.items():
+            if column in raw.column_names:
+                raise DataError(
+                    f"the data {what}; learn from it with another objective (objective: dpo, kto), "
+                    f"or say what is to be learned as columns: {{prompt: .., completion: ..}}"
+                )
         if is_conversation(raw[0]) and not self.tokenizer.chat_template:
             raise DataError(
                 f"the data has messages, but the tokenizer {self.tokenizer.name_or_path!r} has no "

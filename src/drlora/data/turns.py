@@ -149,10 +149,10 @@ class ChatTemplate:
         for index, turn in enumerate(turns):
             if turn["role"] != "assistant":
                 continue
-            # Templates look at the first message, so none can be rendered without one.
-            before = (
-                self.render(turns[:index], options, add_generation_prompt=True) if index else ""
-            )
+            if index:
+                before = self.render(turns[:index], options, add_generation_prompt=True)
+            else:  # templates look at the first message, so none can be rendered without one
+                before = text[: max(text.find(turn["content"].strip()), 0)]
             is_last = index == len(turns) - 1
             through = text if is_last else self.render(turns[: index + 1], options)
             if not text.startswith(through):

@@ -33,11 +33,11 @@ def refuse_unanswerable(raw: Dataset, section: EvaluationSection) -> None:
 
 def word_for_word(train: Dataset, held_out: Dataset) -> int:
     """How many held-out examples are training examples too, whatever file they come from."""
-    known = set(_contents(train))
-    return sum(content in known for content in _contents(held_out))
+    known = set(contents_of(train))
+    return sum(content in known for content in contents_of(held_out))
 
 
-def _contents(rows: Dataset) -> Iterator[bytes]:
+def contents_of(rows: Dataset) -> Iterator[bytes]:
     """A short hash of each example, its place left out."""
     names = [name for name in sorted(rows.column_names) if name not in PLACES]
     for batch in rows.select_columns(names).iter(1000):
