@@ -94,6 +94,7 @@ def main() -> None:
     for _ in range(options.rounds):
         for way, seconds in found.items():
             seconds.append(measure(way, options.layers, options.steps, data, tokenizer))
+            print(f"  {way:8} {seconds[-1]:6.2f}", flush=True)
     base = statistics.median(found["Trainer"])
     for way, seconds in found.items():
         middle = statistics.median(seconds)
