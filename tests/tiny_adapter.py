@@ -29,7 +29,7 @@ def make_settings(**changes: Any) -> drlora.DrLoraConfig:
 
 def train(model: PeftModel, lr: float = 2e-2, steps: int = 8, **which: Any) -> PeftModel:
     """Eight steps, with growth; `which` names the adapter."""
-    dynamics = drlora.RankDynamics(model, total_steps=8, **which)
+    dynamics = drlora.RankDynamics(model, total_steps=8, step=0, **which)
     plain_loop(model, dynamics, torch.optim.AdamW(trainable(model), lr=lr), range(steps))
     dynamics.release()
     return model.eval()

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from drlora.config.adapter import DrLoraConfig
     from drlora.export.import_lora import load_peft_lora
     from drlora.io.checkpoint import newest_checkpoint, write_checkpoint
+    from drlora.moe.loading import QuantisedExperts
+    from drlora.moe.quantise import quantise_experts
     from drlora.ranks.continue_adapter import continue_adapter
     from drlora.ranks.dynamics import RankDynamics
     from drlora.ranks.event import Grant
@@ -50,6 +52,8 @@ _NAMES = {
     "config.adapter": ("DrLoraConfig",),
     "export.import_lora": ("load_peft_lora",),
     "io.checkpoint": ("newest_checkpoint", "write_checkpoint"),
+    "moe.loading": ("QuantisedExperts",),
+    "moe.quantise": ("quantise_experts",),
     "ranks.continue_adapter": ("continue_adapter",),
     "ranks.dynamics": ("RankDynamics",),
     "ranks.event": ("Grant",),
@@ -74,6 +78,7 @@ __all__ = [
     "DrLoraConfig",
     "DrLoraError",
     "Grant",
+    "QuantisedExperts",
     "RankDynamics",
     "RunDiverged",
     "RunInterrupted",
@@ -88,6 +93,7 @@ __all__ = [
     "load_recipe",
     "newest_checkpoint",
     "place_ranks",
+    "quantise_experts",
     "rank_map",
     "ranks_from_routing",
     "run_comparison",

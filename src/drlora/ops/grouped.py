@@ -3,11 +3,15 @@
 The base product and the two LoRA products each run as one `torch.nn.functional.grouped_mm` over
 all experts. Factors are padded at compute time only, to the largest active rank rounded up to
 what the alignment of grouped products asks for (16 bytes); storage stays packed.
+
+Experts that are stored in few bits are made wide by ranges, as many at once as `WIDE_BYTES` hold,
+in the forward and again in the backward pass. Autograd keeps nothing of them.
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,15 +20,16 @@ from torch.nn import functional as F
 from drlora.ops.engine import Engine, register_engine
 from drlora.ops.parts import DropoutMasks, LoraPiece
 from drlora.ops.routing import Routing, combine
-from drlora.ops.weights import ExpertWeights, Matrix
+from drlora.ops.weights import ExpertMatrix, ExpertWeights, Matrix
 
 ALIGNMENT_BYTES = 16
+WIDE_BYTES = 2**28  # of experts that are wide at the same time, where they are stored in few bits
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def refuses(base: ExpertWeights) -> str | None:
     """Why torch's grouped product cannot take these weights; None if it can."""
-    if not base.is_stacked:
+    if not base.is_stacked and base.is_plain:
         return "the weights of all experts are not one tensor"
     if base.dtype not in _DTYPES:
         return f"grouped products do not take {base.dtype}"
@@ -56,15 +61,61 @@ def experts_grouped(
 def _base_product(
     matrix: Matrix, x_SI: Tensor, ends_E: Tensor, routing: Routing, base: ExpertWeights
 ) -> Tensor:
-    stacks = [part.dense() for part in base.matrix(matrix).parts]
-    outs = [
-        F.grouped_mm(x_SI, stack_EOI.transpose(1, 2), offs=ends_E)
-        for stack_EOI in stacks
-        if stack_EOI is not None  # nothing else is let in
-    ]
+    outs = [_product(x_SI, ends_E, part) for part in base.matrix(matrix).parts]
     out_SO = outs[0] if len(outs) == 1 else torch.cat(outs, dim=-1)
     bias_EO = base.bias(matrix)
     return out_SO if bias_EO is None else out_SO + bias_EO[routing.expert_S]
+
+
+def _product(x_SI: Tensor, ends_E: Tensor, matrix: ExpertMatrix) -> Tensor:
+    dense_EOI = matrix.dense()
+    if dense_EOI is None:
+        out_SO: Tensor = _Product.apply(x_SI, ends_E, matrix)
+        return out_SO
+    return F.grouped_mm(x_SI, dense_EOI.transpose(1, 2), offs=ends_E)
+
+
+class _Product(torch.autograd.Function):
+    """x W^T of experts that are no tensor; only where the rows of each expert end is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x_SI: Tensor, ends_E: Tensor, matrix: ExpertMatrix) -> Tensor:
+        ctx.save_for_backward(ends_E)
+        ctx.matrix = matrix
+        return _by_ranges(x_SI, ends_E, matrix, turned=True)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (ends_E,) = ctx.saved_tensors
+        return _by_ranges(grads[0], ends_E, ctx.matrix, turned=False), None, None
+
+
+def _by_ranges(x_SI: Tensor, ends_E: Tensor, matrix: ExpertMatrix, turned: bool) -> Tensor:
+    """x W^T, or x W where not `turned`, with one range of experts wide at a time.
+
+    The host learns the ends of ranges, and waits for the device, only where there are several.
+    """
+    experts, outputs, inputs = matrix.shape
+    at_once = min(experts, max(1, WIDE_BYTES // (outputs * inputs * x_SI.element_size())))
+    wide_EOI = x_SI.new_empty(at_once, outputs, inputs)
+    ends = [0] * experts if at_once == experts else ends_E.tolist()
+    outs = []
+    for low in range(0, experts, at_once):
+        high, first = min(low + at_once, experts), ends[low - 1] if low else 0
+        last = len(x_SI) if at_once == experts else ends[high - 1]
+        if first == last:
+            continue
+        for number, expert in enumerate(range(low, high)):
+            matrix.read(expert, wide_EOI[number])
+        range_EOI = wide_EOI[: high - low]
+        outs.append(
+            F.grouped_mm(
+                x_SI[first:last],
+                range_EOI.transpose(1, 2) if turned else range_EOI,
+                offs=ends_E[low:high] - first,
+            )
+        )
+    return torch.cat(outs) if outs else x_SI.new_zeros(0, outputs if turned else inputs)
 
 
 def _add_lora(

@@ -1,0 +1,75 @@
+"""FP8: e4m3 numbers with a scale for each tile of 128 x 128, as DeepSeek-V3 and Qwen3-FP8 have it.
+
+The checkpoints call the scale `weight_scale_inv`; it multiplies.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from drlora.ops.storage.packed import PackedFormat, Parts, register_format
+
+TILE = 128
+LARGEST = 448.0  # of e4m3
+
+
+class Fp8(PackedFormat):
+    """Matrices of any shape; the last tiles of a row or column may be cut off."""
+
+    name = "fp8"
+    bits = 8.0
+    says = "they are stored in 8 bits (FP8), in which an update would be rounded away"
+
+    def encode(self, w_OI: Tensor) -> dict[str, Tensor]:
+        outputs, inputs = w_OI.shape
+        wide_OI = w_OI.float()
+        padded = torch.nn.functional.pad(wide_OI, (0, -inputs % TILE, 0, -outputs % TILE))
+        tiles = padded.unflatten(0, (-1, TILE)).unflatten(2, (-1, TILE))
+        scale_PQ = tiles.abs().amax(dim=(1, 3)).clamp(min=1e-12) / LARGEST
+        codes_OI = wide_OI / _spread(scale_PQ, outputs, inputs)
+        return {"codes": codes_OI.to(torch.float8_e4m3fn), "scale": scale_PQ}
+
+    def decode(self, parts: Parts, out_OI: Tensor) -> Tensor:
+        scale_PQ, (outputs, inputs) = parts["scale"].float(), out_OI.shape
+        wide_OI = _look_up(parts["codes"])
+        if outputs % TILE or inputs % TILE:
+            wide_OI.mul_(_spread(scale_PQ, outputs, inputs))
+        else:
+            wide_OI.view(-1, TILE, inputs // TILE, TILE).mul_(scale_PQ[:, None, :, None])
+        return out_OI.copy_(wide_OI)
+
+    def shape(self, parts: Parts) -> tuple[int, int]:
+        outputs, inputs = parts["codes"].shape
+        return outputs, inputs
+
+
+def _look_up(codes_OI: Tensor) -> Tensor:
+    """(O, I) float32, two numbers a look into a table; torch's own conversion takes longer."""
+    flat = codes_OI.contiguous().view(torch.uint8).view(-1)
+    if len(flat) % 2:
+        return codes_OI.float()
+    wide = torch.empty(len(flat), device=flat.device)
+    index = flat.view(torch.uint16).int()
+    torch.index_select(_pairs(flat.device), 0, index, out=wide.view(torch.int64))
+    return wide.view(codes_OI.shape)
+
+
+@cache
+def _pairs(device: torch.device) -> Tensor:
+    """(65536,) int64: the two float32 numbers of two bytes, the first in the low one."""
+    code = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    both = torch.arange(65536)
+    return (
+        torch.stack([code[both & 255], code[both >> 8]], dim=1).view(torch.int64)[:, 0].to(device)
+    )
+
+
+def _spread(scale_PQ: Tensor, outputs: int, inputs: int) -> Tensor:
+    wide = scale_PQ.repeat_interleave(TILE, 0).repeat_interleave(TILE, 1)
+    return wide[:outputs, :inputs]
+
+
+register_format(Fp8())

@@ -1,0 +1,138 @@
+"""NF4: four bits a number and a scale for each 64, as bitsandbytes has it (QLoRA, 2305.14314).
+
+Bytes and scales equal those of bitsandbytes for every expert, and so do the numbers read back: the
+float32 entry of the table times the float32 scale, rounded once.
+
+Two codes lie in a byte, the first in the high half. Nested, the scales are bytes themselves, with a
+scale for each 256 of them and one offset (`nf4-nested`).
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from drlora.ops.storage.packed import PackedFormat, Parts, register_format
+
+BLOCK, NESTED_BLOCK = 64, 256
+# Quantiles of the normal distribution, scaled to [-1, 1]; the values of bitsandbytes in float32.
+CODES = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+    -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+    0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
+    0.7229568362236023, 1.0,
+)  # fmt: skip
+# Where one code ends and the next begins: those of bitsandbytes' comparisons.
+BOUNDS = (
+    -0.8480964004993439, -0.6106329262256622, -0.4599952697753906, -0.33967943489551544,
+    -0.23460740596055984, -0.13791173323988914, -0.045525018125772475, 0.03979014977812767,
+    0.12025525420904160, 0.20352124422788620, 0.29201376438140870, 0.38931256532669067,
+    0.50166341662406920, 0.64278692007064820, 0.86147838830947880,
+)  # fmt: skip
+
+
+class Nf4(PackedFormat):
+    """Rows of I numbers, I a multiple of 64."""
+
+    name = "nf4"
+    bits = 4 + 32 / BLOCK
+    says = "they are stored in 4 bits (NF4), in which an update would be rounded away"
+
+    def refuses(self, outputs: int, inputs: int) -> str | None:
+        if inputs % BLOCK:
+            return f"{inputs} numbers a row are no multiple of {BLOCK}, which share a scale"
+        return None
+
+    def encode(self, w_OI: Tensor) -> dict[str, Tensor]:
+        blocks_BN = w_OI.contiguous().view(-1, BLOCK).float()
+        absmax_B = blocks_BN.abs().amax(dim=1)
+        scaled_BN = blocks_BN * (1.0 / absmax_B.clamp(min=1e-38))[:, None]
+        codes_BN = _codes_of(scaled_BN.clamp_(-1, 1))
+        pairs = codes_BN.view(-1, 2)
+        outputs, inputs = w_OI.shape
+        return {
+            "codes": ((pairs[:, 0] << 4) | pairs[:, 1]).view(outputs, inputs // 2),
+            "scale": absmax_B.view(outputs, inputs // BLOCK),
+        }
+
+    def decode(self, parts: Parts, out_OI: Tensor) -> Tensor:
+        return _read(parts["codes"], parts["scale"], out_OI)
+
+    def shape(self, parts: Parts) -> tuple[int, int]:
+        outputs, half = parts["codes"].shape
+        return outputs, 2 * half
+
+
+class NestedNf4(Nf4):
+    """The same with scales of eight bits: 4.127 bits a number instead of 4.5."""
+
+    name = "nf4-nested"
+    bits = 4 + 8 / BLOCK + 32 / BLOCK / NESTED_BLOCK
+
+    def encode(self, w_OI: Tensor) -> dict[str, Tensor]:
+        found = super().encode(w_OI)
+        scale_OB = found.pop("scale")
+        offset = scale_OB.mean()
+        flat = (scale_OB - offset).flatten()
+        short = -len(flat) % NESTED_BLOCK
+        blocks_CN = torch.nn.functional.pad(flat, (0, short)).view(-1, NESTED_BLOCK)
+        outer_C = blocks_CN.abs().amax(dim=1)
+        scaled_CN = blocks_CN / outer_C.clamp(min=1e-38)[:, None]
+        table = _eight_bits(w_OI.device)
+        # The nearest entry of the table, which is sorted.
+        codes = torch.bucketize(scaled_CN, (table[1:] + table[:-1]) / 2)
+        found["scale_codes"] = codes.to(torch.uint8).flatten()[: len(flat)].view(scale_OB.shape)
+        found["scale_scale"], found["scale_offset"] = outer_C, offset[None]
+        return found
+
+    def decode(self, parts: Parts, out_OI: Tensor) -> Tensor:
+        codes_OB = parts["scale_codes"]
+        inner = _eight_bits(codes_OB.device)[codes_OB.flatten().int()]
+        outer = parts["scale_scale"].repeat_interleave(NESTED_BLOCK)[: len(inner)]
+        scale_OB = (inner * outer + parts["scale_offset"]).view(codes_OB.shape)
+        return _read(parts["codes"], scale_OB, out_OI)
+
+
+def _codes_of(scaled_BN: Tensor) -> Tensor:
+    """uint8 codes: how many bounds lie below each number. Comparing is faster than bucketize."""
+    codes_BN = torch.zeros(scaled_BN.shape, dtype=torch.uint8, device=scaled_BN.device)
+    for bound in BOUNDS:
+        codes_BN += scaled_BN > bound
+    return codes_BN
+
+
+def _read(codes_OC: Tensor, scale_OB: Tensor, out_OI: Tensor) -> Tensor:
+    """Two numbers a look into a table of all bytes; the scale, in float32; one rounding."""
+    flat = out_OI.view(-1) if out_OI.is_contiguous() and out_OI.dtype == torch.float32 else None
+    wide = torch.empty(out_OI.numel(), device=out_OI.device) if flat is None else flat
+    index = codes_OC.flatten().int()
+    torch.index_select(_pairs(out_OI.device), 0, index, out=wide.view(torch.int64))
+    wide.view(-1, BLOCK).mul_(scale_OB.view(-1, 1))
+    return out_OI if flat is not None else out_OI.copy_(wide.view(out_OI.shape))
+
+
+@cache
+def _pairs(device: torch.device) -> Tensor:
+    """(256,) int64: the two float32 numbers of each byte, side by side."""
+    code, byte = torch.tensor(CODES), torch.arange(256)
+    return torch.stack([code[byte >> 4], code[byte & 15]], dim=1).view(torch.int64)[:, 0].to(device)
+
+
+@cache
+def _eight_bits(device: torch.device) -> Tensor:
+    """(256,) bitsandbytes' table for numbers in eight bits (dynamic exponent, 1511.04561).
+
+    Powers of ten from 1e-6 to 1, each with twice as many steps as the one before; both signs, 0, 1.
+    """
+    found = [0.0, 1.0]
+    for exponent in range(7):
+        edges = torch.linspace(0.1, 1, 2**exponent + 1)
+        means = (edges[:-1] + edges[1:]) / 2 * 10.0 ** (exponent - 6)
+        found += [*means.tolist(), *(-means).tolist()]
+    return torch.tensor(sorted(found)).to(device)
+
+
+register_format(Nf4())
+register_format(NestedNf4())

@@ -1,0 +1,204 @@
+"""`quantise_experts`: packed models compute, train with growth, save and refuse as they should."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from tiny import make_batch, make_class, make_model
+from tiny_adapter import logits, make_settings, train
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+import drlora
+from drlora.adapter.inject import adapted_layers
+from drlora.moe.quantise import quantise_experts
+from drlora.ops.storage.packed import Packed
+
+WIDE = dict(hidden_size=64, intermediate_size=64, moe_intermediate_size=64)
+NAMES = ["nf4", "nf4-nested", "int8", "mxfp4", "fp8"]
+
+
+def base(family="olmoe"):
+    torch.manual_seed(0)
+    if family == "gpt_oss":
+        return make_class("GptOssForCausalLM", hidden_size=64, intermediate_size=64)
+    return make_model(family, **WIDE)
+
+
+def with_packed_numbers(packed):
+    """A plain model whose experts have the numbers that the packed ones stand for."""
+    wide = copy.deepcopy(packed)
+    for module in wide.modules():
+        for key, child in list(module.named_children()):
+            if isinstance(child, Packed):
+                delattr(module, key)
+                module.register_parameter(key, torch.nn.Parameter(child.wide()))
+                module.__class__ = type(module).__mro__[1] if key == "down_proj" else type(module)
+    return wide
+
+
+def adapted(model, **changes):
+    torch.manual_seed(3)
+    found = get_peft_model(model, make_settings(**changes))
+    assert isinstance(found, PeftModel)
+    return found
+
+
+def randomise(model):
+    """LoRA's B starts at zero, and then A has no gradient."""
+    torch.manual_seed(5)
+    for layer in adapted_layers(model, "default").values():
+        for pool in layer.adapter("default").rank_pools.values():
+            owned = (pool.owner >= 0)[:, None]
+            pool.lora_B.data = torch.randn(pool.lora_B.shape) * 0.1 * owned
+
+
+@pytest.mark.parametrize("family", ["olmoe", "qwen3_moe", "mixtral", "gpt_oss"])
+def test_a_packed_model_computes_what_its_numbers_say(family):
+    packed = quantise_experts(base(family), "nf4")
+    wide = with_packed_numbers(packed)
+    torch.testing.assert_close(logits(packed), logits(wide), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(logits(packed), logits(base(family)))
+    held = {name: p for name, p in packed.named_parameters() if ".experts." in name}
+    assert any(name.endswith("gate_up_proj.codes") for name in held)
+    assert all(not p.requires_grad for p in held.values() if p.dtype == torch.uint8)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_training_with_growth_is_that_of_the_wide_model(name):
+    packed = quantise_experts(base(), name)
+    wide = with_packed_numbers(packed)
+    models = [adapted(packed), adapted(wide)]
+    before = logits(models[0])
+    for model in models:
+        train(model)
+    assert not torch.equal(logits(models[0]), before)
+    one, other = (drlora.adapter_state(model) for model in models)
+    for key, value in one.items():
+        assert torch.equal(value, other[key]), key
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_gradients_are_those_of_the_wide_model(family, name):
+    """GPT-OSS keeps (E, I, O), so its sums are taken in another order."""
+    packed = quantise_experts(base(family), name)
+    wide = with_packed_numbers(packed)
+    found = []
+    for model in (adapted(packed), adapted(wide)):
+        randomise(model)
+        model.train()(**make_batch(0)).loss.backward()
+        found.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
+    for key, gradient in found[0].items():
+        error = (gradient - found[1][key]).norm()
+        assert error < 1e-4 * found[1][key].norm().clamp(min=1e-9), key
+
+
+def test_every_expert_that_had_rows_gets_a_gradient():
+    model = adapted(quantise_experts(base(), "nf4"))
+    randomise(model)
+    model.train()
+    model(**make_batch(0)).loss.backward()
+    for layer in adapted_layers(model, "default").values():
+        adapter = layer.adapter("default")
+        used = adapter.meter.sum_E > 0
+        for pool in adapter.rank_pools.values():
+            for expert in torch.where(used)[0].tolist():
+                assert pool.lora_A.grad[pool.owner == expert].any()
+
+
+def test_an_adapter_is_saved_loaded_switched_off_and_taken_away(tmp_path):
+    packed = quantise_experts(base(), "nf4")
+    plain = logits(packed)
+    model = train(adapted(packed))
+    wanted = logits(model)
+    with model.disable_adapter():
+        torch.testing.assert_close(logits(model), plain)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(quantise_experts(base(), "nf4"), tmp_path)
+    assert torch.equal(logits(loaded), wanted)
+    with pytest.raises(drlora.ConfigError, match="stored in 4 bits"):
+        model.merge_and_unload()
+    torch.testing.assert_close(logits(model.unload()), plain)
+
+
+def test_generation_and_16_bits():
+    packed = quantise_experts(base().to(torch.bfloat16), "int8")
+    assert all(m.dtype == torch.bfloat16 for m in packed.modules() if isinstance(m, Packed))
+    ids = make_batch(0)["input_ids"][:1, :4]
+    out = adapted(packed).generate(input_ids=ids, max_new_tokens=4, do_sample=False)
+    assert out.shape == (1, 8)
+
+
+def test_packing_is_the_same_every_time():
+    one, other = (quantise_experts(base(), "nf4-nested").state_dict() for _ in range(2))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.mark.parametrize(
+    ("make", "storage", "message"),
+    [
+        (base, "nf5", "storage 'nf5' is not known"),
+        (lambda: make_model("olmoe"), "nf4", "cannot be packed as nf4: .* no multiple of 64"),
+        (lambda: quantise_experts(base(), "int8"), "nf4", "is packed already, as int8"),
+        (lambda: torch.nn.Linear(4, 4), "nf4", "has no Mixture-of-Experts block"),
+        (lambda: make_class("DbrxForCausalLM"), "int8", "not kept as transformers' experts inter"),
+    ],
+)
+def test_what_cannot_be_packed_is_refused_and_left_as_it_was(make, storage, message):
+    model = make()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(drlora.ConfigError, match=message):
+        quantise_experts(model, storage)
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[key], before[key]) for key in before)
+
+
+# While loading.
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("family", ["olmoe", "mixtral", "gpt_oss"])
+def test_packed_while_loading_it_is_what_packing_in_place_gives(tmp_path, family, name, dtype):
+    """Mixtral's checkpoint has experts apart, which transformers puts together first."""
+    base(family).save_pretrained(tmp_path)
+    config = drlora.QuantisedExperts(name)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype, quantization_config=config)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+    held = [sum(p.numel() * p.element_size() for p in m.parameters()) for m in (loaded, plain)]
+    assert held[0] < held[1]
+    wanted, found = quantise_experts(plain, name).state_dict(), loaded.state_dict()
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+    assert torch.equal(logits(loaded), logits(plain))
+
+
+def test_a_loaded_model_trains_and_says_that_it_is_quantised(tmp_path):
+    base().save_pretrained(tmp_path / "base")
+    config = drlora.QuantisedExperts("nf4-nested")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=config)
+    assert loaded.config.quantization_config.storage == "nf4-nested"
+    model = train(adapted(loaded))
+    model.save_pretrained(tmp_path / "adapter")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=config)
+    read = PeftModel.from_pretrained(again, tmp_path / "adapter")
+    assert torch.equal(logits(read), logits(model))
+
+
+def test_what_cannot_be_packed_is_refused_before_it_is_read(tmp_path):
+    with pytest.raises(drlora.ConfigError, match="storage 'int3' is not known"):
+        drlora.QuantisedExperts("int3")
+    make_model("olmoe").save_pretrained(tmp_path / "narrow")
+    sizes = dict(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1)
+    dense = LlamaForCausalLM(LlamaConfig(num_attention_heads=1, **sizes))
+    dense.save_pretrained(tmp_path / "dense")
+    for name, said in (("narrow", "no multiple of 64"), ("dense", "has nothing to pack")):
+        with pytest.raises(drlora.ConfigError, match=said):
+            AutoModelForCausalLM.from_pretrained(
+                tmp_path / name, quantization_config=drlora.QuantisedExperts("nf4")
+            )
