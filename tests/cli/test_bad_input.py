@@ -104,7 +104,7 @@ def the_message(code: int, capsys) -> str:
         ("tokenizer=./nowhere", ["tokenizer", "./nowhere"]),
         # data
         ("data.train=./missing.jsonl", ["missing.jsonl", "no such file"]),
-        ("data.train=words.csv", ["words.csv", ".jsonl"]),
+        ("data.train=words.xlsx", ["words.xlsx", ".jsonl"]),
         ("data.train=embedded:nothing", ["'nothing'", "pronunciation"]),
         ("data.columns={prompt: question}", ["'question'", "'prompt'"]),
         ("data.columns={promt: question}", ["promt", "did you mean data.columns.prompt?"]),
