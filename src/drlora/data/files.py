@@ -257,7 +257,7 @@ def _load_file(path: Path) -> tuple[datasets.Dataset, str, str]:
         found = _read(lambda: _whole(path, reader), str(path), hint)
         place, numbers = numbers_of(path, reader, len(found))
     except DataError:
-        if reader == "json":
+        if reader == "json" and path.suffix != ".zst":
             diagnose(path)
         raise
     return _placed(found, place, numbers), str(path), hint

@@ -16,7 +16,6 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import pyarrow.compute as pc
 from datasets import Dataset, Features, Json, List, Value
 
 from drlora.errors import DataError, shown
@@ -217,8 +216,8 @@ def suspects(found: Dataset, form: Form) -> list[int]:
     for name, column in form.columns.items():
         feature = found.features[column]
         if feature == Value("string"):
-            blank = pc.equal(pc.utf8_trim_whitespace(found.data.column(column)), "")
-            rows |= set(pc.indices_nonzero(pc.fill_null(blank, True)).to_pylist())
+            texts = enumerate(found[column][:])
+            rows |= {row for row, text in texts if text is None or not text.strip()}
         elif not isinstance(feature, List) or (
             name in ("answers", "choices") and feature != List(Value("string"))
         ):

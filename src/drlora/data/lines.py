@@ -23,6 +23,8 @@ def suffix_of(path: Path) -> str:
 
 def numbers_of(path: Path, reader: str, count: int) -> tuple[str, Sequence[int]]:
     """What records are counted in, and the number of each."""
+    if path.suffix == ".zst":
+        return "row", range(1, count + 1)
     if reader == "json" and _starts_list(path):
         return "item", range(1, count + 1)
     if reader != "json":
@@ -40,9 +42,7 @@ def numbers_of(path: Path, reader: str, count: int) -> tuple[str, Sequence[int]]
 
 def opened(path: Path) -> IO[bytes]:
     if path.suffix == ".zst":
-        import zstandard
-
-        return cast("IO[bytes]", zstandard.open(path, "rb"))
+        raise DataError(f"{path}: a .csv or .tsv inside .zst is not read; unpack it")
     return cast("IO[bytes]", OPENERS.get(path.suffix, open)(path, "rb"))
 
 
