@@ -21,7 +21,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 UNIX_ONLY = {"crypt", "fcntl", "grp", "nis", "posix", "pty", "pwd", "readline", "resource", "spwd",
              "syslog", "termios", "tty"}  # fmt: skip
 # Packages that are imported where an option asks for them, and refused in words where missing.
-ON_DEMAND = {"triton", "shtab", "playwright", "zstandard"}
+ON_DEMAND = {"triton", "shtab", "playwright"}
 
 
 def top_level(tree: ast.Module) -> list[ast.stmt]:
