@@ -21,7 +21,7 @@ help: ## list the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 train: $(VENV)/.ok ## fine-tune the embedded model on the embedded data, into a new folder under runs/
-	$(BIN)/drlora train recipes/embedded.yaml output_dir=runs/embedded-$(shell date +%Y%m%d-%H%M%S) $(ARGS)
+	$(BIN)/drlora train embedded output_dir=runs/embedded-$(shell date +%Y%m%d-%H%M%S) $(ARGS)
 
 compare: $(VENV)/.ok ## compare methods as experiments/quick.yaml says; goes on where it was stopped
 	$(BIN)/drlora compare experiments/quick.yaml $(ARGS)

@@ -34,7 +34,8 @@ from drlora.io.jsonl import forget_after, read_lines
 from drlora.moe.blocks import find_blocks
 from drlora.ranks.schedule import plan_growth
 from drlora.report.write import write_report
-from drlora.runs.loading import load_adapter, load_tokenizer, training_arguments
+from drlora.runs.arguments import training_arguments
+from drlora.runs.loading import load_adapter, load_tokenizer
 from drlora.runs.recipe import Recipe, adapter_settings, load_recipe, recipe_from
 from drlora.runs.rundir import RunDir
 from drlora.runs.sources import find_source
@@ -163,7 +164,7 @@ def _read_adapter(world: Path, folder: Path) -> None:
 
 def _read_data(world: Path, folder: Path) -> None:
     for path in folder.iterdir():
-        encoded = encode_examples(load_examples(str(path)), _tokenizer(), 64).dataset
+        encoded = encode_examples(load_examples(str(path)), _tokenizer(), 64).tokens
         Collator(_tokenizer())([encoded[0]])
 
 

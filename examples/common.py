@@ -100,7 +100,7 @@ def add_adapter(base: PreTrainedModel, steps: int) -> PeftModel:
 def load_data(tokenizer: PreTrainedTokenizerBase, steps: int) -> Dataset:
     """As much of the embedded task as `steps` batches take; the loss is on the completions."""
     examples = load_examples(TASK, split=f"train[:{BATCH * steps}]")
-    return encode_examples(examples, tokenizer, MAX_LENGTH).dataset
+    return encode_examples(examples, tokenizer, MAX_LENGTH).tokens
 
 
 def load_pairs(steps: int) -> Dataset:

@@ -2,7 +2,7 @@
 
 python examples/dpo.py [--tiny] [--steps 120] [--out FOLDER]
 
-Rejected here is the answer to another prompt. Needs the extra `drlora[trl]`.
+Rejected here is the answer to another prompt.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 python examples/grpo.py [--tiny] [--steps 120] [--out FOLDER]
 
-`beta` above 0 asks for a reference: the adapter switched off. Needs the extra `drlora[trl]`.
+`beta` above 0 asks for a reference: the adapter switched off.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 python examples/sft.py [--tiny] [--steps 120] [--out FOLDER]
 
-The trainer puts the adapter in itself, from `peft_config`. Needs the extra `drlora[trl]`.
+The trainer puts the adapter in itself, from `peft_config`.
 """
 
 from __future__ import annotations

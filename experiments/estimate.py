@@ -1,7 +1,7 @@
 """What recipes and plans of large models would need on one 80 GB GPU: estimates, not measured.
 
     python experiments/estimate.py            prints the lines
-    python experiments/estimate.py --write    puts them into recipes/ and experiments/paper/
+    python experiments/estimate.py --write    puts them into the recipes and plans
 
 Memory is what `drlora inspect` computes for the recipe's micro-batch. Time is arithmetic:
 
@@ -33,10 +33,10 @@ DOLLARS_AN_HOUR = 2.5  # assumed
 GPU_GB = 80
 # File -> the config that stands for its model, which is on the hub.
 CONFIGS = {
-    **{f"recipes/paper/{task}.yaml": "olmoe-1b-7b"
+    **{f"src/drlora/recipes/paper/{task}.yaml": "olmoe-1b-7b"
        for task in ("gsm8k", "humaneval", "ifeval", "medmcqa", "wmt", "ledgar")},
-    "recipes/qwen3-30b-a3b.yaml": "qwen3-30b-a3b",
-    "recipes/gpt-oss-20b.yaml": "gpt-oss-20b",
+    "src/drlora/recipes/qwen3-30b-a3b.yaml": "qwen3-30b-a3b",
+    "src/drlora/recipes/gpt-oss-20b.yaml": "gpt-oss-20b",
     "experiments/paper/olmoe.yaml": "olmoe-1b-7b",
     "experiments/paper/qwen1.5-moe.yaml": "qwen1.5-moe-a2.7b",
     "experiments/paper/llama-moe-like.yaml": "llama-moe-like-3.5b",
@@ -45,7 +45,7 @@ CONFIGS = {
 
 def config_of(file: str) -> str:
     """Path of the config.json that stands for the model of a recipe or plan."""
-    return str(ROOT / "recipes" / "models" / f"{CONFIGS[file]}.json")
+    return str(ROOT / "experiments" / "paper" / "models" / f"{CONFIGS[file]}.json")
 
 
 def micro_batch_tokens(recipe: Recipe) -> int:
@@ -114,7 +114,7 @@ def plan_line(file: str) -> str:
 def lines() -> Iterator[tuple[str, str]]:
     """(file, its line)."""
     for file in CONFIGS:
-        yield file, (recipe_line if file.startswith("recipes/") else plan_line)(file)
+        yield file, (recipe_line if file.startswith("src/") else plan_line)(file)
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).parent
-RECIPE = HERE.parents[1] / "recipes" / "embedded.yaml"
+RECIPE = HERE.parents[1] / "src/drlora/recipes/embedded.yaml"
 MODES = ("inherit", "own", "shared")
 TASKS = ("kinds", "pronunciation")
 SEEDS = (1, 2, 3)

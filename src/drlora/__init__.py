@@ -6,8 +6,9 @@
     model = get_peft_model(base_model, drlora.DrLoraConfig(r_init=8, r_target=16, r_max=32))
     trainer = Trainer(model=model, ..., callbacks=[drlora.DrLoraCallback()])
 
-Every verb of the command line is a function here too: `load_recipe` and `train`, `evaluate`,
-`inspect`, `export_adapter`, `write_report`, `run_comparison`.
+Every verb of the command line is a function here too: `write_recipe`, `load_recipe`, `look_at_data`
+and `train`, `evaluate`, `generate`, `chat`, `inspect`, `export_adapter`, `write_report`,
+`run_comparison`.
 
 Importing drlora registers the method with PEFT (see `registration`). The names below are imported
 from where they are defined when they are first used. The method: arXiv 2601.04823.
@@ -37,9 +38,13 @@ if TYPE_CHECKING:
     from drlora.ranks.rank_map import rank_map, start_ranks
     from drlora.ranks.starts import place_ranks, ranks_from_routing
     from drlora.report.write import write_report
+    from drlora.runs.chat import chat
     from drlora.runs.evaluate import evaluate
     from drlora.runs.export import export_adapter
+    from drlora.runs.generate import generate
     from drlora.runs.inspect import inspect
+    from drlora.runs.look import look_at_data
+    from drlora.runs.new_recipe import write_recipe
     from drlora.runs.outcome import RunDiverged, RunInterrupted
     from drlora.runs.recipe import load_recipe
     from drlora.runs.train import train
@@ -60,9 +65,13 @@ _NAMES = {
     "ranks.rank_map": ("rank_map", "start_ranks"),
     "ranks.starts": ("place_ranks", "ranks_from_routing"),
     "report.write": ("write_report",),
+    "runs.chat": ("chat",),
     "runs.evaluate": ("evaluate",),
     "runs.export": ("export_adapter",),
+    "runs.generate": ("generate",),
     "runs.inspect": ("inspect",),
+    "runs.look": ("look_at_data",),
+    "runs.new_recipe": ("write_recipe",),
     "runs.outcome": ("RunDiverged", "RunInterrupted"),
     "runs.recipe": ("load_recipe",),
     "runs.train": ("train",),
@@ -85,12 +94,15 @@ __all__ = [
     "SyncError",
     "__version__",
     "adapter_state",
+    "chat",
     "continue_adapter",
     "evaluate",
     "export_adapter",
+    "generate",
     "inspect",
     "load_peft_lora",
     "load_recipe",
+    "look_at_data",
     "newest_checkpoint",
     "place_ranks",
     "quantise_experts",
@@ -100,6 +112,7 @@ __all__ = [
     "start_ranks",
     "train",
     "write_checkpoint",
+    "write_recipe",
     "write_report",
 ]
 

@@ -35,7 +35,7 @@ def refused(folder, capsys, monkeypatch):
     def no_training(*arguments, **settings):
         raise AssertionError("training was started")
 
-    monkeypatch.setattr("drlora.runs.training.RunTrainer", no_training)
+    monkeypatch.setattr("drlora.runs.training.make_trainer", no_training)
 
     def call(*arguments: str) -> str:
         code = main(["train", str(folder / "recipe.yaml"), *arguments])
@@ -104,7 +104,8 @@ def the_message(code: int, capsys) -> str:
         ("tokenizer=./nowhere", ["tokenizer", "./nowhere"]),
         # data
         ("data.train=./missing.jsonl", ["missing.jsonl", "no such file"]),
-        ("data.train=words.csv", ["words.csv", ".jsonl"]),
+        ("data.train=words.csv", ["words.csv", "no such file"]),
+        ("data.train=words.docx", ["words.docx", ".jsonl", ".csv"]),
         ("data.train=embedded:nothing", ["'nothing'", "pronunciation"]),
         ("data.columns={prompt: question}", ["'question'", "'prompt'"]),
         ("data.columns={promt: question}", ["promt", "did you mean data.columns.prompt?"]),

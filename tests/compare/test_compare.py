@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 from tiny_run import save_all, save_examples
+from trl.trainer import sft_trainer
 
 import drlora
 import drlora.compare.cells as cells_module
@@ -24,7 +25,6 @@ from drlora.compare.packed import pack, read_packed, read_places
 from drlora.compare.plan import Tune, load_plan, plan_from
 from drlora.compare.results import Folder, read_matrix, write_result
 from drlora.compare.run import _locked
-from drlora.data import Collator
 from drlora.errors import CheckpointError
 
 GRID = [0.01, 0.03]
@@ -294,13 +294,13 @@ def test_methods_see_the_same_batches_in_the_same_order(tmp_path, monkeypatch):
     plan = load_plan(save_plan(tmp_path, methods=["lora", "static", "drlora"]))
     seen: list[list] = []
 
-    class Watching(Collator):
-        def __call__(self, features):
-            batch = super().__call__(features)
+    class Watching(sft_trainer.DataCollatorForLanguageModeling):
+        def __call__(self, features, return_tensors=None):
+            batch = super().__call__(features, return_tensors)
             seen[-1].append(batch["input_ids"].tolist())
             return batch
 
-    monkeypatch.setattr("drlora.runs.training.Collator", Watching)
+    monkeypatch.setattr(sft_trainer, "DataCollatorForLanguageModeling", Watching)
     for cell in compare_cells(plan, dict.fromkeys(places(plan), {})):
         seen.append([])
         train_module.train(replace(cell.recipe, output_dir=str(tmp_path / cell.name)))

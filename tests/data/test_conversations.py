@@ -1,30 +1,19 @@
 """Chat templates: what the assistant says is learned, or a sentence says why not."""
 
 import json
-from pathlib import Path
 
 import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import trl
 from byte_tokens import byte_tokenizer, split_text
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from drlora.data import encode_examples, load_examples
-from drlora.embedded import model_folder
 from drlora.errors import DataError
 
-TEMPLATES = sorted((Path(trl.__file__).parent / "chat_templates").glob("*.jinja"))
-CHATS = {
-    "single": [("user", "QQQ"), ("assistant", "AAA")],
-    "system": [("system", "SSS"), ("user", "QQQ"), ("assistant", "AAA")],
-    "multi": [("user", "QQQ"), ("assistant", "AAA"), ("user", "RRR"), ("assistant", "BBB")],
-    "think": [("user", "QQQ"), ("assistant", "<think>\nTTT\n</think>\n\nAAA")],
-    "reason": [("user", "QQQ"), ("assistant", "AAA", "TTT")],
-}
 MARKED = (
     "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' %}{% generation %}"
     "{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}{{ eos_token }}\n"
@@ -49,26 +38,8 @@ def encode(template, *conversations, tokenizer=None):
     tokenizer = tokenizer or byte_tokenizer()
     tokenizer.chat_template = template
     rows = Dataset.from_list([{"messages": messages} for messages in conversations])
-    encoded = encode_examples(rows, tokenizer, 1000).dataset
+    encoded = encode_examples(rows, tokenizer, 1000).tokens
     return [split_text(tokenizer, row) for row in encoded]
-
-
-@pytest.mark.parametrize("path", TEMPLATES, ids=lambda path: path.stem)
-def test_a_real_template_teaches_what_the_assistant_says_or_is_refused(path):
-    """Every part of the assistant's is learned, and nothing that anybody else says."""
-    tokenizer = AutoTokenizer.from_pretrained(model_folder())
-    for name, chat in CHATS.items():
-        try:
-            ((context, learned),) = encode(path.read_text(), turns(*chat), tokenizer=tokenizer)
-        except DataError as error:
-            assert "the chat template cannot be used on it" in str(error)
-            continue
-        said = [part for _, *parts in chat for part in parts]
-        for word in ("AAA", "BBB", "TTT"):
-            assert (word in learned) == any(word in part for part in said), (name, learned)
-        for word in ("QQQ", "RRR", "SSS"):
-            assert (word in context) == any(word in part for part in said), (name, context)
-            assert word not in learned, (name, learned)
 
 
 def test_the_stop_token_after_a_marked_turn_is_learned_in_every_turn():
@@ -144,7 +115,7 @@ def test_tool_calls_that_a_table_filled_up_are_refused(tmp_path):
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "calls.parquet")
     template = PLAIN.replace("{{ m.content }}", "{{ m.content }}{{ m.tool_calls }}")
     tokenizer = byte_tokenizer(template)
-    with pytest.raises(DataError, match="a tool call in message 2 has arguments.*as .jsonl"):
+    with pytest.raises(DataError, match="message 2 has a tool call with arguments.*as .jsonl"):
         encode_examples(load_examples(str(tmp_path / "calls.parquet")), tokenizer, 1000)
 
 
@@ -190,7 +161,7 @@ def test_a_tokenizer_that_puts_a_space_before_every_text_keeps_the_text():
              ("def f(x):\n", "    return x"), ("the ans", "wer is 42")]  # fmt: skip
     rows = Dataset.from_list([{"prompt": p, "completion": c} for p, c in pairs])
     for (prompt, completion), row in zip(
-        pairs, encode_examples(rows, tokenizer, 64).dataset, strict=True
+        pairs, encode_examples(rows, tokenizer, 64).tokens, strict=True
     ):
         whole = tokenizer(prompt + completion)["input_ids"]
         assert row["input_ids"] == [*whole, tokenizer.eos_token_id]

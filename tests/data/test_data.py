@@ -103,12 +103,11 @@ def refused(source: str, **options) -> str:
 
 
 def test_missing_and_unknown_sources(tmp_path):
+    (tmp_path / "empty").mkdir()
     assert "nowhere.jsonl: no such file" in refused(str(tmp_path / "nowhere.jsonl"))
-    (tmp_path / "a.csv").write_text("a,b\n")
-    assert "cannot read '.csv' files; use .json, .jsonl, .parquet" in refused(
-        str(tmp_path / "a.csv")
-    )
-    assert "is a folder" in refused(str(tmp_path))
+    (tmp_path / "a.xlsx").write_text("a,b\n")
+    assert "cannot read '.xlsx' files; use .jsonl, .json, .csv" in refused(str(tmp_path / "a.xlsx"))
+    assert "is a folder without data files" in refused(str(tmp_path / "empty"))
     assert "there are definitions, kinds, pronunciation" in refused("embedded:nonsense")
     assert "there are dev, test, train" in refused("embedded:definitions", split="validation")
     path = write(tmp_path / "a.jsonl", *PAIRS)
@@ -154,7 +153,7 @@ def test_columns_that_are_not_there(tmp_path):
     assert "prompt and completion, or messages, or text" in message
     message = refused(path, columns={"prompt": "query", "completion": "answer"})
     assert "no column 'query'" in message and "found are 'question', 'answer'" in message
-    assert "columns names 'input'" in refused(path, columns={"input": "question"})
+    assert "columns names 'story'" in refused(path, columns={"story": "question"})
 
 
 @pytest.mark.parametrize(
@@ -162,7 +161,7 @@ def test_columns_that_are_not_there(tmp_path):
     [
         ({"prompt": 3, "completion": "c"}, "'prompt' must be a string, not 3"),
         ({"prompt": "a", "completion": " "}, "'completion' must be a string that is not empty"),
-        ({"prompt": "a"}, "'completion' must be a string that is not empty, not missing"),
+        ({"prompt": "a"}, "'completion' must be a string that is not empty, not None"),
         ({"prompt": "a", "completion": "c", "answers": [1]}, "'answers' must be a list of strings"),
         ({"prompt": "a", "completion": "c", "choices": "c"}, "'choices' must be a list of strings"),
     ],
@@ -187,7 +186,7 @@ def encode(records, tokenizer, max_length=100):
 def test_completion_has_loss_on_completion_and_eos_only(pattern, head):
     tokenizer = byte_tokenizer(pattern=pattern)
     encoded = encode(PAIRS, tokenizer)
-    assert [split_text(tokenizer, row) for row in encoded.dataset] == [
+    assert [split_text(tokenizer, row) for row in encoded.tokens] == [
         (f"{head}ab", " c</s>"),
         (f"{head}x", " yz</s>"),
     ]
@@ -197,7 +196,7 @@ def test_completion_has_loss_on_completion_and_eos_only(pattern, head):
 def test_text_has_loss_everywhere():
     tokenizer = byte_tokenizer()
     encoded = encode([{"text": "abc"}], tokenizer)
-    assert split_text(tokenizer, encoded.dataset[0]) == ("", "abc</s>")
+    assert split_text(tokenizer, encoded.tokens[0]) == ("", "abc</s>")
 
 
 CONVERSATION = [
@@ -212,7 +211,7 @@ CONVERSATION = [
 def test_messages_have_loss_on_assistant_turns(template):
     tokenizer = byte_tokenizer(template)
     encoded = encode([{"messages": CONVERSATION}], tokenizer)
-    assert split_text(tokenizer, encoded.dataset[0]) == (
+    assert split_text(tokenizer, encoded.tokens[0]) == (
         "<user>hi</s><assistant><user>so</s><assistant>",
         "ho</s>no</s>",
     )
@@ -223,7 +222,7 @@ def test_token_merged_across_the_start_of_a_turn_has_loss():
     tokenizer.add_tokens(["\n\n"])
     turns = [CONVERSATION[0], {"role": "assistant", "content": "\nho"}]
     encoded = encode([{"messages": turns}], tokenizer)
-    assert split_text(tokenizer, encoded.dataset[0]) == (
+    assert split_text(tokenizer, encoded.tokens[0]) == (
         "<user>\nhi</s><assistant>",
         "\n\nho</s>",
     )
@@ -232,7 +231,7 @@ def test_token_merged_across_the_start_of_a_turn_has_loss():
 def test_template_without_eos_gets_one():
     tokenizer = byte_tokenizer(CHAT.replace("</s>", "\n"))
     encoded = encode([{"messages": CONVERSATION[:2]}], tokenizer)
-    assert split_text(tokenizer, encoded.dataset[0])[1] == "ho\n</s>"
+    assert split_text(tokenizer, encoded.tokens[0])[1] == "ho\n</s>"
 
 
 def test_messages_need_a_usable_template():
@@ -262,7 +261,7 @@ def test_completions_cut_away_are_counted_and_reported(caplog):
     with caplog.at_level(logging.WARNING, logger="drlora"):
         encoded = encode(records, tokenizer, max_length=4)
     assert (encoded.dropped, encoded.truncated) == (1, 1)
-    assert [split_text(tokenizer, row) for row in encoded.dataset] == [("a", "b</s>"), ("ab", "cd")]
+    assert [split_text(tokenizer, row) for row in encoded.tokens] == [("a", "b</s>"), ("ab", "cd")]
     assert "1 of 3 examples left out" in caplog.text
     assert "1 of 3 examples cut" in caplog.text
 

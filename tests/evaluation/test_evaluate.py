@@ -243,10 +243,10 @@ def test_generation_stops_once_all_have_ended(tokenizer, monkeypatch):
 
 def test_limit_and_samples(tokenizer):
     model = successor_model(tokenizer, ["xa\n"])
-    examples = [{"prompt": "x", "completion": "a"}] * 9
-    result = exact_match(model, tokenizer, examples, 4, 3, limit=7)
-    assert (result.total, result.correct, len(result.samples)) == (7, 7, 5)
-    assert exact_match(model, tokenizer, examples, 4, 3, limit=100).total == 9
+    examples = [{"prompt": "x", "completion": "a"}] * 12
+    result = exact_match(model, tokenizer, examples, 4, 3, limit=11)
+    assert (result.total, result.correct, len(result.samples)) == (11, 11, 10)
+    assert exact_match(model, tokenizer, examples, 4, 3, limit=100).total == 12
 
 
 def test_tokenizer_is_left_as_it_was(tokenizer):

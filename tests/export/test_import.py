@@ -241,7 +241,7 @@ class TestRecipe:
     def test_what_does_not_fit(self, tmp_path, capsys, monkeypatch, overrides, part):
         recipe, _ = self.start(tmp_path, adapter=dict(r_init=2))
         save_model_folder(tmp_path / "other", num_experts=5)
-        monkeypatch.delattr("drlora.runs.training.RunTrainer")
+        monkeypatch.delattr("drlora.runs.training.make_trainer")
         named = [word.replace("OTHER", str(tmp_path / "other")) for word in overrides]
         assert main(["train", str(recipe), *named]) == 2
         assert part in capsys.readouterr().err

@@ -4,7 +4,10 @@ What is not run has a comment `<!-- not run: reason -->` before it, or is named 
 Run: make test ARGS=tests/project/test_docs.py
 """
 
+import dataclasses
+import importlib
 import importlib.util
+import io
 import json
 import re
 import shlex
@@ -70,12 +73,11 @@ def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pages")
     save_all(folder / "path" / "to")
     shutil.move(folder / "path/to/recipe.yaml", folder / "tiny.yaml")
-    (folder / "recipes").mkdir()
     recipe = yaml.safe_load((folder / "tiny.yaml").read_text())
     for name in ("own-data", "embedded"):
         recipe["output_dir"] = f"runs/{name}"
         recipe["data"]["test"] = recipe["data"]["eval"]
-        (folder / "recipes" / f"{name}.yaml").write_text(yaml.safe_dump(recipe))
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(recipe))
     shutil.copytree(
         ROOT / "experiments",
         folder / "experiments",
@@ -91,7 +93,7 @@ def world(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         for name in ("own-data", "embedded"):
-            assert main(["train", f"recipes/{name}.yaml", *SHORT]) == 0
+            assert main(["train", f"{name}.yaml", *SHORT]) == 0
         export = ["export", "runs/own-data", "-o"]
         for name in ("peft", "merged"):
             assert main([*export, f"out/{name}", "--format", name]) == 0
@@ -100,7 +102,7 @@ def world(tmp_path_factory):
 
 NAMES = {
     "allenai/OLMoE-1B-7B-0924": "path/to/model",
-    "RECIPE.yaml": "recipes/own-data.yaml",
+    "RECIPE.yaml": "own-data.yaml",
     "MODEL": "path/to/model",
     "RUN": "runs/own-data",
 }
@@ -109,10 +111,13 @@ NAMES = {
 @pytest.mark.parametrize("page", ["README.md", *(f"docs/{name}" for name in PAGES)])
 def test_commands(page, world, tmp_path, monkeypatch, capsys):
     """Training and comparing stop before the weights; the pages' own numbers of steps stay."""
+    monkeypatch.setattr("sys.stdin", io.StringIO())  # of a chat
     monkeypatch.chdir(world)
     for line in commands(page):
         words = [NAMES.get(word, word) for word in shlex.split(line, comments=True)[1:]]
         verb = words[0]
+        if verb == "init" and "--list" not in words:
+            words = [*words, "-o", str(tmp_path / f"new-{len(list(tmp_path.iterdir()))}.yaml")]
         if verb in ("train", "compare") and "--resume" not in words:
             words += [] if "--dry-run" in words else ["--dry-run"]
             if verb == "train":
@@ -179,6 +184,33 @@ def test_python(page, names):
         assert language not in ("bash", "sh") or reason, (page, code)
         if language == "python":
             compile(code.replace(", ...)", ")"), page, "exec")
+
+
+@pytest.fixture
+def recipe_keys(monkeypatch):
+    """tools/make_recipe_keys.py"""
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    return importlib.import_module("make_recipe_keys")
+
+
+def test_the_page_of_recipe_keys_is_what_the_code_says(recipe_keys):
+    text = recipe_keys.PAGE.read_text("utf-8")
+    assert text == recipe_keys.with_keys(text), "python tools/make_recipe_keys.py"
+    keys = re.findall(r"^\| `([\w.]+)` \|", text, re.M)
+    assert len(keys) == len(set(keys)) > 60
+    known = set(fields_of(recipe_keys))
+    assert known <= set(keys)
+
+
+def fields_of(recipe_keys):
+    """Every key that a recipe can have, but for those of `training`."""
+    sections = {"data": recipe_keys.DataSection, "evaluation": recipe_keys.EvaluationSection}
+    for field in dataclasses.fields(recipe_keys.Recipe):
+        if field.name not in recipe_keys.SECTIONS:
+            yield field.name
+    for section, kind in sections.items():
+        yield from (f"{section}.{field.name}" for field in dataclasses.fields(kind))
+    yield from (f"adapter.{name}" for name in (*recipe_keys.adapter_settings(), "preset"))
 
 
 def test_the_tutorial():

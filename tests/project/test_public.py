@@ -27,12 +27,15 @@ NAMES = {
     "SyncError",
     "__version__",
     "adapter_state",
+    "chat",
     "continue_adapter",
     "evaluate",
     "export_adapter",
+    "generate",
     "inspect",
     "load_peft_lora",
     "load_recipe",
+    "look_at_data",
     "newest_checkpoint",
     "QuantisedExperts",
     "place_ranks",
@@ -43,6 +46,7 @@ NAMES = {
     "start_ranks",
     "train",
     "write_checkpoint",
+    "write_recipe",
     "write_report",
 }
 SETTINGS = {
@@ -124,12 +128,23 @@ def test_signatures_of_imports():
 def test_command_line_verbs():
     (verbs,) = [a for a in make_parser()._actions if isinstance(a, argparse._SubParsersAction)]
     assert set(verbs.choices) == {
-        "train", "eval", "inspect", "export", "compare", "report", "env",
+        "init", "data", "train", "eval", "generate", "chat", "inspect", "export", "compare",
+        "report", "env",
     }  # fmt: skip
 
 
 WINGS = {path.stem for path in Path(drlora.__file__).parent.iterdir()}
 VERBS = {
+    "write_recipe": ["output", "overrides", "name"],
+    "look_at_data": ["recipe", "examples"],
+    "generate": [
+        "folder", "prompts", "compare", "seed", "batch_size", "chat_template", "model",
+        "trust_remote_code", "on_answer", "settings",
+    ],
+    "chat": [
+        "folder", "compare", "system", "seed", "chat_template", "model", "trust_remote_code",
+        "settings",
+    ],
     "train": ["recipe", "resume", "overwrite", "progress"],
     "load_recipe": ["source", "overrides", "resume"],
     "evaluate": ["folder", "split", "data", "model", "trust_remote_code"],

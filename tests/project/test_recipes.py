@@ -1,7 +1,7 @@
 """Recipes and plans of large models hold together, as far as that shows without a network.
 
-The hub's models are their config.json files (recipes/models) on the meta device, its data sets one
-made-up record in their own columns.
+The hub's models are their config.json files (experiments/paper/models) on the meta device, its data
+sets one made-up record in their own columns.
 Run: make test ARGS=tests/project/test_recipes.py
 """
 
@@ -21,7 +21,7 @@ from drlora.runs.recipe import load_recipe
 from experiments import estimate
 
 ROOT = Path(__file__).parents[2]
-RECIPES = [file for file in estimate.CONFIGS if file.startswith("recipes/")]
+RECIPES = [file for file in estimate.CONFIGS if file.startswith("src/")]
 PLANS = [file for file in estimate.CONFIGS if file.startswith("experiments/")]
 MODELS = {
     "olmoe-1b-7b": ("OlmoeForCausalLM", 6.9, 64, 8),
@@ -51,7 +51,7 @@ WMT = {
 
 
 def prepare():
-    spec = importlib.util.spec_from_file_location("prepare", ROOT / "recipes/paper/prepare.py")
+    spec = importlib.util.spec_from_file_location("prepare", ROOT / "experiments/paper/prepare.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -60,7 +60,9 @@ def prepare():
 
 @functools.cache
 def skeleton(name):
-    return model_on_meta(load_architecture(str(ROOT / "recipes" / "models" / f"{name}.json")))
+    return model_on_meta(
+        load_architecture(str(ROOT / "experiments" / "paper" / "models" / f"{name}.json"))
+    )
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -69,7 +71,7 @@ def test_models_have_their_published_sizes(name):
     model = skeleton(name)
     assert type(model).__name__ == kind
     assert round(sum(p.numel() for p in model.parameters()) / 1e9, 1) == billions
-    config = load_recipe(ROOT / "recipes" / "paper" / "gsm8k.yaml").adapter_config()
+    config = load_recipe(ROOT / "src/drlora/recipes/paper/gsm8k.yaml").adapter_config()
     assert {block.num_experts for block in choose_blocks(model, config)} == {experts}
     assert model.config.num_experts_per_tok == active
 
@@ -91,7 +93,7 @@ def test_recipe(file, tmp_path):
         examples = load_examples(str(tmp_path / "data.json"), columns=recipe.data.columns)
         assert {"completion", "messages"} & set(examples.column_names)
     else:
-        assert source.startswith("data/") and "recipes/paper/prepare.py" in text
+        assert source.startswith("data/") and "experiments/paper/prepare.py" in text
     if "/paper/" in file:
         training = recipe.training
         assert (config.r_init, config.r_target, config.r_max) == (8, 16, 32)

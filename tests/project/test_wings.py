@@ -20,7 +20,7 @@ MAX_LINES = 400
 # Lowest first. Wings of one row do not know each other.
 ORDER: tuple[frozenset[str], ...] = (
     frozenset({"errors", "version"}),
-    frozenset({"io", "config", "distributed", "embedded"}),
+    frozenset({"io", "config", "distributed", "embedded", "recipes"}),
     frozenset({"ops"}),
     frozenset({"data", "moe"}),
     frozenset({"evaluation", "adapter"}),

@@ -15,8 +15,7 @@ import drlora
 from drlora.cli.main import main
 from drlora.data import encode_examples, load_examples
 from drlora.data.draw import drawn
-from drlora.data.encode import Examples
-from drlora.data.load import load_placed
+from drlora.data.files import load_placed
 from drlora.data.roles import load_source, load_training_data
 from drlora.data.section import DataSection
 from drlora.data.slices import rows_of
@@ -145,7 +144,7 @@ def test_held_out_examples_are_drawn_and_the_draw_is_kept(data):
     assert load_source(section, "embedded:kinds", "train", 5)["line"] == [1, 2, 3, 4, 5]
     encoded = encode_examples(held_out, byte_tokenizer(), 20)
     evaluation = EvaluationSection(loss_examples=8, exact_match_examples=5)
-    record = held_out_record(Examples(held_out, encoded), evaluation)
+    record = held_out_record(encoded, evaluation)
     lines = [held_out["line"][row] for row in drawn(20, 5)]
     assert record["exact_match"] == {"examples": 5, "of": 20, "draw": "random", "line": lines}
     assert record["loss"]["example"] == [row + 1 for row in drawn(20, 8)]
@@ -156,12 +155,12 @@ def test_held_out_examples_are_drawn_and_the_draw_is_kept(data):
 
 def test_what_is_asked_for_and_not_there_is_said(data):
     raw = load_placed(data)
-    examples = Examples(raw, encode_examples(raw, byte_tokenizer(), 20))
+    examples = encode_examples(raw, byte_tokenizer(), 20)
     (note,) = evaluation_notes(examples, EvaluationSection(loss_examples=200))
     assert note == "evaluation.loss_examples=200, but there are 40"
     assert not evaluation_notes(examples, EvaluationSection())
     solved = datasets.Dataset.from_list([{"prompt": "a", "completion": "b\nc"}])
-    examples = Examples(solved, encode_examples(solved, byte_tokenizer(), 20))
+    examples = encode_examples(solved, byte_tokenizer(), 20)
     (note,) = evaluation_notes(examples, EvaluationSection())
     assert note == "no exact match: completions have several lines"
 

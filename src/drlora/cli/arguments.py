@@ -16,9 +16,18 @@ from drlora.io.files import home
 from drlora.report import FORMATS as REPORT_FORMATS
 from drlora.version import __version__
 
+INIT = """examples:
+  drlora init model=path/to/model data.train=path/to/train.jsonl -o own-data.yaml
+  drlora init embedded training.max_steps=400
+  drlora init --list
+"""
+DATA = """examples:
+  drlora data own-data.yaml
+  drlora data embedded data.train=embedded:definitions --examples 5
+"""
 TRAIN = """examples:
-  drlora train recipes/embedded.yaml
-  drlora train recipes/own-data.yaml model=path/to/model training.max_steps=500 --dry-run
+  drlora train embedded
+  drlora train own-data.yaml model=path/to/model training.max_steps=500 --dry-run
   drlora train runs/own-data/config.yaml --resume
   drlora train runs/own-data/config.yaml training.max_steps=8000 --resume
 """
@@ -26,6 +35,15 @@ EVAL = """examples:
   drlora eval runs/own-data
   drlora eval runs/own-data --split test --json
   drlora eval out/peft --data held-out.jsonl
+"""
+GENERATE = """examples:
+  drlora generate runs/own-data --prompts held-out.jsonl
+  drlora generate out/merged max_new_tokens=64 temperature=0.7 --prompts questions.txt
+  drlora generate runs/own-data --prompts held-out.jsonl --compare --json
+"""
+CHAT = """examples:
+  drlora chat runs/own-data
+  drlora chat out/peft temperature=0.7 top_p=0.9 --compare
 """
 INSPECT = """examples:
   drlora inspect embedded --steps 800
@@ -125,9 +143,30 @@ def make_parser() -> Parser:
     return parser
 
 
-def _train(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("recipe", metavar="RECIPE.yaml", type=home)
+def _init(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "words", nargs="*", metavar="[NAME] key=value", help="model=..., data.train=..."
+    )
+    verb.add_argument("--list", action="store_true", help="the recipes that come with drlora")
+    verb.add_argument(
+        "-o", "--output", metavar="FILE", type=home, help="a new file; default: NAME.yaml"
+    )
+
+
+def _data(verb: argparse.ArgumentParser) -> None:
+    _recipe(verb)
+    verb.add_argument("--examples", type=int, default=3, metavar="N", help="to show of each role")
+
+
+def _recipe(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "recipe", metavar="RECIPE.yaml", type=home, help="a file, or a name of drlora init --list"
+    )
     verb.add_argument("overrides", nargs="*", metavar="key=value", help="training.max_steps=100")
+
+
+def _train(verb: argparse.ArgumentParser) -> None:
+    _recipe(verb)
     verb.add_argument("--resume", action="store_true", help="continue the run in output_dir")
     verb.add_argument("--overwrite", action="store_true", help="replace the run in output_dir")
     _dry_run(verb, "check everything but the weights and print the plan")
@@ -139,6 +178,37 @@ def _eval(verb: argparse.ArgumentParser) -> None:
     )
     verb.add_argument("--split", default="eval", help="train, eval, test or a split's name")
     verb.add_argument("--data", metavar="FILE", type=home, help="other data than the recipe's")
+    _base_model(verb)
+
+
+def _generate(verb: argparse.ArgumentParser) -> None:
+    _speaker(verb)
+    verb.add_argument(
+        "--prompts", required=True, metavar="FILE", type=home, help="a .jsonl, .json or .txt file"
+    )
+    verb.add_argument("--batch-size", type=int, default=8, metavar="N", help="prompts at once")
+
+
+def _chat(verb: argparse.ArgumentParser) -> None:
+    _speaker(verb)
+    verb.add_argument("--system", metavar="TEXT", help="what the conversation begins with")
+
+
+def _speaker(verb: argparse.ArgumentParser) -> None:
+    """What answers, and how."""
+    verb.add_argument(
+        "run", metavar="RUN", type=home, help="a run, or a folder with an adapter or a model"
+    )
+    verb.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="max_new_tokens=64, temperature=0.7, ..."
+    )
+    verb.add_argument("--compare", action="store_true", help="the base model answers too")
+    verb.add_argument("--seed", type=int, default=0, help="of answers that are drawn")
+    verb.add_argument(
+        "--chat-template",
+        action=argparse.BooleanOptionalAction,
+        help="whether a text is a turn of a conversation; by default as in training",
+    )
     _base_model(verb)
 
 
@@ -213,8 +283,12 @@ def _base_model(verb: argparse.ArgumentParser) -> None:
 
 # Verb -> what it does, examples, its options.
 VERBS: dict[str, tuple[str, str, Callable[[Any], None]]] = {
+    "init": ("write a commented recipe for a model and data", INIT, _init),
+    "data": ("show what a recipe would learn from, the trained part marked", DATA, _data),
     "train": ("fine-tune as a recipe says", TRAIN, _train),
     "eval": ("measure a run or an export on data", EVAL, _eval),
+    "generate": ("answer the prompts in a file", GENERATE, _generate),
+    "chat": ("talk to a run, an export or a model", CHAT, _chat),
     "inspect": ("blocks, experts, memory and growth plan of a model", INSPECT, _inspect),
     "export": ("write an adapter for PEFT, serving engines or as a model", EXPORT, _export),
     "compare": ("run a plan of models, tasks, methods and seeds", COMPARE, _compare),

@@ -1,7 +1,11 @@
 """The command line: verbs, arguments, and errors as one message.
 
-    drlora train RECIPE.yaml [key=value ...] [--resume | --overwrite] [--dry-run]
+    drlora init [NAME] [key=value ...] [-o FILE] | --list
+    drlora data RECIPE [key=value ...] [--examples N]
+    drlora train RECIPE [key=value ...] [--resume | --overwrite] [--dry-run]
     drlora eval RUN|EXPORT [--split SPLIT] [--data FILE]
+    drlora generate RUN|EXPORT --prompts FILE [key=value ...] [--compare]
+    drlora chat RUN|EXPORT [key=value ...] [--compare] [--system TEXT]
     drlora inspect MODEL [key=value ...] [--steps N] [--tokens N]
     drlora export RUN --format peft|per-expert|merged -o DIR [--rank auto] [--dry-run]
     drlora report RUN [RUN ...] [-o FILE] [--format html|png|svg|md]
@@ -66,8 +70,9 @@ def _parse(parser: Parser, words: Sequence[str]) -> argparse.Namespace:
     """As argparse does, but `key=value` may stand after options too."""
     arguments, left = parser.parse_known_args(words)
     late = [word for word in left if "=" in word and not word.startswith("-")]
-    if hasattr(arguments, "overrides"):
-        arguments.overrides += late
+    words_of = getattr(arguments, "overrides", getattr(arguments, "words", None))
+    if words_of is not None:
+        words_of += late
         left = [word for word in left if word not in late]
     if left:
         parser.error(f"unrecognized arguments: {' '.join(left)}")

@@ -20,28 +20,39 @@ from drlora.cli.dry_run import print_dry_run
 from drlora.cli.exits import end
 from drlora.cli.export import print_export
 from drlora.cli.inspection import print_inspection
+from drlora.cli.look import print_data
+from drlora.cli.notes import notes_once
 from drlora.cli.progress import ConsoleProgress
 from drlora.cli.summary import print_summary
+from drlora.cli.talk import print_answer, print_end, talk
 from drlora.compare.comparison import run_comparison
-from drlora.errors import CheckpointError, Terminated
+from drlora.errors import CheckpointError, ConfigError, Terminated
 from drlora.io.settings import set_in, split_override
+from drlora.recipes import about, recipe_names
 from drlora.report.write import write_report
+from drlora.runs.chat import chat
 from drlora.runs.dry_run import dry_run
 from drlora.runs.environment import describe
 from drlora.runs.evaluate import evaluate
 from drlora.runs.export import export_adapter
+from drlora.runs.generate import generate
 from drlora.runs.inspect import inspect
 from drlora.runs.interrupt import sigterm_interrupts
+from drlora.runs.look import look_at_data
+from drlora.runs.new_recipe import OWN_DATA, write_recipe
 from drlora.runs.outcome import RunDiverged, RunInterrupted
+from drlora.runs.prompts import read_prompts
 from drlora.runs.recipe import load_recipe, make_adapter_config
 from drlora.runs.rundir import RunDir
+from drlora.runs.sampling import check_settings, settings_from
 from drlora.runs.train import train
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Carry out what was parsed; returns the exit code."""
     _quiet()
-    return ACTIONS[arguments.verb](arguments)
+    with notes_once():
+        return ACTIONS[arguments.verb](arguments)
 
 
 def _quiet() -> None:
@@ -50,6 +61,69 @@ def _quiet() -> None:
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+def _init(arguments: argparse.Namespace) -> int:
+    if arguments.list:
+        known = {name: about(name) for name in recipe_names()}
+        if arguments.json:
+            print(json.dumps(known, indent=2))
+        else:
+            print("\n".join(f"{name:16} {what}" for name, what in known.items()))
+        return 0
+    names = [word for word in arguments.words if "=" not in word]
+    overrides = [word for word in arguments.words if "=" in word]
+    if len(names) > 1:
+        raise ConfigError(f"{names} are several recipes; name one.")
+    made = write_recipe(arguments.output, overrides, names[0] if names else OWN_DATA)
+    if arguments.json:
+        print(json.dumps(made.to_dict(), indent=2))
+        return 0
+    for note in made.notes:
+        print(note)
+    print(f"written  {made.path}\nnext     drlora train {made.path} --dry-run")
+    return 0
+
+
+def _data(arguments: argparse.Namespace) -> int:
+    found = look_at_data(load_recipe(arguments.recipe, arguments.overrides), arguments.examples)
+    if arguments.json:
+        print(json.dumps(found.to_dict(), indent=2))
+    else:
+        print_data(found, Console(highlight=False, markup=False))
+    return 0
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    found = generate(
+        arguments.run,
+        read_prompts(arguments.prompts),
+        batch_size=arguments.batch_size,
+        on_answer=None if arguments.json else print_answer,
+        **_speaker(arguments),
+    )
+    if arguments.json:
+        print(json.dumps(found.to_dict(), indent=2))
+    else:
+        print_end(found)
+    return 0
+
+
+def _chat(arguments: argparse.Namespace) -> int:
+    talk(chat(arguments.run, system=arguments.system, **_speaker(arguments)), arguments.json)
+    return 0
+
+
+def _speaker(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Who answers, and how."""
+    return {
+        "compare": arguments.compare,
+        "seed": arguments.seed,
+        "chat_template": arguments.chat_template,
+        "model": arguments.model,
+        "trust_remote_code": arguments.trust_remote_code,
+        **check_settings(settings_from(arguments.overrides)),
+    }
 
 
 def _train(arguments: argparse.Namespace) -> int:
@@ -187,8 +261,12 @@ def _report(arguments: argparse.Namespace) -> int:
 
 
 ACTIONS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "init": _init,
+    "data": _data,
     "train": _train,
     "eval": _eval,
+    "generate": _generate,
+    "chat": _chat,
     "inspect": _inspect,
     "export": _export,
     "compare": _compare,

@@ -18,7 +18,7 @@ from typing import Any
 
 from drlora.compare.plan import SPLIT_ROLES, Plan, Settings, merged
 from drlora.config.methods import method_settings
-from drlora.data.load import EMBEDDED_FOLDER, EMBEDDED_PREFIX
+from drlora.data.files import EMBEDDED_FOLDER, EMBEDDED_PREFIX
 from drlora.embedded import resolve_model
 from drlora.errors import ConfigError
 from drlora.io.files import local_path
@@ -156,7 +156,7 @@ def _measured_on(recipe: Recipe, role: str) -> Recipe:
     limits = {k: v for k, v in recipe.data.limits.items() if k == "train"}
     if role in recipe.data.limits:
         limits["eval"] = recipe.data.limits[role]
-    data = replace(recipe.data, eval=source, test=None, splits=splits, limits=limits)
+    data = replace(recipe.data, eval=recipe.data.of(role), test=None, splits=splits, limits=limits)
     return replace(recipe, data=data)
 
 
@@ -169,7 +169,7 @@ def key_of(recipe: Recipe) -> str:
 
 def contents_of(recipe: Recipe) -> dict[str, Any]:
     """`model`, `tokenizer` and `data` of a run by their contents, where these are local."""
-    sources = {recipe.data.source(role) for role in ("train", "eval")}
+    sources = {pair for role in ("train", "eval") for pair in recipe.data.paths(role)}
     return {
         "model": _contents(resolve_model(recipe.model)),
         "tokenizer": _contents(resolve_model(recipe.tokenizer or "-")),
@@ -189,9 +189,17 @@ def deciding(recipe: dict[str, Any]) -> dict[str, Any]:
     found["data"] = dict(recipe["data"])
     for section, keys in ((found, ("model", "tokenizer")), (found["data"], ("train", "eval"))):
         for key in keys:
-            if section[key] and local_path(section[key]):
+            if isinstance(section[key], str) and local_path(section[key]):
                 del section[key]
+            elif isinstance(section[key], list):  # of data
+                section[key] = [_nameless(item) for item in section[key]]
     return found
+
+
+def _nameless(item: Any) -> Any:
+    path = item["path"] if isinstance(item, dict) else item
+    name = "" if local_path(path) else path
+    return {**item, "path": name} if isinstance(item, dict) else name
 
 
 def _unusual(recipe: Recipe) -> dict[str, Any]:

@@ -128,6 +128,7 @@ def _harvest(outcome: TrainResult, recipe: Recipe, labels: dict[str, Any]) -> di
     found = read_result(run.result)
     assert found is not None
     for measured in (found["before"], found["after"]):
+        (measured or {}).pop("samples", None)
         ((measured or {}).get("match") or {}).pop("samples", None)
     for key in ("held_out", "restarts"):  # which rows, and what was tried in vain
         found.pop(key, None)

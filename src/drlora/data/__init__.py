@@ -2,29 +2,26 @@
 
 >>> examples = load_examples("embedded:pronunciation", split="train")
 >>> encoded = encode_examples(examples, tokenizer, max_length=64)
->>> batch = Collator(tokenizer)([encoded.dataset[0], encoded.dataset[1]])
+>>> batch = Collator(tokenizer)([encoded.tokens[0], encoded.tokens[1]])
 """
 
-from drlora.data.encode import (
-    Collator,
-    EncodedData,
+from drlora.data.collate import Collator, pad_token_id
+from drlora.data.files import load_examples
+from drlora.data.tokens import (
+    Prepared,
     encode_completions,
     encode_examples,
     encode_prompts,
-    pad_token_id,
+    prepare,
 )
-from drlora.data.layout import Layout, check_record, choose_layout
-from drlora.data.load import load_examples
 
 __all__ = [
     "Collator",
-    "EncodedData",
-    "Layout",
-    "check_record",
-    "choose_layout",
+    "Prepared",
     "encode_completions",
     "encode_examples",
     "encode_prompts",
     "load_examples",
     "pad_token_id",
+    "prepare",
 ]

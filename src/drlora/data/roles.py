@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from datasets import Dataset
 
 from drlora.data.draw import draw
-from drlora.data.layout import PLACES
-from drlora.data.load import data_file, load_placed
-from drlora.data.section import DataSection
+from drlora.data.files import data_files, load_placed
+from drlora.data.formats import PLACES
+from drlora.data.section import DataSection, Source
 from drlora.data.slices import base_of
 from drlora.errors import DataError, counted
 
@@ -28,20 +28,25 @@ def load_training_data(section: DataSection) -> tuple[Dataset, Dataset]:
     return train, draw(whole["eval"], section.limits.get("eval"))
 
 
-def load_source(section: DataSection | None, source: str, split: str, limit: int | None) -> Dataset:
+def load_source(
+    section: DataSection | None, source: Source, split: str, limit: int | None
+) -> Dataset:
     """`limit` examples of a source, read as the section `data` says if there is one.
 
     Of what the section trains on the first are taken, of anything else a random draw. Where an
-    example comes from is told by one more column (`drlora.data.load_placed`).
+    example comes from is told by one more column (`drlora.data.files.load_placed`).
     """
     is_trained_on = section is not None and (source, split) == section.source("train")
     how = "front" if is_trained_on else "random"
     return draw(_load_whole(section, source, split), limit, how)
 
 
-def _load_whole(section: DataSection | None, source: str, split: str) -> Dataset:
-    config, columns = (section.config, section.columns) if section else (None, None)
-    return load_placed(source, split=split, config=config, columns=columns)
+def _load_whole(section: DataSection | None, source: Source, split: str) -> Dataset:
+    if section is None:
+        return load_placed(source, split=split)
+    return load_placed(
+        source, split=split, config=section.config, columns=section.columns, form=section.format
+    )
 
 
 def refuse_overlap(section: DataSection, loaded: Mapping[str, Dataset]) -> None:
@@ -59,33 +64,45 @@ def refuse_overlap(section: DataSection, loaded: Mapping[str, Dataset]) -> None:
     """
     roles = dict(loaded)
     names_test = section.test is not None or "test" in section.splits
-    if names_test and any(_same_data(section, "test", role) for role in loaded):
+    if names_test and any(_origins(section, "test") & _origins(section, role) for role in loaded):
         roles["test"] = _load_whole(section, *section.source("test"))
     for one, other in itertools.combinations(roles, 2):
         is_one = one != "train" and section.source(one) == section.source(other)
-        if _same_data(section, one, other) and not is_one:
-            _refuse_shared(section, one, other, roles)
+        shared = set() if is_one else _rows(roles[one]) & _rows(roles[other])
+        if shared:
+            name, number = min(shared)
+            place = next(name for name in PLACES if name in roles[one].column_names)
+            raise DataError(
+                f"data.{one} ({section.source(one)[1]!r}) and data.{other} "
+                f"({section.source(other)[1]!r}) share {counted(len(shared), 'example')} of "
+                f"{name}, the first in {place} {number}, so {other} would not be held out; name "
+                f"other data, or give each role its own part: data.splits: "
+                f"{{train: 'train[:90%]', eval: 'train[90%:]'}}."
+            )
 
 
-def _same_data(section: DataSection, one: str, other: str) -> bool:
-    """Whether two roles read the same file, or the same split of a hub data set."""
-    (source, split), (another, other_split) = section.source(one), section.source(other)
-    files = data_file(source, split), data_file(another, other_split)
-    if None in files:
-        return source == another and base_of(split) == base_of(other_split)
-    return os.path.realpath(str(files[0])) == os.path.realpath(str(files[1]))
-
-
-def _refuse_shared(
-    section: DataSection, one: str, other: str, roles: Mapping[str, Dataset]
-) -> None:
-    place = next(name for name in PLACES if name in roles[one].column_names)
-    shared = set(roles[one][place]) & set(roles[other][place])
-    if shared:
-        raise DataError(
-            f"data.{one} ({section.source(one)[1]!r}) and data.{other} "
-            f"({section.source(other)[1]!r}) share {counted(len(shared), 'example')} of "
-            f"{roles[one].info.description}, the first in {place} {min(shared)}, so {other} would "
-            f"not be held out; name other data, or give each role its own part: data.splits: "
-            f"{{train: 'train[:90%]', eval: 'train[90%:]'}}."
+def _origins(section: DataSection, role: str) -> set[str]:
+    """The files, or the splits of hub data sets, that a role reads."""
+    found: set[str] = set()
+    for one, split in section.paths(role):
+        files = data_files(one, split)
+        names = (
+            [f"{one}, split {base_of(split)}"] if files is None else map(os.path.realpath, files)
         )
+        found.update(names)
+    return found
+
+
+def _rows(examples: Dataset) -> set[tuple[str, int]]:
+    """Where each example comes from: its file (or hub data set) and its number there."""
+    place = next(name for name in PLACES if name in examples.column_names)
+    if "file" not in examples.column_names:
+        name = _real(examples.info.description)
+        return {(name, number) for number in examples[place]}
+    real = {name: _real(name) for name in examples.unique("file")}
+    return {(real[n], k) for n, k in zip(examples["file"], examples[place], strict=True)}
+
+
+def _real(name: str | os.PathLike[str]) -> str:
+    """A file's one name, whatever links lead to it; a hub data set's as it is."""
+    return os.path.realpath(name) if os.path.exists(name) else str(name)

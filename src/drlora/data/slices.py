@@ -35,14 +35,3 @@ def rows_of(split: str, sizes: Mapping[str, int]) -> list[tuple[str, range]]:
             f"'train', 'train[:90%]', 'train[100:]' or 'train[10:20]'"
         ) from error
     return [(one.splitname, range(one.from_ or 0, one.to or 0)) for one in found]
-
-
-def shared_rows(one: str, other: str, sizes: Mapping[str, int], limit: int | None = None) -> int:
-    """How many rows two splits of the same data share; of `one` only the first `limit` count.
-
-    Raises:
-        DataError: if either cannot be read.
-    """
-    first = [(name, row) for name, rows in rows_of(one, sizes) for row in rows][:limit]
-    second = {(name, row) for name, rows in rows_of(other, sizes) for row in rows}
-    return sum(row in second for row in first)

@@ -1,6 +1,6 @@
 """Evaluate a causal language model: loss on target tokens, and answers against the right ones.
 
-    result = evaluate_loss(model, encoded.dataset, Collator(tokenizer), batch_size=8)
+    result = evaluate_loss(model, prepared.tokens, Collator(tokenizer), batch_size=8)
     match = exact_match(model, tokenizer, load_examples("embedded:definitions", split="test"), 32,
                         max_new_tokens=12)
 
@@ -21,7 +21,7 @@ from drlora.errors import ConfigError, DataError
 from drlora.evaluation.choices import choose, summed_losses
 
 IGNORED = -100
-SAMPLES_KEPT = 5
+SAMPLES_KEPT = 10
 
 
 class Rows(Protocol):
@@ -243,8 +243,8 @@ def _generate(
     model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], max_new_tokens: int
 ) -> list[str]:
     """The first line that the model writes after each prompt, stripped."""
-    pad, ends = pad_token_id(tokenizer), _end_tokens(model, tokenizer)
-    input_ids_BL, mask_BL = _pad_left(encode_prompts(prompts, tokenizer), pad)
+    pad, ends = pad_token_id(tokenizer), end_tokens(model, tokenizer)
+    input_ids_BL, mask_BL = pad_left(encode_prompts(prompts, tokenizer), pad)
     length = input_ids_BL.shape[1]
     output = model.generate(
         input_ids=input_ids_BL.to(_device(model)),
@@ -259,7 +259,7 @@ def _generate(
     return [_first_line(row[length:].tolist(), ends, tokenizer) for row in output]
 
 
-def _pad_left(rows: Sequence[list[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+def pad_left(rows: Sequence[list[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids and attention mask, int64 (B, L) each."""
     if not all(rows):
         raise DataError("an empty prompt has no token to continue from; give each example a prompt")
@@ -269,7 +269,7 @@ def _pad_left(rows: Sequence[list[int]], pad: int) -> tuple[torch.Tensor, torch.
     return torch.tensor(ids), torch.tensor(mask)
 
 
-def _end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """End-of-sequence ids of the tokenizer and of the model, which may have several."""
     configured = model.generation_config.eos_token_id
     ends = configured if isinstance(configured, list) else [configured]

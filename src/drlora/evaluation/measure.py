@@ -12,9 +12,16 @@ from transformers import PreTrainedTokenizerBase
 
 from drlora.data import Collator
 from drlora.data.draw import draw
-from drlora.data.encode import Examples
+from drlora.data.tokens import Prepared
 from drlora.errors import CheckpointError, ConfigError, DataError, shown
-from drlora.evaluation.evaluate import LossResult, MatchResult, evaluate_loss, exact_match
+from drlora.evaluation.evaluate import (
+    LossResult,
+    MatchResult,
+    Sample,
+    evaluate_loss,
+    exact_match,
+)
+from drlora.evaluation.samples import SAMPLES, sample_answers
 
 DRAWS = ("random", "front")
 
@@ -31,6 +38,7 @@ class EvaluationSection:
         max_new_tokens: longest answer, in tokens.
         batch_size: examples at once.
         before: whether the untrained model is measured too, at step 0.
+        samples: answers that are kept for people to read; 0 for none.
         draw: which examples are taken where there are more: a `random` draw, always the same of as
             many, or those from the `front`.
     """
@@ -41,6 +49,7 @@ class EvaluationSection:
     max_new_tokens: int = 32
     batch_size: int = 16
     before: bool = True
+    samples: int = SAMPLES
     draw: str = "random"
 
     def __post_init__(self) -> None:
@@ -52,18 +61,25 @@ class EvaluationSection:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"evaluation.{name}={value} must be at least 1.")
+        if self.samples < 0:
+            raise ConfigError(f"evaluation.samples={self.samples} must be at least 0.")
 
 
 @dataclass(frozen=True)
 class Measurement:
     """Loss over target tokens and, where answers can be compared, exact match.
 
-    `notes` say what was asked for and could not be had, and why there is no exact match.
+    `notes` say what was asked for and could not be had, and why there is no exact match. Of a run
+    that learns from preferences, the loss is that of the answers that are wanted, and `objective`
+    has its own loss and what its trainer measures beside, by TRL's names. `samples` are answers of
+    the model, where exact match has none of its own.
     """
 
     loss: LossResult
     match: MatchResult | None
     notes: tuple[str, ...] = ()
+    objective: dict[str, float] | None = None
+    samples: tuple[Sample, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, without those of each example; `measurement_from` reads them back."""
@@ -71,13 +87,23 @@ class Measurement:
         del values["loss"]["example_nats"]
         if values["match"]:
             del values["match"]["is_correct"]
+        for name in ("objective", "samples"):
+            if not values[name]:
+                del values[name]
         return values
 
     def __str__(self) -> str:
         text = f"loss {self.loss.loss:.4f}, perplexity {self.loss.perplexity:.2f}"
         if self.loss.examples:
             text += f" on {self.loss.examples} examples"
-        return "; ".join([text + self._match_text(), *self.notes])
+        return "; ".join([*self._objective_text(), text + self._match_text(), *self.notes])
+
+    def _objective_text(self) -> list[str]:
+        if self.objective is None:
+            return []
+        text = f"objective {self.objective['loss']:.4f}"
+        share = self.objective.get("rewards/accuracies")
+        return [text if share is None else f"{text}, {share:.1%} of the pairs in order"]
 
     def _match_text(self) -> str:
         if self.match is None:
@@ -100,6 +126,7 @@ def measurement_from(values: dict[str, Any]) -> Measurement:
             LossResult(**values["loss"]),
             MatchResult(**{**match, "samples": ()}) if match else None,
             tuple(values.get("notes", ())),
+            values.get("objective"),
         )
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{shown(values)} is no measurement: {error}.") from error
@@ -108,18 +135,30 @@ def measurement_from(values: dict[str, Any]) -> Measurement:
 def measure(
     model: PeftModel,
     tokenizer: PreTrainedTokenizerBase,
-    examples: Examples,
+    examples: Prepared,
     section: EvaluationSection,
 ) -> Measurement:
     """Measure the model as it is on `examples`, as the recipe's section `evaluation` says."""
-    encoded = draw(examples.encoded.dataset, section.loss_examples, section.draw)
+    encoded = draw(examples.tokens, section.loss_examples, section.draw)
     loss = evaluate_loss(model, encoded, Collator(tokenizer), section.batch_size)
     raw = draw(examples.raw, section.exact_match_examples, section.draw)
-    notes = tuple(notes_on(len(examples.encoded.dataset), raw, section))
+    notes = tuple(notes_on(len(examples.tokens), raw, section))
     if not wants_match(raw, section):
-        return Measurement(loss, None, notes)
+        return Measurement(loss, None, notes, samples=_samples(model, tokenizer, examples, section))
     match = exact_match(model, tokenizer, raw, section.batch_size, section.max_new_tokens)
     return Measurement(loss, match, notes)
+
+
+def _samples(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Prepared,
+    section: EvaluationSection,
+) -> tuple[Sample, ...]:
+    if section.samples == 0:
+        return ()
+    rows = draw(examples.raw, section.samples, section.draw)
+    return sample_answers(model, tokenizer, list(rows), section.max_new_tokens)
 
 
 def notes_on(there: int, raw: Dataset, section: EvaluationSection) -> Iterator[str]:
@@ -133,8 +172,10 @@ def notes_on(there: int, raw: Dataset, section: EvaluationSection) -> Iterator[s
     if section.loss_examples is not None and section.loss_examples > there:
         yield f"evaluation.loss_examples={section.loss_examples}, but there are {there}"
     if section.exact_match is None and not wants_match(raw, section):
-        has_prompts = "prompt" in raw.column_names
-        reason = "completions have several lines" if has_prompts else "there are no prompts"
+        reason = "there are no prompts"
+        if "prompt" in raw.column_names:
+            is_text = isinstance(raw[0]["prompt"], str)
+            reason = "completions have several lines" if is_text else "prompts are messages"
         yield f"no exact match: {reason}"
 
 
@@ -144,7 +185,7 @@ def wants_match(raw: Dataset, section: EvaluationSection) -> bool:
     Raises:
         DataError: if the recipe asks for it but the data has no prompts.
     """
-    has_prompts = "prompt" in raw.column_names
+    has_prompts = "prompt" in raw.column_names and isinstance(raw[0]["prompt"], str)
     if section.exact_match and not has_prompts:
         raise DataError(
             f"evaluation.exact_match=true needs prompt and completion columns; the held-out data "

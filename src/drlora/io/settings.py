@@ -170,7 +170,7 @@ def check_type(value: Any, wanted: Any, name: str) -> Any:
     if is_whole and int in takes and float not in takes:
         return int(value)
     if not _fits(value, wanted):
-        raise ConfigError(f"{name}={shown(value, 80)} must be {_described(wanted)}.")
+        raise ConfigError(f"{name}={shown(value, 80)} must be {described(wanted)}.")
     return value
 
 
@@ -203,12 +203,17 @@ _NAMES = {
 }
 
 
-def _described(wanted: Any) -> str:
+def described(wanted: Any) -> str:
+    """What a value must be for the annotation `wanted`, in words.
+
+    >>> described(int | None)
+    'a whole number or null'
+    """
     origin, arguments = get_origin(wanted), get_args(wanted)
     if origin in (Union, types.UnionType):
-        return " or ".join(_described(one) for one in arguments)
+        return " or ".join(described(one) for one in arguments)
     if origin is Literal:
         return " or ".join(map(repr, arguments))
     if origin is list:
-        return f"a list ({_described(arguments[0])} each)"
+        return "a list" if arguments[0] is Any else f"a list ({described(arguments[0])} each)"
     return _NAMES.get(origin or wanted, str(wanted))

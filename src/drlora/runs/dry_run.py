@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from drlora.runs.arguments import training_arguments
 from drlora.runs.held_out import evaluation_notes
 from drlora.runs.inspect import inspect
 from drlora.runs.inspection import Inspection
 from drlora.runs.job import Job, prepare
-from drlora.runs.loading import training_arguments
 from drlora.runs.recipe import Recipe
 from drlora.runs.rundir import RunDir
 
@@ -63,12 +63,10 @@ def dry_run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) ->
     dtype = None if recipe.dtype == "auto" else recipe.dtype
     tokens = _tokens_of_a_batch(job)
     found = inspect(recipe.model, recipe.adapter_config(), job.plan_steps, dtype, tokens)
-    notes = (*job.notes(), *evaluation_notes(job.held_out, recipe.evaluation))
+    notes = (*job.notes(), *evaluation_notes(job.measured, recipe.evaluation))
     return DryRun(recipe, job.total_steps, job.counts(), notes, found)
 
 
 def _tokens_of_a_batch(job: Job) -> int:
     """Of the largest batch there can be, padding included."""
-    longest = max(map(len, job.train.encoded.dataset["input_ids"]))
-    accelerators = max(1, job.arguments.n_gpu)  # of one process; each has its part of the batch
-    return longest * -(-job.batch_size // accelerators)
+    return job.longest * job.batch_size

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from drlora.data import encode_examples
-from drlora.data.encode import Examples
 from drlora.distributed import best_device
 from drlora.errors import ConfigError
 from drlora.evaluation.measure import Measurement, measure
@@ -23,6 +22,7 @@ from drlora.runs.loading import (
 )
 from drlora.runs.recipe import ROLES, default_split
 from drlora.runs.sources import Source, find_source
+from drlora.trainer.preferences import wanted
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,8 @@ def evaluate(
 ) -> Evaluation:
     """Loss and exact match of what is in `folder`, by its own base and dtype.
 
+    Of preferences the answers are measured that are to be preferred.
+
     Args:
         folder: a run directory, or a folder with an adapter (DR-LoRA or PEFT's LoRA) or a model,
             such as an export.
@@ -79,16 +81,22 @@ def evaluate(
     if source.adapter is not None:
         subject = load_adapter(subject, str(source.folder))
     tokenizer = load_tokenizer(source, vocabulary_size(subject))
-    examples = Examples(raw, encode_examples(raw, tokenizer, length))
+    examples = encode_examples(wanted(raw), tokenizer, length)
     device = best_device()
     found = measure(subject.to(device), tokenizer, examples, source.evaluation)
     model = from_root(source.model)
     return Evaluation(
-        found.loss, found.match, found.notes, model, source.adapter, dtype, str(device)
+        found.loss,
+        found.match,
+        found.notes,
+        model=model,
+        adapter=source.adapter,
+        dtype=dtype,
+        device=str(device),
     )
 
 
-def _asked_for(source: Source, split: str, data: str | None) -> tuple[str, str, int | None]:
+def _asked_for(source: Source, split: str, data: str | None) -> tuple[Any, str, int | None]:
     """(source, split, limit) of the examples to measure on."""
     if data is not None:
         return data, default_split(data, split) if split in ROLES else split, None

@@ -43,6 +43,7 @@ from drlora.runs.loading import (
 )
 from drlora.runs.recipe import default_split
 from drlora.runs.sources import Source, find_source
+from drlora.trainer.preferences import wanted
 
 EXAMPLES, MAX_TOKENS = 8, 128
 
@@ -216,7 +217,8 @@ def _batches(
         name, split = source.data.source("eval")
     else:
         name, split = data, default_split(data, "eval")
-    rows = encode_examples(load_source(source.data, name, split, EXAMPLES), tokenizer, MAX_TOKENS)
-    features = [rows.dataset[i] for i in range(len(rows.dataset))]
+    raw = wanted(load_source(source.data, name, split, EXAMPLES))
+    rows = encode_examples(raw, tokenizer, MAX_TOKENS)
+    features = [rows.tokens[i] for i in range(len(rows.tokens))]
     # In one batch: what merging makes of the weights is computed once for each.
     return f"{name}, split {split}", [Collator(tokenizer)(features)]

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from datasets import Dataset
 
 from drlora.data.draw import draw
-from drlora.data.encode import Examples
-from drlora.data.layout import PLACES
+from drlora.data.formats import PLACES
+from drlora.data.tokens import Prepared
 from drlora.errors import counted
 from drlora.evaluation.choices import refuse_single_choice
 from drlora.evaluation.evaluate import accepted_answers
@@ -33,11 +33,11 @@ def refuse_unanswerable(raw: Dataset, section: EvaluationSection) -> None:
 
 def word_for_word(train: Dataset, held_out: Dataset) -> int:
     """How many held-out examples are training examples too, whatever file they come from."""
-    known = set(_contents(train))
-    return sum(content in known for content in _contents(held_out))
+    known = set(contents_of(train))
+    return sum(content in known for content in contents_of(held_out))
 
 
-def _contents(rows: Dataset) -> Iterator[bytes]:
+def contents_of(rows: Dataset) -> Iterator[bytes]:
     """A short hash of each example, its place left out."""
     names = [name for name in sorted(rows.column_names) if name not in PLACES]
     for batch in rows.select_columns(names).iter(1000):
@@ -46,9 +46,9 @@ def _contents(rows: Dataset) -> Iterator[bytes]:
             yield hashlib.blake2b(text.encode(), digest_size=8).digest()
 
 
-def measured_on(examples: Examples, section: EvaluationSection) -> str:
+def measured_on(examples: Prepared, section: EvaluationSection) -> str:
     """`93 examples, 60 answers`: for the loss, and for exact match where it is measured."""
-    counts = [len(examples.encoded.dataset), len(examples.raw)]
+    counts = [len(examples.tokens), len(examples.raw)]
     wanted = [section.loss_examples, section.exact_match_examples]
     loss, match = (min(n, limit or n) for n, limit in zip(counts, wanted, strict=True))
     text = counted(loss, "example")
@@ -56,7 +56,7 @@ def measured_on(examples: Examples, section: EvaluationSection) -> str:
     return f"{text}, {counted(match, 'answer')}" if wants_match(rows, section) else text
 
 
-def evaluation_notes(examples: Examples, section: EvaluationSection) -> list[str]:
+def evaluation_notes(examples: Prepared, section: EvaluationSection) -> list[str]:
     """What a measurement will say of what it could not do, for a dry run."""
     rows = draw(examples.raw, section.exact_match_examples, section.draw)
-    return list(notes_on(len(examples.encoded.dataset), rows, section))
+    return list(notes_on(len(examples.tokens), rows, section))

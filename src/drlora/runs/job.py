@@ -10,8 +10,8 @@ from typing import Any
 from peft import PeftModel, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
-from drlora.data.encode import Examples
 from drlora.data.roles import load_training_data
+from drlora.data.tokens import Prepared
 from drlora.distributed import on_main, world_size
 from drlora.errors import CheckpointError, ConfigError, counted
 from drlora.io.checkpoint import checkpoint_step
@@ -19,12 +19,13 @@ from drlora.io.files import read_json
 from drlora.io.run_files import TRAINER_STATE
 from drlora.ranks.rank_map import fitting_ranks
 from drlora.ranks.schedule import Schedule
+from drlora.runs.arguments import count_steps, notes_of, settle
+from drlora.runs.examples import encode, examples_to_measure, longest_of
 from drlora.runs.held_out import refuse_unanswerable, word_for_word
 from drlora.runs.loading import (
     check_growth,
     check_start,
-    count_steps,
-    encode,
+    fit_tokenizer,
     last_event,
     load_architecture,
     load_tokenizer,
@@ -44,6 +45,10 @@ class Job:
     """All that a run needs, with nothing left to refuse but the weights.
 
     Attributes:
+        train, held_out: what the objective's trainer is given.
+        measured: held-out examples for loss and exact match: the same, or, of preferences, the
+            answers that are wanted.
+        longest: most tokens of a training example.
         total_steps: length of the run; where auto_find_batch_size finds another batch, it may
             become longer.
         plan_steps: length that growth is planned for; not the same where a run was given more.
@@ -57,8 +62,10 @@ class Job:
     run: RunDir
     arguments: TrainingArguments
     tokenizer: PreTrainedTokenizerBase
-    train: Examples
-    held_out: Examples
+    train: Prepared
+    held_out: Prepared
+    measured: Prepared
+    longest: int
     total_steps: int
     plan_steps: int
     checkpoint: Path | None
@@ -72,8 +79,8 @@ class Job:
     def counts(self) -> dict[str, dict[str, int]]:
         """Role -> examples that are used, dropped and truncated."""
         return {
-            role: {"used": len(e.dataset), "dropped": e.dropped, "truncated": e.truncated}
-            for role, e in (("train", self.train.encoded), ("eval", self.held_out.encoded))
+            role: {"used": len(e.raw) - e.dropped, "dropped": e.dropped, "truncated": e.truncated}
+            for role, e in (("train", self.train), ("eval", self.held_out))
         }
 
     def notes(self) -> Iterator[str]:
@@ -81,9 +88,15 @@ class Job:
         for name, counts in zip(("train", "held out"), self.counts().values(), strict=True):
             left_out = f", {counts['dropped']:,} left out" if counts["dropped"] else ""
             cut = f", {counts['truncated']:,} cut" if counts["truncated"] else ""
-            yield f"{name:8} {counted(counts['used'], 'example')}{left_out}{cut}"
+            rows = len(self.train.tokens)
+            is_packed = name == "train" and rows != counts["used"]
+            packed = f", packed to {counted(rows, 'row')}" if is_packed else ""
+            yield f"{name:8} {counted(counts['used'], 'example')}{left_out}{cut}{packed}"
+        if self.train.said:
+            yield f"{'data':8} {self.train.said}"
         yield f"{'length':8} {self._length()}"
         yield f"{'device':8} {self.arguments.device}"
+        yield from notes_of(self.arguments, self.recipe.objective, self.recipe.start_from)
         for role, examples in (("train", self.train), ("eval", self.held_out)):
             limit = self.recipe.data.limits.get(role)
             if limit is not None and limit > len(examples.raw):
@@ -108,9 +121,10 @@ class Job:
             factors.append(f"{world_size()} processes")
         effective = self.batch_size * arguments.gradient_accumulation_steps * world_size()
         made_of = f" ({' x '.join(factors)})" if len(factors) > 1 else ""
-        epochs = self.total_steps * effective / len(self.train.encoded.dataset)
+        one = "row" if "seq_lengths" in self.train.tokens.column_names else "example"
+        epochs = self.total_steps * effective / len(self.train.tokens)
         return (
-            f"{counted(self.total_steps, 'step')} of {counted(effective, 'example')}{made_of}, "
+            f"{counted(self.total_steps, 'step')} of {counted(effective, one)}{made_of}, "
             f"{epochs:.3g} epoch{'s' * (epochs != 1)}"
         )
 
@@ -187,18 +201,22 @@ def prepare(
     skeleton = model_on_meta(architecture, recipe.trust_remote_code)
     _refuse_settings(recipe, arguments, skeleton, past)
     tokenizer = load_tokenizer(recipe, vocabulary_size(skeleton))
+    fit_tokenizer(tokenizer, recipe, getattr(arguments, "eos_token", None))
+    most = longest_example(recipe.data, recipe.model, architecture)
+    settle(arguments, architecture, most)
     train, held_out = (
-        encode(raw, tokenizer, recipe, architecture) for raw in load_training_data(recipe.data)
+        encode(raw, role, tokenizer, recipe.objective, arguments)
+        for role, raw in zip(("train", "eval"), load_training_data(recipe.data), strict=True)
     )
-    refuse_unanswerable(held_out.raw, recipe.evaluation)
-    longest = longest_example(recipe.data, recipe.model, architecture)
-    record = data_record({"train": train, "eval": held_out}, tokenizer, longest)
+    measured = examples_to_measure(held_out, recipe.objective, most)
+    refuse_unanswerable(measured.raw, recipe.evaluation)
+    record = data_record({"train": train, "eval": held_out}, tokenizer, most)
     if resume:
         refuse_other_data(past.record, record, str(run.path))
-    total = past.length(arguments, len(train.encoded.dataset))
+    total = past.length(arguments, len(train.tokens))
     planned = _plan(recipe, run, skeleton, past, total)
     record |= {
-        "held_out": held_out_record(held_out, recipe.evaluation),
+        "held_out": held_out_record(measured, recipe.evaluation),
         "steps": total,
         # None where the recipe gives a number of steps.
         "num_train_epochs": None if arguments.max_steps > 0 else arguments.num_train_epochs,
@@ -214,6 +232,8 @@ def prepare(
         tokenizer=tokenizer,
         train=train,
         held_out=held_out,
+        measured=measured,
+        longest=longest_of(train),
         total_steps=total,
         plan_steps=planned,
         checkpoint=checkpoint,
@@ -268,7 +288,7 @@ def _plan(recipe: Recipe, run: RunDir, skeleton: PreTrainedModel, past: _Past, t
 
 
 def _remarks(
-    train: Examples, held_out: Examples, past: _Past, record: dict[str, Any]
+    train: Prepared, held_out: Prepared, past: _Past, record: dict[str, Any]
 ) -> Iterator[str]:
     """What the data of the run have in common, and what is otherwise than when it began."""
     shared = word_for_word(train.raw, held_out.raw)

@@ -1,4 +1,4 @@
-"""From a recipe to its parts: architecture, tokenizer, data, Trainer arguments, weights.
+"""From a recipe to its parts: architecture, tokenizer, weights, adapter.
 
 The order in which train.py calls these is the order of cost: what can be refused from the
 configuration is refused before data is read, and what data can tell before weights are loaded.
@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
-from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from safetensors import SafetensorError
 from transformers import (
@@ -24,27 +23,23 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    TrainingArguments,
 )
 
 from drlora.adapter.embeddings import fit_embeddings
 from drlora.adapter.inject import choose_blocks
 from drlora.config.adapter import DrLoraConfig
-from drlora.data import encode_examples
-from drlora.data.encode import Examples
 from drlora.data.roles import load_source as load_source
 from drlora.data.section import DataSection
-from drlora.distributed import are_several
 from drlora.embedded import resolve_model
-from drlora.errors import CheckpointError, ConfigError, DataError, DrLoraError, first_line
+from drlora.errors import CheckpointError, ConfigError, DrLoraError, first_line
 from drlora.export.import_lora import load_peft_lora, refuse_other_files
+from drlora.io.files import read_text
 from drlora.io.places import from_root
 from drlora.io.run_files import CONFIG
 from drlora.ranks.continue_adapter import continue_adapter, is_drlora, refuse_unfit
 from drlora.ranks.rank_map import read_rank_map, start_ranks
 from drlora.ranks.schedule import Competitors, Schedule, make_schedule, plan_of
 from drlora.runs.recipe import Recipe
-from drlora.runs.rundir import RunDir
 
 DEFAULT_MAX_LENGTH = 1024
 
@@ -122,24 +117,40 @@ def load_tokenizer(recipe: NamesModel, vocab_size: int) -> PreTrainedTokenizerBa
     return tokenizer
 
 
+def fit_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, recipe: Recipe, eos_token: str | None = None
+) -> None:
+    """Give the tokenizer the recipe's chat template, and the token that ends a turn.
+
+    Both are saved with the adapter, so that whoever uses it writes prompts as they were trained.
+
+    Raises:
+        ConfigError: if there is no such template or token.
+    """
+    if eos_token is not None:
+        if eos_token not in tokenizer.get_vocab():
+            raise ConfigError(
+                f"training.eos_token={eos_token!r} is no token of {tokenizer.name_or_path!r}."
+            )
+        tokenizer.eos_token = eos_token
+    if recipe.chat_template is None:
+        return
+    if recipe.chat_template.endswith((".jinja", ".jinja2", ".j2")):
+        tokenizer.chat_template = read_text(Path(recipe.chat_template), 2**20, ConfigError)
+        return
+    name = resolve_model(recipe.chat_template)
+    with _told(f"chat_template={name!r} cannot be loaded", _TEMPLATE_HINT):
+        other = AutoTokenizer.from_pretrained(name, trust_remote_code=recipe.trust_remote_code)
+    if not other.chat_template:
+        raise ConfigError(f"chat_template={name!r} has no chat template. {_TEMPLATE_HINT}")
+    tokenizer.chat_template = other.chat_template
+
+
 def vocabulary_size(model: PreTrainedModel) -> int:
     """How many tokens the model has an embedding for."""
     weight = model.get_input_embeddings().weight
     assert isinstance(weight, torch.Tensor)
     return weight.shape[0]
-
-
-def encode(
-    raw: Dataset, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, config: PreTrainedConfig
-) -> Examples:
-    """Token ids of `raw`, at most `data.max_length` of them an example.
-
-    Raises:
-        ConfigError: if the model cannot take examples of that length.
-        DataError: if no example has a token to learn.
-    """
-    wanted = longest_example(recipe.data, recipe.model, config)
-    return Examples(raw, encode_examples(raw, tokenizer, wanted))
 
 
 def longest_example(data: DataSection | None, model: str, config: PreTrainedConfig) -> int:
@@ -156,64 +167,6 @@ def longest_example(data: DataSection | None, model: str, config: PreTrainedConf
             f"lower it."
         )
     return int(wanted)
-
-
-def training_arguments(recipe: Recipe, run: RunDir) -> TrainingArguments:
-    """The Trainer's arguments: the section `training`, and what a run directory needs.
-
-    Raises:
-        ConfigError: what transformers says against them.
-    """
-    has_accelerator = torch.accelerator.is_available()
-    settings: dict[str, Any] = {
-        "use_cpu": not has_accelerator,
-        "dataloader_pin_memory": has_accelerator,
-        **recipe.training,
-    }
-    try:
-        arguments = TrainingArguments(
-            output_dir=str(run.checkpoints), label_names=["labels"], **settings
-        )
-    except Exception as error:  # whatever the packages say that a setting asks for
-        raise ConfigError(f"the section training is refused by transformers: {error}") from error
-    for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
-        if getattr(arguments, name) < 1:
-            raise ConfigError(f"training.{name}={getattr(arguments, name)} must be at least 1.")
-    if arguments.max_steps < 1 and arguments.num_train_epochs <= 0:
-        raise ConfigError(
-            f"training.num_train_epochs={arguments.num_train_epochs} leaves nothing to train; set "
-            f"it, or training.max_steps, above 0."
-        )
-    if arguments.auto_find_batch_size and are_several():
-        raise ConfigError(
-            "training.auto_find_batch_size=true: each process would find a batch of its own; set "
-            "training.per_device_train_batch_size."
-        )
-    return arguments
-
-
-def count_steps(
-    arguments: TrainingArguments, num_examples: int, batch_size: int | None = None
-) -> int:
-    """Optimizer steps of the run, as the Trainer counts them.
-
-    Args:
-        arguments: of the Trainer.
-        num_examples: of the training data.
-        batch_size: of a process, where it is not what the arguments say.
-
-    Raises:
-        DataError: if `dataloader_drop_last` leaves no batch.
-    """
-    if arguments.max_steps > 0:
-        return arguments.max_steps
-    batch_size = batch_size or arguments.train_batch_size
-    examples = num_examples / arguments.world_size / batch_size
-    batches = math.floor(examples) if arguments.dataloader_drop_last else math.ceil(examples)
-    if batches < 1:
-        raise DataError(f"{num_examples} examples do not fill one batch; lower the batch size.")
-    updates = math.ceil(batches / arguments.gradient_accumulation_steps)
-    return math.ceil(arguments.num_train_epochs * updates)
 
 
 def load_base_model(recipe: NamesModel) -> PreTrainedModel:
@@ -323,6 +276,7 @@ def load_adapter(model: PreTrainedModel, folder: str) -> PeftModel:
         ) from error
 
 
+_TEMPLATE_HINT = "Name a .jinja file, or a folder or a model of the hub whose tokenizer has one."
 _MODEL_HINT = "Name a local folder with a model, a model of the hub, or `embedded`."
 
 

@@ -12,20 +12,19 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from drlora.data.section import ROLES
 from drlora.io.places import Place, leads_somewhere
 from drlora.io.run_files import CHECKPOINTS, CONFIG
 
 if TYPE_CHECKING:
     from drlora.runs.recipe import Recipe
 
-_PATHS = ("model", "tokenizer", "start_from", "start_ranks")
+_PATHS = ("model", "tokenizer", "start_from", "start_ranks", "chat_template")
 
 
 def located(recipe: Recipe, folder: Path) -> Recipe:
     """The recipe stored in the run directory `folder`, with the paths that it means now."""
     place = Place.of(folder, recipe.output_dir)
-    data = replace(recipe.data, **_found(place, recipe.data, ROLES))
+    data = recipe.data.moved(place.find)
     return replace(recipe, data=data, output_dir=str(folder), **_found(place, recipe, _PATHS))
 
 

@@ -114,10 +114,16 @@ def _of_training(logged: list[tuple[int, Any]]) -> Iterator[str]:
 def _of_held_out(before: Measurement | None, after: Measurement | None) -> Iterator[str]:
     if after is None:
         return
-    if not math.isfinite(after.loss.loss):
-        yield f"the held-out loss is {after.loss.loss}"
-    elif before is not None and after.loss.loss > before.loss.loss:
-        yield f"the held-out loss rose from {before.loss.loss:.4g} to {after.loss.loss:.4g}"
+    end = _aim(after)
+    if not math.isfinite(end):
+        yield f"the held-out loss is {end}"
+    elif before is not None and end > _aim(before):
+        yield f"the held-out loss rose from {_aim(before):.4g} to {end:.4g}"
+
+
+def _aim(found: Measurement) -> float:
+    """The loss that the run lowers: of answers, or of its own where it learns from preferences."""
+    return found.objective["loss"] if found.objective else found.loss.loss
 
 
 def _of_rise(before: Measurement | None, logged: list[tuple[int, Any]]) -> Iterator[str]:

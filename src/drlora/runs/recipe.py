@@ -1,11 +1,13 @@
 """A recipe: everything that makes a run, in one YAML file.
 
-    recipe = load_recipe("recipes/embedded.yaml", ["training.max_steps=100"])
+    recipe = load_recipe("embedded", ["training.max_steps=100"])
     train(recipe)
 
 The section `data` is a `DataSection`, `evaluation` an `EvaluationSection`, `adapter` a
-`DrLoraConfig` (its settings, or a `preset` and changes to it); `training` has the settings of
-transformers' TrainingArguments. Whatever is not known is refused, with the nearest known name.
+`DrLoraConfig` (its settings, or a `preset` and changes to it); `training` has the fields of TRL's
+config for the `objective` (SFTConfig, DPOConfig, KTOConfig), those of transformers'
+TrainingArguments among them, and `OwnSettings`. Whatever is not known is refused, with the nearest
+known name.
 Relative paths are those of the working directory; what a run keeps of its recipe has them from the
 root on, so that it can be resumed from anywhere.
 """
@@ -19,10 +21,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from peft import PeftConfig, TaskType
-from transformers import TrainingArguments
 
 from drlora.config.adapter import DrLoraConfig, preset_settings
 from drlora.config.methods import METHODS
@@ -36,12 +37,15 @@ from drlora.io.files import home
 from drlora.io.places import from_root
 from drlora.io.settings import check_type, read_settings, refuse_unknown, with_overrides
 from drlora.ranks.continue_adapter import RANKS, kept_settings
+from drlora.recipes import resolve_recipe
 from drlora.runs.moved import located_at
+from drlora.trainer.objectives import OBJECTIVES, OWN, Objective, OwnSettings, objective_of
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
+_MAYBE_OF_HUB = ("model", "tokenizer", "chat_template")
 LENGTHS = ("max_steps", "num_train_epochs")  # settings of training that say how long a run is
-_PATHS = ("model", "tokenizer", "output_dir", "start_from", "start_ranks")
+_PATHS = ("model", "tokenizer", "output_dir", "start_from", "start_ranks", "chat_template")
 
 TRAINING_DEFAULTS: dict[str, Any] = {
     "learning_rate": 2e-4,
@@ -56,22 +60,31 @@ TRAINING_DEFAULTS: dict[str, Any] = {
     "report_to": "none",
     "logging_nan_inf_filter": False,  # it logs 0 where the loss is NaN
 }
-# Fields of TrainingArguments that a recipe does not set, and why.
+# Fields of TRL's configs that a recipe does not set, and why.
 NOT_IN_RECIPES = {
+    "model_init_kwargs": "set model, dtype and trust_remote_code at the top of the recipe",
+    "trust_remote_code": "set trust_remote_code at the top of the recipe",
+    "chat_template_path": "set chat_template at the top of the recipe",
+    "max_length": "set data.max_length, which evaluation keeps to as well",
+    "dataset_text_field": "set data.columns: {text: NAME}",
+    "dataset_kwargs": "drlora prepares the data",
+    "shuffle_dataset": "examples are drawn in a random order anyway",
+    "eval_packing": "held-out examples are measured one by one",
+    "pad_token": "set it in the tokenizer",
+    "sync_ref_model": "the reference is the base model, or the adapter that the run starts from",
     "output_dir": "set output_dir at the top of the recipe",
     "label_names": "drlora's data always has the column labels",
     "resume_from_checkpoint": "use --resume",
     "restore_callback_states_from_checkpoint": "use --resume",
     "save_only_model": "a run could not be resumed without the optimizer's state",
-    "load_best_model_at_end": "an earlier checkpoint has not spent the budget",
     "do_train": "drlora train trains",
     "do_eval": "see the section evaluation",
     "do_predict": "use drlora eval",
 }
 COMMON_TRAINING = (
     "max_steps, num_train_epochs, per_device_train_batch_size, gradient_accumulation_steps, "
-    "learning_rate, warmup_steps, lr_scheduler_type, weight_decay, logging_steps, save_steps, seed "
-    "and all other fields of transformers.TrainingArguments"
+    "learning_rate, warmup_steps, lr_scheduler_type, weight_decay, logging_steps, save_steps, "
+    "seed, {own} and all other fields of trl.{config}"
 )
 
 
@@ -85,8 +98,9 @@ class Recipe:
         data: see DataSection.
         adapter: what the adapter is; `adapter_config` gives copies, for PEFT writes into what it
             is given.
-        training: fields of TrainingArguments.
+        training: fields of the config of the objective's trainer, and `OwnSettings`.
         evaluation: see EvaluationSection.
+        objective: what is learned from: `sft`, `dpo` or `kto` (`drlora.trainer.objectives`).
         method: a name of `drlora.config.methods`; what it stands for wins over `adapter`. None:
             `adapter` as it is.
         start_from: what the adapter continues: a run, a folder with a DR-LoRA adapter
@@ -96,6 +110,8 @@ class Recipe:
             where they are, or to be given out `again` from r_init on; by default keep.
         start_ranks: JSON file with the ranks to start from (`drlora.start_ranks`).
         tokenizer: where it is not the model's own.
+        chat_template: where it is not the tokenizer's own: a file (.jinja), or a folder or a model
+            of the hub whose tokenizer has it.
         dtype: of the model's weights; `auto` is what they are stored in.
         trust_remote_code: whether code that comes with a hub model may run.
     """
@@ -106,11 +122,13 @@ class Recipe:
     adapter: DrLoraConfig
     training: dict[str, Any]
     evaluation: EvaluationSection = EvaluationSection()
+    objective: str = "sft"
     method: str | None = None
     start_from: str | None = None
     start_from_ranks: str | None = None
     start_ranks: str | None = None
     tokenizer: str | None = None
+    chat_template: str | None = None
     dtype: str = "auto"
     trust_remote_code: bool = False
 
@@ -129,6 +147,8 @@ class Recipe:
             )
         placing = {"start": (self.adapter.start, "uniform"),
                    "options.start_a": (self.adapter.option("start_a"), "random")}  # fmt: skip
+        if objective_of(self.objective).compares:
+            self._refuse_placing(placing)
         for name in ("start_from", "start_ranks"):
             for setting, (rule, nothing) in placing.items():
                 if getattr(self, name) and rule != nothing:
@@ -136,6 +156,16 @@ class Recipe:
                         f"{name}={getattr(self, name)!r} and adapter.{setting}={rule!r} contradict "
                         f"each other; keep one."
                     )
+
+    def _refuse_placing(self, placing: Mapping[str, tuple[Any, str]]) -> None:
+        """Ranks are placed by the loss of a language model, which other objectives do not have."""
+        for setting, (rule, nothing) in placing.items():
+            if rule != nothing:
+                raise ConfigError(
+                    f"adapter.{setting}={rule!r} looks at the loss of answers, which "
+                    f"objective={self.objective!r} has not; leave it out, or name ranks as "
+                    f"start_ranks."
+                )
 
     def adapter_config(self) -> DrLoraConfig:
         """A copy of `adapter` for a causal language model."""
@@ -147,8 +177,7 @@ class Recipe:
         """The same with local paths from the root on, so that it holds in any working directory."""
         given = {name: found for name in _PATHS if (found := getattr(self, name))}
         paths: dict[str, Any] = {
-            # Those of the first two may be names of the hub.
-            name: from_root(found) if name in ("model", "tokenizer") else os.path.abspath(found)
+            name: from_root(found) if name in _MAYBE_OF_HUB else os.path.abspath(found)
             for name, found in given.items()
         }
         return replace(self, data=self.data.resolved(), **paths)
@@ -169,8 +198,8 @@ def load_recipe(
     is read with the paths that it means now.
 
     Args:
-        source: the file; `~` stands for home, as in every path in it. Or what such a file holds, as
-            nested values.
+        source: the file; `~` stands for home, as in every path in it. Or the name of a recipe that
+            comes with drlora (`drlora.recipes`). Or what such a file holds, as nested values.
         overrides: `training.max_steps=100` and the like.
         resume: whether a run is to go on: a length among the overrides, in steps or in epochs, then
             takes the place of the file's, whichever that has.
@@ -181,7 +210,8 @@ def load_recipe(
     if isinstance(source, Mapping):
         tree = with_overrides(copy.deepcopy(dict(source)), overrides)
     else:
-        tree = read_settings(home(str(source)), overrides)
+        source = resolve_recipe(home(str(source)))
+        tree = read_settings(source, overrides)
     training = tree.get("training")
     if resume and isinstance(training, dict):
         given = {override.partition("=")[0] for override in overrides}
@@ -206,7 +236,8 @@ def recipe_from(tree: dict[str, Any], is_record: bool = False) -> Recipe:
     _refuse_unknown_in(tree, Recipe, "")
     tree = _at_home(tree, _PATHS)
     sections = {key: _section(tree, key) for key in ("data", "adapter", "training", "evaluation")}
-    training = _training(sections["training"])
+    objective = objective_of(check_type(tree.get("objective") or "sft", str, "objective"))
+    training = _training(sections["training"], objective)
     parts = {
         "data": _build(DataSection, _at_home(sections["data"], ROLES), "data"),
         "evaluation": _build(EvaluationSection, sections["evaluation"], "evaluation"),
@@ -279,13 +310,14 @@ def _adapter(settings: dict[str, Any], training: dict[str, Any], method: Any) ->
     return make_adapter_config({**warmup, **settings}, check_type(method, str | None, "method"))
 
 
-def _training(settings: dict[str, Any]) -> dict[str, Any]:
-    known = _hints(TrainingArguments)
-    names = {f.name for f in fields(TrainingArguments)}
-    refuse_unknown(settings, names, "training", _homes(), COMMON_TRAINING)
+def _training(settings: dict[str, Any], objective: Objective) -> dict[str, Any]:
+    known = {**_hints(cast(Any, objective.config)), **_hints(OwnSettings)}
+    names = {f.name for f in (*fields(objective.config), *fields(OwnSettings))}
+    common = COMMON_TRAINING.format(own=", ".join(OWN), config=objective.config.__name__)
     for key in settings:
         if key in NOT_IN_RECIPES:
             raise ConfigError(f"training.{key} cannot be set in a recipe: {NOT_IN_RECIPES[key]}.")
+    refuse_unknown(settings, names, "training", _homes(), common)
     # An unquoted `no` is false in YAML, but the name of a strategy for transformers.
     plain = {k: "no" if v is False and k.endswith("_strategy") else v for k, v in settings.items()}
     checked = {
@@ -296,7 +328,7 @@ def _training(settings: dict[str, Any]) -> dict[str, Any]:
             f"training.max_steps={checked['max_steps']} and training.num_train_epochs="
             f"{checked['num_train_epochs']} contradict each other; keep one."
         )
-    return {**TRAINING_DEFAULTS, **checked}
+    return {**TRAINING_DEFAULTS, **objective.defaults, **checked}
 
 
 def _section(tree: dict[str, Any], key: str) -> dict[str, Any]:
@@ -336,7 +368,9 @@ def _hints(kind: Any) -> dict[str, Any]:
 @cache
 def _homes() -> dict[str, str]:
     """Setting -> its dotted name, to say where one belongs that stands in the wrong place."""
-    homes = {f.name: f"training.{f.name}" for f in fields(TrainingArguments)}
+    configs = [one.config for one in OBJECTIVES.values()]
+    names = {f.name for kind in (*configs, OwnSettings) for f in fields(kind)}
+    homes = {name: f"training.{name}" for name in names}
     homes |= {f.name: f"evaluation.{f.name}" for f in fields(EvaluationSection)}
     homes |= {f.name: f"data.{f.name}" for f in fields(DataSection)}
     homes |= {key: f"adapter.{key}" for key in (*adapter_settings(), "preset")}

@@ -24,14 +24,18 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from drlora.data.draw import drawn
-from drlora.data.encode import Examples
-from drlora.data.layout import PLACES
+from drlora.data.formats import PLACES
+from drlora.data.tokens import Prepared
 from drlora.distributed import world_size
 from drlora.errors import ConfigError
 from drlora.evaluation.measure import EvaluationSection
 from drlora.io.files import read_json
 
 _BATCH = 1000
+_TOKENS = (
+    "input_ids", "labels", "seq_lengths", "prompt_ids", "chosen_ids", "rejected_ids",
+    "completion_ids",
+)  # fmt: skip
 _NAMES = {"train": "training", "eval": "held-out"}
 
 
@@ -45,7 +49,7 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def data_record(
-    examples: Mapping[str, Examples], tokenizer: PreTrainedTokenizerBase, max_length: int
+    examples: Mapping[str, Prepared], tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> dict[str, Any]:
     """The parts of a record that say what batches are made of.
 
@@ -58,7 +62,7 @@ def data_record(
         role: {
             "examples": len(one.raw),
             "content": _content(one.raw),
-            "tokens": _tokens(one.encoded.dataset),
+            "tokens": _tokens(one.tokens),
         }
         for role, one in examples.items()
     }
@@ -117,10 +121,10 @@ def _encoding(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     return "; ".join(changed) or "the tokenizer gives other tokens"
 
 
-def held_out_record(held_out: Examples, section: EvaluationSection) -> dict[str, Any]:
+def held_out_record(held_out: Prepared, section: EvaluationSection) -> dict[str, Any]:
     """Which held-out examples are measured, by their place in the data."""
     return {
-        "loss": _drawn(held_out.encoded.dataset, section.loss_examples, section.draw),
+        "loss": _drawn(held_out.tokens, section.loss_examples, section.draw),
         "exact_match": _drawn(held_out.raw, section.exact_match_examples, section.draw),
     }
 
@@ -147,10 +151,11 @@ def _content(rows: Dataset) -> str:
 
 
 def _tokens(rows: Dataset) -> str:
-    """A hash of input_ids and labels, as numbers and lengths."""
+    """A hash of input_ids and labels, or of what preferences have, as numbers and lengths."""
     digest = hashlib.sha256()
+    names = [name for name in _TOKENS if name in rows.column_names]
     for batch in rows.with_format("arrow").iter(_BATCH):
-        for name in ("input_ids", "labels"):
+        for name in names:
             column = batch.column(name).combine_chunks()
             for part in (column.value_lengths(), column.flatten()):
                 digest.update(np.asarray(part).astype(np.int64).tobytes())

@@ -1,6 +1,6 @@
 """One run, from a recipe to a trained adapter: `drlora train`.
 
-result = train(load_recipe("recipes/embedded.yaml"))
+result = train(load_recipe("embedded"))
 result.before.loss.loss, result.after.loss.loss, result.ranks
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,12 @@ from drlora.ranks.dynamics import RankDynamics
 from drlora.ranks.rank_map import budget_of, free_parameters, rank_map
 from drlora.ranks.starts import needs_ranks
 from drlora.report.card import write_card_if_possible
+from drlora.runs.arguments import training_arguments
 from drlora.runs.environment import peak_memory, versions
 from drlora.runs.held_out import measured_on
 from drlora.runs.interrupt import StopOnInterrupt
 from drlora.runs.job import Job, prepare
-from drlora.runs.loading import add_adapter, load_base_model, training_arguments
+from drlora.runs.loading import add_adapter, load_base_model
 from drlora.runs.outcome import (
     RunDiverged,
     RunInterrupted,
@@ -109,18 +110,21 @@ def _run(job: Job, model: PeftModel, progress: Progress) -> TrainResult:
         # What it refuses, it is to refuse now.
         RankDynamics(model, job.plan_steps, step=0).release()
     on_main(lambda: _begin(job))
-    before = _measure_before(job, model, progress)
+    before = _measure_before(job, training, progress)
     if before:
         progress.say(f"before: {before}")
     if job.checkpoint:
         progress.say(f"continuing from {job.checkpoint}")
     set_seed(job.arguments.seed)
     training.fit()
-    interrupted = stop.interrupted and training.steps < training.due
+    is_short = training.steps < training.due
+    interrupted = stop.interrupted and is_short and not training.stopped_early
     after = None
     if not interrupted:
+        for note in training.ending():
+            progress.say(note)
         _save(job, model)
-        after = _measure_and_log(job, model, "after", training.steps, progress)
+        after = _measure_and_log(job, training, "after", training.steps, progress)
     result = _result(job, model, training, before, after)
     if not interrupted:
         on_main(lambda: write_json(job.run.result, _to_json(result, job, model, training)))
@@ -177,13 +181,15 @@ def _save(job: Job, model: PeftModel) -> None:
     state = adapter_state(model)
 
     def write(folder: Path) -> None:
-        model.save_pretrained(str(folder), state_dict=state)
+        # A reference adapter that TRL made stays in the checkpoints.
+        active = [model.active_adapter]
+        model.save_pretrained(str(folder), state_dict=state, selected_adapters=active)
         job.tokenizer.save_pretrained(str(folder))
 
     on_main(lambda: job.run.write_adapter(write))
 
 
-def _measure_before(job: Job, model: PeftModel, progress: Progress) -> Measurement | None:
+def _measure_before(job: Job, training: Training, progress: Progress) -> Measurement | None:
     """The measurement at step 0; a resumed run has it in its metrics."""
     if not job.recipe.evaluation.before:
         return None
@@ -191,16 +197,17 @@ def _measure_before(job: Job, model: PeftModel, progress: Progress) -> Measureme
     found = on_main(lambda: next(entries, None))
     if found:
         return measurement_from(found)
-    return _measure_and_log(job, model, "before", 0, progress)
+    return _measure_and_log(job, training, "before", 0, progress)
 
 
 def _measure_and_log(
-    job: Job, model: PeftModel, kind: str, step: int, progress: Progress
+    job: Job, training: Training, kind: str, step: int, progress: Progress
 ) -> Measurement:
     section = job.recipe.evaluation
-    what = f"measuring {kind} training: {measured_on(job.held_out, section)}"
+    what = f"measuring {kind} training: {measured_on(job.measured, section)}"
     with progress.at_work(what):
-        found = measure(model, job.tokenizer, job.held_out, section)
+        found = measure(training.model, job.tokenizer, job.measured, section)
+        found = replace(found, objective=training.measure_objective())
     entry = {"step": step, "kind": kind, **found.to_dict()}
     on_main(lambda: _log_measurement(job.run, entry))
     return found
@@ -227,6 +234,7 @@ def _to_json(result: TrainResult, job: Job, model: PeftModel, training: Training
         "budget": asdict(result.budget),
         "ranks": result.ranks,
         "schedule": _config(model).recorded("schedule"),
+        "objective": job.recipe.objective,
         "method": job.recipe.method,
         "trainable_parameters": result.trainable_parameters,
         "stored_parameters": result.stored_parameters,
@@ -234,6 +242,7 @@ def _to_json(result: TrainResult, job: Job, model: PeftModel, training: Training
         "steps": result.steps,
         "seconds": round(result.seconds, 2),
         "restarts": training.restarts,
+        "notes": list(training.ending()),
         "examples": job.counts(),
         "held_out": job.record["held_out"],
         "seed": job.arguments.seed,

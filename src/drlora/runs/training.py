@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
 from transformers import PrinterCallback, TrainerCallback
 
-from drlora.data import Collator
 from drlora.distributed import on_main
 from drlora.io.checkpoint import checkpoint_step
 from drlora.io.run_files import CHECKPOINT
+from drlora.ranks.rank_map import budget_of
 from drlora.runs.interrupt import StopOnInterrupt
 from drlora.runs.job import Job
 from drlora.runs.metrics_log import MetricsLog
@@ -19,6 +21,9 @@ from drlora.runs.moved import FindBest
 from drlora.runs.progress import TellProgress
 from drlora.runs.rundir import write_json
 from drlora.trainer.callback import DrLoraCallback
+from drlora.trainer.objectives import OwnSettings, make_trainer, objective_of
+from drlora.trainer.patience import Patience
+from drlora.trainer.preferences import PreferenceTrainer
 from drlora.trainer.trainer import Clock, NewSchedule, RunTrainer, StopWhenLost
 
 
@@ -39,17 +44,23 @@ class Training:
         self.steps = checkpoint_step(job.checkpoint) if job.checkpoint else 0
         self.clock = Clock()
         self.restarts: list[dict[str, Any]] = list(job.record.get("restarts", []))
-        self.trainer = None if self.steps >= self.due else self._make_trainer()
+        self.is_over = self.steps >= self.due
+        self.trainer = self._make_trainer()
 
     @property
     def seconds(self) -> float:
         """In training, over all parts of the run."""
-        return self.clock.seconds if self.trainer else self.job.seconds
+        return self.job.seconds if self.is_over else self.clock.seconds
+
+    @property
+    def stopped_early(self) -> bool:
+        """Whether evaluations ended it before its last step."""
+        return self.patience is not None and self.patience.has_ended
 
     def fit(self) -> None:
         """Train to the end, or until Ctrl-C or SIGTERM."""
         checkpoint = self.job.checkpoint
-        if self.trainer is None:
+        if self.is_over:
             # The run ended between its last step and its result; the Trainer would take one more.
             name = self.model.active_adapter
             self.model.load_adapter(str(checkpoint), name, is_trainable=True)
@@ -58,22 +69,55 @@ class Training:
             self.trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         self.steps, self.due = self.trainer.state.global_step, self.trainer.state.max_steps
 
+    def ending(self) -> Iterator[str]:
+        """How the run came to its end, where that was not its last step with its last weights."""
+        if self.stopped_early:
+            yield (
+                f"no better for {self.job.recipe.training['early_stopping_patience']} evaluations: "
+                f"ended at step {self.steps} of {self.due}"
+            )
+        best = self.trainer.state.best_model_checkpoint
+        if self.job.arguments.load_best_model_at_end and best and not self.is_over:
+            yield f"the adapter is that of step {checkpoint_step(Path(best))}, the best evaluation"
+        budget = budget_of(self.model)
+        if budget.spent < budget.stored and self.ends_before_its_time:
+            yield (
+                f"{budget.spent:,} of the {budget.stored:,} ranks of the budget are in use: the "
+                f"rest was to be given out later"
+            )
+
+    @property
+    def ends_before_its_time(self) -> bool:
+        """Whether the adapter may be of a step before the last."""
+        return self.stopped_early or self.job.arguments.load_best_model_at_end
+
+    def measure_objective(self) -> dict[str, float] | None:
+        """What the objective says of the held-out data, where that is not the loss of answers."""
+        trainer = self.trainer
+        return trainer.measure() if isinstance(trainer, PreferenceTrainer) else None
+
     def _make_trainer(self) -> RunTrainer:
-        job = self.job
+        job, own = self.job, OwnSettings.of(self.job.recipe.training)
         progress = TellProgress(self.progress)
         self.growth = DrLoraCallback(log_dir=job.run.path, on_growth=progress.show_growth)
         self.growth.tells_of_length = False  # the notes of the job do
+        self.growth.ended_early = lambda: self.stopped_early
         job.arguments.disable_tqdm = True
         callbacks = [self.growth, MetricsLog(job.run.metrics), _Share(self, progress), progress]
         callbacks += [StopWhenLost(), self.stop, self.clock, FindBest()]
         if job.is_extended:
             callbacks.append(NewSchedule())
-        trainer = RunTrainer(
+        self.patience = Patience.of(own)
+        if self.patience is not None:
+            callbacks.append(self.patience)
+        trainer = make_trainer(
+            objective_of(job.recipe.objective),
+            own,
+            continues=job.recipe.start_from is not None,
             model=self.model,
             args=job.arguments,
-            train_dataset=job.train.encoded.dataset,
-            eval_dataset=job.held_out.encoded.dataset,
-            data_collator=Collator(job.tokenizer),
+            train_dataset=job.train.tokens,
+            eval_dataset=job.held_out.tokens,
             processing_class=job.tokenizer,
             callbacks=callbacks,
         )

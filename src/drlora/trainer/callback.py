@@ -60,6 +60,8 @@ class DrLoraCallback(TrainerCallback, ExportableState):
         dynamics: the RankDynamics, from the start of training on.
         tells_of_length: whether it warns where a run that is resumed has another length than growth
             was planned for.
+        ended_early: says whether a run that ends before its last step is over all the same, and is
+            no run that was interrupted.
         log_start: steps of earlier calls of `train()`, which the logs count too.
     """
 
@@ -74,6 +76,7 @@ class DrLoraCallback(TrainerCallback, ExportableState):
         self.on_growth = on_growth
         self.dynamics: RankDynamics | None = None
         self.tells_of_length = True
+        self.ended_early: Callable[[], bool] = lambda: False
         self.log_start = 0
         self._ended = False
         self._scale: float | None = None
@@ -193,7 +196,8 @@ class DrLoraCallback(TrainerCallback, ExportableState):
         assert self.dynamics is not None
         load_best(args, state, kwargs.get("model"), self.dynamics.adapter_name)
         self._ended = True
-        if state.is_world_process_zero and state.global_step >= state.max_steps:
+        is_over = state.global_step >= state.max_steps or self.ended_early()
+        if state.is_world_process_zero and is_over:
             self._events.write_end()
         self.dynamics.warn_of_poison()
 

@@ -1,4 +1,4 @@
-"""The Trainer of `drlora train`, and a rehearsal of it that costs nothing.
+"""What the Trainer of `drlora train` has beside TRL's, and a rehearsal of it that costs nothing.
 
 Whatever transformers, accelerate or an optimizer's package refuse, they are to refuse before the
 first measurement, and in a dry run too.
@@ -53,7 +53,8 @@ def rehearse(arguments: TrainingArguments, total_steps: int) -> None:
         tried = copy.copy(arguments)
         tried.output_dir, tried.push_to_hub = folder, False
         try:
-            trainer = Trainer(nn.Linear(1, 1), tried)
+            # It asks whether there are held-out data, and does not look at them.
+            trainer = Trainer(nn.Linear(1, 1), tried, eval_dataset=cast(Any, [0]))
             if _takes_any_model(tried):
                 trainer.create_optimizer_and_scheduler(max(1, total_steps))
         except Exception as error:  # whatever packages that are missing or too old make of it
@@ -76,11 +77,12 @@ def _shown(value: Any) -> str:
 
 
 class RunTrainer(Trainer):
-    """The Trainer, with LoRA+'s parameter groups where the adapter asks for them.
+    """What a run's trainer has, whichever of TRL's it stands before (`drlora.trainer.objectives`).
 
-    What goes wrong in writing a checkpoint, it tells in one sentence. Where auto_find_batch_size
-    tries a smaller batch, the run begins again from where it began: weights, ranks, statistics,
-    optimizer and the order of the data, so that it is the run of that batch size.
+    LoRA+ has parameter groups of its own where the adapter asks for them. What goes wrong in
+    writing a checkpoint, it tells in one sentence. Where auto_find_batch_size tries a smaller
+    batch, the run begins again from where it began: weights, ranks, statistics, optimizer and the
+    order of the data, so that it is the run of that batch size.
 
     Attributes:
         on_restart: called before a smaller batch is tried, with the one that did not fit and the
@@ -120,6 +122,12 @@ class RunTrainer(Trainer):
                 f"{self.args.output_dir}: {first_line(error)} (is the disk full, or the folder "
                 f"read-only?)"
             ) from error
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: the run writes its own (`drlora.report.card`), TRL's would lie beside it."""
+
+    def _send_telemetry(self) -> None:
+        """Nothing: TRL would tell the hub of each run."""
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """PEFT's helper makes the groups; otherwise all is as in transformers."""

@@ -1,6 +1,6 @@
-"""Three of the paper's data sets as prompts and completions, for the recipes beside this file.
+"""Three of the paper's data sets as prompts and completions, for the recipes paper/TASK of drlora.
 
-    python recipes/paper/prepare.py medmcqa      writes data/medmcqa/train.jsonl and eval.jsonl
+    python experiments/paper/prepare.py medmcqa      writes data/medmcqa/train.jsonl and eval.jsonl
 
 Needs the hub, for `openlifescienceai/medmcqa`, `RicardoRei/wmt-da-human-evaluation` or
 `coastalcph/lex_glue`.

@@ -1,0 +1,340 @@
+"""Load examples: of files as people have them, of an embedded task, or of a hub data set.
+
+    load_examples("chats/*.jsonl.gz")
+    load_examples([{"path": "a.jsonl", "weight": 0.7}, {"path": "b.csv", "weight": 0.3}])
+
+`datasets` does the reading. Where it fails, the file is gone through line by line, to name the one
+that is wrong; good files are read once.
+"""
+
+from __future__ import annotations
+
+import csv
+import glob
+import io
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import datasets
+from datasets.data_files import DataFilesDict, get_data_patterns
+from datasets.exceptions import DatasetsError
+
+from drlora.data.formats import (
+    PLACES,
+    SETTINGS,
+    check_record,
+    choose_form,
+    is_conversation,
+    standard,
+    suspects,
+    unused_columns,
+)
+from drlora.data.lines import PACKED, diagnose, numbers_of, opened, suffix_of
+from drlora.data.slices import base_of, rows_of
+from drlora.errors import DataError
+from drlora.io.files import home, local_path
+
+EMBEDDED_PREFIX = "embedded:"
+EMBEDDED_FOLDER = Path(__file__).resolve().parents[1] / "embedded" / "tasks"
+READERS = {
+    ".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet",
+    ".txt": "text",
+}  # fmt: skip
+OTHER_SUFFIXES = (".arrow", ".zip", ".xlsx", ".xls", ".tar", ".pkl")
+MIX_SEED = 20260111
+
+Mix = tuple[tuple[str, float | None], ...]
+"""Sources and their weights, all or none of which are given."""
+
+logger = logging.getLogger(__name__)
+
+
+def load_examples(
+    source: str | Sequence[Any] | Mix,
+    *,
+    split: str = "train",
+    config: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    form: str | None = None,
+) -> datasets.Dataset:
+    """Examples under TRL's column names (see `drlora.data.formats`), all others dropped.
+
+    Args:
+        source: `embedded:TASK`; the path of a file (.jsonl, .json, .csv, .tsv, .parquet, .txt, also
+            .gz, .bz2, .xz or .zst of these), a pattern of such paths, a folder of them or one that
+            `save_to_disk` wrote; a hub data set; or a list of these, each maybe with a weight.
+        split: name of the split, which may carry a slice (`train[:100]`). A file is one split,
+            called train.
+        config: configuration of a hub data set that has several.
+        columns: the data's names for standard columns, as `{"prompt": "question"}`.
+        form: what the data is read as; by default its columns say.
+
+    Raises:
+        DataError: the source, the split or a column does not exist, or a record is malformed.
+    """
+    found = load_placed(source, split=split, config=config, columns=columns, form=form)
+    return found.remove_columns([name for name in found.column_names if name in PLACES])
+
+
+def load_placed(
+    source: str | Sequence[Any] | Mix,
+    *,
+    split: str = "train",
+    config: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    form: str | None = None,
+) -> datasets.Dataset:
+    """As `load_examples`, and where each example comes from, counted from 1.
+
+    One more column, `line`, `item` (of a list) or `row`, has the number; of several files the
+    column `file` has each one's, of one `info.description`. `info.citation` says what it was read
+    as.
+    """
+    if not isinstance(source, str):
+        return _mixed(frozen(source), split, config, columns, form)
+    files = data_files(source, split)
+    if files is None:
+        return _finished(_load_hub(source, split, config), columns, form)
+    parts = [_finished(_load_file(path), columns, form) for path in files]
+    found = parts[0] if len(parts) == 1 else _joined(parts)
+    total = len(found)
+    is_named = len(files) == 1 and not Path(home(source)).is_dir()
+    name = str(files[0]) if is_named else source
+    chosen = [row for _, rows in rows_of(split, {base_of(split): total}) for row in rows]
+    if not chosen:
+        raise DataError(f"{name} has no examples in {split!r}; it has {total} in all")
+    return found if len(chosen) == total else found.select(chosen)
+
+
+def frozen(source: Sequence[Any]) -> Mix:
+    """A list of sources as pairs of path and weight.
+
+    Raises:
+        DataError: an item is none, or some have a weight and some do not.
+    """
+    pairs: list[tuple[str, float | None]] = []
+    for item in source:
+        if isinstance(item, str):
+            pairs.append((item, None))
+        elif isinstance(item, Mapping) and "path" in item and item.keys() <= {"path", "weight"}:
+            pairs.append((str(item["path"]), item.get("weight")))
+        elif isinstance(item, tuple) and len(item) == 2:
+            pairs.append(item)
+        else:
+            raise DataError(
+                f"{item!r} in a list of data is no path and no {{path: .., weight: ..}}"
+            )
+    weights = [weight for _, weight in pairs if weight is not None]
+    if not pairs or (weights and len(weights) < len(pairs)) or any(w <= 0 for w in weights):
+        raise DataError(f"{list(source)!r}: give a weight above 0 to every source, or to none")
+    return tuple(pairs)
+
+
+def data_files(source: str, split: str) -> list[Path] | None:
+    """The files that a source stands for, in order; None for a hub data set.
+
+    Raises:
+        DataError: there are none, or they are of no kind that is read.
+    """
+    if source.startswith(EMBEDDED_PREFIX):
+        return [_embedded_file(source, split)]
+    if not is_file_name(source):
+        return None
+    path, base = Path(home(source)), base_of(split)
+    if path.is_dir():
+        return _files_of_folder(path, base)
+    if base != "train":
+        raise DataError(
+            f"split {split!r} of {source}: a file has no splits; name the file of that split"
+        )
+    found = [path]
+    if glob.has_magic(str(path)) and not path.exists():
+        found = [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
+        if not found:
+            raise DataError(f"{source}: no file has such a name")
+    for one in found:
+        if suffix_of(one) not in READERS:
+            raise DataError(f"{one}: cannot read {one.suffix!r} files; use {', '.join(READERS)}")
+        if not one.is_file():
+            raise DataError(f"{one}: no such file")
+    return found
+
+
+def is_file_name(source: str) -> bool:
+    """Whether a source is a file or folder, there or not, and no hub data set or embedded task."""
+    return (
+        local_path(source) is not None
+        or suffix_of(Path(source)) in (*READERS, *OTHER_SUFFIXES, *PACKED)
+        or source.startswith(("/", "./", "../", "~"))
+        or (glob.has_magic(source) and not source.startswith(EMBEDDED_PREFIX))
+    )
+
+
+def _embedded_file(source: str, split: str) -> Path:
+    task = source.removeprefix(EMBEDDED_PREFIX)
+    tasks = sorted(path.parent.name for path in EMBEDDED_FOLDER.glob("*/train.jsonl"))
+    if task not in tasks:
+        raise DataError(f"no embedded task {task!r}; there are {', '.join(tasks)}")
+    splits = sorted(path.stem for path in (EMBEDDED_FOLDER / task).glob("*.jsonl"))
+    if base_of(split) not in splits:
+        raise DataError(f"{source} has no split {split!r}; there are {', '.join(splits)}")
+    return EMBEDDED_FOLDER / task / f"{base_of(split)}.jsonl"
+
+
+def _files_of_folder(folder: Path, split: str) -> list[Path]:
+    """Of a folder that `save_to_disk` wrote, that of the split; else its files, told as a hub's."""
+    if (folder / "dataset_dict.json").is_file():
+        return [folder / split]
+    if (folder / "state.json").is_file():
+        return [folder]
+    try:
+        by_split = DataFilesDict.from_patterns(get_data_patterns(str(folder)), str(folder))
+    except (DatasetsError, OSError) as error:
+        raise DataError(f"{folder} is a folder without data files: {error}") from error
+    paths = {str(name): [Path(p) for p in found] for name, found in by_split.items()}
+    known = {name: [p for p in found if suffix_of(p) in READERS] for name, found in paths.items()}
+    known = {name: sorted(found) for name, found in known.items() if found}
+    if split not in known:
+        raise DataError(
+            f"{folder} is a folder with no {split!r} among its files; there are "
+            f"{', '.join(known) or 'no ' + ', '.join(READERS) + ' files'}"
+        )
+    return known[split]
+
+
+def _mixed(
+    mix: Mix, split: str, config: str | None, columns: Mapping[str, str] | None, form: str | None
+) -> datasets.Dataset:
+    parts = [
+        load_placed(path, split=split, config=config, columns=columns, form=form) for path, _ in mix
+    ]
+    weights = [weight for _, weight in mix if weight is not None]
+    return _joined(parts, [weight / sum(weights) for weight in weights])
+
+
+def _joined(parts: Sequence[datasets.Dataset], shares: Sequence[float] = ()) -> datasets.Dataset:
+    """The parts one after the other, or drawn by their shares until one of them is used up."""
+    placed = [_with_file(part) for part in parts]
+    try:
+        if len({choose_form(part.column_names, None, "").name for part in parts}) > 1:
+            raise ValueError("they are of several forms")
+        if shares:
+            found = datasets.interleave_datasets(placed, list(shares), seed=MIX_SEED)
+        else:
+            found = datasets.concatenate_datasets(placed)
+    except (ValueError, TypeError) as error:
+        raise DataError(
+            f"{', '.join(part.info.description for part in parts)} cannot be joined: {error}; give "
+            f"them the same columns, of the same types"
+        ) from error
+    names = [part.info.description for part in parts]
+    used = f"; {len(found):,} of {sum(map(len, parts)):,} by weight" if shares else ""
+    found.info.description = ", ".join(dict.fromkeys(names))
+    found.info.citation = "; ".join(dict.fromkeys(part.info.citation for part in parts)) + used
+    return found
+
+
+def _with_file(part: datasets.Dataset) -> datasets.Dataset:
+    place = next(name for name in PLACES if name in part.column_names)
+    part = part.rename_column(place, "row") if place != "row" else part
+    if "file" in part.column_names:
+        return part
+    return part.add_column("file", [part.info.description] * len(part))
+
+
+def _load_file(path: Path) -> tuple[datasets.Dataset, str, str]:
+    """The examples of a file, with their place; its name; and a hint on failure."""
+    if path.is_dir():
+        hint = "was it written by save_to_disk, and is the split in it?"
+        found = _read(lambda: datasets.load_from_disk(str(path)), str(path), hint)
+        return _placed(found, "row", range(1, len(found) + 1)), str(path), hint
+    reader = READERS[suffix_of(path)]
+    hint = f"is it empty, or not really a {suffix_of(path)} file?"
+    try:
+        found = _read(lambda: _whole(path, reader), str(path), hint)
+        place, numbers = numbers_of(path, reader, len(found))
+    except DataError:
+        if reader == "json" and path.suffix != ".zst":
+            diagnose(path)
+        raise
+    return _placed(found, place, numbers), str(path), hint
+
+
+def _whole(path: Path, reader: str) -> datasets.Dataset:
+    options: dict[str, Any] = {}
+    if reader == "csv":
+        options["sep"] = "\t" if suffix_of(path) == ".tsv" else ","
+        with opened(path) as file:
+            text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+            names = next(csv.reader(text, delimiter=options["sep"]))
+        options["features"] = datasets.Features({name: datasets.Value("string") for name in names})
+        options |= {"keep_default_na": False, "encoding": "utf-8-sig"}
+    found = datasets.load_dataset(reader, data_files=str(path), split="train", **options)
+    found.data.table.validate(full=True)  # what says it is text may be none
+    return found
+
+
+def _placed(found: datasets.Dataset, place: str, numbers: Sequence[int]) -> datasets.Dataset:
+    found = found.remove_columns([name for name in found.column_names if name in PLACES])
+    return found.add_column(place, list(numbers))
+
+
+def _load_hub(source: str, split: str, config: str | None) -> tuple[datasets.Dataset, str, str]:
+    hint = (
+        "check the name, the split and the config, or whether the hub can be reached; for a local "
+        "file give a path that ends in " + ", ".join(READERS)
+    )
+    found = _read(
+        lambda: datasets.load_dataset(source, config, split=split),
+        f"data set {source!r} (split {split!r})",
+        hint,
+    )
+    return (
+        _placed(found, "row", _hub_rows(found, split)),
+        f"{source}, split {base_of(split)}",
+        hint,
+    )
+
+
+def _hub_rows(found: datasets.Dataset, split: str) -> Sequence[int]:
+    """Rows of the whole split, counted from 1; where its size is not told, those of the slice."""
+    sizes = {name: info.num_examples for name, info in (found.info.splits or {}).items()}
+    if base_of(split) in sizes:
+        rows = [row + 1 for _, some in rows_of(split, sizes) for row in some]
+        if len(rows) == len(found):
+            return rows
+    return range(1, len(found) + 1)
+
+
+def _read(load: Callable[[], Any], where: str, hint: str) -> datasets.Dataset:
+    try:
+        found = load()
+    except (DatasetsError, OSError, ValueError, RuntimeError, TypeError, StopIteration) as error:
+        raise DataError(f"cannot load {where}: {error}; {hint}") from error
+    if len(found) == 0:
+        raise DataError(f"{where} has no examples")
+    return found
+
+
+def _finished(
+    loaded: tuple[datasets.Dataset, str, str], columns: Mapping[str, str] | None, name: str | None
+) -> datasets.Dataset:
+    """What was loaded in the form that it has, its records checked."""
+    found, where, _ = loaded
+    form = choose_form([c for c in found.column_names if c not in PLACES], columns, where, name)
+    if not is_conversation({name: found[0][column] for name, column in form.columns.items()}):
+        form = replace(form, columns={n: c for n, c in form.columns.items() if n not in SETTINGS})
+    left = unused_columns(found.column_names, form, where)
+    if left:
+        logger.warning("%s: columns not used: %s", where, ", ".join(left))
+    place = next(name for name in PLACES if name in found.column_names)
+    for row in suspects(found, form):
+        record = found[row]
+        check_record(record, form, f"{where}, {place} {record[place]}")
+    done = standard(found, form)
+    done.info.description = where
+    done.info.citation = form.said(len(done))
+    return done

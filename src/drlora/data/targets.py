@@ -1,0 +1,162 @@
+"""What is trained, checked: each of the assistant's turns with its end, and nothing of the others.
+
+A chat template may drop a turn, mark another one's or leave out the token that ends a turn, all
+without a word. So the tokens are decoded again and compared with the conversation.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jinja2
+
+from drlora.data.formats import CONTENT_KEYS
+from drlora.data.turns import ChatTemplate, Conversation, Span, Turn
+from drlora.errors import DataError
+
+_THOUGHTS = re.compile("</?think>")
+
+
+def verify(
+    conversation: Conversation, ids: Sequence[int], spans: Sequence[Span], template: ChatTemplate
+) -> None:
+    """Refuse a conversation of which something else is trained than what the assistant says.
+
+    Args:
+        conversation: as the template was given it.
+        ids: its token ids.
+        spans: of them, those with loss, weights apart.
+        template: that made them.
+
+    Raises:
+        DataError: saying what is left out, taken in, or not ended.
+    """
+    turns = conversation.turns
+    if not spans and any(turn["role"] == "assistant" for turn in turns):
+        raise DataError("it marks no token as the assistant's")
+    trained, other = _decoded(ids, spans, template)
+    at = {"trained": 0, "other": 0}
+    last_asked = max((n for n, turn in enumerate(turns) if turn["role"] == "user"), default=-1)
+    for number, turn in enumerate(turns):
+        side = "trained" if turn["role"] == "assistant" else "other"
+        text = trained if side == "trained" else other
+        ends = [at[side]]
+        for part in _parts(turn, number > last_asked):
+            found = _find(part, text, at[side])
+            if found is None:
+                raise DataError(_lost(turn, number, part, trained, other))
+            ends.append(found)
+        at[side] = max(ends)
+    for first, end in spans:
+        if not ends_with_stop(ids[first:end], template):
+            raise DataError(
+                f"it ends {_read(ids[first:end], template)[-40:]!r} with no special token, so the "
+                f"model would not learn to stop; end the assistant's turns with the tokenizer's "
+                f"end-of-sequence token in a template of your own (chat_template: FILE)"
+            )
+
+
+def refuse_unread(conversation: Conversation, template: ChatTemplate) -> None:
+    """Refuse keys and tools that the template does not read: the text is the same without them.
+
+    Raises:
+        DataError: naming the first of them.
+    """
+    turns, options = conversation.turns, conversation.options
+    text = template.render(turns, options)
+    for key in sorted({key for turn in turns for key in turn if key in CONTENT_KEYS}):
+        without = [{k: v for k, v in turn.items() if k != key} for turn in turns]
+        _refuse_same(without, options, text, f"{key!r} of the messages", template)
+    if options.get("tools"):
+        _refuse_same(turns, {**options, "tools": None}, text, "'tools'", template)
+
+
+def _refuse_same(
+    turns: Sequence[Turn], options: Mapping[str, Any], text: str, what: str, template: ChatTemplate
+) -> None:
+    try:
+        without = template.render(turns, options)
+    except (jinja2.TemplateError, TypeError, KeyError):  # it is missed, so it is read
+        return
+    if without == text:
+        raise DataError(
+            f"it does not read {what}, so what stands there would not be learned; remove it, or "
+            f"use a template that reads it (chat_template: FILE)"
+        )
+
+
+def ends_with_stop(ids: Sequence[int], template: ChatTemplate) -> bool:
+    """Whether a special token, after which white space may follow, closes the turn."""
+    special = template.special_ids
+    last = next((i for i in reversed(ids) if i in special or _read([i], template).strip()), None)
+    return last in special
+
+
+def kind(conversation: Conversation) -> frozenset[tuple[str, str]]:
+    """What of its template a conversation uses: the keys of each role, and its options."""
+    keys = {(t["role"], key) for t in conversation.turns for key in t if key in CONTENT_KEYS}
+    return frozenset(keys | {("", name) for name, value in conversation.options.items() if value})
+
+
+def _parts(turn: Turn, is_last: bool) -> Iterator[str]:
+    """The texts of a turn that must be found; thoughts of earlier turns may be left out."""
+    content = turn["content"]
+    if not isinstance(content, str):
+        content = "".join(part.get("text") or "" for part in content)
+    if turn["role"] != "assistant":
+        yield content
+        return
+    if is_last:
+        yield from (str(turn[k]) for k in CONTENT_KEYS[1:] if k in turn)
+    yield from _THOUGHTS.split(content)[0 if is_last else -1 :]
+    yield from (call["function"]["name"] for call in turn.get("tool_calls", ()))
+
+
+def _find(part: str, text: str, start: int) -> int | None:
+    """The end of `part` in `text`, as it is or as JSON writes it; white space does not count."""
+    for form in (part, json.dumps(part)[1:-1], json.dumps(part, ensure_ascii=False)[1:-1]):
+        wanted = _squeezed(form)
+        at = text.find(wanted, start)
+        if at >= 0:
+            return at + len(wanted)
+    return None
+
+
+def _lost(turn: Turn, number: int, part: str, trained: str, other: str) -> str:
+    """Why a part of a turn is not where it should be."""
+    is_assistant = turn["role"] == "assistant"
+    if _find(part, other if is_assistant else trained, 0) is not None:
+        wrong = "does not train" if is_assistant else "trains"
+    else:
+        wrong = "leaves out"
+    return (
+        f"it {wrong} text of message {number + 1} (of the {turn['role']}); use another template "
+        f"(chat_template: FILE), or write the message as it expects"
+    )
+
+
+def _squeezed(text: str) -> str:
+    """Without white space, which templates trim and tokenizers may change."""
+    return "".join(text.split())
+
+
+def _decoded(ids: Sequence[int], spans: Sequence[Span], template: ChatTemplate) -> tuple[str, str]:
+    """What is trained and what is not, as text without white space."""
+    trained: list[int] = []
+    other: list[int] = []
+    at = 0
+    for first, end in spans:
+        other += ids[at:first]
+        trained += ids[first:end]
+        at = end
+    other += ids[at:]
+    return _squeezed(_read(trained, template)), _squeezed(_read(other, template))
+
+
+def _read(ids: Sequence[int], template: ChatTemplate) -> str:
+    text = template.tokenizer.decode(list(ids))
+    assert isinstance(text, str)
+    return text

@@ -1,0 +1,347 @@
+"""Examples to token ids and labels: what TRL's SFTTrainer makes of them, many at a time.
+
+    prepared = prepare(load_examples("data.jsonl"), tokenizer, SFTConfig(max_length=512))
+
+A label is the token itself where there is loss and -100 elsewhere; the model shifts, not we.
+TRL goes through the data six times, an example at a time; this goes through it once, with the
+same tokens (tests/data/test_tokens.py), and adds what TRL lacks: `weight: 0`, a stop token after
+every turn, and the check that what is trained is what the assistant says (drlora.data.targets).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from datasets import Dataset
+from datasets.fingerprint import Hasher
+from transformers import PreTrainedTokenizerBase
+
+from drlora.data import targets
+from drlora.data.formats import PLACES, check_record, choose_form, is_conversation, unused_keys
+from drlora.data.turns import ChatTemplate, Span, conversation_of
+from drlora.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from trl import SFTConfig
+
+IGNORED = -100
+VERSION = 1
+"""Of the tokens; they are cached by it, so whoever changes what is made here raises it."""
+
+_OTHER_OBJECTIVES = {
+    "chosen": "has pairs of answers (chosen, rejected)",
+    "label": "says of completions whether they are good (label)",
+}
+
+logger = logging.getLogger(__name__)
+
+Tokens = tuple[list[int], list[int]]
+"""Token ids and labels of one example, equally long."""
+
+
+@dataclass(frozen=True)
+class PlainSettings:
+    """What decides the tokens, by TRL's names and with its defaults.
+
+    But of a conversation only the assistant's turns are learned.
+    """
+
+    max_length: int | None = 1024
+    truncation_mode: str = "keep_start"
+    assistant_only_loss: bool = True
+    completion_only_loss: bool | None = None
+    packing_strategy: str = "bfd"
+    shuffle_dataset: bool = False
+    seed: int = 42
+    dataset_num_proc: int | None = None
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Examples as they are and as tokens.
+
+    Attributes:
+        raw: columns by TRL's names, and one of places.
+        tokens: input_ids and labels (lists of int, equally long); seq_lengths too when packed.
+        dropped: examples left out because no token with loss was left within `max_length`.
+        truncated: those kept, but cut.
+        said: what `raw` was read as, in one line.
+    """
+
+    raw: Dataset
+    tokens: Dataset
+    dropped: int
+    truncated: int
+    said: str
+
+
+def prepare(
+    raw: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    arguments: PlainSettings | SFTConfig,
+    *,
+    packing: bool = False,
+) -> Prepared:
+    """Tokenize `raw`, a data set as `load_examples` gives it.
+
+    Loss is on the completion and the end-of-sequence token, on the assistant's turns, or on all of
+    a text. Dropped and truncated examples are counted and logged as a warning.
+
+    Args:
+        raw: the examples.
+        tokenizer: with a chat template, if they are conversations.
+        arguments: an SFTConfig.
+        packing: whether examples are put together to rows of `max_length`.
+
+    Raises:
+        ConfigError: `max_length` is below 2.
+        DataError: a record is malformed, the tokenizer lacks what the examples need, the chat
+            template does not train what the assistant says, or every example would be dropped.
+    """
+    longest = arguments.max_length
+    if longest is not None and longest < 2:
+        raise ConfigError(f"max_length is {longest}; it must be at least 2")
+    encoder = _Encoder(tokenizer, arguments, raw.info.description)
+    encoder.refuse_tokenizer(raw)
+    notes = unused_keys(raw)
+    if notes:
+        logger.warning("not used: %s of the messages", ", ".join(notes))
+    encoded = raw.map(
+        encoder,
+        batched=True,
+        with_indices=True,
+        remove_columns=raw.column_names,
+        num_proc=arguments.dataset_num_proc,
+        new_fingerprint=encoder.fingerprint(raw),
+        desc="Tokenizing",
+    )
+    columns = encoded.select_columns(["length", "has_target"]).with_format("numpy")[:]
+    has_target = columns["has_target"]
+    kept = encoded if has_target.all() else encoded.select(has_target.nonzero()[0])
+    truncated = int((columns["length"][has_target] > longest).sum()) if longest else 0
+    dropped = len(encoded) - len(kept)
+    _report(len(encoded), dropped, truncated, longest)
+    tokens = kept.select_columns(["input_ids", "labels"])
+    if arguments.shuffle_dataset:
+        tokens = tokens.shuffle(seed=arguments.seed)
+    if packing:
+        tokens = _packed(tokens, arguments)
+    return Prepared(raw, tokens, dropped, truncated, raw.info.citation)
+
+
+def encode_examples(
+    examples: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> Prepared:
+    """`prepare` with TRL's defaults, and loss on the assistant's turns of a conversation."""
+    return prepare(examples, tokenizer, PlainSettings(max_length=max_length))
+
+
+def _packed(tokens: Dataset, arguments: PlainSettings | SFTConfig) -> Dataset:
+    from trl import pack_dataset
+
+    if arguments.max_length is None:
+        raise ConfigError("packing needs a max_length")
+    return pack_dataset(tokens, arguments.max_length, arguments.packing_strategy)
+
+
+def _report(total: int, dropped: int, truncated: int, max_length: int | None) -> None:
+    if dropped == total:
+        raise DataError(
+            f"all {total} examples have no token to learn within max_length={max_length}; raise "
+            f"max_length (or, for messages, see that there are assistant turns)"
+        )
+    if dropped:
+        logger.warning(
+            "%d of %d examples left out: no token to learn within max_length=%s",
+            dropped,
+            total,
+            max_length,
+        )
+    if truncated:
+        logger.warning("%d of %d examples cut at max_length=%s", truncated, total, max_length)
+
+
+@dataclass(frozen=True)
+class _Encoder:
+    """A batch of records to columns of tokens; many texts at once cost a fifth of one at a time."""
+
+    tokenizer: PreTrainedTokenizerBase
+    settings: PlainSettings | SFTConfig
+    name: str
+
+    def __call__(self, records: Mapping[str, list], indices: Sequence[int]) -> dict[str, list]:
+        places = list(_places(records, indices, self.name))
+        rows = [
+            dict(zip(records, values, strict=True))
+            for values in zip(*records.values(), strict=True)
+        ]
+        form = choose_form(list(records), None, "the data set")
+        for row, where in zip(rows, places, strict=True):
+            check_record(row, form, where)
+        if is_conversation(rows[0]):
+            encoded = list(self._conversations(rows, places))
+        elif "prompt" in records:
+            encoded = encode_completions(records["prompt"], records["completion"], self.tokenizer)
+            if self.settings.completion_only_loss is False:
+                encoded = [(ids, ids) for ids, _ in encoded]
+        else:
+            encoded = [(ids, ids) for ids in _whole(records["text"], self.tokenizer)]
+        kept = [(self._cut(ids), self._cut(labels)) for ids, labels in encoded]
+        return {
+            "input_ids": [ids for ids, _ in kept],
+            "labels": [labels for _, labels in kept],
+            "length": [len(ids) for ids, _ in encoded],
+            "has_target": [any(label != IGNORED for label in labels) for _, labels in kept],
+        }
+
+    def fingerprint(self, raw: Dataset) -> str:
+        """What the tokens of `raw` are kept under: its data, the tokenizer, settings and code."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        parts = (
+            VERSION,
+            raw._fingerprint,
+            self.name,
+            backend.to_str() if backend else self.tokenizer,
+            self.tokenizer.special_tokens_map,
+            self.tokenizer.chat_template,
+            [getattr(self.settings, name) for name in PlainSettings.__dataclass_fields__],
+        )
+        return Hasher.hash(parts)
+
+    def refuse_tokenizer(self, raw: Dataset) -> None:
+        """Raises:
+        DataError: it lacks what the examples need.
+        """
+        eos_token_id(self.tokenizer)
+        for column, what in _OTHER_OBJECTIVES.items():
+            if column in raw.column_names:
+                raise DataError(
+                    f"the data {what}; learn from it with another objective (objective: dpo, kto), "
+                    f"or say what is to be learned as columns: {{prompt: .., completion: ..}}"
+                )
+        if is_conversation(raw[0]) and not self.tokenizer.chat_template:
+            raise DataError(
+                f"the data has messages, but the tokenizer {self.tokenizer.name_or_path!r} has no "
+                f"chat template; use the tokenizer of an instruction-tuned model, name a template "
+                f"(chat_template: FILE), or use prompt and completion columns"
+            )
+
+    def _cut(self, ids: list[int]) -> list[int]:
+        longest = self.settings.max_length
+        if longest is None:
+            return ids
+        return ids[-longest:] if self.settings.truncation_mode == "keep_end" else ids[:longest]
+
+    def _conversations(
+        self, rows: Sequence[Mapping[str, Any]], places: Sequence[str]
+    ) -> Iterator[Tokens]:
+        template = ChatTemplate(self.tokenizer, self.settings.assistant_only_loss)
+        seen: set[frozenset[tuple[str, str]]] = set()
+        for row, where in zip(rows, places, strict=True):
+            conversation, weights = conversation_of(row, where)
+            try:
+                ids, spans = template.encode(conversation)
+                if template.is_marked:
+                    ids, spans = _ended(ids, spans, conversation.turns, template)
+                if (kind := targets.kind(conversation)) not in seen:
+                    targets.refuse_unread(conversation, template)
+                    seen.add(kind)
+                learned = spans
+                if template.is_marked:
+                    targets.verify(conversation, ids, spans, template)
+                    learned = _weighed(conversation.turns, spans, weights)
+                    opened = template.opened(conversation, len(row.get("prompt") or ()), ids)
+                    learned = [(max(first, opened), end) for first, end in learned]
+            except DataError as error:
+                raise DataError(
+                    f"{where}: the chat template cannot be used on it: {error}"
+                ) from error
+            labels = [IGNORED] * len(ids)
+            for first, end in learned:
+                labels[first:end] = ids[first:end]
+            yield ids, labels
+
+
+def _ended(
+    ids: list[int], spans: list[Span], turns: Sequence[Mapping[str, Any]], template: ChatTemplate
+) -> tuple[list[int], list[Span]]:
+    """Each turn with the end-of-sequence token that follows it, the last with one in any case."""
+    eos = eos_token_id(template.tokenizer)
+    spans = [(a, b + 1 if b < len(ids) and ids[b] == eos else b) for a, b in spans]
+    if spans and turns[-1]["role"] == "assistant":
+        first, end = spans[-1]
+        if not targets.ends_with_stop(ids[first:end], template):
+            return [*ids[:end], eos], [*spans[:-1], (first, end + 1)]
+    return ids, spans
+
+
+def _weighed(
+    turns: Sequence[Mapping[str, Any]], spans: Sequence[Span], weights: Sequence[float]
+) -> list[Span]:
+    """The spans of turns whose weight is not 0."""
+    own = [w for turn, w in zip(turns, weights, strict=True) if turn["role"] == "assistant"]
+    if all(own):
+        return list(spans)
+    if len(own) != len(spans):
+        raise DataError(
+            f"weight: 0 cannot be followed, for it marks {len(spans)} parts as the assistant's "
+            f"where the conversation has {len(own)} turns of it"
+        )
+    return [span for span, weight in zip(spans, own, strict=True) if weight]
+
+
+def _places(records: Mapping[str, list], indices: Sequence[int], name: str) -> Iterator[str]:
+    """`data.jsonl, line 61` for each record, as far as the data set says where it comes from."""
+    place = next((place for place in PLACES if place in records), None)
+    for row, index in enumerate(indices):
+        yield f"{name}, {place} {records[place][row]}" if place else f"example {index + 1}"
+
+
+def encode_completions(
+    prompts: Sequence[str], completions: Sequence[str], tokenizer: PreTrainedTokenizerBase
+) -> list[Tokens]:
+    """Token ids of both and the end-of-sequence token, with loss on all but the prompt.
+
+    Both are tokenized together; a token across the border counts to the completion.
+    """
+    heads = tokenizer(list(prompts))["input_ids"]
+    texts = [prompt + answer for prompt, answer in zip(prompts, completions, strict=True)]
+    encoded = []
+    for head, ids in zip(heads, _whole(texts, tokenizer), strict=True):
+        pairs = enumerate(zip(head, ids, strict=False))
+        first = next((at for at, (a, b) in pairs if a != b), min(len(head), len(ids)))
+        encoded.append((ids, [IGNORED] * first + ids[first:]))
+    return encoded
+
+
+def _whole(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Token ids of texts, each with one end-of-sequence token after it."""
+    eos, end = eos_token_id(tokenizer), str(tokenizer.eos_token)
+    ended = [text if text.endswith(end) else text + end for text in texts]
+    rows = [list(ids) for ids in tokenizer(ended)["input_ids"]]
+    # Some tokenizers put one after every text by themselves.
+    return [ids[:-1] if ids[-2:] == [eos, eos] else ids for ids in rows]
+
+
+def encode_prompts(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Token ids of each text, opened as the tokenizer opens a sequence, left open at its end."""
+    eos = tokenizer.eos_token_id
+    encoded = tokenizer(list(texts))["input_ids"]
+    return [ids[:-1] if ids and ids[-1] == eos else list(ids) for ids in encoded]
+
+
+def eos_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The end-of-sequence token.
+
+    Raises:
+        DataError: there is none.
+    """
+    if tokenizer.eos_token_id is None:
+        raise DataError(
+            f"the tokenizer {tokenizer.name_or_path!r} has no end-of-sequence token; "
+            f"set tokenizer.eos_token"
+        )
+    return int(tokenizer.eos_token_id)

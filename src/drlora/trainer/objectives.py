@@ -1,0 +1,197 @@
+"""What a run can learn from: its objective, the TRL trainer that carries it out, and its settings.
+
+objective: dpo             # in a recipe; sft where it says nothing
+training: {beta: 0.05}     # a field of trl.DPOConfig
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field, fields
+from typing import Any, cast
+
+from peft import PeftModel
+from transformers import TrainingArguments
+from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
+
+from drlora.errors import ConfigError, first_line
+from drlora.trainer.preferences import DpoTrainer, KtoTrainer
+from drlora.trainer.sft import SftTrainer, sees_other_documents
+from drlora.trainer.trainer import RunTrainer
+
+
+@dataclass(frozen=True)
+class Objective:
+    """One way to train.
+
+    Attributes:
+        name: in a recipe.
+        summary: what is learned from, in one sentence.
+        columns: of the examples, any one of these sets.
+        trl: TRL's trainer.
+        trainer: the same with what a run needs.
+        config: of the trainer; its fields are the section `training`.
+        defaults: where those of a recipe would not do.
+    """
+
+    name: str
+    summary: str
+    columns: tuple[tuple[str, ...], ...]
+    trl: Any
+    trainer: type[RunTrainer]
+    config: type[TrainingArguments]
+    defaults: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def compares(self) -> bool:
+        """Whether it learns from which answers are better, and so has a reference."""
+        return self.name != "sft"
+
+
+OBJECTIVES = {
+    one.name: one
+    for one in (
+        Objective(
+            "sft",
+            "answers, conversations or texts, by their likelihood",
+            (("prompt", "completion"), ("messages",), ("text",)),
+            SFTTrainer,
+            SftTrainer,
+            SFTConfig,
+        ),
+        Objective(
+            "dpo",
+            "pairs of a chosen and a rejected answer",
+            (("chosen", "rejected"),),
+            DPOTrainer,
+            DpoTrainer,
+            DPOConfig,
+            {"learning_rate": 1e-5},
+        ),
+        Objective(
+            "kto",
+            "answers with the verdict good or bad (label)",
+            (("prompt", "completion", "label"),),
+            KTOTrainer,
+            KtoTrainer,
+            KTOConfig,
+            {"learning_rate": 1e-5},
+        ),
+    )
+}
+# transformers calls it otherwise since 5.23, and warns of the old name, which TRL sets.
+_OLD_NAME = "gradient_checkpointing"
+_NAMES = {f.name for f in fields(SFTConfig)}
+CHECKPOINTING = "activation_checkpointing" if "activation_checkpointing" in _NAMES else _OLD_NAME
+# TRL turns these on where transformers does not; in a recipe they are off unless it says otherwise.
+OFF = {CHECKPOINTING: False, "bf16": False}
+# What TRL has beside these, and why a recipe cannot ask for it.
+_OTHERS = {
+    "grpo": "it needs a function that rewards answers; give TRL's GRPOTrainer the callback of "
+    "drlora, as examples/grpo.py does",
+    "reward": "it trains a model with a head for rewards, and drlora adapts causal language models",
+}
+
+
+@dataclass(frozen=True)
+class OwnSettings:
+    """Settings of the section `training` that no config of TRL has.
+
+    Args:
+        token_metrics: whether entropy and accuracy of the tokens are logged; on a CPU that takes
+            half as long again.
+        early_stopping_patience: end the run when so many evaluations in a row bring nothing better;
+            by default it goes on to its last step.
+        early_stopping_threshold: by how much an evaluation must be better to count.
+    """
+
+    token_metrics: bool = False
+    early_stopping_patience: int | None = None
+    early_stopping_threshold: float = 0.0
+
+    @classmethod
+    def of(cls, training: dict[str, Any]) -> OwnSettings:
+        """Those in a section `training`."""
+        return cls(**{name: training[name] for name in OWN if name in training})
+
+
+OWN = tuple(one.name for one in fields(OwnSettings))
+
+
+def as_off(training: dict[str, Any]) -> dict[str, Any]:
+    """A section `training` with what TRL alone turns on turned off, as far as it says nothing."""
+    given = {CHECKPOINTING if name == _OLD_NAME else name: v for name, v in training.items()}
+    return {**OFF, **given}
+
+
+def objective_of(name: str) -> Objective:
+    """The objective of that name.
+
+    Raises:
+        ConfigError: if there is none, with what there is instead.
+    """
+    if name not in OBJECTIVES:
+        why = f"{_OTHERS[name]}. K" if name in _OTHERS else "k"
+        raise ConfigError(
+            f"objective={name!r} is none that drlora train has: {why}nown are "
+            f"{', '.join(OBJECTIVES)}."
+        )
+    return OBJECTIVES[name]
+
+
+def make_trainer(
+    objective: Objective,
+    own: OwnSettings,
+    *,
+    continues: bool,
+    args: TrainingArguments,
+    **given: Any,
+) -> RunTrainer:
+    """The trainer of an objective, on data that are token ids already.
+
+    Args:
+        objective: what is learned from.
+        own: the settings that TRL has not.
+        continues: whether the adapter was trained before.
+        args: the trainer's config.
+        given: to the trainer: model, train_dataset, eval_dataset, processing_class, callbacks.
+
+    Raises:
+        ConfigError: what TRL says against it.
+    """
+    settings: Any = copy.copy(args)
+    if objective.compares:
+        more: dict[str, Any] = {"continues": continues}
+    else:
+        more = {"token_metrics": own.token_metrics}
+        # TRL looks at the data for what these ask, and the data are tokens by now.
+        settings.dataset_kwargs = {"skip_prepare_dataset": True}
+        settings.assistant_only_loss, settings.completion_only_loss = False, None
+        if settings.padding_free and not settings.packing:
+            settings.max_length = None  # it is kept already
+    try:
+        trainer = objective.trainer(args=settings, **more, **given)
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise ConfigError(
+            f"objective={objective.name!r} cannot be carried out: {first_line(error)}"
+        ) from error
+    if getattr(settings, "packing", False) or getattr(settings, "padding_free", False):
+        refuse_leaks(trainer)
+    return trainer
+
+
+def refuse_leaks(trainer: RunTrainer) -> None:
+    """Refuse packed rows where one document would read another.
+
+    Raises:
+        ConfigError: naming the model and how it attends.
+    """
+    if getattr(trainer.args, "packing_strategy", "") == "wrapped":
+        return  # there they are meant to
+    if sees_other_documents(trainer.model, trainer.data_collator):
+        config: Any = cast(PeftModel, trainer.model).config
+        raise ConfigError(
+            f"training.packing: documents of a packed row would see those before them in a model "
+            f"of type {config.model_type} with attention {config._attn_implementation!r}; leave "
+            f"packing and padding_free out, or take an attention that keeps them apart."
+        )

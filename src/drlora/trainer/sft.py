@@ -1,0 +1,113 @@
+"""Supervised fine-tuning: TRL's SFTTrainer, with a loss that costs no more than the model's own.
+
+TRL forms the loss in an LM head of its own, which computes log-probabilities in chunks and never
+holds all logits, and computes each token's entropy and whether it was the likeliest with it. On a
+CPU that head takes three times as long as the model's own. So there are three ways to the same
+loss:
+
+    model   the logits of the model, as transformers' Trainer: on a CPU
+    fused   TRL's head, without entropy and accuracy: where it has kernels
+    trl     TRL's own computation as it is: where its metrics are asked for, and where the loss is
+            another than the likelihood (loss_type=dft, a router's auxiliary loss)
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import Trainer
+from trl import SFTConfig, SFTTrainer
+from trl.trainer.utils import add_fused_lm_head
+
+from drlora.trainer.trainer import RunTrainer
+
+FUSED_DEVICES = ("cuda", "xpu")  # where TRL's head runs in Triton
+Way = Literal["model", "fused", "trl"]
+
+
+class SftTrainer(RunTrainer, SFTTrainer):
+    """TRL's SFTTrainer as `drlora train` uses it; its data are token ids and labels already.
+
+    Args:
+        token_metrics: whether entropy and accuracy of the tokens are computed and logged, as TRL
+            does; the loss is then TRL's too, bit for bit.
+
+    Attributes:
+        way: how the loss is computed, see above.
+    """
+
+    def __init__(self, *args: Any, token_metrics: bool = False, **kwargs: Any) -> None:
+        base = kwargs["model"].get_base_model()
+        forward = vars(base).get("forward")  # accelerate's, where the model is on several devices
+        super().__init__(*args, **kwargs)
+        self.way: Way = self._choose_way(token_metrics)
+        if self.way == "trl":
+            return
+        del base.forward  # TRL's head
+        if forward is not None:
+            base.forward = forward
+        if self.way == "fused":
+            add_fused_lm_head(base)
+
+    def _choose_way(self, token_metrics: bool) -> Way:
+        assert isinstance(self.args, SFTConfig)
+        parallel = self.accelerator.parallelism_config
+        is_split = parallel is not None and parallel.sp_enabled
+        if token_metrics or self.aux_loss_enabled or self.args.loss_type != "nll" or is_split:
+            return "trl"
+        on_device = self.args.device.type in FUSED_DEVICES and self.label_smoother is None
+        return "fused" if on_device else "model"
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, Any]:
+        """Mean negative log-likelihood over the labels of the step, a scalar."""
+        if self.way == "trl":
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if self.way == "fused":
+            inputs = {**inputs, "fused_lm_head": True}
+        return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
+
+
+def sees_other_documents(model: Any, collator: Any) -> bool:
+    """Whether a document in a packed row is changed by the one before it.
+
+    Attention implementations read where a document begins from its positions, from cumulative
+    lengths, or not at all; models with linear attention or state spaces need more. So it is tried:
+    two rows that differ in their first document only. What the second document's logits move by is
+    compared with what they move by in one row without a border, where they are meant to.
+
+    Args:
+        model: a causal language model.
+        collator: of the trainer; makes a packed row of examples.
+    """
+    size = model.get_input_embeddings().weight.shape[0]
+    if size == 0:  # ZeRO-3 holds the weights elsewhere, and nothing can be computed yet
+        return False
+    length = 8
+    tokens = torch.arange(3 * length) % max(1, size - 3) + min(3, size - 1)
+    first, other, second = tokens.split(length)
+
+    def logits_of(documents: list[Tensor]) -> Tensor:
+        """Of the last document, (L, V)."""
+        examples = [{"input_ids": ids.tolist(), "labels": ids.tolist()} for ids in documents]
+        batch = {
+            name: value.to(model.device) if isinstance(value, Tensor) else value
+            for name, value in collator(examples).items()
+        }
+        del batch["labels"]
+        with torch.no_grad():
+            return model(**batch, use_cache=False).logits[0, -length:].float()
+
+    was_training = model.training
+    model.eval()
+    apart = logits_of([first, second]) - logits_of([other, second])
+    joined = logits_of([torch.cat([first, second])]) - logits_of([torch.cat([other, second])])
+    model.train(was_training)
+    return bool(apart.norm() > joined.norm() / 10)

@@ -1,0 +1,137 @@
+"""Files as people have them: every kind gives the same examples, and each knows its place."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+from pathlib import Path
+
+import datasets
+import pytest
+
+from drlora.data import load_examples
+from drlora.data.files import load_placed
+from drlora.data.roles import load_training_data
+from drlora.data.section import DataSection
+from drlora.errors import DataError
+from drlora.runs.recipe import recipe_from
+
+PAIRS = [{"prompt": f"p{i}", "completion": f" c{i}"} for i in range(6)]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def lines(path: Path, rows=PAIRS) -> str:
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    path.parent.mkdir(exist_ok=True)
+    if path.suffix == ".gz":
+        path.write_bytes(gzip.compress(text.encode()))
+    else:
+        path.write_text(text)
+    return str(path)
+
+
+def table(path: Path, rows=PAIRS, **options) -> str:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), **options)
+        writer.writeheader()
+        writer.writerows(rows)
+    return str(path)
+
+
+def test_every_kind_of_file_gives_the_same(tmp_path):
+    saved = datasets.Dataset.from_list(PAIRS)
+    saved.save_to_disk(str(tmp_path / "saved"))
+    datasets.DatasetDict({"train": saved, "test": saved}).save_to_disk(str(tmp_path / "dict"))
+    found = [
+        load_examples(lines(tmp_path / "a.jsonl")),
+        load_examples(lines(tmp_path / "a.jsonl.gz")),
+        load_examples(table(tmp_path / "a.csv")),
+        load_examples(table(tmp_path / "a.tsv", delimiter="\t")),
+        load_examples(str(tmp_path / "saved")),
+        load_examples(str(tmp_path / "dict"), split="test"),
+    ]
+    assert [rows.to_list() for rows in found] == [PAIRS] * len(found)
+
+
+def test_a_table_is_text(tmp_path):
+    """What looks like a number, a date or nothing stays what is written."""
+    rows = [{"prompt": "1", "completion": "007"}, {"prompt": "NA", "completion": 'a "b"\n,c'}]
+    assert load_examples(table(tmp_path / "a.csv", rows)).to_list() == rows
+
+
+def test_lines_of_text(tmp_path):
+    (tmp_path / "a.txt").write_text("one\ntwo\n")
+    found = load_placed(str(tmp_path / "a.txt"))
+    assert found.to_list() == [{"text": "one", "line": 1}, {"text": "two", "line": 2}]
+    assert found.info.citation == "read as text: 2"
+    (tmp_path / "a.txt").write_text("one\n\ntwo\n")
+    with pytest.raises(DataError, match="a.txt, line 2: 'text' must be a string that is not empty"):
+        load_placed(str(tmp_path / "a.txt"))
+
+
+def test_a_folder_is_told_apart_as_a_hub_data_set_is(tmp_path):
+    lines(tmp_path / "d/train-0.jsonl", PAIRS[:2])
+    lines(tmp_path / "d/train-1.jsonl", PAIRS[2:4])
+    lines(tmp_path / "d/validation.jsonl", PAIRS[4:])
+    (tmp_path / "d/README.md").write_text("what it is")
+    section = DataSection(train=str(tmp_path / "d"))
+    train, held_out = load_training_data(section)
+    assert train.select_columns(["prompt", "completion"]).to_list() == PAIRS[:4]
+    assert [Path(name).name for name in train["file"]] == ["train-0.jsonl"] * 2 + [
+        "train-1.jsonl"
+    ] * 2
+    assert train["row"][:] == [1, 2, 1, 2] and held_out["prompt"][:] == ["p4", "p5"]
+    with pytest.raises(DataError, match="no 'test' among its files; there are train, validation"):
+        load_placed(str(tmp_path / "d"), split="test")
+
+
+def test_a_pattern_and_a_list(tmp_path):
+    lines(tmp_path / "a.jsonl", PAIRS[:2])
+    lines(tmp_path / "b.jsonl", PAIRS[2:])
+    table(tmp_path / "c.csv", PAIRS[:1])
+    assert load_examples(str(tmp_path / "*.jsonl")).to_list() == PAIRS
+    both = [str(tmp_path / "b.jsonl"), str(tmp_path / "c.csv")]
+    assert load_examples(both).to_list() == [*PAIRS[2:], PAIRS[0]]
+    with pytest.raises(DataError, match="no file has such a name"):
+        load_examples(str(tmp_path / "*.parquet"))
+    other = lines(tmp_path / "other.jsonl", [{"text": "t"}])
+    with pytest.raises(DataError, match="cannot be joined|read as"):
+        load_examples([both[0], other])
+
+
+def test_a_mix_follows_its_weights(tmp_path):
+    one = lines(tmp_path / "one.jsonl", [{"text": f"one {i}"} for i in range(900)])
+    two = lines(tmp_path / "two.jsonl", [{"text": f"two {i}"} for i in range(900)])
+    mix = [{"path": one, "weight": 3}, {"path": two, "weight": 1}]
+    found = load_placed(mix)
+    share = sum(text.startswith("one") for text in found["text"]) / len(found)
+    assert 0.7 < share < 0.8 and 1100 < len(found) < 1300
+    assert len(set(found["text"])) == len(found), "none twice"
+    assert found.to_list() == load_placed(mix).to_list(), "always the same"
+    assert f"; {len(found):,} of 1,800 by weight" in found.info.citation
+    for wrong in ([{"path": one, "weight": 1}, two], [{"path": one, "weight": 0}], []):
+        with pytest.raises(DataError, match="give a weight above 0 to every source, or to none"):
+            load_placed(wrong)
+    with pytest.raises(DataError, match="is no path and no"):
+        load_placed([{"file": one}])
+
+
+def test_a_list_in_a_recipe(tmp_path, monkeypatch):
+    lines(tmp_path / "a.jsonl", PAIRS[:2])
+    lines(tmp_path / "b.jsonl", PAIRS[2:])
+    monkeypatch.chdir(tmp_path)
+    data = {"train": ["a.jsonl", {"path": "b.jsonl"}], "eval": "a.jsonl"}
+    recipe = recipe_from({"model": "embedded", "output_dir": "run", "data": data})
+    kept = recipe.resolved().data
+    assert kept.train == [str(tmp_path / "a.jsonl"), {"path": str(tmp_path / "b.jsonl")}]
+    with pytest.raises(DataError, match="share 2 examples of .*a.jsonl, the first in row 1"):
+        load_training_data(kept)
+    data = {"train": ["b.jsonl"], "eval": "a.jsonl"}
+    recipe = recipe_from({"model": "embedded", "output_dir": "run", "data": data})
+    train, held_out = load_training_data(recipe.data)
+    assert (len(train), len(held_out)) == (4, 2)
