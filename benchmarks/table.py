@@ -137,7 +137,7 @@ def _full_size() -> list[str]:
         peak = row.get("peak_gb") or row["computed_peak_gb"]
         how = "" if "peak_gb" in row else ", computed from the two sizes above"
         seconds = ", ".join(f"{value:.0f}" for value in row.get("seconds", []))
-        lines.append(_line([name, NAMES[kind], seconds, f"{peak:.1f} GB{how}"]))
+        lines.append(_line([name, NAMES.get(kind, kind), seconds, f"{peak:.1f} GB{how}"]))
     return lines
 
 
