@@ -19,7 +19,7 @@ import drlora
 from drlora.adapter.pool import RankPool
 from drlora.moe.families import family_of
 from drlora.moe.families.interface import InterfaceExperts
-from drlora.moe.quantise import matrices_of, put_in
+from drlora.moe.packing import matrices_of, put_in
 from drlora.ops.storage.packed import Packed, packed_format
 
 VOCAB = 1024

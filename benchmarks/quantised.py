@@ -17,7 +17,7 @@ from torch import nn
 from benchmarks.checks import WrongResultError, results_of
 from benchmarks.harness import Row, alternate, parser, rows_of, run_cases
 from benchmarks.layers import Shape, make_experts, make_inputs, ours, step_of
-from drlora.moe.quantise import matrices_of, put_in
+from drlora.moe.packing import matrices_of, put_in
 from drlora.ops.storage.packed import FORMATS, Packed, packed_format
 
 RANK, SKEW = 16, 0.55

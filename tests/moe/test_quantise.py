@@ -190,6 +190,22 @@ def test_a_loaded_model_trains_and_says_that_it_is_quantised(tmp_path):
     assert torch.equal(logits(read), logits(model))
 
 
+@pytest.mark.parametrize("how", ["in place", "while loading"])
+def test_a_packed_base_is_not_saved_as_a_checkpoint_that_nobody_reads(tmp_path, how):
+    model = base()
+    if how == "in place":
+        quantise_experts(model, "int8")
+    else:
+        model.save_pretrained(tmp_path / "base")
+        config = drlora.QuantisedExperts("int8")
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=config)
+    with pytest.raises(drlora.ConfigError, match="int8 are not saved as a checkpoint"):
+        model.save_pretrained(tmp_path / "packed")
+    assert not list((tmp_path / "packed").glob("*.safetensors"))
+    train(adapted(model)).save_pretrained(tmp_path / "adapter")
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+
+
 def test_what_cannot_be_packed_is_refused_before_it_is_read(tmp_path):
     with pytest.raises(drlora.ConfigError, match="storage 'int3' is not known"):
         drlora.QuantisedExperts("int3")

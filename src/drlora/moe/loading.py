@@ -22,7 +22,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from drlora.errors import ConfigError
 from drlora.moe.families import family_of
 from drlora.moe.families.interface import InterfaceExperts
-from drlora.moe.quantise import matrices_of, put_in, refuse_unfit
+from drlora.moe.packing import matrices_of, put_in, refuse_unfit
 from drlora.ops.storage.packed import Packed, packed_format
 
 METHOD = "drlora_experts"
@@ -97,8 +97,15 @@ class ExpertsQuantizer(HfQuantizer):
         return model
 
     def is_serializable(self, **kwargs: Any) -> bool:
-        """The packed base is made again at each loading; adapters are what is saved."""
-        return False
+        """Asked where a model is saved as a checkpoint.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError(
+            f"experts packed as {self.kind.name} are not saved as a checkpoint, which could not be "
+            f"read back; save the adapter alone, and pack the base again when it is loaded."
+        )
 
     @property
     def is_trainable(self) -> bool:
