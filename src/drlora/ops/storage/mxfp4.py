@@ -11,24 +11,26 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from drlora.ops.storage.packed import PackedFormat, Parts, register_format
+from drlora.ops.storage.packed import (
+    BlockFormat,
+    Parts,
+    pair_table,
+    read_pairs,
+    register_format,
+)
 
 BLOCK = 32
 CODES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 BIAS, LARGEST_EXPONENT = 127, 2  # of the scale; of the largest number, 6 = 1.5 * 2 ** 2
 
 
-class Mxfp4(PackedFormat):
+class Mxfp4(BlockFormat):
     """Rows of I numbers, I a multiple of 32: blocks (O, I / 32, 16) and scales (O, I / 32)."""
 
     name = "mxfp4"
     bits = 4 + 8 / BLOCK
+    block = BLOCK
     says = "they are stored in 4 bits (MXFP4), in which an update would be rounded away"
-
-    def refuses(self, outputs: int, inputs: int) -> str | None:
-        if inputs % BLOCK:
-            return f"{inputs} numbers a row are no multiple of {BLOCK}, which share a scale"
-        return None
 
     def encode(self, w_OI: Tensor) -> dict[str, Tensor]:
         blocks_BN = w_OI.contiguous().view(-1, BLOCK).float()
@@ -48,11 +50,8 @@ class Mxfp4(PackedFormat):
         }
 
     def decode(self, parts: Parts, out_OI: Tensor) -> Tensor:
-        index = parts["blocks"].flatten().int()
-        wide = torch.empty(out_OI.numel(), device=out_OI.device)
-        torch.index_select(_pairs(out_OI.device), 0, index, out=wide.view(torch.int64))
         scale_B1 = torch.exp2(parts["scales"].view(-1, 1).float() - BIAS)
-        return out_OI.copy_(wide.view(-1, BLOCK).mul_(scale_B1).view(out_OI.shape))
+        return read_pairs(parts["blocks"], _pairs(out_OI.device), scale_B1, out_OI)
 
     def shape(self, parts: Parts) -> tuple[int, int]:
         outputs, blocks = parts["scales"].shape
@@ -61,10 +60,7 @@ class Mxfp4(PackedFormat):
 
 @cache
 def _pairs(device: torch.device) -> Tensor:
-    """(256,) int64: the two float32 numbers of each byte, the low half first."""
-    code = torch.tensor([*CODES, *(-c for c in CODES)])
-    byte = torch.arange(256)
-    return torch.stack([code[byte & 15], code[byte >> 4]], dim=1).view(torch.int64)[:, 0].to(device)
+    return pair_table([*CODES, *(-c for c in CODES)], False, device)
 
 
 register_format(Mxfp4())

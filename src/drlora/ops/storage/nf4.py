@@ -14,7 +14,13 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from drlora.ops.storage.packed import PackedFormat, Parts, register_format
+from drlora.ops.storage.packed import (
+    BlockFormat,
+    Parts,
+    pair_table,
+    read_pairs,
+    register_format,
+)
 
 BLOCK, NESTED_BLOCK = 64, 256
 # Quantiles of the normal distribution, scaled to [-1, 1]; the values of bitsandbytes in float32.
@@ -33,17 +39,13 @@ BOUNDS = (
 )  # fmt: skip
 
 
-class Nf4(PackedFormat):
+class Nf4(BlockFormat):
     """Rows of I numbers, I a multiple of 64."""
 
     name = "nf4"
     bits = 4 + 32 / BLOCK
+    block = BLOCK
     says = "they are stored in 4 bits (NF4), in which an update would be rounded away"
-
-    def refuses(self, outputs: int, inputs: int) -> str | None:
-        if inputs % BLOCK:
-            return f"{inputs} numbers a row are no multiple of {BLOCK}, which share a scale"
-        return None
 
     def encode(self, w_OI: Tensor) -> dict[str, Tensor]:
         blocks_BN = w_OI.contiguous().view(-1, BLOCK).float()
@@ -105,19 +107,12 @@ def _codes_of(scaled_BN: Tensor) -> Tensor:
 
 def _read(codes_OC: Tensor, scale_OB: Tensor, out_OI: Tensor) -> Tensor:
     """Two numbers a look into a table of all bytes; the scale, in float32; one rounding."""
-    flat = out_OI.view(-1) if out_OI.is_contiguous() and out_OI.dtype == torch.float32 else None
-    wide = torch.empty(out_OI.numel(), device=out_OI.device) if flat is None else flat
-    index = codes_OC.flatten().int()
-    torch.index_select(_pairs(out_OI.device), 0, index, out=wide.view(torch.int64))
-    wide.view(-1, BLOCK).mul_(scale_OB.view(-1, 1))
-    return out_OI if flat is not None else out_OI.copy_(wide.view(out_OI.shape))
+    return read_pairs(codes_OC, _pairs(out_OI.device), scale_OB.view(-1, 1), out_OI)
 
 
 @cache
 def _pairs(device: torch.device) -> Tensor:
-    """(256,) int64: the two float32 numbers of each byte, side by side."""
-    code, byte = torch.tensor(CODES), torch.arange(256)
-    return torch.stack([code[byte >> 4], code[byte & 15]], dim=1).view(torch.int64)[:, 0].to(device)
+    return pair_table(CODES, True, device)
 
 
 @cache

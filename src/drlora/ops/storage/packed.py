@@ -13,7 +13,7 @@ Letters: E experts, O output features, I input features.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -58,6 +58,47 @@ class PackedFormat(ABC):
     @abstractmethod
     def shape(self, parts: Parts) -> tuple[int, int]:
         """(O, I) of the matrix that has these parts."""
+
+
+class BlockFormat(PackedFormat):
+    """A format in which so many neighbours in a row share a scale.
+
+    Attributes:
+        block: how many.
+    """
+
+    block: ClassVar[int]
+
+    def refuses(self, outputs: int, inputs: int) -> str | None:
+        """Rows of another length."""
+        if inputs % self.block:
+            return f"{inputs} numbers a row are no multiple of {self.block}, which share a scale"
+        return None
+
+
+def read_pairs(bytes_N: Tensor, pairs: Tensor, scale_B1: Tensor, out_OI: Tensor) -> Tensor:
+    """Fill `out_OI` with the two numbers of each byte, times the scale of their block.
+
+    Args:
+        bytes_N: uint8, in the order of rows.
+        pairs: of `pair_table`.
+        scale_B1: (blocks, 1) float32.
+        out_OI: of any float dtype; each number is computed in float32 and rounded once.
+    """
+    is_wide = out_OI.dtype == torch.float32 and out_OI.is_contiguous()
+    wide_OI = out_OI if is_wide else torch.empty(out_OI.shape, device=out_OI.device)
+    flat = wide_OI.view(-1)
+    torch.index_select(pairs, 0, bytes_N.flatten().int(), out=flat.view(torch.int64))
+    flat.view(len(scale_B1), -1).mul_(scale_B1)
+    return out_OI if is_wide else out_OI.copy_(wide_OI)
+
+
+def pair_table(codes: Sequence[float], is_high_first: bool, device: torch.device) -> Tensor:
+    """(256,) int64: two float32 numbers for each byte, whose halves are two of 16 codes."""
+    code, byte = torch.tensor(codes), torch.arange(256)
+    high, low = code[byte >> 4], code[byte & 15]
+    both = [high, low] if is_high_first else [low, high]
+    return torch.stack(both, dim=1).view(torch.int64)[:, 0].to(device)
 
 
 FORMATS: dict[str, PackedFormat] = {}
