@@ -218,3 +218,15 @@ def test_what_cannot_be_packed_is_refused_before_it_is_read(tmp_path):
             AutoModelForCausalLM.from_pretrained(
                 tmp_path / name, quantization_config=drlora.QuantisedExperts("nf4")
             )
+
+
+def test_an_adapter_on_another_storage_than_it_was_trained_on_says_so(tmp_path):
+    train(adapted(quantise_experts(base(), "nf4"))).save_pretrained(tmp_path / "four")
+    with pytest.warns(UserWarning, match="stored as nf4, .* as numbers of their own"):
+        PeftModel.from_pretrained(base(), tmp_path / "four")
+    with pytest.warns(UserWarning, match="stored as nf4, those of .* are stored as int8"):
+        PeftModel.from_pretrained(quantise_experts(base(), "int8"), tmp_path / "four")
+    train(adapted(base())).save_pretrained(tmp_path / "plain")
+    with pytest.warns(UserWarning, match="stored as numbers of their own dtype, .* as nf4"):
+        PeftModel.from_pretrained(quantise_experts(base(), "nf4"), tmp_path / "plain")
+    PeftModel.from_pretrained(base(), tmp_path / "plain")

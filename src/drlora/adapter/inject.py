@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -34,6 +35,7 @@ def prepare(model: nn.Module, config: DrLoraConfig, model_type: str | None) -> l
         base = experts.get_base_layer() if isinstance(experts, BaseTunerLayer) else experts
         _refuse_mixed_dtypes(block.experts_name, base)
         _try_engine(config, base)
+        _tell_of_other_storage(config, block.experts_name, base)
     config.experts = [block.experts_name for block in blocks]
     _split_by_active(model, config, blocks)
     if config.router == "train":
@@ -190,6 +192,20 @@ def _refuse_other_layout(config: DrLoraConfig, blocks: list[MoEBlock]) -> None:
             f"transformers that it was trained with, and export it there as merged."
         )
     config.note(gate_up_order=order)
+
+
+def _tell_of_other_storage(config: DrLoraConfig, name: str, base: nn.Module) -> None:
+    """An adapter works on other numbers than it was trained on, and not quite as it did there."""
+    family = family_of(base)
+    assert family is not None, "find_blocks names recognised modules only"
+    storage, trained = family.weights(base).down.name, config.recorded("storage")
+    if trained not in (None, storage):
+        warnings.warn(
+            f"the adapter was trained on experts stored as {trained}, those of {name} are stored "
+            f"as {storage}: it is used as it is, and what it computes differs by their rounding.",
+            stacklevel=2,
+        )
+    config.note(storage=storage)
 
 
 def _split_by_active(model: nn.Module, config: DrLoraConfig, blocks: list[MoEBlock]) -> None:

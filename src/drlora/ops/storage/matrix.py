@@ -27,7 +27,10 @@ class ExpertMatrix(ABC):
             then `write`, `snapshot` and `restore` are there.
         is_plain: whether it is made of ordinary tensors, which the model itself can compute with.
         is_transposed: whether what is stored of an expert is (I, O).
+        name: of the way in which it is stored.
     """
+
+    name: str = "numbers of their own dtype"
 
     fixed: str | None = None
     is_plain: bool = False

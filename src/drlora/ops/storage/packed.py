@@ -200,7 +200,7 @@ class PackedMatrix(Storage):
 
     def __init__(self, stored: Packed, transposed: bool = False) -> None:
         self.stored, self.is_transposed = stored, transposed
-        self.fixed = stored.kind.says
+        self.fixed, self.name = stored.kind.says, stored.kind.name
         outputs, inputs = stored.shape[1:]
         self._shape = (stored.shape[0], *((inputs, outputs) if transposed else (outputs, inputs)))
         parts = stored.parts

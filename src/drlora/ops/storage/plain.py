@@ -117,6 +117,7 @@ class Apart(ExpertMatrix):
         self.gate, self.up = gate, up
         self.fixed = gate.fixed or up.fixed
         self.is_plain = gate.is_plain and up.is_plain
+        self.name = gate.name
         self.is_transposed = gate.is_transposed
 
     @property
