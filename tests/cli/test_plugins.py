@@ -100,4 +100,6 @@ def test_a_plugin_that_cannot_be_run_is_refused(tmp_path, text, message, capsys)
 def test_an_option_without_a_file_is_told_by_the_verb(capsys):
     with pytest.raises(SystemExit) as end:
         main(["env", "--plugin"])
-    assert end.value.code == 2 and "--plugin: expected one argument" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and said.count("--plugin: expected one argument") == 1
+    assert said.startswith("error: ") and "usage" not in said

@@ -41,6 +41,7 @@ BAD_STARTS = [
     ("training.report_to=wandb", "requires wandb to be installed"),
     ("training.report_to=nowhere", "nowhere is not supported"),
     ("training.fp16=true", "training.fp16=true: on the CPU"),
+    ("training.use_liger_kernel=true", "needs the package liger-kernel"),
     ("training.lr_scheduler_type=cosine_with_min_lr", "min_lr"),
     ("training.lr_scheduler_kwargs={cycles: 2}", "unexpected keyword argument 'cycles'"),
     ("training.torch_compile_backend=none_such", "not a valid DynamoBackend"),

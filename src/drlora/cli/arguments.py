@@ -100,11 +100,11 @@ def _words(parser: argparse.ArgumentParser) -> list[str]:
 
 def plugins_in(words: Sequence[str]) -> list[str]:
     """The files that `--plugin` names: they may add to what the other arguments can be."""
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     early.add_argument("--plugin", action="append", default=[], type=home)
     try:
         return early.parse_known_args(words)[0].plugin
-    except SystemExit:  # without a file; the parser of the verb says it better
+    except argparse.ArgumentError:  # without a file; the parser of the verb says it better
         return []
 
 

@@ -28,6 +28,7 @@ from transformers import (
     set_seed,
 )
 from transformers.trainer_callback import ExportableState
+from transformers.utils import is_liger_kernel_available
 
 from drlora.adapter.inject import adapted_layers
 from drlora.adapter.state import adapter_state
@@ -48,6 +49,12 @@ def rehearse(arguments: TrainingArguments, total_steps: int) -> None:
         raise ConfigError(
             "training.fp16=true: on the CPU it would be passed over, and everything be computed in "
             "float32; use bf16, or leave it out."
+        )
+    if arguments.use_liger_kernel and not is_liger_kernel_available():
+        # transformers says so too, but only when training begins.
+        raise ConfigError(
+            "training.use_liger_kernel=true needs the package liger-kernel: pip install "
+            "liger-kernel, or leave it out."
         )
     with tempfile.TemporaryDirectory() as folder:
         tried = copy.copy(arguments)
