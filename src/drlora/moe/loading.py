@@ -23,6 +23,7 @@ from drlora.errors import ConfigError
 from drlora.moe.families import family_of
 from drlora.moe.families.interface import InterfaceExperts
 from drlora.moe.packing import matrices_of, put_in, refuse_unfit
+from drlora.ops.storage.arranged import PackedPair
 from drlora.ops.storage.packed import Packed, packed_format
 
 METHOD = "drlora_experts"
@@ -54,7 +55,7 @@ class ExpertsQuantizer(HfQuantizer):
     def __init__(self, quantization_config: QuantisedExperts, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.kind = packed_format(quantization_config.storage)
-        self.packed: dict[str, Packed] = {}
+        self.packed: dict[str, Packed | PackedPair] = {}
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         """Matrices of experts alone."""
@@ -87,7 +88,7 @@ class ExpertsQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         """Packed matrices take the places that were kept for them."""
-        by_module: dict[str, dict[str, Packed]] = {}
+        by_module: dict[str, dict[str, Packed | PackedPair]] = {}
         for name, packed in self.packed.items():
             owner, _, key = name.rpartition(".")
             by_module.setdefault(owner, {})[key] = packed

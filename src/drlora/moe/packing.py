@@ -16,10 +16,11 @@ from drlora.errors import ConfigError
 from drlora.moe.families import family_of
 from drlora.moe.families.interface import InterfaceExperts
 from drlora.ops import adapted_experts
+from drlora.ops.storage.arranged import PackedPair, is_packed
 from drlora.ops.storage.packed import Packed, PackedFormat
 
 
-def put_in(experts: nn.Module, packed: Mapping[str, Packed]) -> None:
+def put_in(experts: nn.Module, packed: Mapping[str, Packed | PackedPair]) -> None:
     """Have packed matrices take the places of parameters of an experts module."""
     for key, matrix in packed.items():
         delattr(experts, key)
@@ -39,7 +40,7 @@ def refuse_unfit(name: str, experts: nn.Module, kind: PackedFormat) -> None:
         )
     for key in matrices_of(experts):
         weight = getattr(experts, key)
-        if isinstance(weight, Packed):
+        if is_packed(weight):
             raise ConfigError(f"{name}.{key} is packed already, as {weight.kind.name}.")
         reason = kind.refuses(*weight.shape[1:])
         if reason:
