@@ -16,6 +16,11 @@ from drlora.errors import ConfigError
 from drlora.moe.blocks import MoEBlock, active_experts, find_blocks
 from drlora.moe.families import family_of
 from drlora.moe.refusals import refuse_unfit_model, refuse_unfit_weights
+from drlora.moe.stored.told import (
+    refuse_lost_experts,
+    refuse_packed_routers,
+    tell_of_wide_experts,
+)
 from drlora.ops import choose_engine
 from drlora.ops.storage import has_own_storage
 
@@ -36,6 +41,8 @@ def prepare(model: nn.Module, config: DrLoraConfig, model_type: str | None) -> l
         _refuse_mixed_dtypes(block.experts_name, base)
         _try_engine(config, base)
         _tell_of_other_storage(config, block.experts_name, base)
+    if not config.inference_mode:
+        tell_of_wide_experts(model, blocks)
     config.experts = [block.experts_name for block in blocks]
     _split_by_active(model, config, blocks)
     if config.router == "train":
@@ -55,7 +62,9 @@ def choose_blocks(model: nn.Module, config: DrLoraConfig) -> list[MoEBlock]:
             weights are not where an adapter can read them (`drlora.moe.refusals`).
     """
     refuse_unfit_model(model)
+    refuse_lost_experts(model)
     blocks = find_blocks(model)
+    refuse_packed_routers(model, blocks)
     found = {block.experts_name for block in blocks}
     if config.experts is not None:
         missing = sorted(set(config.experts) - found)
@@ -237,6 +246,10 @@ def _try_engine(config: DrLoraConfig, base: nn.Module) -> None:
 
 def _refuse_mixed_dtypes(name: str, base: nn.Module) -> None:
     """Of what is stored as it is computed with; scales of packed numbers may be of any dtype."""
+    family = family_of(base)
+    weights = family.weights(base) if family is not None else None
+    if weights and not weights.is_plain and weights.bias("down") is None:
+        return
     packed = {id(p) for m in base.modules() if has_own_storage(m) for p in m.parameters()}
     kept = {
         key: p.dtype

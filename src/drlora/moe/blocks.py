@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from drlora.errors import ConfigError
 from drlora.moe.families import FAMILIES, Family, family_of
@@ -214,8 +214,10 @@ def _find_router(
 
 
 def _scores_experts(module: nn.Module, num_choices: int) -> bool:
-    def has_rows(weight: Tensor) -> bool:
-        return weight.dim() == 2 and weight.shape[0] == num_choices
+    def has_rows(weight: Any) -> bool:
+        # bitsandbytes keeps a column of bytes, and says what it stands for.
+        shape = getattr(getattr(weight, "quant_state", None), "shape", weight.shape)
+        return len(shape) == 2 and shape[0] == num_choices
 
     return any(has_rows(weight) for weight in module.parameters())
 

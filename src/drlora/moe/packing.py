@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from drlora.errors import ConfigError
 from drlora.moe.families import family_of
 from drlora.moe.families.interface import InterfaceExperts
+from drlora.moe.refusals import is_plain
 from drlora.ops import adapted_experts
 from drlora.ops.storage.arranged import PackedPair, is_packed
 from drlora.ops.storage.packed import Packed, PackedFormat
@@ -42,6 +43,10 @@ def refuse_unfit(name: str, experts: nn.Module, kind: PackedFormat) -> None:
         weight = getattr(experts, key)
         if is_packed(weight):
             raise ConfigError(f"{name}.{key} is packed already, as {weight.kind.name}.")
+        if not is_plain(weight) or weight.dtype.itemsize < 2:
+            raise ConfigError(
+                f"{name}.{key} is quantised already ({type(weight).__name__} of {weight.dtype})."
+            )
         reason = kind.refuses(*weight.shape[1:])
         if reason:
             raise ConfigError(f"{name}.{key} cannot be packed as {kind.name}: {reason}.")

@@ -25,7 +25,8 @@ class InterfaceExperts(Family):
     """Described by the module's own flags."""
 
     def recognises(self, module: nn.Module) -> bool:
-        return all(hasattr(module, flag) for flag in FLAGS)
+        # Those in FP8 have the flags too, and scales beside their parameters.
+        return type(module).__name__ != "FP8Experts" and all(hasattr(module, f) for f in FLAGS)
 
     def missing(self, module: Any) -> str | None:
         if getattr(module, "_is_expert_parallel", False):

@@ -42,8 +42,13 @@ class ModuleListExperts(Family):
             if names is None or not hasattr(expert, "act_fn"):
                 return f"its experts have no {_NAMES[0]} or {_NAMES[1]} with an act_fn"
             layers = [getattr(expert, name) for name in names]
-            if not all(_is_readable(layer) for layer in layers):
-                return "its experts are not plain Linear layers without bias (quantised, perhaps)"
+            unread = [layer for layer in layers if not _is_readable(layer)]
+            if unread:
+                return (
+                    f"its experts are layers that cannot be read ({unread[0]}); what can are plain "
+                    f"Linear layers and bitsandbytes' Linear4bit in nf4 with blocks of 64, without "
+                    f"a bias, and before their first inference on a CPU, which rearranges them"
+                )
         return None if self._computes_the_same(module) else (
             "its block does not compute what a softmax or DeepSeek router with experts in a "
             "ModuleList would, so its routing is not known; add a family for it"
@@ -77,7 +82,6 @@ class ModuleListExperts(Family):
     def router_logits(self, output: Any) -> Tensor | None:
         return output if isinstance(output, Tensor) else None
 
-    @torch.no_grad()
     def _computes_the_same(self, module: Any) -> bool:
         weights = self.weights(module)
         if weights.device.type == "meta":  # nothing to compute with; tried when it has weights
@@ -86,6 +90,8 @@ class ModuleListExperts(Family):
         hidden = torch.randn(
             1, _PROBE_TOKENS, weights.in_features("gate_up"), generator=generator
         ).to(weights.device, weights.dtype)
+        # bitsandbytes rearranges a layer for good in its first pass on a CPU without a gradient.
+        hidden.requires_grad_(not weights.is_plain)
 
         def run(x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor, /, **_: Any) -> Tensor:
             routing = sort_by_expert(index_TK, weights.num_experts)
@@ -94,7 +100,8 @@ class ModuleListExperts(Family):
         training = module.training
         module.eval()
         try:
-            own, ours = module(hidden.clone()), self.call(module, run, hidden)
+            with torch.set_grad_enabled(not weights.is_plain):
+                own, ours = module(hidden.clone()), self.call(module, run, hidden)
         except (AttributeError, TypeError, ValueError, RuntimeError):
             return False
         finally:

@@ -34,6 +34,10 @@ REFUSED = {
     "torchao": "torchao",
     "vptq": "VPTQ",
 }
+# Those that keep a tensor of their own for each expert, which transformers does not put together.
+LOSES_EXPERTS = REFUSED.keys() - {
+    "fbgemm_fp8", "gemma", "gguf", "metal", "mxfp8", "quanto", "torchao"
+}  # fmt: skip
 
 
 def method_of(settings: Mapping[str, Any]) -> str:

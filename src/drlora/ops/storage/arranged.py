@@ -86,6 +86,12 @@ class UprightMatrix(Storage):
     def num_bytes(self) -> int:
         return self._inner.num_bytes
 
+    def late_scales(self) -> Tensor | None:
+        return self._inner.late_scales()
+
+    def read_unscaled(self, expert: int, out: Tensor) -> Tensor:
+        return self._inner.read_unscaled(expert, out)
+
     def read(self, expert: int, out: Tensor | None = None) -> Tensor:
         return self._inner.read(expert, out)
 
