@@ -212,6 +212,7 @@ def stand_in_int8(weight, **others):
     kind = packed_format("int8")
     parts = [kind.encode(w_OI) for w_OI in weight]
     codes, scale = (torch.stack([found[key] for found in parts]) for key in ("codes", "scale"))
+    others = {"zero_point": torch.zeros_like(scale[..., None]), **others}
     return nn.Parameter(Int8Tensor(codes, scale[..., None], weight.dtype, **others), False)
 
 
@@ -248,7 +249,7 @@ def test_int8_of_torchao_is_read_by_row(family, make):
 def test_other_tensors_of_torchao_are_refused_in_words():
     model = make_model("olmoe", **WIDE)
     experts = model.model.layers[1].mlp.experts
-    experts.down_proj = stand_in_int8(experts.down_proj, zero_point=torch.zeros(1))
+    experts.down_proj = stand_in_int8(experts.down_proj, zero_point=torch.ones(6, 64, 1))
     refused(model, r"layers.1.mlp.experts.*down_proj is a torchao.quantization.Int8Tensor")
     with pytest.raises(drlora.ConfigError, match="no plain tensors: down_proj is a torchao"):
         drlora.quantise_experts(model, "nf4")

@@ -59,9 +59,11 @@ class TorchaoInt8(HeldMatrix):
         if not _is(stored, "torchao", "Int8Tensor"):
             return False
         weight: Any = stored
-        others = ("zero_point", "act_quant_kwargs", "act_quant_scale", "act_pre_scale")
-        by_row = weight.scale.shape == (*weight.qdata.shape[:-1], 1)
-        return by_row and all(getattr(weight, name, None) is None for name in others)
+        others = ("act_quant_kwargs", "act_quant_scale", "act_pre_scale")
+        zero, by_row = getattr(weight, "zero_point", None), (*weight.qdata.shape[:-1], 1)
+        if weight.scale.shape != by_row or not (zero is None or not zero.any()):
+            return False
+        return all(getattr(weight, name, None) is None for name in others)
 
 
 @register_storage
