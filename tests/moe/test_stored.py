@@ -17,7 +17,7 @@ import drlora
 from drlora.moe.stored import FORMS, quantizer
 from drlora.moe.stored.refused import REFUSED
 from drlora.ops.storage import as_matrix, nf4
-from drlora.ops.storage.arranged import PackedPair, is_packed
+from drlora.ops.storage.arranged import PackedPair, is_in_place
 from drlora.ops.storage.packed import Packed
 
 WIDE = dict(hidden_size=64, intermediate_size=64, moe_intermediate_size=64)
@@ -71,7 +71,7 @@ def packed_matrices(model):
     return {
         name: module
         for name, module in model.named_modules()
-        if is_packed(module) and name.rpartition(".")[0] not in pairs
+        if is_in_place(module) and name.rpartition(".")[0] not in pairs
     }
 
 
@@ -265,7 +265,7 @@ def test_experts_that_a_checkpoint_left_in_16_bits_stay_so(tmp_path):
     with pytest.warns(UserWarning, match="experts stand in 16 bits in this checkpoint in 2 places"):
         loaded = load(name, dtype=torch.bfloat16)
     assert isinstance(loaded.model.layers[0].mlp.experts.down_proj, torch.nn.Parameter)
-    assert is_packed(loaded.model.layers[1].mlp.experts.down_proj)
+    assert is_in_place(loaded.model.layers[1].mlp.experts.down_proj)
     assert torch.equal(loaded.model.layers[0].mlp.experts.down_proj,
                        base().to(torch.bfloat16).model.layers[0].mlp.experts.down_proj)  # fmt: skip
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from drlora.errors import ConfigError
@@ -17,17 +18,37 @@ from drlora.moe.families import family_of
 from drlora.moe.families.interface import InterfaceExperts
 from drlora.moe.refusals import is_plain
 from drlora.ops import adapted_experts
-from drlora.ops.storage.arranged import PackedPair, is_packed
-from drlora.ops.storage.packed import Packed, PackedFormat
+from drlora.ops.storage.arranged import InPlace, as_parameter, is_in_place
+from drlora.ops.storage.packed import PackedFormat
 
 
-def put_in(experts: nn.Module, packed: Mapping[str, Packed | PackedPair]) -> None:
+def put_in(experts: nn.Module, packed: Mapping[str, InPlace]) -> None:
     """Have packed matrices take the places of parameters of an experts module."""
     for key, matrix in packed.items():
         delattr(experts, key)
         setattr(experts, key, matrix)
     own_class: Any = type(experts)
     experts.__class__ = _packed_class(own_class)
+
+
+def is_packed(module: nn.Module) -> bool:
+    """Whether it is an experts module whose matrices are packed."""
+    return getattr(type(module), "drlora_packed", False)
+
+
+def take_out(experts: nn.Module, dtype: torch.dtype | None = None) -> None:
+    """Have the numbers that are packed be parameters again, of their own dtype or another.
+
+    One matrix of the block is packed and wide at the same time.
+    """
+    for key in matrices_of(experts):
+        packed = getattr(experts, key)
+        if is_in_place(packed):
+            delattr(experts, key)
+            setattr(
+                experts, key, nn.Parameter(as_parameter(packed).to(dtype or packed.dtype), False)
+            )
+    experts.__class__ = type(experts).__mro__[1]
 
 
 def refuse_unfit(name: str, experts: nn.Module, kind: PackedFormat) -> None:
@@ -41,7 +62,7 @@ def refuse_unfit(name: str, experts: nn.Module, kind: PackedFormat) -> None:
         )
     for key in matrices_of(experts):
         weight = getattr(experts, key)
-        if is_packed(weight):
+        if is_in_place(weight):
             raise ConfigError(f"{name}.{key} is packed already, as {weight.kind.name}.")
         if not is_plain(weight) or weight.dtype.itemsize < 2:
             raise ConfigError(

@@ -16,7 +16,7 @@ from transformers.quantizers.quantizers_utils import get_module_from_name
 
 from drlora.errors import ConfigError
 from drlora.moe.stored.base import Kept
-from drlora.ops.storage.arranged import PackedPair, Upright
+from drlora.ops.storage.arranged import InPlace, PackedPair, Upright
 from drlora.ops.storage.fp8 import TILE
 from drlora.ops.storage.packed import Packed, PackedFormat
 
@@ -61,10 +61,10 @@ class _Step(ConversionOps):
         is_own = wanted.name == self.hf_quantizer.form.storage
         return matrix if is_own else _again(matrix, wanted)
 
-    def fitting(self, matrix: Packed | PackedPair, name: str, model: Any) -> _Tensors:
+    def fitting(self, matrix: InPlace, name: str, model: Any) -> _Tensors:
         """The matrix kept, if it has the shape of the model's own parameter."""
         wanted = tuple(_parameter(model, name).shape)
-        if isinstance(matrix, Upright) and get_module_from_name(model, name)[0].is_transposed:
+        if isinstance(matrix, Upright):
             wanted = (wanted[0], wanted[2], wanted[1])
         if tuple(matrix.shape) != wanted:
             raise ConfigError(
@@ -132,7 +132,8 @@ class KeepStack(_Step):
         if not form.is_packed(found):
             self.hf_quantizer.plain.add(name)
             return {name: found[""].to(_parameter(model, name).dtype)}
-        kind = Upright if form.is_upright else Packed
+        module, _ = get_module_from_name(model, name)
+        kind = Upright if form.is_upright and module.is_transposed else Packed
         return self.fitting(self.packed(form.stack(found), name, model, kind), name, model)
 
 
@@ -151,8 +152,8 @@ class Rest(_Step):
                 f"{quantizer.form.storage!r}), which leaves routers as they are."
             )
         if quantizer.stays_packed(model, name):
-            step = quantizer.of_transformers.get_load_operations()["deserialize"]
-            read: _Tensors = step(quantizer.of_transformers).convert(found, **said)
+            step = quantizer.rest.get_load_operations()["deserialize"]
+            read: _Tensors = step(quantizer.rest).convert(found, **said)
             return read
         wide = torch.empty(target.shape, dtype=target.dtype, device=found["weight"].device)
         quantizer.widened_bytes += wide.numel() * wide.element_size()
@@ -182,7 +183,7 @@ def _stacked(matrix: Callable[[dict[str, Tensor]], Kept], found: dict[str, list[
     return Kept(kept[0].kind, parts)
 
 
-def _joined(halves: Sequence[Packed]) -> Packed | PackedPair:
+def _joined(halves: Sequence[Packed]) -> InPlace:
     """Gate over up: in one, where no byte changes by it."""
     if len(halves) == 1:
         return halves[0]

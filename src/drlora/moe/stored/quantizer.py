@@ -29,8 +29,7 @@ from drlora.moe.packing import matrices_of, refuse_unfit
 from drlora.moe.stored.base import StoredForm
 from drlora.moe.stored.config import METHOD, StoredExperts
 from drlora.moe.stored.conversion import KeepList, KeepStack, PackAgain, Rest
-from drlora.ops.storage.arranged import PackedPair
-from drlora.ops.storage.packed import Packed
+from drlora.ops.storage.arranged import InPlace
 
 _MATRICES = ("gate_up_proj", "up_proj", "down_proj")
 
@@ -44,13 +43,15 @@ class StoredQuantizer(ExpertsQuantizer):
     def __init__(self, quantization_config: StoredExperts, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)  # type: ignore[arg-type]
         self.form = quantization_config.form
+        # transformers' own, of the linear layers that stay packed, or of all where it decodes.
         self.of_transformers = _of_transformers(self.form)
+        self.rest = None if self.form.is_decoded else self.of_transformers
         self.routers: tuple[str, ...] = ()
         self.plain: set[str] = set()  # matrices of experts that are in 16 bits in the checkpoint
         self.widened_bytes = 0  # of other layers, decoded
         self.refusal: ConfigError | None = None
 
-    def keep(self, name: str, matrix: Packed | PackedPair) -> dict[str, Tensor]:
+    def keep(self, name: str, matrix: InPlace) -> dict[str, Tensor]:
         """Take a matrix of experts; what is left in its place until all is loaded."""
         self.packed[name] = matrix
         return self.nothing(name)
@@ -58,10 +59,6 @@ class StoredQuantizer(ExpertsQuantizer):
     def nothing(self, name: str) -> dict[str, Tensor]:
         """An empty parameter."""
         return {name: nn.Parameter(torch.empty(0), requires_grad=False)}
-
-    def is_of_experts(self, model: Any, name: str) -> bool:
-        """Whether a parameter holds a matrix of all experts."""
-        return ExpertsQuantizer.param_needs_quantization(self, model, name)
 
     def is_of_router(self, name: str) -> bool:
         """Whether a parameter is a router's."""
@@ -106,16 +103,9 @@ class StoredQuantizer(ExpertsQuantizer):
             own.append(WeightConverter(list(self.form.names), "weight", [Rest(self)]))
         return own
 
-    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
-        if self.is_of_experts(model, param_name):
-            return True
-        return self.stays_packed(model, param_name)
-
     def stays_packed(self, model: Any, name: str) -> bool:
         """Whether transformers' own quantizer takes a parameter's tensors as they are."""
-        if self.of_transformers is None or self.form.is_decoded:
-            return False
-        return bool(self.of_transformers.param_needs_quantization(model, name))
+        return self.rest is not None and bool(self.rest.param_needs_quantization(model, name))
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if self.refusal is not None:

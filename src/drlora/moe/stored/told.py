@@ -131,7 +131,8 @@ def _quantiser_of(model: Any) -> str | None:
     """What has quantised the other layers; None for a model that is not quantised."""
     config = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
     if config is not None:
-        return type(config).__name__
+        is_own = str(getattr(config, "quant_method", "")).startswith("drlora_")
+        return None if is_own else type(config).__name__
     layers = {type(m).__name__ for m in model.modules()} & {"Linear4bit", "Linear8bitLt"}
     return f"bitsandbytes ({min(layers)})" if layers else None
 

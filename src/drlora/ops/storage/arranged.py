@@ -7,13 +7,13 @@ them in columns (`Upright`).
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from drlora.ops.storage.matrix import Storage, register_storage
-from drlora.ops.storage.packed import Packed, PackedFormat, PackedMatrix
+from drlora.ops.storage.packed import Packed, PackedFormat, PackedMatrix, Parts
 from drlora.ops.storage.plain import Apart
 
 
@@ -28,6 +28,11 @@ class PackedPair(nn.Module):
     def kind(self) -> PackedFormat:
         """The format of both."""
         return self.gate.kind
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What both are computed in."""
+        return self.gate.dtype
 
     @property
     def shape(self) -> torch.Size:
@@ -86,6 +91,9 @@ class UprightMatrix(Storage):
     def num_bytes(self) -> int:
         return self._inner.num_bytes
 
+    def bits_of(self, expert: int) -> Parts:
+        return self._inner.bits_of(expert)
+
     def late_scales(self) -> Tensor | None:
         return self._inner.late_scales()
 
@@ -96,6 +104,16 @@ class UprightMatrix(Storage):
         return self._inner.read(expert, out)
 
 
-def is_packed(stored: Any) -> bool:
-    """Whether a module is in the place of a parameter, and holds its matrices in few bits."""
+InPlace = Packed | PackedPair
+"""What can be in the place of a parameter, and hold its matrices in few bits."""
+
+
+def is_in_place(stored: object) -> TypeGuard[InPlace]:
+    """Whether a module is one of these."""
     return isinstance(stored, (Packed, PackedPair))
+
+
+def as_parameter(matrix: InPlace) -> Tensor:
+    """The numbers as the parameter had them whose place it takes, new."""
+    wide = matrix.wide()
+    return wide.transpose(1, 2).contiguous() if isinstance(matrix, Upright) else wide

@@ -102,10 +102,13 @@ class ListedNf4(Storage):
         parts = [part for weight in self.stored for part in nf4_parts_of(weight).values()]
         return sum(part.numel() * part.element_size() for part in parts)
 
+    def bits_of(self, expert: int) -> Parts:
+        return nf4_parts_of(self.stored[expert])
+
     def read(self, expert: int, out: Tensor | None = None) -> Tensor:
         if out is None:
             out = torch.empty(self.shape[1:], dtype=self.dtype, device=self.device)
-        return self.kind.decode(nf4_parts_of(self.stored[expert]), out)
+        return self.kind.decode(self.bits_of(expert), out)
 
 
 def nf4_parts_of(weight: Any) -> Parts:
