@@ -149,7 +149,7 @@ def test_packing_is_the_same_every_time():
         (lambda: make_model("olmoe"), "nf4", "cannot be packed as nf4: .* no multiple of 64"),
         (lambda: quantise_experts(base(), "int8"), "nf4", "is packed already, as int8"),
         (lambda: torch.nn.Linear(4, 4), "nf4", "has no Mixture-of-Experts block"),
-        (lambda: make_class("DbrxForCausalLM"), "int8", "not kept as transformers' experts inter"),
+        (lambda: make_class("LongcatFlashForCausalLM"), "int8", "names no places"),
     ],
 )
 def test_what_cannot_be_packed_is_refused_and_left_as_it_was(make, storage, message):

@@ -142,7 +142,7 @@ def test_other_layers_are_decoded_where_bitsandbytes_is_not_installed(tmp_path, 
     for layer, other in zip(loaded.model.layers, plain.model.layers, strict=True):
         for key in ("q_proj", "k_proj", "v_proj", "o_proj"):
             weight = other.self_attn.get_submodule(key).weight
-            rows = weight.reshape(-1, 64).float()
+            rows = weight.detach().reshape(-1, 64).float()
             wanted = kind.decode(kind.encode(rows), torch.empty_like(rows)).view(weight.shape)
             assert torch.equal(layer.self_attn.get_submodule(key).weight, wanted)
 
@@ -188,7 +188,7 @@ def test_one_tensor_of_all_experts(nested, tmp_path):
     files.replace(tmp_path, written, config)
     loaded = load(str(tmp_path), dtype=torch.bfloat16)
     for full, matrix in packed_matrices(loaded).items():
-        rows = model.get_parameter(full).reshape(-1, 64)
+        rows = model.get_parameter(full).detach().reshape(-1, 64)
         kind = nf4.NestedNf4() if nested else nf4.Nf4()
         wide = kind.decode(kind.encode(rows), torch.empty_like(rows))
         assert torch.equal(matrix.wide(), wide.view(matrix.shape)), full

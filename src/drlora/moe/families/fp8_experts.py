@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from drlora.moe.families.base import register_family
+from drlora.moe.families.base import Place, register_family
 from drlora.moe.families.interface import FLAGS, InterfaceExperts
 from drlora.ops.storage.fp8 import TILE
 from drlora.ops.storage.of_others import Held
@@ -38,6 +38,9 @@ class Fp8Experts(InterfaceExperts):
                     f"FineGrainedFP8Config(dequantize=True)"
                 )
         return super().missing(module)
+
+    def places(self, module: Any) -> list[Place]:
+        return []  # they are packed already
 
     def weights(self, module: Any) -> ExpertWeights:
         first = "gate_up_proj" if module.has_gate else "up_proj"

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from drlora.moe.families.base import Family, Run, gated, register_family
+from drlora.moe.families.base import Family, Place, Run, gated, register_family
 from drlora.ops.naive import experts_naive
 from drlora.ops.parts import DropoutMasks
 from drlora.ops.routing import sort_by_expert
@@ -42,17 +42,18 @@ class ModuleListExperts(Family):
             if names is None or not hasattr(expert, "act_fn"):
                 return f"its experts have no {_NAMES[0]} or {_NAMES[1]} with an act_fn"
             layers = [getattr(expert, name) for name in names]
-            unread = [layer for layer in layers if not _is_readable(layer)]
-            if unread:
-                return (
-                    f"its experts are layers that cannot be read ({unread[0]}); what can are plain "
-                    f"Linear layers and bitsandbytes' Linear4bit in nf4 with blocks of 64, without "
-                    f"a bias, and before their first inference on a CPU, which rearranges them"
-                )
+            unread = next((layer for layer in layers if not is_readable(layer)), None)
+            if unread is not None:
+                return cannot_read(unread)
         return None if self._computes_the_same(module) else (
             "its block does not compute what a softmax or DeepSeek router with experts in a "
             "ModuleList would, so its routing is not known; add a family for it"
         )  # fmt: skip
+
+    def places(self, module: Any) -> list[Place]:
+        names = _names_of(module.experts[0]) or _NAMES[0]
+        paths = [f"experts.{n}.{name}.weight" for n in range(len(module.experts)) for name in names]
+        return [Place(path, flat_experts=1) for path in paths]
 
     def weights(self, module: Any) -> ExpertWeights:
         gate, up, down = _names_of(module.experts[0]) or _NAMES[0]
@@ -113,11 +114,20 @@ class ModuleListExperts(Family):
         return bool((own - ours).norm() <= tolerance * own.norm())
 
 
-def _is_readable(layer: nn.Module) -> bool:
+def is_readable(layer: nn.Module) -> bool:
     """A plain Linear layer without bias; or a subclass of it, if its weight's storage is known."""
     if not isinstance(layer, nn.Linear) or layer.bias is not None:
         return False
     return type(layer) is nn.Linear or has_own_storage(layer.weight)
+
+
+def cannot_read(layer: nn.Module) -> str:
+    """Why experts with such a layer cannot be adapted."""
+    return (
+        f"its experts have layers that cannot be read ({layer}); what can are plain Linear layers "
+        f"and bitsandbytes' Linear4bit in nf4 with blocks of 64, without a bias, and before their "
+        f"first inference on a CPU, which rearranges them"
+    )
 
 
 def _names_of(expert: nn.Module) -> tuple[str, str, str] | None:

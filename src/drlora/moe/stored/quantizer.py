@@ -22,10 +22,8 @@ from transformers.utils import is_bitsandbytes_available
 
 from drlora.errors import ConfigError, counted
 from drlora.moe.blocks import find_blocks
-from drlora.moe.families import family_of
-from drlora.moe.families.interface import InterfaceExperts
 from drlora.moe.loading import ExpertsQuantizer
-from drlora.moe.packing import matrices_of, refuse_unfit
+from drlora.moe.packing import refuse_unfit
 from drlora.moe.stored.base import StoredForm
 from drlora.moe.stored.config import METHOD, StoredExperts
 from drlora.moe.stored.conversion import KeepList, KeepStack, PackAgain, Rest
@@ -71,12 +69,8 @@ class StoredQuantizer(ExpertsQuantizer):
             self.of_transformers.validate_environment(*args, **kwargs)
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        found = [
-            (name, module)
-            for name, module in model.named_modules()
-            if isinstance(family_of(module), InterfaceExperts)
-        ]
-        if not found:
+        found = self.find_places(model)
+        if not found or any(place.flat_experts for _, place in self.places.values()):
             raise ConfigError(
                 f"{type(model).__name__} has no experts that follow transformers' experts "
                 f"interface, so packed_config has nothing to keep; leave it out."
@@ -110,7 +104,7 @@ class StoredQuantizer(ExpertsQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if self.refusal is not None:
             raise self.refusal
-        self._refuse_missing(model)
+        self._refuse_missing()
         super()._process_model_after_weight_loading(model, **kwargs)
         if self.of_transformers is not None:
             self.of_transformers._process_model_after_weight_loading(model, **kwargs)
@@ -138,17 +132,13 @@ class StoredQuantizer(ExpertsQuantizer):
             conversion.operations = [*conversion.operations, PackAgain(self)]
         return conversion
 
-    def _refuse_missing(self, model: Any) -> None:
-        for name, module in model.named_modules():
-            if not isinstance(family_of(module), InterfaceExperts):
-                continue
-            for key in matrices_of(module):
-                full = f"{name}.{key}"
-                if full not in self.packed and full not in self.plain:
-                    raise ConfigError(
-                        f"the checkpoint has no experts for {full}, or under names that are not "
-                        f"known: it would be random numbers."
-                    )
+    def _refuse_missing(self) -> None:
+        for name in self.places:
+            if name not in self.packed and name not in self.plain:
+                raise ConfigError(
+                    f"the checkpoint has no experts for {name}, or under names that are not "
+                    f"known: it would be random numbers."
+                )
 
     def _tell(self) -> None:
         own = self.form.storage

@@ -7,6 +7,7 @@ them in columns (`Upright`).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TypeGuard
 
 import torch
@@ -102,6 +103,44 @@ class UprightMatrix(Storage):
 
     def read(self, expert: int, out: Tensor | None = None) -> Tensor:
         return self._inner.read(expert, out)
+
+
+@register_storage
+class ListedPacked(Storage):
+    """Of `Packed`, one for each expert."""
+
+    def __init__(self, stored: Sequence[Packed], transposed: bool = False) -> None:
+        self._inner = [PackedMatrix(one, transposed) for one in stored]
+        first = self._inner[0]
+        self.is_transposed, self.fixed, self.name = transposed, first.fixed, first.name
+
+    @classmethod
+    def recognises(cls, stored: object) -> bool:
+        if not isinstance(stored, (list, tuple)) or not stored:
+            return False
+        return all(type(one) is Packed and one.shape[0] == 1 for one in stored)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return len(self._inner), *self._inner[0].shape[1:]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._inner[0].dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self._inner[0].device
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(one.num_bytes for one in self._inner)
+
+    def bits_of(self, expert: int) -> Parts:
+        return self._inner[expert].bits_of(0)
+
+    def read(self, expert: int, out: Tensor | None = None) -> Tensor:
+        return self._inner[expert].read(0, out)
 
 
 InPlace = Packed | PackedPair
