@@ -37,6 +37,7 @@ NAMES = {
     "load_recipe",
     "look_at_data",
     "newest_checkpoint",
+    "packed_config",
     "QuantisedExperts",
     "place_ranks",
     "quantise_experts",
