@@ -13,11 +13,12 @@ import torch
 import transformers
 from peft import get_peft_model
 from test_families import OldLanguageModel, SoftmaxBlock
-from tiny import make_batch, make_model
+from tiny import make_batch, make_class, make_model
 from tiny_adapter import logits, make_settings, train
 from torch import nn
 from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS, FP8Experts
 from transformers.integrations.moe import use_experts_implementation
+from transformers.quantizers.base import SequentialLlama4TextExperts
 
 import drlora
 from drlora.adapter.inject import adapted_layers
@@ -171,6 +172,34 @@ def test_lists_of_linear4bit_are_read_as_they_are(storage, make):
         models[0].merge_and_unload()
 
 
+@pytest.mark.parametrize("storage", ["nf4", "nf4-nested"])
+def test_llama_4_whose_experts_transformers_made_a_list_of(storage):
+    """As it does for checkpoints quantised by bitsandbytes or compressed-tensors."""
+    sizes = dict(hidden_size=64, intermediate_size=64)
+    packed, wide = (make_class("Llama4ForCausalLM", **sizes) for _ in range(2))
+    for block in find_blocks(wide):
+        old = wide.get_submodule(block.experts_name)
+        made = SequentialLlama4TextExperts(packed.config.get_text_config())
+        for number, expert in enumerate(made):
+            gate, up = old.gate_up_proj.data[number].T.chunk(2)
+            for key, weight in (("gate_proj", gate), ("up_proj", up),
+                                ("down_proj", old.down_proj.data[number].T)):  # fmt: skip
+                setattr(expert, key, Linear4bit(weight.contiguous(), storage))
+            old.gate_up_proj.data[number] = torch.cat(
+                [numbers_of(expert.gate_proj), numbers_of(expert.up_proj)]
+            ).T
+            old.down_proj.data[number] = numbers_of(expert.down_proj).T
+        packed.set_submodule(block.experts_name, made)
+    models = [adapted(model) for model in (packed, wide)]
+    assert adapted_layers(models[0], "default").popitem()[1].base_weights.down.name == storage
+    torch.testing.assert_close(logits(models[0]), logits(models[1]), rtol=1e-4, atol=1e-5)
+    found = [gradients(model) for model in models]
+    for key, gradient in found[0].items():
+        assert (gradient - found[1][key]).norm() < 1e-4 * found[1][key].norm().clamp(min=1e-9), key
+    with models[0].disable_adapter():
+        assert logits(models[0]).isfinite().all()
+
+
 def test_matrices_of_bitsandbytes_that_cannot_be_read():
     weight = torch.randn(8, 64)
     assert has_own_storage(Linear4bit(weight, "nf4").weight)
@@ -304,7 +333,7 @@ def test_fp8_experts_of_another_tile_are_refused_in_words():
     experts.down_proj_scale_inv = nn.Parameter(torch.ones(6, 1, 4))
     refused(model, r"its down_proj is in .*e4m3fn with scales \(1, 4\), .*packed_config")
     model = in_fp8(make_model("qwen3_moe", **WIDE), 128)
-    with pytest.raises(drlora.ConfigError, match="FP8Experts cannot be packed: .*quantised already"):
+    with pytest.raises(drlora.ConfigError, match="FP8Experts cannot be packed.*quantised already"):
         drlora.quantise_experts(model, "int8")
 
 
