@@ -9,6 +9,7 @@ import copy
 import types
 
 import pytest
+import stored_checkpoints as files
 import torch
 import transformers
 from peft import get_peft_model
@@ -32,6 +33,13 @@ WIDE = dict(hidden_size=64, intermediate_size=128, moe_intermediate_size=128)
 def adapted(model, **changes):
     torch.manual_seed(3)
     return get_peft_model(model, make_settings(**changes))
+
+
+def load(name):
+    config = drlora.packed_config(name)
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        name, config=config, dtype=torch.float32
+    )
 
 
 def randomise(model):
@@ -209,6 +217,46 @@ def test_matrices_of_bitsandbytes_that_cannot_be_read():
     model = old_model(lambda w: Linear4bit(w, "nf4", quant_type="fp4"))
     with pytest.raises(drlora.ConfigError, match="Params4bit|cannot be read"):
         get_peft_model(model, make_settings(task_type="FEATURE_EXTRACTION"))
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("family", ["olmoe", "gpt_oss"])
+def test_a_parameter_of_all_experts_under_bitsandbytes(family, nested, tmp_path):
+    """Read an expert at a time, and not as a whole in each forward; and from its checkpoint."""
+    parametrize = pytest.importorskip("bitsandbytes.nn.parametrize")
+
+    def base():
+        sizes = dict(hidden_size=128, intermediate_size=128)
+        if family == "gpt_oss":
+            return make_class("GptOssForCausalLM", **sizes)
+        return make_model(family, **sizes)
+
+    packed, wide = base(), base()
+    for block in find_blocks(packed):
+        experts, other = (m.get_submodule(block.experts_name) for m in (packed, wide))
+        for key in ("gate_up_proj", "down_proj"):
+            parametrize.replace_parameter_4bit(experts, key, nested, "nf4")
+            getattr(other, key).data = getattr(experts, key).detach()
+    files_of = {key: value.clone() for key, value in packed.state_dict().items()}
+    with pytest.raises(drlora.ConfigError, match="cannot be packed"):
+        drlora.quantise_experts(packed, "int8")
+    models = [adapted(model) for model in (packed, wide)]
+    storage = adapted_layers(models[0], "default").popitem()[1].base_weights.down.name
+    assert storage == ("nf4-nested" if nested else "nf4")
+    found = [gradients(model) for model in models]
+    for key, gradient in found[0].items():
+        error = (gradient - found[1][key]).norm()
+        assert error < 1e-5 * found[1][key].norm().clamp(min=1e-9), key
+    base().save_pretrained(tmp_path)
+    files.replace(tmp_path, files_of, files.bnb_settings(nested))
+    with pytest.raises(drlora.ConfigError, match="_proj.weight: it is in 16 bits in the check"):
+        load(str(tmp_path))
+    left = ["lm_head", "gate", "router", "q_proj", "k_proj", "v_proj", "o_proj"]
+    settings = files.bnb_settings(nested, llm_int8_skip_modules=left)
+    files.replace(tmp_path, files_of, settings)
+    loaded = load(str(tmp_path))
+    with models[1].disable_adapter():
+        torch.testing.assert_close(logits(loaded), logits(models[1]), rtol=1e-3, atol=1e-4)
 
 
 # torchao.
