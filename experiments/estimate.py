@@ -3,8 +3,8 @@
     python experiments/estimate.py            prints the lines
     python experiments/estimate.py --write    puts them into the recipes and plans
 
-Memory is what `drlora inspect` computes for the recipe's micro-batch. What CUDA itself takes (half a
-GB) and quantised experts that are wide at a time (0.3 GB) are not in it. Time is arithmetic:
+Memory is what `drlora inspect` computes for the recipe's micro-batch. What CUDA takes (half a GB)
+and quantised experts that are wide at a time (0.3 GB) are not in it. Time is arithmetic:
 
     operations a token = 4 x active weights (forward, and backward to the inputs alone)
                        + 2 x active weights with checkpointing + 6 x active adapter weights

@@ -9,15 +9,17 @@ import copy
 import types
 
 import pytest
+import stored_checkpoints as files
 import torch
 import transformers
 from peft import get_peft_model
 from test_families import OldLanguageModel, SoftmaxBlock
-from tiny import make_batch, make_model
+from tiny import make_batch, make_class, make_model
 from tiny_adapter import logits, make_settings, train
 from torch import nn
 from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS, FP8Experts
 from transformers.integrations.moe import use_experts_implementation
+from transformers.quantizers.base import SequentialLlama4TextExperts
 
 import drlora
 from drlora.adapter.inject import adapted_layers
@@ -31,6 +33,13 @@ WIDE = dict(hidden_size=64, intermediate_size=128, moe_intermediate_size=128)
 def adapted(model, **changes):
     torch.manual_seed(3)
     return get_peft_model(model, make_settings(**changes))
+
+
+def load(name):
+    config = drlora.packed_config(name)
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        name, config=config, dtype=torch.float32
+    )
 
 
 def randomise(model):
@@ -171,6 +180,34 @@ def test_lists_of_linear4bit_are_read_as_they_are(storage, make):
         models[0].merge_and_unload()
 
 
+@pytest.mark.parametrize("storage", ["nf4", "nf4-nested"])
+def test_llama_4_whose_experts_transformers_made_a_list_of(storage):
+    """As it does for checkpoints quantised by bitsandbytes or compressed-tensors."""
+    sizes = dict(hidden_size=64, intermediate_size=64)
+    packed, wide = (make_class("Llama4ForCausalLM", **sizes) for _ in range(2))
+    for block in find_blocks(wide):
+        old = wide.get_submodule(block.experts_name)
+        made = SequentialLlama4TextExperts(packed.config.get_text_config())
+        for number, expert in enumerate(made):
+            gate, up = old.gate_up_proj.data[number].T.chunk(2)
+            for key, weight in (("gate_proj", gate), ("up_proj", up),
+                                ("down_proj", old.down_proj.data[number].T)):  # fmt: skip
+                setattr(expert, key, Linear4bit(weight.contiguous(), storage))
+            old.gate_up_proj.data[number] = torch.cat(
+                [numbers_of(expert.gate_proj), numbers_of(expert.up_proj)]
+            ).T
+            old.down_proj.data[number] = numbers_of(expert.down_proj).T
+        packed.set_submodule(block.experts_name, made)
+    models = [adapted(model) for model in (packed, wide)]
+    assert adapted_layers(models[0], "default").popitem()[1].base_weights.down.name == storage
+    torch.testing.assert_close(logits(models[0]), logits(models[1]), rtol=1e-4, atol=1e-5)
+    found = [gradients(model) for model in models]
+    for key, gradient in found[0].items():
+        assert (gradient - found[1][key]).norm() < 1e-4 * found[1][key].norm().clamp(min=1e-9), key
+    with models[0].disable_adapter():
+        assert logits(models[0]).isfinite().all()
+
+
 def test_matrices_of_bitsandbytes_that_cannot_be_read():
     weight = torch.randn(8, 64)
     assert has_own_storage(Linear4bit(weight, "nf4").weight)
@@ -180,6 +217,46 @@ def test_matrices_of_bitsandbytes_that_cannot_be_read():
     model = old_model(lambda w: Linear4bit(w, "nf4", quant_type="fp4"))
     with pytest.raises(drlora.ConfigError, match="Params4bit|cannot be read"):
         get_peft_model(model, make_settings(task_type="FEATURE_EXTRACTION"))
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("family", ["olmoe", "gpt_oss"])
+def test_a_parameter_of_all_experts_under_bitsandbytes(family, nested, tmp_path):
+    """Read an expert at a time, and not as a whole in each forward; and from its checkpoint."""
+    parametrize = pytest.importorskip("bitsandbytes.nn.parametrize")
+
+    def base():
+        sizes = dict(hidden_size=128, intermediate_size=128)
+        if family == "gpt_oss":
+            return make_class("GptOssForCausalLM", **sizes)
+        return make_model(family, **sizes)
+
+    packed, wide = base(), base()
+    for block in find_blocks(packed):
+        experts, other = (m.get_submodule(block.experts_name) for m in (packed, wide))
+        for key in ("gate_up_proj", "down_proj"):
+            parametrize.replace_parameter_4bit(experts, key, nested, "nf4")
+            getattr(other, key).data = getattr(experts, key).detach()
+    files_of = {key: value.clone() for key, value in packed.state_dict().items()}
+    with pytest.raises(drlora.ConfigError, match="cannot be packed"):
+        drlora.quantise_experts(packed, "int8")
+    models = [adapted(model) for model in (packed, wide)]
+    storage = adapted_layers(models[0], "default").popitem()[1].base_weights.down.name
+    assert storage == ("nf4-nested" if nested else "nf4")
+    found = [gradients(model) for model in models]
+    for key, gradient in found[0].items():
+        error = (gradient - found[1][key]).norm()
+        assert error < 1e-5 * found[1][key].norm().clamp(min=1e-9), key
+    base().save_pretrained(tmp_path)
+    files.replace(tmp_path, files_of, files.bnb_settings(nested))
+    with pytest.raises(drlora.ConfigError, match="_proj.weight: it is in 16 bits in the check"):
+        load(str(tmp_path))
+    left = ["lm_head", "gate", "router", "q_proj", "k_proj", "v_proj", "o_proj"]
+    settings = files.bnb_settings(nested, llm_int8_skip_modules=left)
+    files.replace(tmp_path, files_of, settings)
+    loaded = load(str(tmp_path))
+    with models[1].disable_adapter():
+        torch.testing.assert_close(logits(loaded), logits(models[1]), rtol=1e-3, atol=1e-4)
 
 
 # torchao.
@@ -304,7 +381,7 @@ def test_fp8_experts_of_another_tile_are_refused_in_words():
     experts.down_proj_scale_inv = nn.Parameter(torch.ones(6, 1, 4))
     refused(model, r"its down_proj is in .*e4m3fn with scales \(1, 4\), .*packed_config")
     model = in_fp8(make_model("qwen3_moe", **WIDE), 128)
-    with pytest.raises(drlora.ConfigError, match="FP8Experts cannot be packed: .*quantised al"):
+    with pytest.raises(drlora.ConfigError, match="FP8Experts cannot be packed.*quantised already"):
         drlora.quantise_experts(model, "int8")
 
 

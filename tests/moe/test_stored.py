@@ -178,7 +178,8 @@ def test_numbers_are_those_of_bitsandbytes(nested, tmp_path):
 @pytest.mark.parametrize("nested", [False, True])
 def test_one_tensor_of_all_experts(nested, tmp_path):
     """As `replace_parameter_4bit` quantises; nested scales cross experts, and are opened then."""
-    config = files.bnb_settings(nested)
+    left = ["lm_head", "gate", "q_proj", "k_proj", "v_proj", "o_proj"]
+    config = files.bnb_settings(nested, llm_int8_skip_modules=left)
     model = base("qwen3_moe").to(torch.bfloat16)
     model.save_pretrained(tmp_path)
     written = {}
@@ -256,6 +257,19 @@ def test_an_adapter_on_it_is_saved_and_loaded(family, kind, tmp_path):
         load(name).save_pretrained(tmp_path / "packed")
     with pytest.raises(drlora.ConfigError, match="is packed already"):
         drlora.quantise_experts(load(name), "int8")
+
+
+@pytest.mark.parametrize(("family", "kind"), [("gpt_oss", "mxfp4"), ("qwen3_moe", "fp8")])
+def test_a_checkpoint_that_transformers_decoded_is_told_of_once(family, kind, tmp_path, recwarn):
+    name, _ = checkpoint(tmp_path, family, kind)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(name), make_settings())
+    model.add_adapter("second", make_settings())
+    (warning,) = [w for w in recwarn if issubclass(w.category, UserWarning)]
+    said = str(warning.message)
+    assert said.startswith(f"the checkpoint keeps its experts in {kind}, and transformers made bfl")
+    assert "0.00 GB instead of 0.00 GB. Load it with config=drlora.packed_config(name)" in said
+    get_peft_model(load(name), make_settings())
+    assert len([w for w in recwarn if issubclass(w.category, UserWarning)]) == 1
 
 
 @pytest.mark.filterwarnings(NO_BNB)

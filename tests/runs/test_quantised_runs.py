@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import stored_checkpoints as files
 import torch
 from peft import PeftModel
 from run_checks import assert_same_run, interrupt_at, losses
@@ -174,3 +175,37 @@ def test_the_rest_without_bitsandbytes_is_refused_first(tmp_path, monkeypatch):
     path = save(tmp_path, {"experts": "nf4", "rest": "nf4"})
     with pytest.raises(ConfigError, match="needs bitsandbytes, which is not installed"):
         dry_run(load_recipe(path))
+
+
+# Checkpoints that are quantised already.
+
+
+def save_quantised(folder, quantise=None, settings=files.FP8_SETTINGS):
+    path = save_all(folder, **({"quantise": quantise} if quantise else {}))
+    save_model_folder(folder / "model", **WIDE)
+    files.rewrite(folder / "model", files.fp8_blocks, settings)
+    return path
+
+
+def test_a_quantised_checkpoint_is_trained_as_it_is(tmp_path):
+    drlora.train(load_recipe(save_quantised(tmp_path)))
+    base = load_base_model(find_source(tmp_path / "run"))
+    assert {m.kind.name for m in base.modules() if isinstance(m, Packed)} == {"fp8"}
+    record = json.loads((tmp_path / "run/adapter_config.json").read_text())["record"]
+    assert record["storage"] == "fp8" and len(record["fingerprint"]) == 64
+    assert drlora.generate(tmp_path / "run", ["abc:"])
+
+
+def test_a_quantised_checkpoint_is_packed_again_where_the_recipe_says_so(tmp_path):
+    with pytest.warns(UserWarning, match="rounded twice: .* in fp8, .* as nf4"):
+        base = load_base_model(load_recipe(save_quantised(tmp_path, {"experts": "nf4"})))
+    assert {m.kind.name for m in base.modules() if isinstance(m, Packed)} == {"nf4"}
+    recipe = load_recipe(save_quantised(tmp_path / "own", {"experts": "fp8"}))
+    assert "fp8" in str(load_base_model(recipe))
+
+
+def test_a_checkpoint_of_another_method_is_refused_before_it_is_read(tmp_path):
+    path = save_quantised(tmp_path, settings={"quant_method": "gptq", "bits": 4})
+    (tmp_path / "model/model.safetensors").unlink()
+    with pytest.raises(ConfigError, match="quantised with GPTQ .*QuantisedExperts"):
+        drlora.train(load_recipe(path))

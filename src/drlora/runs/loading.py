@@ -36,6 +36,7 @@ from drlora.export.import_lora import load_peft_lora, refuse_other_files
 from drlora.io.files import read_text
 from drlora.io.places import from_root
 from drlora.io.run_files import CONFIG
+from drlora.moe.stored.config import loading_settings
 from drlora.ranks.continue_adapter import continue_adapter, is_drlora, refuse_unfit
 from drlora.ranks.rank_map import read_rank_map, start_ranks
 from drlora.ranks.schedule import Competitors, Schedule, make_schedule, plan_of
@@ -181,14 +182,17 @@ def load_base_model(recipe: NamesModel) -> PreTrainedModel:
     """
     with _told(f"the weights of model={recipe.model!r} cannot be loaded", _MODEL_HINT):
         load: Any = AutoModelForCausalLM.from_pretrained
-        config = recipe.quantise.config()
+        name = from_root(resolve_model(recipe.model))  # what adapters will say their base is
+        kept = loading_settings(
+            name, recipe.quantise.config(), trust_remote_code=recipe.trust_remote_code
+        )
         model, report = load(
-            from_root(resolve_model(recipe.model)),  # what adapters will say their base is
+            name,
             dtype="auto" if recipe.dtype == "auto" else getattr(torch, recipe.dtype),
             trust_remote_code=recipe.trust_remote_code,
             output_loading_info=True,
             use_safetensors=True,
-            **({} if config is None else {"quantization_config": config}),
+            **kept,
         )
     missing = sorted(report["missing_keys"])
     if missing:

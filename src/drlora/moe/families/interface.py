@@ -11,10 +11,12 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 from transformers.integrations import moe as hf_moe
 
 from drlora.moe.families.base import Family, Place, is_silu, register_family
 from drlora.ops.storage import storage_of
+from drlora.ops.storage.of_others import held_by_parametrization
 from drlora.ops.weights import ExpertWeights, as_matrix
 
 # `has_post_expert_norm` came after transformers 5.17.
@@ -44,18 +46,20 @@ class InterfaceExperts(Family):
 
     def places(self, module: Any) -> list[Place]:
         first = "gate_up_proj" if module.has_gate else "up_proj"
-        return [Place(first), Place("down_proj")]
+        # What bitsandbytes has quantised in place is packed already.
+        is_open = not is_parametrized(module)
+        return [Place(first), Place("down_proj")] if is_open else []
 
     def weights(self, module: Any) -> ExpertWeights:
-        first = module.gate_up_proj if module.has_gate else module.up_proj
+        first = "gate_up_proj" if module.has_gate else "up_proj"
         own_gate = type(module)._apply_gate is not hf_moe._default_apply_gate
         first_bias = down_bias = None
         if module.has_bias:
             first_bias = module.gate_up_proj_bias if module.has_gate else module.up_proj_bias
             down_bias = module.down_proj_bias
         return ExpertWeights(
-            as_matrix(first, module.is_transposed),
-            as_matrix(module.down_proj, module.is_transposed),
+            as_matrix(_stored(module, first), module.is_transposed),
+            as_matrix(_stored(module, "down_proj"), module.is_transposed),
             module._apply_gate if module.has_gate else module.act_fn,
             is_silu=module.has_gate and not own_gate and is_silu(module.act_fn),
             gate_up_bias_EG=first_bias,
@@ -66,6 +70,12 @@ class InterfaceExperts(Family):
     def call(self, module: Any, run: Any, *args: Any, **kwargs: Any) -> Tensor:
         # GPT-OSS names the arguments in another way, in the same order.
         return run(*args, *kwargs.values())
+
+
+def _stored(module: Any, key: str) -> Any:
+    """The parameter; or what it is made of, where reading it would make it wide."""
+    held = held_by_parametrization(module, key)
+    return getattr(module, key) if held is None else held
 
 
 def _has_post_norm(module: Any) -> bool:

@@ -12,11 +12,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedConfig
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.quantizers.auto import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from drlora.errors import ConfigError
+from drlora.moe.loading import QuantisedExperts
+from drlora.moe.packing import places_of
 from drlora.moe.stored.base import FORMS, StoredForm
 from drlora.moe.stored.refused import method_of, refuse_unknown
 from drlora.ops.storage.packed import packed_format
@@ -51,6 +54,49 @@ def packed_config(
     changed: Any = config
     changed.quantization_config = StoredExperts(storage, settings).to_dict()
     return config
+
+
+def loading_settings(
+    name: str, config: QuantisedExperts | None = None, **kwargs: Any
+) -> dict[str, Any]:
+    """What `from_pretrained(name, ...)` is given to keep experts in few bits.
+
+    Of a checkpoint that is not quantised, that is `config`. Of one that is, experts stay as they
+    are, or are packed again as `config` says; lists of experts are left to transformers.
+
+    Args:
+        name: a folder or a name of the hub.
+        config: how experts are to be kept, or None.
+        kwargs: for `AutoConfig.from_pretrained`.
+
+    Raises:
+        ConfigError: if the checkpoint is quantised in a way that cannot be kept.
+    """
+    architecture = AutoConfig.from_pretrained(name, **kwargs)
+    settings = stored_settings(architecture)
+    if settings is None:
+        return {} if config is None else {"quantization_config": config}
+    refuse_unknown(name, settings)
+    if config is not None and config.rest:
+        raise ConfigError(
+            f"rest={config.rest!r} has no effect on {name}, which is quantised already; leave it "
+            f"out, or load the model's 16-bit checkpoint."
+        )
+    if not _has_stacks(architecture, **kwargs):
+        return {}
+    form = FORMS[method_of(settings)](settings)
+    if form.is_decoded and config is None:
+        return {}
+    changed = packed_config(architecture, config.storage if config is not None else None)
+    return {"config": changed}
+
+
+def _has_stacks(architecture: PreTrainedConfig, **kwargs: Any) -> bool:
+    """Whether the model has matrices of all experts, that packed ones can take the places of."""
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(architecture, **kwargs)
+    places = [place for module in skeleton.modules() for place in places_of(module)]
+    return any(not place.flat_experts for place in places)
 
 
 def stored_settings(config: PreTrainedConfig) -> dict[str, Any] | None:

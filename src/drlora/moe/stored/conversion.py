@@ -144,6 +144,11 @@ class Rest(_Step):
         quantizer, found = self.hf_quantizer, {key: _one(value) for key, value in tensors.items()}
         target = _parameter(model, name)
         if not quantizer.form.is_packed(found):
+            if quantizer.stays_packed(model, name):
+                raise ConfigError(
+                    "it is in 16 bits in the checkpoint, whose quantization_config does not say so "
+                    "(llm_int8_skip_modules, for bitsandbytes)."
+                )
             return {name: found["weight"].to(target.dtype)}
         if quantizer.is_of_router(name):
             raise ConfigError(

@@ -42,7 +42,8 @@ LOSES_EXPERTS = REFUSED.keys() - {
 
 def method_of(settings: Mapping[str, Any]) -> str:
     """What a checkpoint's `quantization_config` says it is quantised by."""
-    method = str(settings.get("quant_method") or "")
+    found = settings.get("quant_method") or ""
+    method = str(getattr(found, "value", found))  # transformers has an enumeration of them
     if method == "bitsandbytes" or settings.get("load_in_4bit") or settings.get("load_in_8bit"):
         return f"bitsandbytes_{8 if settings.get('load_in_8bit') else 4}bit"
     return method

@@ -1,6 +1,7 @@
 """Matrices in few bits that other libraries keep in objects of their own, read without a copy.
 
     bitsandbytes   a list of `Params4bit`, the weights of `Linear4bit` layers: NF4
+                   a parameter of all experts under `replace_parameter_4bit`: NF4 (`Held`)
     torchao        one `Int8Tensor` of all experts, with a scale for each row: INT8
     transformers   `FP8Experts`, whose scales are a parameter beside the numbers: FP8 (`Held`)
 
@@ -111,6 +112,30 @@ class ListedNf4(Storage):
         return self.kind.decode(self.bits_of(expert), out)
 
 
+def held_by_parametrization(module: Any, key: str) -> Held | None:
+    """A parameter that `replace_parameter_4bit` has quantised; None where it cannot be read so.
+
+    To bitsandbytes it is one long row: nested scales may cross experts, and are not read then.
+    """
+    found: Any = getattr(getattr(module, "parametrizations", None), key, None)
+    if found is None or not _is(found[0], "bitsandbytes", "Bnb4bitParametrization"):
+        return None
+    state = found[0].quant_state
+    if len(state.shape) != 3 or not _has_known_blocks(state):
+        return None
+    experts, outputs, inputs = state.shape
+    codes = found.original.view(experts, outputs, inputs // 2)
+    absmax = state.absmax.view(experts, outputs, inputs // BLOCK)
+    if not state.nested:
+        return Held(packed_format("nf4"), {"codes": codes, "scale": absmax}, state.dtype)
+    if outputs * inputs % (BLOCK * NESTED_BLOCK):
+        return None
+    parts = {"codes": codes, "scale_codes": absmax}
+    parts["scale_scale"] = state.state2.absmax.view(experts, -1)
+    parts["scale_offset"] = state.offset.repeat(experts, 1)
+    return Held(packed_format("nf4-nested"), parts, state.dtype)
+
+
 def nf4_parts_of(weight: Any) -> Parts:
     """The parts of one `Params4bit`: views of what it has."""
     state = weight.quant_state
@@ -129,13 +154,17 @@ def _is_nf4(stored: object) -> bool:
         return False
     weight: Any = stored
     state = weight.quant_state
-    if state is None or (state.quant_type, state.blocksize) != ("nf4", BLOCK):
+    if state is None or weight.dtype != torch.uint8 or len(state.shape) != 2:
+        return False
+    return _has_known_blocks(state)
+
+
+def _has_known_blocks(state: Any) -> bool:
+    if (state.quant_type, state.blocksize) != ("nf4", BLOCK) or state.shape[-1] % BLOCK:
         return False
     if getattr(state, "packing_format_for_cpu", False):  # rearranged, its scales rounded
         return False
-    if state.nested and state.state2.blocksize != NESTED_BLOCK:
-        return False
-    return weight.dtype == torch.uint8 and len(state.shape) == 2 and state.shape[1] % BLOCK == 0
+    return not state.nested or state.state2.blocksize == NESTED_BLOCK
 
 
 def _is(stored: object, library: str, name: str) -> bool:
