@@ -11,8 +11,8 @@ from byte_tokens import byte_tokenizer, split_text
 
 from drlora.data import encode_examples, load_examples
 from drlora.data.files import load_placed
-from drlora.data.section import DataSection
 from drlora.errors import ConfigError, DataError
+from drlora.runs.data_section import DataSection
 
 CHAT = (
     "{% if tools %}[{% for t in tools %}{{ t.function.name }}{% endfor %}]{% endif %}"
@@ -58,7 +58,7 @@ def test_sharegpt(write):
             ),
         },
     )
-    assert load_placed(path).info.citation == "read as ShareGPT conversations: 2"
+    assert load_placed(path).said == "read as ShareGPT conversations: 2"
     assert trained(path) == [
         ("<system>s</s><user>q</s><assistant>", "a</s>"),
         ("<user>q</s><assistant><tool>o</s><assistant>", "f(x=1)</s>b</s>"),
@@ -78,8 +78,8 @@ def test_alpaca(write):
         {"instruction": "say it", "input": "", "output": "it"},
     )
     found = load_placed(path)
-    assert found.info.citation == "read as Alpaca instructions: 2"
-    with_input, without = found["prompt"]
+    assert found.said == "read as Alpaca instructions: 2"
+    with_input, without = found.rows["prompt"]
     assert with_input == (
         "Below is an instruction that describes a task, paired with an input that provides further "
         "context. Write a response that appropriately completes the request.\n\n### Instruction:\n"

@@ -12,10 +12,10 @@ import pytest
 
 from drlora.data import load_examples
 from drlora.data.files import load_placed
-from drlora.data.roles import load_training_data
-from drlora.data.section import DataSection
 from drlora.errors import DataError
+from drlora.runs.data_section import DataSection
 from drlora.runs.recipe import recipe_from
+from drlora.runs.roles import load_training_data
 
 PAIRS = [{"prompt": f"p{i}", "completion": f" c{i}"} for i in range(6)]
 
@@ -67,8 +67,8 @@ def test_a_table_is_text(tmp_path):
 def test_lines_of_text(tmp_path):
     (tmp_path / "a.txt").write_text("one\ntwo\n")
     found = load_placed(str(tmp_path / "a.txt"))
-    assert found.to_list() == [{"text": "one", "line": 1}, {"text": "two", "line": 2}]
-    assert found.info.citation == "read as text: 2"
+    assert found.rows.to_list() == [{"text": "one", "line": 1}, {"text": "two", "line": 2}]
+    assert found.said == "read as text: 2"
     (tmp_path / "a.txt").write_text("one\n\ntwo\n")
     with pytest.raises(DataError, match="a.txt, line 2: 'text' must be a string that is not empty"):
         load_placed(str(tmp_path / "a.txt"))
@@ -81,11 +81,11 @@ def test_a_folder_is_told_apart_as_a_hub_data_set_is(tmp_path):
     (tmp_path / "d/README.md").write_text("what it is")
     section = DataSection(train=str(tmp_path / "d"))
     train, held_out = load_training_data(section)
-    assert train.select_columns(["prompt", "completion"]).to_list() == PAIRS[:4]
-    assert [Path(name).name for name in train["file"]] == ["train-0.jsonl"] * 2 + [
+    assert train.rows.select_columns(["prompt", "completion"]).to_list() == PAIRS[:4]
+    assert [Path(name).name for name in train.rows["file"]] == ["train-0.jsonl"] * 2 + [
         "train-1.jsonl"
     ] * 2
-    assert train["row"][:] == [1, 2, 1, 2] and held_out["prompt"][:] == ["p4", "p5"]
+    assert train.rows["row"][:] == [1, 2, 1, 2] and held_out.rows["prompt"][:] == ["p4", "p5"]
     with pytest.raises(DataError, match="no 'test' among its files; there are train, validation"):
         load_placed(str(tmp_path / "d"), split="test")
 
@@ -108,12 +108,13 @@ def test_a_mix_follows_its_weights(tmp_path):
     one = lines(tmp_path / "one.jsonl", [{"text": f"one {i}"} for i in range(900)])
     two = lines(tmp_path / "two.jsonl", [{"text": f"two {i}"} for i in range(900)])
     mix = [{"path": one, "weight": 3}, {"path": two, "weight": 1}]
-    found = load_placed(mix)
+    loaded = load_placed(mix)
+    found = loaded.rows
     share = sum(text.startswith("one") for text in found["text"]) / len(found)
     assert 0.7 < share < 0.8 and 1100 < len(found) < 1300
     assert len(set(found["text"])) == len(found), "none twice"
-    assert found.to_list() == load_placed(mix).to_list(), "always the same"
-    assert f"; {len(found):,} of 1,800 by weight" in found.info.citation
+    assert found.to_list() == load_placed(mix).rows.to_list(), "always the same"
+    assert f"; {len(found):,} of 1,800 by weight" in loaded.said
     for wrong in ([{"path": one, "weight": 1}, two], [{"path": one, "weight": 0}], []):
         with pytest.raises(DataError, match="give a weight above 0 to every source, or to none"):
             load_placed(wrong)
@@ -134,4 +135,4 @@ def test_a_list_in_a_recipe(tmp_path, monkeypatch):
     data = {"train": ["b.jsonl"], "eval": "a.jsonl"}
     recipe = recipe_from({"model": "embedded", "output_dir": "run", "data": data})
     train, held_out = load_training_data(recipe.data)
-    assert (len(train), len(held_out)) == (4, 2)
+    assert (len(train.rows), len(held_out.rows)) == (4, 2)

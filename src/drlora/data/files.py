@@ -14,7 +14,7 @@ import glob
 import io
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,22 @@ Mix = tuple[tuple[str, float | None], ...]
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """Examples as they were read.
+
+    Attributes:
+        rows: columns by TRL's names, and where each example comes from, counted from 1: a column
+            `line`, `item` (of a list) or `row`; of several files `file` has each one's.
+        name: the file, or the hub data set and its split; of several files, all names.
+        said: what they were read as, `read as ShareGPT conversations: 1,204`.
+    """
+
+    rows: datasets.Dataset
+    name: str = ""
+    said: str = ""
+
+
 def load_examples(
     source: str | Sequence[Any] | Mix,
     *,
@@ -75,7 +91,7 @@ def load_examples(
     Raises:
         DataError: the source, the split or a column does not exist, or a record is malformed.
     """
-    found = load_placed(source, split=split, config=config, columns=columns, form=form)
+    found = load_placed(source, split=split, config=config, columns=columns, form=form).rows
     return found.remove_columns([name for name in found.column_names if name in PLACES])
 
 
@@ -86,13 +102,8 @@ def load_placed(
     config: str | None = None,
     columns: Mapping[str, str] | None = None,
     form: str | None = None,
-) -> datasets.Dataset:
-    """As `load_examples`, and where each example comes from, counted from 1.
-
-    One more column, `line`, `item` (of a list) or `row`, has the number; of several files the
-    column `file` has each one's, of one `info.description`. `info.citation` says what it was read
-    as.
-    """
+) -> Loaded:
+    """As `load_examples`, and where each example comes from."""
     if not isinstance(source, str):
         return _mixed(frozen(source), split, config, columns, form)
     files = data_files(source, split)
@@ -100,13 +111,13 @@ def load_placed(
         return _finished(_load_hub(source, split, config), columns, form)
     parts = [_finished(_load_file(path), columns, form) for path in files]
     found = parts[0] if len(parts) == 1 else _joined(parts)
-    total = len(found)
+    total = len(found.rows)
     is_named = len(files) == 1 and not Path(home(source)).is_dir()
     name = str(files[0]) if is_named else source
     chosen = [row for _, rows in rows_of(split, {base_of(split): total}) for row in rows]
     if not chosen:
         raise DataError(f"{name} has no examples in {split!r}; it has {total} in all")
-    return found if len(chosen) == total else found.select(chosen)
+    return found if len(chosen) == total else replace(found, rows=found.rows.select(chosen))
 
 
 def frozen(source: Sequence[Any]) -> Mix:
@@ -207,7 +218,7 @@ def _files_of_folder(folder: Path, split: str) -> list[Path]:
 
 def _mixed(
     mix: Mix, split: str, config: str | None, columns: Mapping[str, str] | None, form: str | None
-) -> datasets.Dataset:
+) -> Loaded:
     parts = [
         load_placed(path, split=split, config=config, columns=columns, form=form) for path, _ in mix
     ]
@@ -215,11 +226,12 @@ def _mixed(
     return _joined(parts, [weight / sum(weights) for weight in weights])
 
 
-def _joined(parts: Sequence[datasets.Dataset], shares: Sequence[float] = ()) -> datasets.Dataset:
+def _joined(parts: Sequence[Loaded], shares: Sequence[float] = ()) -> Loaded:
     """The parts one after the other, or drawn by their shares until one of them is used up."""
     placed = [_with_file(part) for part in parts]
+    names = ", ".join(dict.fromkeys(part.name for part in parts))
     try:
-        if len({choose_form(part.column_names, None, "").name for part in parts}) > 1:
+        if len({choose_form(part.rows.column_names, None, "").name for part in parts}) > 1:
             raise ValueError("they are of several forms")
         if shares:
             found = datasets.interleave_datasets(placed, list(shares), seed=MIX_SEED)
@@ -227,22 +239,20 @@ def _joined(parts: Sequence[datasets.Dataset], shares: Sequence[float] = ()) -> 
             found = datasets.concatenate_datasets(placed)
     except (ValueError, TypeError) as error:
         raise DataError(
-            f"{', '.join(part.info.description for part in parts)} cannot be joined: {error}; give "
-            f"them the same columns, of the same types"
+            f"{names} cannot be joined: {error}; give them the same columns, of the same types"
         ) from error
-    names = [part.info.description for part in parts]
-    used = f"; {len(found):,} of {sum(map(len, parts)):,} by weight" if shares else ""
-    found.info.description = ", ".join(dict.fromkeys(names))
-    found.info.citation = "; ".join(dict.fromkeys(part.info.citation for part in parts)) + used
-    return found
+    total = sum(len(part.rows) for part in parts)
+    used = f"; {len(found):,} of {total:,} by weight" if shares else ""
+    return Loaded(found, names, "; ".join(dict.fromkeys(part.said for part in parts)) + used)
 
 
-def _with_file(part: datasets.Dataset) -> datasets.Dataset:
-    place = next(name for name in PLACES if name in part.column_names)
-    part = part.rename_column(place, "row") if place != "row" else part
-    if "file" in part.column_names:
-        return part
-    return part.add_column("file", [part.info.description] * len(part))
+def _with_file(part: Loaded) -> datasets.Dataset:
+    rows = part.rows
+    place = next(name for name in PLACES if name in rows.column_names)
+    rows = rows.rename_column(place, "row") if place != "row" else rows
+    if "file" in rows.column_names:
+        return rows
+    return rows.add_column("file", [part.name] * len(rows))
 
 
 def _load_file(path: Path) -> tuple[datasets.Dataset, str, str]:
@@ -321,7 +331,7 @@ def _read(load: Callable[[], Any], where: str, hint: str) -> datasets.Dataset:
 
 def _finished(
     loaded: tuple[datasets.Dataset, str, str], columns: Mapping[str, str] | None, name: str | None
-) -> datasets.Dataset:
+) -> Loaded:
     """What was loaded in the form that it has, its records checked."""
     found, where, _ = loaded
     form = choose_form([c for c in found.column_names if c not in PLACES], columns, where, name)
@@ -335,6 +345,4 @@ def _finished(
         record = found[row]
         check_record(record, form, f"{where}, {place} {record[place]}")
     done = standard(found, form)
-    done.info.description = where
-    done.info.citation = form.said(len(done))
-    return done
+    return Loaded(done, where, form.said(len(done)))

@@ -20,6 +20,7 @@ from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
 from drlora.data import targets
+from drlora.data.files import Loaded
 from drlora.data.formats import PLACES, check_record, choose_form, is_conversation, unused_keys
 from drlora.data.turns import ChatTemplate, Span, conversation_of
 from drlora.errors import ConfigError, DataError
@@ -79,19 +80,20 @@ class Prepared:
 
 
 def prepare(
-    raw: Dataset,
+    examples: Dataset | Loaded,
     tokenizer: PreTrainedTokenizerBase,
     arguments: PlainSettings | SFTConfig,
     *,
     packing: bool = False,
 ) -> Prepared:
-    """Tokenize `raw`, a data set as `load_examples` gives it.
+    """Tokenize a data set as `load_examples` gives it.
 
     Loss is on the completion and the end-of-sequence token, on the assistant's turns, or on all of
     a text. Dropped and truncated examples are counted and logged as a warning.
 
     Args:
-        raw: the examples.
+        examples: as they were read, which names file and line of those that are refused; or a data
+            set of them.
         tokenizer: with a chat template, if they are conversations.
         arguments: an SFTConfig.
         packing: whether examples are put together to rows of `max_length`.
@@ -104,7 +106,9 @@ def prepare(
     longest = arguments.max_length
     if longest is not None and longest < 2:
         raise ConfigError(f"max_length is {longest}; it must be at least 2")
-    encoder = _Encoder(tokenizer, arguments, raw.info.description)
+    loaded = examples if isinstance(examples, Loaded) else Loaded(examples)
+    raw = loaded.rows
+    encoder = _Encoder(tokenizer, arguments, loaded.name)
     encoder.refuse_tokenizer(raw)
     notes = unused_keys(raw)
     if notes:
@@ -129,11 +133,11 @@ def prepare(
         tokens = tokens.shuffle(seed=arguments.seed)
     if packing:
         tokens = _packed(tokens, arguments)
-    return Prepared(raw, tokens, dropped, truncated, raw.info.citation)
+    return Prepared(raw, tokens, dropped, truncated, loaded.said)
 
 
 def encode_examples(
-    examples: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int
+    examples: Dataset | Loaded, tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> Prepared:
     """`prepare` with TRL's defaults, and loss on the assistant's turns of a conversation."""
     return prepare(examples, tokenizer, PlainSettings(max_length=max_length))
@@ -326,13 +330,6 @@ def _whole(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[lis
     return [ids[:-1] if ids[-2:] == [eos, eos] else ids for ids in rows]
 
 
-def encode_prompts(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Token ids of each text, opened as the tokenizer opens a sequence, left open at its end."""
-    eos = tokenizer.eos_token_id
-    encoded = tokenizer(list(texts))["input_ids"]
-    return [ids[:-1] if ids and ids[-1] == eos else list(ids) for ids in encoded]
-
-
 def eos_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """The end-of-sequence token.
 
@@ -345,3 +342,9 @@ def eos_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
             f"set tokenizer.eos_token"
         )
     return int(tokenizer.eos_token_id)
+
+
+def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token to pad with: the tokenizer's own, or the end of sequence where it has none."""
+    pad = tokenizer.pad_token_id
+    return eos_token_id(tokenizer) if pad is None else int(pad)

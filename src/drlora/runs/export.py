@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from drlora.adapter.embeddings import fit_embeddings
 from drlora.adapter.layer import DrLoraExperts
 from drlora.config.adapter import DrLoraConfig
-from drlora.data import Collator, encode_examples
+from drlora.data import encode_examples, pad_token_id
 from drlora.distributed import best_device
 from drlora.errors import CheckpointError, ConfigError, DrLoraError
 from drlora.export.check import Difference
@@ -217,8 +218,9 @@ def _batches(
         name, split = source.data.source("eval")
     else:
         name, split = data, default_split(data, "eval")
-    raw = wanted(load_source(source.data, name, split, EXAMPLES))
-    rows = encode_examples(raw, tokenizer, MAX_TOKENS)
+    loaded = load_source(source.data, name, split, EXAMPLES)
+    rows = encode_examples(replace(loaded, rows=wanted(loaded.rows)), tokenizer, MAX_TOKENS)
     features = [rows.tokens[i] for i in range(len(rows.tokens))]
     # In one batch: what merging makes of the weights is computed once for each.
-    return f"{name}, split {split}", [Collator(tokenizer)(features)]
+    collator = DataCollatorForLanguageModeling(pad_token_id(tokenizer))
+    return f"{name}, split {split}", [collator(features)]
