@@ -8,13 +8,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
-
-import jinja2
+from collections.abc import Iterator, Sequence
 
 from drlora.data.formats import CONTENT_KEYS
-from drlora.data.turns import ChatTemplate, Conversation, Span, Turn
+from drlora.data.turns import TEMPLATE_ERRORS, ChatTemplate, Conversation, Span, Turn
 from drlora.errors import DataError
 
 _THOUGHTS = re.compile("</?think>")
@@ -65,23 +62,21 @@ def refuse_unread(conversation: Conversation, template: ChatTemplate) -> None:
     Raises:
         DataError: naming the first of them.
     """
+    (text,) = template.render([conversation])
     turns, options = conversation.turns, conversation.options
-    text = template.render(turns, options)
     for key in sorted({key for turn in turns for key in turn if key in CONTENT_KEYS}):
         without = [{k: v for k, v in turn.items() if k != key} for turn in turns]
-        _refuse_same(without, options, text, f"{key!r} of the messages", template)
+        _refuse_same(Conversation(without, options), text, f"{key!r} of the messages", template)
     if options.get("tools"):
-        _refuse_same(turns, {**options, "tools": None}, text, "'tools'", template)
+        _refuse_same(Conversation(turns, {**options, "tools": None}), text, "'tools'", template)
 
 
-def _refuse_same(
-    turns: Sequence[Turn], options: Mapping[str, Any], text: str, what: str, template: ChatTemplate
-) -> None:
+def _refuse_same(without: Conversation, text: str, what: str, template: ChatTemplate) -> None:
     try:
-        without = template.render(turns, options)
-    except (jinja2.TemplateError, TypeError, KeyError):  # it is missed, so it is read
+        (found,) = template.render([without])
+    except TEMPLATE_ERRORS:  # it is missed, so it is read
         return
-    if without == text:
+    if found == text:
         raise DataError(
             f"it does not read {what}, so what stands there would not be learned; remove it, or "
             f"use a template that reads it (chat_template: FILE)"

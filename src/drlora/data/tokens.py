@@ -10,8 +10,10 @@ every turn, and the check that what is trained is what the assistant says (drlor
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +24,8 @@ from transformers import PreTrainedTokenizerBase
 from drlora.data import targets
 from drlora.data.files import Loaded
 from drlora.data.formats import PLACES, check_record, choose_form, is_conversation, unused_keys
-from drlora.data.turns import ChatTemplate, Span, conversation_of
-from drlora.errors import ConfigError, DataError
+from drlora.data.turns import ChatTemplate, Conversation, Span, conversation_of
+from drlora.errors import ConfigError, DataError, shown
 
 if TYPE_CHECKING:
     from trl import SFTConfig
@@ -32,6 +34,7 @@ IGNORED = -100
 VERSION = 1
 """Of the tokens; they are cached by it, so whoever changes what is made here raises it."""
 
+_SHOWN = 300  # characters of a conversation that is refused
 _OTHER_OBJECTIVES = {
     "chosen": "has pairs of answers (chosen, rejected)",
     "label": "says of completions whether they are good (label)",
@@ -85,6 +88,7 @@ def prepare(
     arguments: PlainSettings | SFTConfig,
     *,
     packing: bool = False,
+    template_file: str | None = None,
 ) -> Prepared:
     """Tokenize a data set as `load_examples` gives it.
 
@@ -97,6 +101,7 @@ def prepare(
         tokenizer: with a chat template, if they are conversations.
         arguments: an SFTConfig.
         packing: whether examples are put together to rows of `max_length`.
+        template_file: what the tokenizer's chat template was read from, for messages.
 
     Raises:
         ConfigError: `max_length` is below 2.
@@ -108,7 +113,7 @@ def prepare(
         raise ConfigError(f"max_length is {longest}; it must be at least 2")
     loaded = examples if isinstance(examples, Loaded) else Loaded(examples)
     raw = loaded.rows
-    encoder = _Encoder(tokenizer, arguments, loaded.name)
+    encoder = _Encoder(tokenizer, arguments, loaded.name, template_file)
     encoder.refuse_tokenizer(raw)
     notes = unused_keys(raw)
     if notes:
@@ -175,24 +180,12 @@ class _Encoder:
     tokenizer: PreTrainedTokenizerBase
     settings: PlainSettings | SFTConfig
     name: str
+    template_file: str | None = None
 
     def __call__(self, records: Mapping[str, list], indices: Sequence[int]) -> dict[str, list]:
         places = list(_places(records, indices, self.name))
-        rows = [
-            dict(zip(records, values, strict=True))
-            for values in zip(*records.values(), strict=True)
-        ]
-        form = choose_form(list(records), None, "the data set")
-        for row, where in zip(rows, places, strict=True):
-            check_record(row, form, where)
-        if is_conversation(rows[0]):
-            encoded = list(self._conversations(rows, places))
-        elif "prompt" in records:
-            encoded = encode_completions(records["prompt"], records["completion"], self.tokenizer)
-            if self.settings.completion_only_loss is False:
-                encoded = [(ids, ids) for ids, _ in encoded]
-        else:
-            encoded = [(ids, ids) for ids in _whole(records["text"], self.tokenizer)]
+        with _no_search_for_cycles():
+            encoded = self._encoded(records, places)
         kept = [(self._cut(ids), self._cut(labels)) for ids, labels in encoded]
         return {
             "input_ids": [ids for ids, _ in kept],
@@ -200,6 +193,20 @@ class _Encoder:
             "length": [len(ids) for ids, _ in encoded],
             "has_target": [any(label != IGNORED for label in labels) for _, labels in kept],
         }
+
+    def _encoded(self, records: Mapping[str, list], places: Sequence[str]) -> list[Tokens]:
+        columns = [records[name] for name in records]
+        rows = [dict(zip(records, row, strict=True)) for row in zip(*columns, strict=True)]
+        form = choose_form(list(records), None, "the data set")
+        for row, where in zip(rows, places, strict=True):
+            check_record(row, form, where)
+        if is_conversation(rows[0]):
+            return self._conversations(rows, places)
+        if "prompt" not in records:
+            return [(ids, ids) for ids in _whole(records["text"], self.tokenizer)]
+        found = encode_completions(records["prompt"], records["completion"], self.tokenizer)
+        is_all = self.settings.completion_only_loss is False
+        return [(ids, ids) for ids, _ in found] if is_all else found
 
     def fingerprint(self, raw: Dataset) -> str:
         """What the tokens of `raw` are kept under: its data, the tokenizer, settings and code."""
@@ -241,32 +248,66 @@ class _Encoder:
 
     def _conversations(
         self, rows: Sequence[Mapping[str, Any]], places: Sequence[str]
-    ) -> Iterator[Tokens]:
+    ) -> list[Tokens]:
         template = ChatTemplate(self.tokenizer, self.settings.assistant_only_loss)
-        seen: set[frozenset[tuple[str, str]]] = set()
-        for row, where in zip(rows, places, strict=True):
-            conversation, weights = conversation_of(row, where)
-            try:
-                ids, spans = template.encode(conversation)
-                if template.is_marked:
-                    ids, spans = _ended(ids, spans, conversation.turns, template)
-                if (kind := targets.kind(conversation)) not in seen:
-                    targets.refuse_unread(conversation, template)
-                    seen.add(kind)
-                learned = spans
-                if template.is_marked:
-                    targets.verify(conversation, ids, spans, template)
-                    learned = _weighed(conversation.turns, spans, weights)
-                    opened = template.opened(conversation, len(row.get("prompt") or ()), ids)
-                    learned = [(max(first, opened), end) for first, end in learned]
-            except DataError as error:
-                raise DataError(
-                    f"{where}: the chat template cannot be used on it: {error}"
-                ) from error
-            labels = [IGNORED] * len(ids)
-            for first, end in learned:
-                labels[first:end] = ids[first:end]
-            yield ids, labels
+        found = [conversation_of(row, where) for row, where in zip(rows, places, strict=True)]
+        try:
+            return _learned(found, template)
+        except DataError as error:
+            # One of them: the shortest that is refused by itself.
+            pairs = zip(found, places, strict=True)
+            for one, where in sorted(pairs, key=lambda pair: len(str(pair[0].turns))):
+                try:
+                    _learned([one], template)
+                except DataError as own:
+                    raise DataError(
+                        f"{where}: {self.template_name} cannot be used on it: {own}. "
+                        f"It is: {shown(one.turns, _SHOWN)}"
+                    ) from own
+            raise DataError(f"{self.template_name} cannot be used: {error}") from error
+
+    @property
+    def template_name(self) -> str:
+        """In words, where the chat template is from."""
+        if self.template_file:
+            return f"chat_template: {self.template_file}"
+        name = self.tokenizer.name_or_path
+        return f"the chat template of {name!r}" if name else "the chat template"
+
+
+def _learned(conversations: Sequence[Conversation], template: ChatTemplate) -> list[Tokens]:
+    """Token ids and labels of each, verified."""
+    rows = template.encode(conversations)
+    if template.is_marked:
+        pairs = zip(conversations, rows, strict=True)
+        rows = [_ended(ids, spans, one.turns, template) for one, (ids, spans) in pairs]
+    # Of each kind one says what the template reads.
+    for one in {targets.kind(one): one for one in reversed(conversations)}.values():
+        targets.refuse_unread(one, template)
+    if not template.is_marked:
+        return [(ids, ids) for ids, _ in rows]
+    found = []
+    opened = template.opened(conversations, rows)
+    for one, (ids, spans), start in zip(conversations, rows, opened, strict=True):
+        targets.verify(one, ids, spans, template)
+        labels = [IGNORED] * len(ids)
+        for first, end in _weighed(one, spans):
+            first = max(first, start)
+            labels[first:end] = ids[first:end]
+        found.append((ids, labels))
+    return found
+
+
+@contextmanager
+def _no_search_for_cycles() -> Iterator[None]:
+    """Without Python's cyclic garbage collector: of a thousand conversations it takes a fifth."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _ended(
@@ -282,11 +323,10 @@ def _ended(
     return ids, spans
 
 
-def _weighed(
-    turns: Sequence[Mapping[str, Any]], spans: Sequence[Span], weights: Sequence[float]
-) -> list[Span]:
+def _weighed(conversation: Conversation, spans: Sequence[Span]) -> list[Span]:
     """The spans of turns whose weight is not 0."""
-    own = [w for turn, w in zip(turns, weights, strict=True) if turn["role"] == "assistant"]
+    pairs = zip(conversation.turns, conversation.weights, strict=True)
+    own = [weight for turn, weight in pairs if turn["role"] == "assistant"]
     if all(own):
         return list(spans)
     if len(own) != len(spans):

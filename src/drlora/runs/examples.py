@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from drlora.data import Loaded, Prepared, prepare
 from drlora.errors import DataError
+from drlora.runs.recipe import Recipe
 from drlora.trainer.objectives import objective_of
 from drlora.trainer.preferences import lengths, tokenize, wanted_answers
 
@@ -16,7 +17,7 @@ def encode(
     loaded: Loaded,
     role: str,
     tokenizer: PreTrainedTokenizerBase,
-    objective: str,
+    recipe: Recipe,
     arguments: TrainingArguments,
 ) -> Prepared:
     """Token ids of examples, each at most `max_length` long; packed where that is asked for.
@@ -25,13 +26,14 @@ def encode(
         loaded: the examples.
         role: `train` or `eval`; only training examples are packed.
         tokenizer: of the model.
-        objective: of the recipe.
+        recipe: names the objective, and the chat template if it is not the tokenizer's own.
         arguments: of its trainer.
 
     Raises:
         DataError: if no example has a token to learn, or the objective learns from other columns.
     """
-    settings, kind, raw = cast(Any, arguments), objective_of(objective), loaded.rows
+    settings, raw, objective = cast(Any, arguments), loaded.rows, recipe.objective
+    kind = objective_of(objective)
     is_fit = any(set(columns) <= set(raw.column_names) for columns in kind.columns)
     if not is_fit:
         wanted = ", or ".join(" and ".join(columns) for columns in kind.columns)
@@ -46,7 +48,13 @@ def encode(
             f"keep the good ones and leave the column out."
         )
     if not kind.compares:
-        return prepare(loaded, tokenizer, settings, packing=settings.packing and role == "train")
+        return prepare(
+            loaded,
+            tokenizer,
+            settings,
+            packing=settings.packing and role == "train",
+            template_file=recipe.chat_template,
+        )
     tokens, cut = tokenize(kind.trl, raw, tokenizer, arguments, role)
     return Prepared(raw, tokens, len(raw) - len(tokens), cut, loaded.said)
 

@@ -205,7 +205,7 @@ def prepare(
     most = longest_example(recipe.data, recipe.model, architecture)
     settle(arguments, architecture, most)
     train, held_out = (
-        encode(loaded, role, tokenizer, recipe.objective, arguments)
+        encode(loaded, role, tokenizer, recipe, arguments)
         for role, loaded in zip(("train", "eval"), load_training_data(recipe.data), strict=True)
     )
     measured = examples_to_measure(held_out, recipe.objective, most)

@@ -158,7 +158,7 @@ def look_at_data(recipe: Recipe, examples: int = EXAMPLES_SHOWN) -> DataReport:
     longest = longest_example(recipe.data, recipe.model, architecture)
     settle(arguments, architecture, longest)
     found = {
-        role: encode(loaded, role, tokenizer, recipe.objective, arguments)
+        role: encode(loaded, role, tokenizer, recipe, arguments)
         for role, loaded in zip(("train", "eval"), load_training_data(recipe.data), strict=True)
     }
     roles = (_role(recipe, role, one, tokenizer, examples) for role, one in found.items())
