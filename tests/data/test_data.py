@@ -148,13 +148,13 @@ def test_malformed_line_has_its_number(tmp_path):
 
 
 def test_columns_that_are_not_there(tmp_path):
-    path = write(tmp_path / "a.jsonl", {"question": "q", "answer": "a"})
+    path = write(tmp_path / "a.jsonl", {"asked": "q", "answer": "a"})
     message = refused(path)
-    assert "'question', 'answer'" in message
+    assert "'asked', 'answer'" in message
     assert "prompt and completion, or messages, or text" in message
     message = refused(path, columns={"prompt": "query", "completion": "answer"})
-    assert "no column 'query'" in message and "found are 'question', 'answer'" in message
-    assert "columns names 'story'" in refused(path, columns={"story": "question"})
+    assert "no column 'query'" in message and "found are 'asked', 'answer'" in message
+    assert "columns names 'story'" in refused(path, columns={"story": "asked"})
 
 
 @pytest.mark.parametrize(

@@ -89,6 +89,52 @@ def test_alpaca(write):
     assert [learned for _, learned in trained(path)] == ["5</s>", "it</s>"]
 
 
+def test_alpaca_with_its_history(write):
+    """As LLaMA-Factory has it: turns of a conversation, each answer of which is learned."""
+    row = {"instruction": "and", "input": "3", "output": "5"}
+    path = write(
+        {**row, "system": "add", "history": [["1", "1"], ["2", "3"]]},
+        {**row, "system": "", "history": []},
+        {**row, "system": None, "history": None},
+    )
+    said = "read as Alpaca instructions with their history, as conversations: 3"
+    assert load_placed(path).said == said
+    assert trained(path) == [
+        ("<system>add</s><user>1</s><assistant><user>2</s><assistant><user>and\n3</s><assistant>",
+         "1</s>3</s>5</s>"),
+        *[("<user>and\n3</s><assistant>", "5</s>")] * 2,
+    ]  # fmt: skip
+    for wrong in ([["x"]], [["x", None]], ["x", "y"]):
+        path = write({**row, "history": [["x", "y"]]}, {**row, "history": wrong})
+        with pytest.raises(DataError, match="line 2: 'history' must be a list of pairs"):
+            load_placed(path)
+
+
+def test_questions_and_answers(write):
+    path = write(
+        {"question": "Who?", "answer": "I", "context": "It was I.", "id": 1},
+        {"question": "Who?", "answer": "you", "context": None, "id": 2},
+    )
+    found = load_placed(path)
+    assert found.said == "read as questions and answers, which are prompt and completion: 2"
+    assert found.rows["prompt"][:] == ["It was I.\n\nWho?\n", "Who?\n"]
+    assert [learned for _, learned in trained(path)] == ["I</s>", "you</s>"]
+    path = write({"question": "Who?", "answer": "I"}, {"question": "Who?", "answer": " "})
+    with pytest.raises(DataError, match="line 2: 'answer' must be a string that is not empty"):
+        load_placed(path)
+
+
+def test_a_malformed_turn_is_named(write):
+    good = {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}
+    path = write(good, {"conversations": [{"value": "q"}]})
+    with pytest.raises(DataError, match="line 2: 'conversations' must be a list of {from, value}"):
+        load_placed(path)
+    said = [{"role": "assistant", "content": "a"}]
+    path = write({"prompt": "a text", "completion": said})
+    with pytest.raises(DataError, match="'prompt', 'completion' must be texts, or all of them me"):
+        load_placed(path)
+
+
 def test_openai(write):
     """Content null, arguments as text, weight 0, and tools; calls with other arguments beside."""
 

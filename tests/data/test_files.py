@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import importlib.util
 import json
 from pathlib import Path
 
@@ -64,14 +65,72 @@ def test_a_table_is_text(tmp_path):
     assert load_examples(table(tmp_path / "a.csv", rows)).to_list() == rows
 
 
-def test_lines_of_text(tmp_path):
+def test_lines_of_text(tmp_path, caplog):
     (tmp_path / "a.txt").write_text("one\ntwo\n")
     found = load_placed(str(tmp_path / "a.txt"))
     assert found.rows.to_list() == [{"text": "one", "line": 1}, {"text": "two", "line": 2}]
     assert found.said == "read as text: 2"
-    (tmp_path / "a.txt").write_text("one\n\ntwo\n")
-    with pytest.raises(DataError, match="a.txt, line 2: 'text' must be a string that is not empty"):
+    (tmp_path / "a.txt").write_text("one\n\n \ntwo\n")
+    found = load_placed(str(tmp_path / "a.txt"))
+    assert found.rows.to_list() == [{"text": "one", "line": 1}, {"text": "two", "line": 4}]
+    assert [r.getMessage() for r in caplog.records] == [
+        f"{tmp_path / 'a.txt'}: 2 blank lines skipped"
+    ]
+    (tmp_path / "a.txt").write_text(" \n\n")
+    with pytest.raises(DataError, match="a.txt is empty"):
         load_placed(str(tmp_path / "a.txt"))
+
+
+def test_a_list_under_a_key(tmp_path):
+    path = tmp_path / "a.json"
+    for indent in (None, 1):
+        path.write_text(json.dumps({"version": 1, "data": PAIRS}, indent=indent))
+        found = load_placed(str(path))
+        assert found.rows["item"][:] == [1, 2, 3, 4, 5, 6]
+        assert load_examples(str(path)).to_list() == PAIRS
+    # What is an example by itself is none, and neither are lines.
+    said = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    path.write_text(json.dumps({"messages": said}))
+    assert load_examples(str(path))["messages"][:] == [said]
+    path.write_text(json.dumps({"talk": said}))
+    assert load_examples(str(path), columns={"messages": "talk"})["messages"][:] == [said]
+    path.write_text("".join(json.dumps({"text": "t", "more": PAIRS}) + "\n" for _ in range(2)))
+    assert load_placed(str(path)).rows["line"][:] == [1, 2]
+    path.write_text(json.dumps({"data": [PAIRS[0], {**PAIRS[1], "completion": " "}]}))
+    with pytest.raises(DataError, match="a.json, item 2: 'completion' must be a string that is"):
+        load_placed(str(path))
+    path.write_text(json.dumps({"one": PAIRS, "other": PAIRS}))
+    with pytest.raises(DataError, match="has the columns 'one', 'other'"):
+        load_placed(str(path))
+
+
+def test_a_packed_file_that_is_none_is_refused(tmp_path):
+    for name in ("a.jsonl.gz", "a.json.xz", "a.csv.bz2", "a.txt.gz"):
+        (tmp_path / name).write_bytes(b"no such thing")
+        with pytest.raises(DataError, match=f"{name}.*not really a"):
+            load_placed(str(tmp_path / name))
+
+
+def test_zstandard_is_read_where_it_is_installed(tmp_path):
+    text = "\n" + "".join(json.dumps(row) + "\n" for row in PAIRS)
+    path = tmp_path / "a.jsonl.zst"
+    if importlib.util.find_spec("zstandard") is None:
+        path.write_bytes(b"")
+        with pytest.raises(DataError, match="a.jsonl.zst: pip install zstandard to read it"):
+            load_placed(str(path))
+        return
+    import zstandard
+
+    path.write_bytes(zstandard.compress(text.encode()))
+    found = load_placed(str(path))
+    assert found.rows["line"][:] == [2, 3, 4, 5, 6, 7]
+    assert load_examples(str(path)).to_list() == PAIRS
+    path.write_bytes(b"no such thing")
+    with pytest.raises(DataError, match="a.jsonl.zst"):
+        load_placed(str(path))
+    (tmp_path / "a.csv.zst").write_bytes(zstandard.compress(b"prompt,completion\np,007\n"))
+    found = load_examples(str(tmp_path / "a.csv.zst"))
+    assert found.to_list() == [{"prompt": "p", "completion": "007"}]
 
 
 def test_a_folder_is_told_apart_as_a_hub_data_set_is(tmp_path):

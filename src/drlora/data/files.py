@@ -16,13 +16,14 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import datasets
 from datasets.data_files import DataFilesDict, get_data_patterns
 from datasets.exceptions import DatasetsError
 
 from drlora.data.formats import (
+    KNOWN_COLUMNS,
     PLACES,
     SETTINGS,
     check_record,
@@ -32,9 +33,9 @@ from drlora.data.formats import (
     suspects,
     unused_columns,
 )
-from drlora.data.lines import PACKED, diagnose, numbers_of, opened, suffix_of
+from drlora.data.lines import PACKED, diagnose, line_numbers, list_in, opened, suffix_of
 from drlora.data.slices import base_of, rows_of
-from drlora.errors import DataError
+from drlora.errors import DataError, counted
 from drlora.io.files import home, local_path
 
 EMBEDDED_PREFIX = "embedded:"
@@ -48,6 +49,8 @@ MIX_SEED = 20260111
 
 Mix = tuple[tuple[str, float | None], ...]
 """Sources and their weights, all or none of which are given."""
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +112,7 @@ def load_placed(
     files = data_files(source, split)
     if files is None:
         return _finished(_load_hub(source, split, config), columns, form)
-    parts = [_finished(_load_file(path), columns, form) for path in files]
+    parts = [_finished(_load_file(path, columns), columns, form) for path in files]
     found = parts[0] if len(parts) == 1 else _joined(parts)
     total = len(found.rows)
     is_named = len(files) == 1 and not Path(home(source)).is_dir()
@@ -255,26 +258,32 @@ def _with_file(part: Loaded) -> datasets.Dataset:
     return rows.add_column("file", [part.name] * len(rows))
 
 
-def _load_file(path: Path) -> tuple[datasets.Dataset, str, str]:
-    """The examples of a file, with their place; its name; and a hint on failure."""
+def _load_file(path: Path, columns: Mapping[str, str] | None) -> tuple[datasets.Dataset, str]:
+    """The examples of a file with their place, and its name."""
     if path.is_dir():
         hint = "was it written by save_to_disk, and is the split in it?"
         found = _read(lambda: datasets.load_from_disk(str(path)), str(path), hint)
-        return _placed(found, "row", range(1, len(found) + 1)), str(path), hint
+        return _placed(found, "row", range(1, len(found) + 1)), str(path)
     reader = READERS[suffix_of(path)]
     hint = f"is it empty, or not really a {suffix_of(path)} file?"
+    known, key = {*KNOWN_COLUMNS, *(columns or {}).values()}, None
     try:
-        found = _read(lambda: _whole(path, reader), str(path), hint)
-        place, numbers = numbers_of(path, reader, len(found))
+        if reader == "json":
+            key = _tried(lambda: list_in(path, known), str(path), hint)
+        found = _read(lambda: _whole(path, reader, key), str(path), hint)
+        is_lines = reader == "json" and key is None
+        numbers = line_numbers(path, len(found)) if is_lines else range(1, len(found) + 1)
     except DataError:
-        if reader == "json" and path.suffix != ".zst":
-            diagnose(path)
+        if reader == "json":
+            _tried(lambda: diagnose(path, is_list=key == ""), str(path), hint)
         raise
-    return _placed(found, place, numbers), str(path), hint
+    place = "line" if is_lines or reader == "text" else "item" if reader == "json" else "row"
+    found = _placed(found, place, numbers)
+    return _without_blanks(found, str(path)) if reader == "text" else found, str(path)
 
 
-def _whole(path: Path, reader: str) -> datasets.Dataset:
-    options: dict[str, Any] = {}
+def _whole(path: Path, reader: str, key: str | None) -> datasets.Dataset:
+    options: dict[str, Any] = {"field": key} if key else {}
     if reader == "csv":
         options["sep"] = "\t" if suffix_of(path) == ".tsv" else ","
         with opened(path) as file:
@@ -287,26 +296,29 @@ def _whole(path: Path, reader: str) -> datasets.Dataset:
     return found
 
 
+def _without_blanks(lines: datasets.Dataset, name: str) -> datasets.Dataset:
+    kept = [row for row, text in enumerate(lines["text"][:]) if text.strip()]
+    blank = len(lines) - len(kept)
+    if not kept:
+        raise DataError(f"{name} is empty")
+    if blank:
+        logger.warning("%s: %s skipped", name, counted(blank, "blank line"))
+    return lines.select(kept) if blank else lines
+
+
 def _placed(found: datasets.Dataset, place: str, numbers: Sequence[int]) -> datasets.Dataset:
     found = found.remove_columns([name for name in found.column_names if name in PLACES])
     return found.add_column(place, list(numbers))
 
 
-def _load_hub(source: str, split: str, config: str | None) -> tuple[datasets.Dataset, str, str]:
-    hint = (
-        "check the name, the split and the config, or whether the hub can be reached; for a local "
-        "file give a path that ends in " + ", ".join(READERS)
-    )
+def _load_hub(source: str, split: str, config: str | None) -> tuple[datasets.Dataset, str]:
     found = _read(
         lambda: datasets.load_dataset(source, config, split=split),
         f"data set {source!r} (split {split!r})",
-        hint,
+        "check the name, the split and the config, or whether the hub can be reached; for a local "
+        f"file give a path that ends in {', '.join(READERS)}",
     )
-    return (
-        _placed(found, "row", _hub_rows(found, split)),
-        f"{source}, split {base_of(split)}",
-        hint,
-    )
+    return _placed(found, "row", _hub_rows(found, split)), f"{source}, split {base_of(split)}"
 
 
 def _hub_rows(found: datasets.Dataset, split: str) -> Sequence[int]:
@@ -319,21 +331,27 @@ def _hub_rows(found: datasets.Dataset, split: str) -> Sequence[int]:
     return range(1, len(found) + 1)
 
 
-def _read(load: Callable[[], Any], where: str, hint: str) -> datasets.Dataset:
-    try:
-        found = load()
-    except (DatasetsError, OSError, ValueError, RuntimeError, TypeError, StopIteration) as error:
-        raise DataError(f"cannot load {where}: {error}; {hint}") from error
+def _read(load: Callable[[], datasets.Dataset], where: str, hint: str) -> datasets.Dataset:
+    found = _tried(load, where, hint)
     if len(found) == 0:
         raise DataError(f"{where} has no examples")
     return found
 
 
+def _tried(load: Callable[[], T], where: str, hint: str) -> T:
+    try:
+        return load()
+    except DataError:
+        raise
+    except Exception as error:  # each kind of file has a reader with errors of its own
+        raise DataError(f"cannot load {where}: {error}; {hint}") from error
+
+
 def _finished(
-    loaded: tuple[datasets.Dataset, str, str], columns: Mapping[str, str] | None, name: str | None
+    loaded: tuple[datasets.Dataset, str], columns: Mapping[str, str] | None, name: str | None
 ) -> Loaded:
     """What was loaded in the form that it has, its records checked."""
-    found, where, _ = loaded
+    found, where = loaded
     form = choose_form([c for c in found.column_names if c not in PLACES], columns, where, name)
     if not is_conversation({name: found[0][column] for name, column in form.columns.items()}):
         form = replace(form, columns={n: c for n, c in form.columns.items() if n not in SETTINGS})

@@ -6,7 +6,10 @@ messages     messages, a list of {role, content} (and tools); loss on the assist
 preference   chosen, rejected (and prompt, tools)
 prompt       prompt alone, only where `data.format` says so
 sharegpt     conversations, a list of {from, value} (and system, tools): read as messages
-alpaca       instruction, output (and input): read as prompt and completion, by its template
+alpaca       instruction, output (and input): read as prompt and completion, by its template;
+             with history (pairs of user and assistant) or system, as LLaMA-Factory has them, as
+             messages
+question     question, answer (and context): read as prompt and completion
 """
 
 from __future__ import annotations
@@ -32,12 +35,18 @@ FORMS: dict[str, tuple[tuple[str, ...], tuple[str, ...], str]] = {
     ),
     "messages": (("messages",), SETTINGS, "conversations of messages"),
     "sharegpt": (("conversations",), ("system", "tools"), "ShareGPT conversations"),
-    "alpaca": (("instruction", "output"), ("input",), "Alpaca instructions"),
+    "alpaca": (("instruction", "output"), ("input", "system", "history"), "Alpaca instructions"),
     "text": (("text",), (), "text"),
+    "question": (
+        ("question", "answer"),
+        ("context",),
+        "questions and answers, which are prompt and completion",
+    ),
     "prompt": (("prompt",), ("answers", *SETTINGS), "prompts"),
 }
 """Name -> columns that it needs, those that it may have, and what it is called."""
 KNOWN_COLUMNS = tuple(dict.fromkeys(name for form in FORMS.values() for name in form[0] + form[1]))
+_SIDES = ("prompt", "completion", "chosen", "rejected")
 # Columns by these names carry what a model should see; without a place in a form they are refused.
 _CONTENT = {
     "system", "tools", "input", "context", "documents", "images", "image", "audio", "weight",
@@ -66,7 +75,13 @@ class Form:
 
     def said(self, count: int) -> str:
         """`read as ShareGPT conversations: 1,204`."""
-        return f"read as {FORMS[self.name][2]}: {count:,}"
+        turns = " with their history, as conversations" if self.has_history else ""
+        return f"read as {FORMS[self.name][2]}{turns}: {count:,}"
+
+    @property
+    def has_history(self) -> bool:
+        """Whether Alpaca's columns are turns of a conversation."""
+        return self.name == "alpaca" and bool({"history", "system"} & self.columns.keys())
 
 
 def choose_form(
@@ -146,24 +161,45 @@ def _listed(names: Collection[str]) -> str:
 
 
 def standard(found: Dataset, form: Form) -> Dataset:
-    """The columns of `form` under TRL's names, ShareGPT and Alpaca rewritten, and the place."""
+    """The columns of `form` under TRL's names, those of other forms rewritten, and the place."""
     places = [name for name in found.column_names if name in PLACES]
     found = found.select_columns([*form.columns.values(), *places])
     found = found.rename_columns({column: name for name, column in form.columns.items()})
+    kept = {name: found.features[name] for name in places}
+    texts = {"prompt": Value("string"), "completion": Value("string")}
+    features: dict[str, Any] = {"messages": List(Json())}
     if form.name == "sharegpt":
-        kept = {name: found.features[name] for name in places}
-        tools = {"tools": Value("string")} if "tools" in form.columns else {}
-        features = Features({**kept, "messages": List(Json()), **tools})
-        done = found.map(_from_sharegpt, features=features, remove_columns=list(form.columns))
-        return done.select_columns([*features])
-    if form.name == "alpaca":
-        return found.map(_from_alpaca, desc="Alpaca").select_columns(
-            ["prompt", "completion", *places]
-        )
-    return found
+        rewrite, tools = _from_sharegpt, {"tools": Value("string")}
+        features |= tools if "tools" in form.columns else {}
+    elif form.has_history:
+        rewrite = _from_history
+    elif form.name == "alpaca":
+        rewrite, features = _from_alpaca, texts
+    elif form.name == "question":
+        rewrite, features = _from_question, texts
+    else:
+        return found
+    features |= kept
+    done = found.map(rewrite, features=Features(features), remove_columns=list(form.columns))
+    return done.select_columns([*features])
 
 
-def _from_alpaca(record: Mapping[str, Any]) -> dict[str, str]:
+def _from_question(record: Mapping[str, Any]) -> dict[str, Any]:
+    context = f"{record['context']}\n\n" if record.get("context") else ""
+    return {"prompt": f"{context}{record['question']}\n", "completion": record["answer"]}
+
+
+def _from_history(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Turns, as LLaMA-Factory makes them of Alpaca's columns."""
+    asked = "\n".join(text for text in (record["instruction"], record.get("input")) if text)
+    said = [*(record.get("history") or ()), (asked, record["output"])]
+    turns = [("system", record["system"])] if record.get("system") else []
+    for user, assistant in said:
+        turns += [("user", user), ("assistant", assistant)]
+    return {"messages": [{"role": role, "content": text} for role, text in turns]}
+
+
+def _from_alpaca(record: Mapping[str, Any]) -> dict[str, Any]:
     given = record.get("input") or ""
     context = ", paired with an input that provides further context" if given else ""
     part = f"### Input:\n{given}\n\n" if given else ""
@@ -208,6 +244,9 @@ def check_record(record: Mapping[str, Any], form: Form, where: str) -> None:
             raise DataError(f"{where}: {label} must be {wanted}, not {found}")
         if value is not None and _is_turns(value, "role"):
             _check_turns(value, where)
+    sides = {name: record.get(c) for name, c in form.columns.items() if name in _SIDES}
+    if len({isinstance(value, list) for value in sides.values()}) > 1:
+        raise DataError(f"{where}: {_listed(list(sides))} must be texts, or all of them messages")
 
 
 def suspects(found: Dataset, form: Form) -> list[int]:
@@ -218,8 +257,10 @@ def suspects(found: Dataset, form: Form) -> list[int]:
         if feature == Value("string"):
             texts = enumerate(found[column][:])
             rows |= {row for row, text in texts if text is None or not text.strip()}
-        elif not isinstance(feature, List) or (
-            name in ("answers", "choices") and feature != List(Value("string"))
+        elif (
+            not isinstance(feature, List)
+            or name in ("conversations", "history")  # which are rewritten before they are used
+            or (name in ("answers", "choices") and feature != List(Value("string")))
         ):
             return list(range(len(found)))
     return sorted(rows)
@@ -271,6 +312,13 @@ def _is_texts(value: object) -> bool:
     return value is None or (isinstance(value, list) and all(map(_is_text, value)))
 
 
+def _is_history(value: object) -> bool:
+    return value is None or (
+        isinstance(value, list)
+        and all(isinstance(pair, list) and len(pair) == 2 and _is_texts(pair) for pair in value)
+    )
+
+
 def _is_turns(value: object, role: str) -> bool:
     return (
         isinstance(value, list)
@@ -296,6 +344,8 @@ def _is_parts(value: object) -> bool:
 _Check = tuple[Callable[[object], bool], str]
 _FILLED: _Check = (_is_filled, "a string that is not empty")
 _STRING: _Check = (_is_text, "a string")
+_MAYBE: _Check = (lambda v: v is None or _is_text(v), "a string")
+_TEXT: _Check = (lambda v: _is_text(v) and bool(str(v).strip()), "a string that is not empty")
 _CHECKS: dict[str, _Check] = {
     "prompt": (lambda v: _is_text(v) or _is_messages(v), "a string"),
     "completion": _FILLED,
@@ -307,7 +357,12 @@ _CHECKS: dict[str, _Check] = {
     "messages": (_is_messages, "a list of {role, content}, both strings"),
     "conversations": (lambda v: _is_turns(v, "from"), "a list of {from, value}, both strings"),
     "instruction": _STRING,
-    "output": (lambda v: _is_text(v) and bool(str(v).strip()), "a string that is not empty"),
-    "input": (lambda v: v is None or _is_text(v), "a string"),
-    "text": (lambda v: _is_text(v) and bool(str(v).strip()), "a string that is not empty"),
+    "output": _TEXT,
+    "input": _MAYBE,
+    "system": _MAYBE,
+    "context": _MAYBE,
+    "history": (_is_history, "a list of pairs [user, assistant], both strings"),
+    "question": _STRING,
+    "answer": _TEXT,
+    "text": _TEXT,
 }
