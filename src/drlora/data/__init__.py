@@ -7,13 +7,8 @@
 """
 
 from drlora.data.files import Loaded, load_examples
-from drlora.data.tokens import (
-    Prepared,
-    encode_completions,
-    encode_examples,
-    pad_token_id,
-    prepare,
-)
+from drlora.data.texts import encode_completions, pad_token_id
+from drlora.data.tokens import Prepared, encode_examples, prepare
 
 __all__ = [
     "Loaded",

@@ -1,4 +1,4 @@
-"""What is trained, checked: each of the assistant's turns with its end, and nothing of the others.
+"""Conversations to token ids and labels: each of the assistant's turns with its end, verified.
 
 A chat template may drop a turn, mark another one's or leave out the token that ends a turn, all
 without a word. So the tokens are decoded again and compared with the conversation.
@@ -11,10 +11,72 @@ import re
 from collections.abc import Iterator, Sequence
 
 from drlora.data.formats import CONTENT_KEYS
-from drlora.data.turns import TEMPLATE_ERRORS, ChatTemplate, Conversation, Span, Turn
+from drlora.data.texts import IGNORED, Tokens, eos_token_id
+from drlora.data.turns import (
+    TEMPLATE_ERRORS,
+    ChatTemplate,
+    Conversation,
+    Marked,
+    Span,
+    Turn,
+)
 from drlora.errors import DataError
 
 _THOUGHTS = re.compile("</?think>")
+
+
+def learn(conversations: Sequence[Conversation], template: ChatTemplate) -> list[Tokens]:
+    """Token ids and labels of each, verified.
+
+    Raises:
+        DataError: the template cannot be used on one of them; which one is not said.
+    """
+    rows = template.encode(conversations)
+    if template.is_marked:
+        pairs = zip(conversations, rows, strict=True)
+        rows = [_ended(one, *marked, template) for one, marked in pairs]
+    # Of each kind one says what the template reads.
+    for one in {kind(one): one for one in reversed(conversations)}.values():
+        refuse_unread(one, template)
+    if not template.is_marked:
+        return [(ids, ids) for ids, _ in rows]
+    found = []
+    opened = template.opened(conversations, rows)
+    for one, (ids, spans), start in zip(conversations, rows, opened, strict=True):
+        verify(one, ids, spans, template)
+        labels = [IGNORED] * len(ids)
+        for first, end in _weighed(one, spans):
+            first = max(first, start)
+            labels[first:end] = ids[first:end]
+        found.append((ids, labels))
+    return found
+
+
+def _ended(
+    conversation: Conversation, ids: list[int], spans: list[Span], template: ChatTemplate
+) -> Marked:
+    """Each turn with the end-of-sequence token that follows it, the last with one in any case."""
+    eos = eos_token_id(template.tokenizer)
+    spans = [(a, b + 1 if b < len(ids) and ids[b] == eos else b) for a, b in spans]
+    if spans and conversation.turns[-1]["role"] == "assistant":
+        first, end = spans[-1]
+        if not ends_with_stop(ids[first:end], template):
+            return [*ids[:end], eos], [*spans[:-1], (first, end + 1)]
+    return ids, spans
+
+
+def _weighed(conversation: Conversation, spans: Sequence[Span]) -> list[Span]:
+    """The spans of turns whose weight is not 0."""
+    pairs = zip(conversation.turns, conversation.weights, strict=True)
+    own = [weight for turn, weight in pairs if turn["role"] == "assistant"]
+    if all(own):
+        return list(spans)
+    if len(own) != len(spans):
+        raise DataError(
+            f"weight: 0 cannot be followed, for it marks {len(spans)} parts as the assistant's "
+            f"where the conversation has {len(own)} turns of it"
+        )
+    return [span for span, weight in zip(spans, own, strict=True) if weight]
 
 
 def verify(

@@ -15,22 +15,21 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from datasets import Dataset
 from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
+from trl import SFTConfig, pack_dataset
 
 from drlora.data import targets
+from drlora.data.checks import check_record
 from drlora.data.files import Loaded
-from drlora.data.formats import PLACES, check_record, choose_form, is_conversation, unused_keys
-from drlora.data.turns import ChatTemplate, Conversation, Span, conversation_of
+from drlora.data.formats import PLACES, choose_form, is_conversation, unused_keys
+from drlora.data.texts import IGNORED, Tokens, encode_completions, eos_token_id, whole
+from drlora.data.turns import ChatTemplate, conversation_of
 from drlora.errors import ConfigError, DataError, shown
 
-if TYPE_CHECKING:
-    from trl import SFTConfig
-
-IGNORED = -100
 VERSION = 1
 """Of the tokens; they are cached by it, so whoever changes what is made here raises it."""
 
@@ -41,9 +40,6 @@ _OTHER_OBJECTIVES = {
 }
 
 logger = logging.getLogger(__name__)
-
-Tokens = tuple[list[int], list[int]]
-"""Token ids and labels of one example, equally long."""
 
 
 @dataclass(frozen=True)
@@ -149,8 +145,6 @@ def encode_examples(
 
 
 def _packed(tokens: Dataset, arguments: PlainSettings | SFTConfig) -> Dataset:
-    from trl import pack_dataset
-
     if arguments.max_length is None:
         raise ConfigError("packing needs a max_length")
     return pack_dataset(tokens, arguments.max_length, arguments.packing_strategy)
@@ -203,7 +197,7 @@ class _Encoder:
         if is_conversation(rows[0]):
             return self._conversations(rows, places)
         if "prompt" not in records:
-            return [(ids, ids) for ids in _whole(records["text"], self.tokenizer)]
+            return [(ids, ids) for ids in whole(records["text"], self.tokenizer)]
         found = encode_completions(records["prompt"], records["completion"], self.tokenizer)
         is_all = self.settings.completion_only_loss is False
         return [(ids, ids) for ids, _ in found] if is_all else found
@@ -252,13 +246,13 @@ class _Encoder:
         template = ChatTemplate(self.tokenizer, self.settings.assistant_only_loss)
         found = [conversation_of(row, where) for row, where in zip(rows, places, strict=True)]
         try:
-            return _learned(found, template)
+            return targets.learn(found, template)
         except DataError as error:
             # One of them: the shortest that is refused by itself.
             pairs = zip(found, places, strict=True)
             for one, where in sorted(pairs, key=lambda pair: len(str(pair[0].turns))):
                 try:
-                    _learned([one], template)
+                    targets.learn([one], template)
                 except DataError as own:
                     raise DataError(
                         f"{where}: {self.template_name} cannot be used on it: {own}. "
@@ -275,29 +269,6 @@ class _Encoder:
         return f"the chat template of {name!r}" if name else "the chat template"
 
 
-def _learned(conversations: Sequence[Conversation], template: ChatTemplate) -> list[Tokens]:
-    """Token ids and labels of each, verified."""
-    rows = template.encode(conversations)
-    if template.is_marked:
-        pairs = zip(conversations, rows, strict=True)
-        rows = [_ended(ids, spans, one.turns, template) for one, (ids, spans) in pairs]
-    # Of each kind one says what the template reads.
-    for one in {targets.kind(one): one for one in reversed(conversations)}.values():
-        targets.refuse_unread(one, template)
-    if not template.is_marked:
-        return [(ids, ids) for ids, _ in rows]
-    found = []
-    opened = template.opened(conversations, rows)
-    for one, (ids, spans), start in zip(conversations, rows, opened, strict=True):
-        targets.verify(one, ids, spans, template)
-        labels = [IGNORED] * len(ids)
-        for first, end in _weighed(one, spans):
-            first = max(first, start)
-            labels[first:end] = ids[first:end]
-        found.append((ids, labels))
-    return found
-
-
 @contextmanager
 def _no_search_for_cycles() -> Iterator[None]:
     """Without Python's cyclic garbage collector: of a thousand conversations it takes a fifth."""
@@ -310,81 +281,8 @@ def _no_search_for_cycles() -> Iterator[None]:
             gc.enable()
 
 
-def _ended(
-    ids: list[int], spans: list[Span], turns: Sequence[Mapping[str, Any]], template: ChatTemplate
-) -> tuple[list[int], list[Span]]:
-    """Each turn with the end-of-sequence token that follows it, the last with one in any case."""
-    eos = eos_token_id(template.tokenizer)
-    spans = [(a, b + 1 if b < len(ids) and ids[b] == eos else b) for a, b in spans]
-    if spans and turns[-1]["role"] == "assistant":
-        first, end = spans[-1]
-        if not targets.ends_with_stop(ids[first:end], template):
-            return [*ids[:end], eos], [*spans[:-1], (first, end + 1)]
-    return ids, spans
-
-
-def _weighed(conversation: Conversation, spans: Sequence[Span]) -> list[Span]:
-    """The spans of turns whose weight is not 0."""
-    pairs = zip(conversation.turns, conversation.weights, strict=True)
-    own = [weight for turn, weight in pairs if turn["role"] == "assistant"]
-    if all(own):
-        return list(spans)
-    if len(own) != len(spans):
-        raise DataError(
-            f"weight: 0 cannot be followed, for it marks {len(spans)} parts as the assistant's "
-            f"where the conversation has {len(own)} turns of it"
-        )
-    return [span for span, weight in zip(spans, own, strict=True) if weight]
-
-
 def _places(records: Mapping[str, list], indices: Sequence[int], name: str) -> Iterator[str]:
     """`data.jsonl, line 61` for each record, as far as the data set says where it comes from."""
     place = next((place for place in PLACES if place in records), None)
     for row, index in enumerate(indices):
         yield f"{name}, {place} {records[place][row]}" if place else f"example {index + 1}"
-
-
-def encode_completions(
-    prompts: Sequence[str], completions: Sequence[str], tokenizer: PreTrainedTokenizerBase
-) -> list[Tokens]:
-    """Token ids of both and the end-of-sequence token, with loss on all but the prompt.
-
-    Both are tokenized together; a token across the border counts to the completion.
-    """
-    heads = tokenizer(list(prompts))["input_ids"]
-    texts = [prompt + answer for prompt, answer in zip(prompts, completions, strict=True)]
-    encoded = []
-    for head, ids in zip(heads, _whole(texts, tokenizer), strict=True):
-        pairs = enumerate(zip(head, ids, strict=False))
-        first = next((at for at, (a, b) in pairs if a != b), min(len(head), len(ids)))
-        encoded.append((ids, [IGNORED] * first + ids[first:]))
-    return encoded
-
-
-def _whole(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Token ids of texts, each with one end-of-sequence token after it."""
-    eos, end = eos_token_id(tokenizer), str(tokenizer.eos_token)
-    ended = [text if text.endswith(end) else text + end for text in texts]
-    rows = [list(ids) for ids in tokenizer(ended)["input_ids"]]
-    # Some tokenizers put one after every text by themselves.
-    return [ids[:-1] if ids[-2:] == [eos, eos] else ids for ids in rows]
-
-
-def eos_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The end-of-sequence token.
-
-    Raises:
-        DataError: there is none.
-    """
-    if tokenizer.eos_token_id is None:
-        raise DataError(
-            f"the tokenizer {tokenizer.name_or_path!r} has no end-of-sequence token; "
-            f"set tokenizer.eos_token"
-        )
-    return int(tokenizer.eos_token_id)
-
-
-def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token to pad with: the tokenizer's own, or the end of sequence where it has none."""
-    pad = tokenizer.pad_token_id
-    return eos_token_id(tokenizer) if pad is None else int(pad)

@@ -18,6 +18,7 @@ from typing import Any
 import jinja2
 import numpy as np
 from transformers import PreTrainedTokenizerBase
+from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
 from drlora.errors import DataError, first_line
 
@@ -70,8 +71,6 @@ class ChatTemplate:
         """A version with generation marks; None of a template that has no such version."""
         if not self.is_marked:
             return None
-        from trl.chat_template_utils import get_training_chat_template, has_generation_markers
-
         own = self.tokenizer.get_chat_template()
         if has_generation_markers(own):
             return own

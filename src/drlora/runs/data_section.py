@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from drlora.data.files import Mix, frozen, is_file_name
 from drlora.data.formats import FORMS, KNOWN_COLUMNS
+from drlora.data.sources import Mix, frozen, is_file_name
 from drlora.errors import ConfigError
 from drlora.io.files import home
 from drlora.io.settings import check_type, refuse_unknown

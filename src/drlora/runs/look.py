@@ -20,7 +20,8 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from drlora.data.formats import PLACES
-from drlora.data.tokens import IGNORED, Prepared
+from drlora.data.texts import IGNORED
+from drlora.data.tokens import Prepared
 from drlora.errors import ConfigError, counted
 from drlora.evaluation.draw import drawn
 from drlora.runs.arguments import settle, training_arguments

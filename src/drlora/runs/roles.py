@@ -7,9 +7,10 @@ import os
 from collections.abc import Mapping
 from dataclasses import replace
 
-from drlora.data.files import Loaded, data_files, load_placed
+from drlora.data.files import Loaded, load_placed
 from drlora.data.formats import PLACES
 from drlora.data.slices import base_of
+from drlora.data.sources import data_files
 from drlora.errors import DataError, counted
 from drlora.evaluation.draw import draw
 from drlora.runs.data_section import DataSection, Source
