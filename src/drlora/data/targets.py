@@ -148,7 +148,7 @@ def _refuse_same(without: Conversation, text: str, what: str, template: ChatTemp
 def ends_with_stop(ids: Sequence[int], template: ChatTemplate) -> bool:
     """Whether a special token, after which white space may follow, closes the turn."""
     special = template.special_ids
-    last = next((i for i in reversed(ids) if i in special or _read([i], template).strip()), None)
+    last = next((i for i in reversed(ids) if i in special or not template.is_blank(i)), None)
     return last in special
 
 

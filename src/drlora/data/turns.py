@@ -8,9 +8,9 @@ to the conversation before it.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import groupby
 from os.path import commonprefix
 from typing import Any
@@ -85,6 +85,11 @@ class ChatTemplate:
         added = self.tokenizer.added_tokens_decoder.items()
         special = {number for number, token in added if token.special}
         return frozenset({*special, *self.tokenizer.all_special_ids})
+
+    @cached_property
+    def is_blank(self) -> Callable[[int], bool]:
+        """Whether a token is white space and nothing else."""
+        return cache(lambda number: not str(self.tokenizer.decode([number])).strip())
 
     def encode(self, conversations: Sequence[Conversation]) -> list[Marked]:
         """Token ids and the spans of the assistant, of each conversation.

@@ -36,7 +36,7 @@ class DataSection:
         columns: standard column (prompt, completion, answers, messages, text) -> its name in the
             data.
         format: what the data is read as (text, completion, messages, preference, prompt, sharegpt,
-            alpaca); by default its columns say.
+            alpaca, question); by default its columns say.
         max_length: longest example in tokens; by default what the model takes, at most 1024.
         limits: role -> use only so many examples: of train the first, of eval and test a random
             draw.
