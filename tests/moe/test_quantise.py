@@ -70,7 +70,9 @@ def test_a_packed_model_computes_what_its_numbers_say(family):
 def test_training_with_growth_is_that_of_the_wide_model(name):
     packed = quantise_experts(base(), name)
     wide = with_packed_numbers(packed)
-    models = [adapted(packed), adapted(wide)]
+    # `loop` puts the scales of INT8 on products, which rounds in another order.
+    engine = "grouped" if name == "int8" else "loop"
+    models = [adapted(packed, engine=engine), adapted(wide, engine=engine)]
     before = logits(models[0])
     for model in models:
         train(model)

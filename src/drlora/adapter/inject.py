@@ -16,6 +16,7 @@ from drlora.errors import ConfigError
 from drlora.moe.blocks import MoEBlock, active_experts, find_blocks
 from drlora.moe.families import family_of
 from drlora.moe.refusals import refuse_unfit_model, refuse_unfit_weights
+from drlora.moe.rest import keep_trainable
 from drlora.ops import choose_engine
 from drlora.ops.storage import has_own_storage
 
@@ -36,6 +37,7 @@ def prepare(model: nn.Module, config: DrLoraConfig, model_type: str | None) -> l
         _refuse_mixed_dtypes(block.experts_name, base)
         _try_engine(config, base)
         _tell_of_other_storage(config, block.experts_name, base)
+    keep_trainable(model)
     config.experts = [block.experts_name for block in blocks]
     _split_by_active(model, config, blocks)
     if config.router == "train":

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from drlora.errors import ConfigError
@@ -26,6 +27,23 @@ def put_in(experts: nn.Module, packed: Mapping[str, Packed]) -> None:
         setattr(experts, key, matrix)
     own_class: Any = type(experts)
     experts.__class__ = _packed_class(own_class)
+
+
+def is_packed(module: nn.Module) -> bool:
+    """Whether it is an experts module whose matrices are packed."""
+    return getattr(type(module), "drlora_packed", False)
+
+
+def take_out(experts: nn.Module, dtype: torch.dtype | None = None) -> None:
+    """Have the numbers that are packed be parameters again, of their own dtype or another.
+
+    One matrix of the block is packed and wide at the same time.
+    """
+    for key in matrices_of(experts):
+        packed: Packed = getattr(experts, key)
+        delattr(experts, key)
+        setattr(experts, key, nn.Parameter(packed.wide().to(dtype or packed.dtype), False))
+    experts.__class__ = type(experts).__mro__[1]
 
 
 def refuse_unfit(name: str, experts: nn.Module, kind: PackedFormat) -> None:

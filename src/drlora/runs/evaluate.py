@@ -15,12 +15,12 @@ from drlora.runs.loading import (
     load_adapter,
     load_architecture,
     load_base_model,
-    load_source,
     load_tokenizer,
     longest_example,
     vocabulary_size,
 )
 from drlora.runs.recipe import ROLES, default_split
+from drlora.runs.roles import load_source
 from drlora.runs.sources import Source, find_source
 from drlora.trainer.preferences import wanted
 

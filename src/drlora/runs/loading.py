@@ -38,8 +38,8 @@ from drlora.ranks.continue_adapter import continue_adapter, is_drlora, refuse_un
 from drlora.ranks.rank_map import read_rank_map, start_ranks
 from drlora.ranks.schedule import Competitors, Schedule, make_schedule, plan_of
 from drlora.runs.data_section import DataSection
+from drlora.runs.quantise import QuantiseSection
 from drlora.runs.recipe import Recipe
-from drlora.runs.roles import load_source as load_source
 
 DEFAULT_MAX_LENGTH = 1024
 
@@ -58,6 +58,9 @@ class NamesModel(Protocol):
 
     @property
     def trust_remote_code(self) -> bool: ...
+
+    @property
+    def quantise(self) -> QuantiseSection: ...
 
 
 def load_architecture(model: str, trust_remote_code: bool = False) -> PreTrainedConfig:
@@ -177,12 +180,14 @@ def load_base_model(recipe: NamesModel) -> PreTrainedModel:
     """
     with _told(f"the weights of model={recipe.model!r} cannot be loaded", _MODEL_HINT):
         load: Any = AutoModelForCausalLM.from_pretrained
+        config = recipe.quantise.config()
         model, report = load(
             from_root(resolve_model(recipe.model)),  # what adapters will say their base is
             dtype="auto" if recipe.dtype == "auto" else getattr(torch, recipe.dtype),
             trust_remote_code=recipe.trust_remote_code,
             output_loading_info=True,
             use_safetensors=True,
+            **({} if config is None else {"quantization_config": config}),
         )
     missing = sorted(report["missing_keys"])
     if missing:

@@ -44,7 +44,7 @@ def stored_rank(config: DrLoraConfig) -> float:
 
 
 def memory_plan(
-    num_weights: int,
+    weight_bytes: int,
     blocks: Sequence[MoEBlock],
     described: Sequence[BlockShape],
     architecture: PreTrainedConfig,
@@ -52,25 +52,27 @@ def memory_plan(
     beside: Beside,
     dtype: torch.dtype,
     tokens: int,
+    quantised: str,
 ) -> Memory:
     """What training keeps.
 
     Args:
-        num_weights: of the base, in `dtype`.
+        weight_bytes: of the base.
         blocks: that are adapted.
         described: the same blocks.
         architecture: of the base.
         config: of the adapter.
         beside: what is trained beside the experts.
-        dtype: of the base's weights.
+        dtype: of the base's weights that are not quantised.
         tokens: of a batch, padding included.
+        quantised: what of the base is, in words.
     """
 
     def trained(rank: float) -> float:
         return sum(_trained(adapter_parameters(blocks, config, rank), beside, dtype)) / GB
 
     stored = stored_rank(config)
-    weights = num_weights * dtype.itemsize / GB
+    weights = weight_bytes / GB
     adapter, gradients, optimizer = (
         part / GB for part in _trained(adapter_parameters(blocks, config, stored), beside, dtype)
     )
@@ -79,6 +81,7 @@ def memory_plan(
     totals = [(round(config.r_target * s), trained(stored * s)) for s in SCALES]
     return Memory(
         dtype=str(dtype).removeprefix("torch."),
+        quantised=quantised,
         weights=weights,
         adapter_at_budget=trained(stored),
         adapter_at_r_max_everywhere=trained(config.r_max),

@@ -3,11 +3,11 @@
     recipe = load_recipe("embedded", ["training.max_steps=100"])
     train(recipe)
 
-The section `data` is a `DataSection`, `evaluation` an `EvaluationSection`, `adapter` a
-`DrLoraConfig` (its settings, or a `preset` and changes to it); `training` has the fields of TRL's
-config for the `objective` (SFTConfig, DPOConfig, KTOConfig), those of transformers'
-TrainingArguments among them, and `OwnSettings`. Whatever is not known is refused, with the nearest
-known name.
+The section `data` is a `DataSection`, `evaluation` an `EvaluationSection`, `quantise` a
+`QuantiseSection`, `adapter` a `DrLoraConfig` (its settings, or a `preset` and changes to it);
+`training` has the fields of TRL's config for the `objective` (SFTConfig, DPOConfig, KTOConfig),
+those of transformers' TrainingArguments among them, and `OwnSettings`. Whatever is not known is
+refused, with the nearest known name.
 Relative paths are those of the working directory; what a run keeps of its recipe has them from the
 root on, so that it can be resumed from anywhere.
 """
@@ -39,8 +39,10 @@ from drlora.recipes import resolve_recipe
 from drlora.runs.data_section import ROLES, DataSection
 from drlora.runs.data_section import default_split as default_split
 from drlora.runs.moved import located_at
+from drlora.runs.quantise import QuantiseSection
 from drlora.trainer.objectives import OBJECTIVES, OWN, Objective, OwnSettings, objective_of
 
+SECTIONS = ("data", "adapter", "training", "evaluation", "quantise")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 _MAYBE_OF_HUB = ("model", "tokenizer", "chat_template")
@@ -100,6 +102,7 @@ class Recipe:
             is given.
         training: fields of the config of the objective's trainer, and `OwnSettings`.
         evaluation: see EvaluationSection.
+        quantise: how the base is kept, see QuantiseSection.
         objective: what is learned from: `sft`, `dpo` or `kto` (`drlora.trainer.objectives`).
         method: a name of `drlora.config.methods`; what it stands for wins over `adapter`. None:
             `adapter` as it is.
@@ -122,6 +125,7 @@ class Recipe:
     adapter: DrLoraConfig
     training: dict[str, Any]
     evaluation: EvaluationSection = EvaluationSection()
+    quantise: QuantiseSection = QuantiseSection()
     objective: str = "sft"
     method: str | None = None
     start_from: str | None = None
@@ -185,7 +189,7 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """Plain values with every default filled in; `recipe_from` reads them back."""
         plain = {f.name: getattr(self, f.name) for f in fields(self)}
-        sections = {"data": asdict(self.data), "evaluation": asdict(self.evaluation)}
+        sections = {name: asdict(plain[name]) for name in ("data", "evaluation", "quantise")}
         return copy.deepcopy({**plain, **sections, "adapter": settings_of(self.adapter)})
 
 
@@ -235,12 +239,13 @@ def recipe_from(tree: dict[str, Any], is_record: bool = False) -> Recipe:
     """
     _refuse_unknown_in(tree, Recipe, "")
     tree = _at_home(tree, _PATHS)
-    sections = {key: _section(tree, key) for key in ("data", "adapter", "training", "evaluation")}
+    sections = {key: _section(tree, key) for key in SECTIONS}
     objective = objective_of(check_type(tree.get("objective") or "sft", str, "objective"))
     training = _training(sections["training"], objective)
     parts = {
         "data": _build(DataSection, _at_home(sections["data"], ROLES), "data"),
         "evaluation": _build(EvaluationSection, sections["evaluation"], "evaluation"),
+        "quantise": quantise_section(sections["quantise"]),
         "training": training,
     }
     if is_record and _has_unknown_rules(sections["adapter"], tree.get("method")):
@@ -340,6 +345,16 @@ def _section(tree: dict[str, Any], key: str) -> dict[str, Any]:
     return section
 
 
+def quantise_section(settings: dict[str, Any]) -> QuantiseSection:
+    """A QuantiseSection from a section `quantise`.
+
+    Raises:
+        ConfigError: naming the setting, its value and the way out.
+    """
+    section: QuantiseSection = _build(QuantiseSection, settings, "quantise")
+    return section
+
+
 def _build(kind: Any, settings: dict[str, Any], section: str) -> Any:
     """A section's dataclass, its names and types checked first."""
     _refuse_unknown_in(settings, kind, section)
@@ -372,6 +387,7 @@ def _homes() -> dict[str, str]:
     names = {f.name for kind in (*configs, OwnSettings) for f in fields(kind)}
     homes = {name: f"training.{name}" for name in names}
     homes |= {f.name: f"evaluation.{f.name}" for f in fields(EvaluationSection)}
+    homes |= {f.name: f"quantise.{f.name}" for f in fields(QuantiseSection)}
     homes |= {f.name: f"data.{f.name}" for f in fields(DataSection)}
     homes |= {key: f"adapter.{key}" for key in (*adapter_settings(), "preset")}
     homes |= {key: f"adapter.options.{key}" for key in (*GENERAL, *registered_options())}

@@ -74,6 +74,17 @@ class ExpertMatrix(ABC):
         """E views (O, I), where each expert is stored as it is computed with."""
         return None
 
+    def late_scales(self) -> Tensor | None:
+        """(E, O) float32, where W is numbers of few bits and one scale for each row of them.
+
+        x W^T is then the product with `read_unscaled`, times the scales: fewer numbers are scaled.
+        """
+        return None
+
+    def read_unscaled(self, expert: int, out: Tensor) -> Tensor:
+        """As `read`, without `late_scales`; only where there are some."""
+        raise NotImplementedError
+
     @property
     def parts(self) -> tuple[ExpertMatrix, ...]:
         """The matrices that side by side, in the order of output features, make it up."""

@@ -14,13 +14,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from drlora.ops.storage.packed import (
-    BlockFormat,
-    Parts,
-    pair_table,
-    read_pairs,
-    register_format,
-)
+from drlora.ops.storage.by_bitsandbytes import filler
+from drlora.ops.storage.four_bits import FourBits
+from drlora.ops.storage.packed import BlockFormat, Parts, register_format
 
 BLOCK, NESTED_BLOCK = 64, 256
 # Quantiles of the normal distribution, scaled to [-1, 1]; the values of bitsandbytes in float32.
@@ -106,13 +102,19 @@ def _codes_of(scaled_BN: Tensor) -> Tensor:
 
 
 def _read(codes_OC: Tensor, scale_OB: Tensor, out_OI: Tensor) -> Tensor:
-    """Two numbers a look into a table of all bytes; the scale, in float32; one rounding."""
-    return read_pairs(codes_OC, _pairs(out_OI.device), scale_OB.view(-1, 1), out_OI)
+    fill = filler(out_OI.dtype, out_OI.device.type)
+    if fill is None:
+        return read_by_table(codes_OC, scale_OB, out_OI)
+    fill(codes_OC, scale_OB, out_OI, BLOCK)
+    return out_OI
 
 
-@cache
-def _pairs(device: torch.device) -> Tensor:
-    return pair_table(CODES, True, device)
+def read_by_table(codes_OC: Tensor, scale_OB: Tensor, out_OI: Tensor) -> Tensor:
+    """Fill `out_OI` with torch alone."""
+    return _NUMBERS.read(codes_OC, scale_OB.view(-1, 1), out_OI)
+
+
+_NUMBERS = FourBits(CODES, is_high_first=True)
 
 
 @cache
