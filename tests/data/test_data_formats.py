@@ -129,6 +129,13 @@ def test_a_malformed_turn_is_named(write):
     path = write(good, {"conversations": [{"value": "q"}]})
     with pytest.raises(DataError, match="line 2: 'conversations' must be a list of {from, value}"):
         load_placed(path)
+    call = {"from": "function_call", "value": "f(1)"}
+    path = write(good, {"conversations": [good["conversations"][0], call]})
+    with pytest.raises(DataError, match="line 2: function_call 'f.1.': no JSON"):
+        load_placed(path)
+    path = write({**good, "tools": "f, g"})
+    with pytest.raises(DataError, match="line 1: tools 'f, g': no JSON"):
+        trained(path)
     said = [{"role": "assistant", "content": "a"}]
     path = write({"prompt": "a text", "completion": said})
     with pytest.raises(DataError, match="'prompt', 'completion' must be texts, or all of them me"):

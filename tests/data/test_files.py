@@ -10,8 +10,9 @@ from pathlib import Path
 
 import datasets
 import pytest
+from byte_tokens import byte_tokenizer
 
-from drlora.data import load_examples
+from drlora.data import encode_examples, load_examples
 from drlora.data.files import load_placed
 from drlora.errors import DataError
 from drlora.runs.data_section import DataSection
@@ -161,6 +162,18 @@ def test_a_pattern_and_a_list(tmp_path):
     other = lines(tmp_path / "other.jsonl", [{"text": "t"}])
     with pytest.raises(DataError, match="cannot be joined|read as"):
         load_examples([both[0], other])
+
+
+def test_of_several_files_a_refusal_names_the_one(tmp_path):
+    said = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    one = lines(tmp_path / "one.jsonl", [{"messages": said}] * 2)
+    other = lines(tmp_path / "other.jsonl", [{"messages": said}, {"messages": [said[0], *said]}])
+    tokenizer = byte_tokenizer(
+        "{% if messages|length > 2 %}{{ raise_exception('too long') }}{% endif %}"
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
+    )
+    with pytest.raises(DataError, match=f"^{other}, row 2: .*too long"):
+        encode_examples(load_placed([one, other]), tokenizer, 99)
 
 
 def test_a_mix_follows_its_weights(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -37,6 +38,22 @@ def check_record(record: Mapping[str, Any], form: Form, where: str) -> None:
     sides = {name: record.get(c) for name, c in form.columns.items() if name in _SIDES}
     if len({isinstance(value, list) for value in sides.values()}) > 1:
         raise DataError(f"{where}: {listed(list(sides))} must be texts, or all of them messages")
+
+
+def parsed(text: str, what: str) -> Any:
+    """JSON in a text.
+
+    Args:
+        text: that should be JSON.
+        what: it is, for the message.
+
+    Raises:
+        DataError: it is not.
+    """
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{what} {shown(text)}: no JSON") from error
 
 
 def suspects(found: Dataset, form: Form) -> list[int]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from datasets import Dataset, Features, Json, List, Value
 
+from drlora.data.checks import parsed
 from drlora.data.formats import PLACES, Form
 
 _SHAREGPT = {
@@ -70,16 +71,17 @@ def _from_alpaca(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def _from_sharegpt(record: Mapping[str, Any]) -> dict[str, Any]:
     system = [{"role": "system", "content": record["system"]}] if record.get("system") else []
-    turns = [_from_value(turn) for turn in record["conversations"]]
+    where = ", ".join(f"{name} {record[name]}" for name in PLACES if name in record)
+    turns = [_from_value(turn, where) for turn in record["conversations"]]
     tools = record.get("tools")
     text = tools if isinstance(tools, str) or not tools else json.dumps(tools)
     return {"messages": [*system, *turns], **({"tools": text or None} if "tools" in record else {})}
 
 
-def _from_value(turn: Mapping[str, Any]) -> dict[str, Any]:
+def _from_value(turn: Mapping[str, Any], where: str) -> dict[str, Any]:
     more = {k: v for k, v in turn.items() if k not in ("from", "value") and v is not None}
     role = _SHAREGPT.get(turn["from"], turn["from"])
     if turn["from"] != "function_call":
         return {"role": role, "content": turn["value"], **more}
-    call = {"type": "function", "function": json.loads(turn["value"])}
+    call = {"type": "function", "function": parsed(turn["value"], f"{where}: function_call")}
     return {"role": role, "content": "", "tool_calls": [call], **more}

@@ -284,5 +284,6 @@ def _no_search_for_cycles() -> Iterator[None]:
 def _places(records: Mapping[str, list], indices: Sequence[int], name: str) -> Iterator[str]:
     """`data.jsonl, line 61` for each record, as far as the data set says where it comes from."""
     place = next((place for place in PLACES if place in records), None)
+    files = records.get("file") or [name] * len(indices)
     for row, index in enumerate(indices):
-        yield f"{name}, {place} {records[place][row]}" if place else f"example {index + 1}"
+        yield f"{files[row]}, {place} {records[place][row]}" if place else f"example {index + 1}"

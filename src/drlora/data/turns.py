@@ -7,7 +7,6 @@ to the conversation before it.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
@@ -20,6 +19,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
+from drlora.data.checks import parsed
 from drlora.errors import DataError, first_line
 
 Turn = Mapping[str, Any]
@@ -203,7 +203,7 @@ def conversation_of(record: Mapping[str, Any], where: str) -> Conversation:
     Assistant turns in a prompt have no weight.
 
     Raises:
-        DataError: a tool call has no arguments that could be read.
+        DataError: tools, or the arguments of a tool call, cannot be read.
     """
     asked = record.get("prompt") or []
     said = record.get("messages") or record["completion"]
@@ -211,7 +211,7 @@ def conversation_of(record: Mapping[str, Any], where: str) -> Conversation:
     weights = [float(turn.pop(WEIGHT, 1)) * (n >= len(asked)) for n, turn in enumerate(turns)]
     tools = record.get("tools")
     options = {
-        "tools": (json.loads(tools) if isinstance(tools, str) else tools) or None,
+        "tools": (parsed(tools, f"{where}: tools") if isinstance(tools, str) else tools) or None,
         **(record.get("chat_template_kwargs") or {}),
     }
     return Conversation(turns, options, weights, len(asked))
@@ -232,10 +232,7 @@ def _call(call: Mapping[str, Any], where: str) -> dict[str, Any]:
     function = dict(call.get("function") or {})
     arguments = function.get("arguments")
     if isinstance(arguments, str):
-        try:
-            function["arguments"] = json.loads(arguments)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{where}: arguments {arguments!r} of a tool call: no JSON") from error
+        function["arguments"] = parsed(arguments, f"{where}: arguments of a tool call")
     elif isinstance(arguments, Mapping) and None in arguments.values():
         raise DataError(
             f"{where} has a tool call with arguments {dict(arguments)}; a table fills them up with "

@@ -11,6 +11,7 @@ from drlora.distributed import best_device
 from drlora.errors import ConfigError
 from drlora.evaluation.measure import Measurement, measure
 from drlora.io.places import from_root
+from drlora.runs.data_section import ROLES, default_split
 from drlora.runs.loading import (
     load_adapter,
     load_architecture,
@@ -19,7 +20,6 @@ from drlora.runs.loading import (
     longest_example,
     vocabulary_size,
 )
-from drlora.runs.recipe import ROLES, default_split
 from drlora.runs.roles import load_source
 from drlora.runs.sources import Source, find_source
 from drlora.trainer.preferences import wanted

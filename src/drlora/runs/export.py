@@ -33,6 +33,7 @@ from drlora.io.files import home, read_json
 from drlora.io.places import from_root
 from drlora.io.run_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from drlora.ops.merge import Rounding, RoundingMode
+from drlora.runs.data_section import default_split
 from drlora.runs.loading import (
     load_adapter,
     load_architecture,
@@ -42,7 +43,6 @@ from drlora.runs.loading import (
     vocabulary_size,
 )
 from drlora.runs.quantise import QuantiseSection
-from drlora.runs.recipe import default_split
 from drlora.runs.roles import load_source
 from drlora.runs.sources import Source, find_source
 from drlora.trainer.preferences import wanted

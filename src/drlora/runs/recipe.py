@@ -37,7 +37,6 @@ from drlora.io.settings import check_type, read_settings, refuse_unknown, with_o
 from drlora.ranks.continue_adapter import RANKS, kept_settings
 from drlora.recipes import resolve_recipe
 from drlora.runs.data_section import ROLES, DataSection
-from drlora.runs.data_section import default_split as default_split
 from drlora.runs.moved import located_at
 from drlora.runs.quantise import QuantiseSection
 from drlora.trainer.objectives import OBJECTIVES, OWN, Objective, OwnSettings, objective_of
