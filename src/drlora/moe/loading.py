@@ -16,14 +16,22 @@ from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
-from transformers.quantizers.quantizers_utils import get_module_from_name
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from drlora.errors import ConfigError
-from drlora.moe.families import family_of
-from drlora.moe.families.interface import InterfaceExperts
-from drlora.moe.packing import is_packed, matrices_of, put_in, refuse_unfit, take_out
+from drlora.moe.blocks import find_blocks, has_experts
+from drlora.moe.families import Place
+from drlora.moe.packing import (
+    is_packed,
+    places_of,
+    prepare_around,
+    put_in,
+    refuse_unfit,
+    stacked,
+    take_out,
+)
 from drlora.moe.rest import RESTS, keep_trainable, quantizer_of_rest, refuse_without_bitsandbytes
+from drlora.ops.storage.arranged import InPlace
 from drlora.ops.storage.packed import FORMATS, Packed, packed_format
 
 METHOD = "drlora_experts"
@@ -84,7 +92,9 @@ class ExpertsQuantizer(HfQuantizer):
     def __init__(self, quantization_config: QuantisedExperts, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.kind = packed_format(quantization_config.storage)
-        self.packed: dict[str, Packed] = {}
+        self.packed: dict[str, InPlace] = {}
+        # Full name -> (of the experts module, what can be packed), once there is a model.
+        self.places: dict[str, tuple[str, Place]] = {}
         self.rest: Any = None  # transformers' quantizer of the linear layers, once there is a model
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
@@ -102,8 +112,18 @@ class ExpertsQuantizer(HfQuantizer):
 
     def is_of_experts(self, model: Any, param_name: str) -> bool:
         """Whether a parameter is a matrix of experts."""
-        module, name = get_module_from_name(model, param_name)
-        return isinstance(family_of(module), InterfaceExperts) and name in matrices_of(module)
+        return param_name in self.places
+
+    def find_places(self, model: Any) -> list[tuple[str, nn.Module]]:
+        """The experts modules of a model, by name; `places` are filled."""
+        names = [b.experts_name for b in find_blocks(model)] if has_experts(model) else []
+        found = [(name, model.get_submodule(name)) for name in names]
+        self.places = {
+            f"{name}.{place.path}": (name, place)
+            for name, module in found
+            for place in places_of(module)
+        }
+        return found
 
     def get_quantize_ops(self) -> ConversionOps:
         """Called for each of them."""
@@ -119,15 +139,11 @@ class ExpertsQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         """Refuse, before anything is read, what could not be packed."""
-        found = [
-            (name, module)
-            for name, module in model.named_modules()
-            if isinstance(family_of(module), InterfaceExperts)
-        ]
+        found = self.find_places(model)
         if not found:
             raise ConfigError(
-                f"{type(model).__name__} has no experts that follow transformers' experts "
-                f"interface, so QuantisedExperts has nothing to pack; leave it out."
+                f"{type(model).__name__} has no experts that are known, so QuantisedExperts has "
+                f"nothing to pack; leave it out."
             )
         for name, module in found:
             refuse_unfit(name, module, self.kind)
@@ -139,12 +155,13 @@ class ExpertsQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         """Packed matrices take the places that were kept for them."""
-        by_module: dict[str, dict[str, Packed]] = {}
+        by_module: dict[str, dict[str, InPlace]] = {}
         for name, packed in self.packed.items():
-            owner, _, key = name.rpartition(".")
-            by_module.setdefault(owner, {})[key] = packed
-        for owner, found in by_module.items():
-            put_in(model.get_submodule(owner), found)
+            experts, place = self.places[name]
+            by_module.setdefault(experts, {})[place.path] = packed
+        for experts, found in by_module.items():
+            put_in(model.get_submodule(experts), found)
+            prepare_around(model, experts)
         self.packed = {}
         keep_trainable(model)
         return model
@@ -189,6 +206,7 @@ class _Pack(ConversionOps):
             )
             return found
         (value,) = input_dict.values()
-        w_EOI = value[0] if isinstance(value, list) else value
+        weight = value[0] if isinstance(value, list) else value
+        w_EOI = stacked(weight, self.quantizer.places[full_layer_name][1])
         self.quantizer.packed[full_layer_name] = Packed.of(w_EOI, self.quantizer.kind)
         return {full_layer_name: nn.Parameter(w_EOI.new_empty(0), requires_grad=False)}

@@ -16,7 +16,14 @@ from torch import nn
 
 from drlora.moe.blocks import find_blocks
 from drlora.moe.loading import ExpertsQuantizer, QuantisedExperts, storage_named
-from drlora.moe.packing import matrices_of, put_in, refuse_unfit
+from drlora.moe.packing import (
+    parameter_at,
+    places_of,
+    prepare_around,
+    put_in,
+    refuse_unfit,
+    stacked,
+)
 from drlora.ops.storage.packed import Packed, packed_format
 
 
@@ -34,9 +41,8 @@ def quantise_experts(model: nn.Module, storage: str = "nf4", nested: bool = Fals
         they had.
 
     Raises:
-        ConfigError: if there is no such storage, no block, a block that keeps its experts in
-            another way than transformers' interface, or a matrix that the storage cannot take.
-            Nothing is packed then.
+        ConfigError: if there is no such storage, no block, a block whose family names no places
+            for packed matrices, or a matrix that the storage cannot take. Nothing is packed then.
     """
     storage = storage_named(storage, nested)
     kind = packed_format(storage)
@@ -44,9 +50,11 @@ def quantise_experts(model: nn.Module, storage: str = "nf4", nested: bool = Fals
     found = [(name, model.get_submodule(name)) for name in names]
     for name, experts in found:
         refuse_unfit(name, experts, kind)
-    for _, experts in found:
-        for key in matrices_of(experts):
-            put_in(experts, {key: Packed.of(getattr(experts, key).detach(), kind)})
+    for name, experts in found:
+        for place in places_of(experts):
+            weight = parameter_at(experts, place.path).detach()
+            put_in(experts, {place.path: Packed.of(stacked(weight, place), kind)})
+        prepare_around(model, name)
     # What from_pretrained leaves on a model that it quantised.
     marked: Any = model
     marked.hf_quantizer = ExpertsQuantizer(QuantisedExperts(storage), pre_quantized=False)

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.integrations import moe as hf_moe
 
-from drlora.moe.families.base import Family, is_silu, register_family
+from drlora.moe.families.base import Family, Place, is_silu, register_family
 from drlora.ops.storage import storage_of
 from drlora.ops.weights import ExpertWeights, as_matrix
 
@@ -25,7 +25,8 @@ class InterfaceExperts(Family):
     """Described by the module's own flags."""
 
     def recognises(self, module: nn.Module) -> bool:
-        return all(hasattr(module, flag) for flag in FLAGS)
+        # Those in FP8 have the flags too, and scales beside their parameters.
+        return type(module).__name__ != "FP8Experts" and all(hasattr(module, f) for f in FLAGS)
 
     def missing(self, module: Any) -> str | None:
         if getattr(module, "_is_expert_parallel", False):
@@ -40,6 +41,10 @@ class InterfaceExperts(Family):
 
     def is_interleaved(self, module: Any) -> bool:
         return module.has_gate and not module.is_concatenated
+
+    def places(self, module: Any) -> list[Place]:
+        first = "gate_up_proj" if module.has_gate else "up_proj"
+        return [Place(first), Place("down_proj")]
 
     def weights(self, module: Any) -> ExpertWeights:
         first = module.gate_up_proj if module.has_gate else module.up_proj

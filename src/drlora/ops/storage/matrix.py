@@ -10,7 +10,7 @@ Letters: E experts, O output features, I input features.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -65,6 +65,10 @@ class ExpertMatrix(ABC):
             out: (O, I) of any float dtype, to be filled and returned. Without it the answer is of
                 the matrix's dtype: a view where an expert is stored so, else a new tensor.
         """
+
+    def bits_of(self, expert: int) -> Mapping[str, Tensor]:
+        """What is stored of one expert, by name, where that is other than its numbers."""
+        return {}
 
     def dense(self) -> Tensor | None:
         """(E, O, I), a view of all that is stored, where that is one tensor."""

@@ -78,7 +78,7 @@ class NestedNf4(Nf4):
         blocks_CN = torch.nn.functional.pad(flat, (0, short)).view(-1, NESTED_BLOCK)
         outer_C = blocks_CN.abs().amax(dim=1)
         scaled_CN = blocks_CN / outer_C.clamp(min=1e-38)[:, None]
-        table = _eight_bits(w_OI.device)
+        table = eight_bits(w_OI.device)
         # The nearest entry of the table, which is sorted.
         codes = torch.bucketize(scaled_CN, (table[1:] + table[:-1]) / 2)
         found["scale_codes"] = codes.to(torch.uint8).flatten()[: len(flat)].view(scale_OB.shape)
@@ -87,7 +87,7 @@ class NestedNf4(Nf4):
 
     def decode(self, parts: Parts, out_OI: Tensor) -> Tensor:
         codes_OB = parts["scale_codes"]
-        inner = _eight_bits(codes_OB.device)[codes_OB.flatten().int()]
+        inner = eight_bits(codes_OB.device)[codes_OB.flatten().int()]
         outer = parts["scale_scale"].repeat_interleave(NESTED_BLOCK)[: len(inner)]
         scale_OB = (inner * outer + parts["scale_offset"]).view(codes_OB.shape)
         return _read(parts["codes"], scale_OB, out_OI)
@@ -118,7 +118,7 @@ _NUMBERS = FourBits(CODES, is_high_first=True)
 
 
 @cache
-def _eight_bits(device: torch.device) -> Tensor:
+def eight_bits(device: torch.device) -> Tensor:
     """(256,) bitsandbytes' table for numbers in eight bits (dynamic exponent, 1511.04561).
 
     Powers of ten from 1e-6 to 1, each with twice as many steps as the one before; both signs, 0, 1.

@@ -237,6 +237,9 @@ class PackedMatrix(Storage):
         # Of (I, O), rows are in-features.
         return None if name is None or self.is_transposed else self.stored.parts[name]
 
+    def bits_of(self, expert: int) -> Parts:
+        return self._parts_of(expert)
+
     def read_unscaled(self, expert: int, out: Tensor) -> Tensor:
         return self.stored.kind.decode_unscaled(self._parts_of(expert), out)
 
