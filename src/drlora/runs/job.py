@@ -33,6 +33,7 @@ from drlora.runs.loading import (
     model_on_meta,
     vocabulary_size,
 )
+from drlora.runs.openings import opening_note
 from drlora.runs.recipe import Recipe
 from drlora.runs.run_record import data_record, held_out_record, read_record, refuse_other_data
 from drlora.runs.rundir import RunDir
@@ -242,7 +243,7 @@ def prepare(
         is_extended=bool(past.state) and past.state["max_steps"] != total,
         batch_size=past.batch_size(arguments),
         seconds=seconds_of(past.state.get("stateful_callbacks")),
-        remarks=tuple(_remarks(train, held_out, past, record)),
+        remarks=tuple(_remarks(train, held_out, past, record, tokenizer)),
     )
 
 
@@ -288,9 +289,16 @@ def _plan(recipe: Recipe, run: RunDir, skeleton: PreTrainedModel, past: _Past, t
 
 
 def _remarks(
-    train: Prepared, held_out: Prepared, past: _Past, record: dict[str, Any]
+    train: Prepared,
+    held_out: Prepared,
+    past: _Past,
+    record: dict[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
 ) -> Iterator[str]:
     """What the data of the run have in common, and what is otherwise than when it began."""
+    opening = opening_note(train.raw, tokenizer)
+    if opening:
+        yield opening
     shared = word_for_word(train.raw, held_out.raw)
     if shared:
         yield (
