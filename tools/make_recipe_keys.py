@@ -52,6 +52,7 @@ CONFIGS = {
     "SFTConfig": "https://huggingface.co/docs/trl/sft_trainer#trl.SFTConfig",
     "DPOConfig": "https://huggingface.co/docs/trl/dpo_trainer#trl.DPOConfig",
     "KTOConfig": "https://huggingface.co/docs/trl/kto_trainer#trl.KTOConfig",
+    "GRPOConfig": "https://huggingface.co/docs/trl/grpo_trainer#trl.GRPOConfig",
     "TrainingArguments": "https://huggingface.co/docs/transformers/main_classes/trainer"
     "#transformers.TrainingArguments",
 }

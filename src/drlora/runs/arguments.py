@@ -8,12 +8,13 @@ from typing import Any, cast
 
 import torch
 from transformers import PreTrainedConfig, TrainingArguments
-from trl import KTOConfig
+from trl import GRPOConfig, KTOConfig
 
 from drlora.distributed import are_several
 from drlora.errors import ConfigError, DataError
 from drlora.runs.recipe import Recipe
 from drlora.runs.rundir import RunDir
+from drlora.trainer.grpo import refuse_settings
 from drlora.trainer.objectives import OWN, OwnSettings, as_off, objective_of
 
 
@@ -45,6 +46,8 @@ def training_arguments(recipe: Recipe, run: RunDir) -> TrainingArguments:
     _refuse_arguments(arguments, OwnSettings.of(recipe.training))
     if isinstance(arguments, KTOConfig):
         _refuse_batches(arguments)
+    if isinstance(arguments, GRPOConfig):
+        refuse_settings(arguments)
     return arguments
 
 
@@ -138,12 +141,14 @@ def settle(arguments: TrainingArguments, config: PreTrainedConfig, longest: int)
         settings.router_aux_loss_coef = 0.0
 
 
-def notes_of(arguments: TrainingArguments, objective: str, start_from: str | None) -> Iterator[str]:
+def notes_of(arguments: TrainingArguments, recipe: Recipe) -> Iterator[str]:
     """What of the settings whoever reads the results should know."""
-    settings, kind = cast(Any, arguments), objective_of(objective)
+    settings, kind = cast(Any, arguments), objective_of(recipe.objective)
     if kind.compares:
-        reference = f"the adapter of {start_from}" if start_from else "the base model"
-        yield f"{'learns':8} from {kind.summary}; the reference is {reference}"
+        reference = f"the adapter of {recipe.start_from}" if recipe.start_from else "the base model"
+        by = f": {', '.join(recipe.rewards)}" if recipe.rewards else ""
+        held = f"the reference is {reference}" if settings.beta else "without a reference (beta: 0)"
+        yield f"{'learns':8} from {kind.summary}{by}; {held}"
     elif settings.packing and settings.packing_strategy == "wrapped":
         yield (
             "training.packing_strategy=wrapped: documents are cut where a row ends, and see those "

@@ -9,6 +9,7 @@ from typing import Any
 
 from peft import PeftModel, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+from trl import GRPOConfig
 
 from drlora.data.roles import load_training_data
 from drlora.data.tokens import Prepared
@@ -38,6 +39,7 @@ from drlora.runs.recipe import Recipe
 from drlora.runs.run_record import data_record, held_out_record, read_record, refuse_other_data
 from drlora.runs.rundir import RunDir
 from drlora.trainer.callback import DrLoraCallback
+from drlora.trainer.rewards import rewards_of
 from drlora.trainer.trainer import rehearse, seconds_of
 
 
@@ -97,7 +99,7 @@ class Job:
             yield f"{'data':8} {self.train.said}"
         yield f"{'length':8} {self._length()}"
         yield f"{'device':8} {self.arguments.device}"
-        yield from notes_of(self.arguments, self.recipe.objective, self.recipe.start_from)
+        yield from notes_of(self.arguments, self.recipe)
         for role, examples in (("train", self.train), ("eval", self.held_out)):
             limit = self.recipe.data.limits.get(role)
             if limit is not None and limit > len(examples.raw):
@@ -124,6 +126,8 @@ class Job:
         made_of = f" ({' x '.join(factors)})" if len(factors) > 1 else ""
         one = "row" if "seq_lengths" in self.train.tokens.column_names else "example"
         epochs = self.total_steps * effective / len(self.train.tokens)
+        if isinstance(self.arguments, GRPOConfig):  # each prompt is answered several times
+            one, epochs = "answer", epochs / (self.arguments.num_generations or 1)
         return (
             f"{counted(self.total_steps, 'step')} of {counted(effective, one)}{made_of}, "
             f"{epochs:.3g} epoch{'s' * (epochs != 1)}"
@@ -209,7 +213,7 @@ def prepare(
         encode(raw, role, tokenizer, recipe.objective, arguments)
         for role, raw in zip(("train", "eval"), load_training_data(recipe.data), strict=True)
     )
-    measured = examples_to_measure(held_out, recipe.objective, most)
+    measured = examples_to_measure(held_out, recipe.objective, most, tokenizer)
     refuse_unanswerable(measured.raw, recipe.evaluation)
     record = data_record({"train": train, "eval": held_out}, tokenizer, most)
     if resume:
@@ -234,7 +238,7 @@ def prepare(
         train=train,
         held_out=held_out,
         measured=measured,
-        longest=longest_of(train),
+        longest=longest_of(train, arguments),
         total_steps=total,
         plan_steps=planned,
         checkpoint=checkpoint,
@@ -256,6 +260,7 @@ def _refuse_settings(
             f"training.gradient_checkpointing=true: {type(skeleton).__name__} does not support it; "
             f"leave it out."
         )
+    rewards_of(recipe.rewards)
     rehearse(arguments, arguments.max_steps)
     if arguments.max_steps > 0 and not past.is_resumed:
         check_growth(skeleton, recipe.adapter_config(), arguments.max_steps)

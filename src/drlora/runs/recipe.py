@@ -5,7 +5,7 @@
 
 The section `data` is a `DataSection`, `evaluation` an `EvaluationSection`, `adapter` a
 `DrLoraConfig` (its settings, or a `preset` and changes to it); `training` has the fields of TRL's
-config for the `objective` (SFTConfig, DPOConfig, KTOConfig), those of transformers'
+config for the `objective` (SFTConfig, DPOConfig and the like), those of transformers'
 TrainingArguments among them, and `OwnSettings`. Whatever is not known is refused, with the nearest
 known name.
 Relative paths are those of the working directory; what a run keeps of its recipe has them from the
@@ -100,7 +100,10 @@ class Recipe:
             is given.
         training: fields of the config of the objective's trainer, and `OwnSettings`.
         evaluation: see EvaluationSection.
-        objective: what is learned from: `sft`, `dpo` or `kto` (`drlora.trainer.objectives`).
+        objective: what is learned from: `sft`, `dpo`, `kto` or `grpo`
+            (`drlora.trainer.objectives`).
+        reward: of `grpo`, what answers are rewarded by: a name of `drlora.trainer.rewards`, one
+            that a plugin registers, `trl.rewards.NAME`, or a list of these.
         method: a name of `drlora.config.methods`; what it stands for wins over `adapter`. None:
             `adapter` as it is.
         start_from: what the adapter continues: a run, a folder with a DR-LoRA adapter
@@ -123,6 +126,7 @@ class Recipe:
     training: dict[str, Any]
     evaluation: EvaluationSection = EvaluationSection()
     objective: str = "sft"
+    reward: str | list[str] | None = None
     method: str | None = None
     start_from: str | None = None
     start_from_ranks: str | None = None
@@ -145,6 +149,12 @@ class Recipe:
                 f"start_from_ranks={self.start_from_ranks!r} has no effect without start_from; "
                 f"name the adapter there, or leave it out."
             )
+        if objective_of(self.objective).tries != bool(self.reward):
+            raise ConfigError(
+                f"objective={self.objective!r} and reward={self.reward!r} do not go together: "
+                f"grpo needs a reward (reward: exact, or one of your own by --plugin), and the "
+                f"others have none."
+            )
         placing = {"start": (self.adapter.start, "uniform"),
                    "options.start_a": (self.adapter.option("start_a"), "random")}  # fmt: skip
         if objective_of(self.objective).compares:
@@ -166,6 +176,12 @@ class Recipe:
                     f"objective={self.objective!r} has not; leave it out, or name ranks as "
                     f"start_ranks."
                 )
+
+    @property
+    def rewards(self) -> tuple[str, ...]:
+        """Names of what answers are rewarded by."""
+        given = self.reward or ()
+        return (given,) if isinstance(given, str) else tuple(given)
 
     def adapter_config(self) -> DrLoraConfig:
         """A copy of `adapter` for a causal language model."""
