@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterator
+from importlib.metadata import version
 from typing import Any, cast
 
 import torch
@@ -15,7 +17,7 @@ from drlora.errors import ConfigError, DataError
 from drlora.runs.recipe import Recipe
 from drlora.runs.rundir import RunDir
 from drlora.trainer.grpo import refuse_settings
-from drlora.trainer.objectives import OWN, OwnSettings, as_off, objective_of
+from drlora.trainer.objectives import OWN, Objective, OwnSettings, as_off, objective_of
 
 
 def training_arguments(recipe: Recipe, run: RunDir) -> TrainingArguments:
@@ -44,6 +46,7 @@ def training_arguments(recipe: Recipe, run: RunDir) -> TrainingArguments:
             f"the section training is refused by {objective.config.__name__}: {error}"
         ) from error
     _refuse_arguments(arguments, OwnSettings.of(recipe.training))
+    _refuse_names(arguments, objective)
     if isinstance(arguments, KTOConfig):
         _refuse_batches(arguments)
     if isinstance(arguments, GRPOConfig):
@@ -92,6 +95,19 @@ def _refuse_arguments(arguments: TrainingArguments, own: OwnSettings) -> None:
         )
     if stops and arguments.metric_for_best_model is None:
         arguments.metric_for_best_model, arguments.greater_is_better = "loss", False
+
+
+def _refuse_names(arguments: TrainingArguments, objective: Objective) -> None:
+    """Kinds of loss that TRL's trainer has no branch for; it would say so in its first step."""
+    source = inspect.getsource(inspect.getmodule(objective.trl))  # type: ignore[arg-type]
+    for setting in ("loss_type", "f_divergence_type", "importance_sampling_level"):
+        given = getattr(arguments, setting, None)
+        for name in given if isinstance(given, list) else [given]:
+            if isinstance(name, str) and f'"{name}"' not in source:
+                raise ConfigError(
+                    f"training.{setting}={name!r} is none that {objective.trl.__name__} of TRL "
+                    f"{version('trl')} has; see the page of {objective.config.__name__}."
+                )
 
 
 def count_steps(

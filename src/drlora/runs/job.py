@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,8 +40,9 @@ from drlora.runs.recipe import Recipe
 from drlora.runs.run_record import data_record, held_out_record, read_record, refuse_other_data
 from drlora.runs.rundir import RunDir
 from drlora.trainer.callback import DrLoraCallback
+from drlora.trainer.objectives import OwnSettings, objective_of, rehearse_trainer
 from drlora.trainer.rewards import rewards_of
-from drlora.trainer.trainer import rehearse, seconds_of
+from drlora.trainer.trainer import rehearse, seconds_of, takes_any_model
 
 
 @dataclass(frozen=True)
@@ -230,6 +232,23 @@ def prepare(
     }
     if resume:
         arguments.max_steps = total  # the Trainer would count them anew
+    if takes_any_model(arguments):
+        adapted = get_peft_model(
+            model_on_meta(architecture, recipe.trust_remote_code),
+            recipe.adapter_config(),
+            low_cpu_mem_usage=True,
+        )
+        assert isinstance(adapted, PeftModel)
+        rehearse_trainer(
+            objective_of(recipe.objective),
+            OwnSettings.of(recipe.training),
+            model=adapted,
+            args=arguments,
+            rewards=recipe.rewards,
+            train_dataset=train.tokens,
+            eval_dataset=held_out.tokens,
+            processing_class=copy.deepcopy(tokenizer),
+        )
     return Job(
         recipe=recipe,
         run=run,

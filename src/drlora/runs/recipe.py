@@ -38,6 +38,7 @@ from drlora.io.places import from_root
 from drlora.io.settings import check_type, read_settings, refuse_unknown, with_overrides
 from drlora.ranks.continue_adapter import RANKS, kept_settings
 from drlora.recipes import resolve_recipe
+from drlora.runs.method_notes import tell_of_method
 from drlora.runs.moved import located_at
 from drlora.trainer.objectives import OBJECTIVES, OWN, Objective, OwnSettings, objective_of
 
@@ -235,6 +236,8 @@ def load_recipe(
             if f"training.{one}" in given and f"training.{other}" not in given:
                 training.pop(other, None)
     recipe = recipe_from(tree)
+    if recipe.method:
+        tell_of_method(recipe.method, tree.get("adapter") or {}, recipe.adapter)
     return recipe if isinstance(source, Mapping) else located_at(recipe, source, overrides)
 
 

@@ -7,8 +7,12 @@ training: {beta: 0.05}     # a field of trl.DPOConfig
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+import logging
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, cast
 
 from peft import PeftModel
@@ -216,6 +220,57 @@ def make_trainer(
     if getattr(settings, "packing", False) or getattr(settings, "padding_free", False):
         refuse_leaks(trainer)
     return trainer
+
+
+def rehearse_trainer(
+    objective: Objective,
+    own: OwnSettings,
+    *,
+    model: PeftModel,
+    args: TrainingArguments,
+    rewards: Sequence[str] = (),
+    **given: Any,
+) -> None:
+    """Make the trainer of an objective on a model without weights, and forget it.
+
+    What TRL says against settings, data or tokenizer it says when its trainer is made; so it is
+    made once before anything is loaded. Nothing is written or sent anywhere.
+
+    Args:
+        objective, own, args, rewards, given: as `make_trainer` takes them.
+        model: with the adapter, on the meta device.
+
+    Raises:
+        ConfigError: what TRL says against it.
+    """
+    on_paper = type("OnPaper", (objective.trainer,), {"_move_model_to_device": lambda *_: None})
+    with tempfile.TemporaryDirectory() as folder, _silent():
+        tried: Any = copy.copy(args)
+        tried.output_dir, tried.push_to_hub = folder, False
+        if objective.compares and not objective.tries:
+            tried.precompute_ref_log_probs = False  # that is done with weights
+        make_trainer(
+            replace(objective, trainer=on_paper),
+            own,
+            continues=False,
+            args=tried,
+            rewards=rewards,
+            model=model,
+            **given,
+        )
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """What is only said, and not refused, is said when the trainer is made in earnest."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
 
 
 def refuse_leaks(trainer: RunTrainer) -> None:
