@@ -25,18 +25,18 @@ from drlora.data.section import DataSection
 from drlora.evaluation.measure import DRAWS, EvaluationSection
 from drlora.io.settings import described
 from drlora.ranks.continue_adapter import RANKS
+from drlora.runs.quantise import QuantiseSection
 from drlora.runs.recipe import (
     DTYPES,
-    NOT_IN_RECIPES,
-    TRAINING_DEFAULTS,
+    SECTIONS,
     Recipe,
     adapter_settings,
 )
+from drlora.runs.training_section import NOT_IN_RECIPES, TRAINING_DEFAULTS
 from drlora.trainer.objectives import CHECKPOINTING, OBJECTIVES, OFF, OwnSettings
 
 PAGE = Path(__file__).parents[1] / "docs" / "recipe-keys.md"
 START, END = "<!-- keys -->\n", "<!-- end of keys -->\n"
-SECTIONS = ("data", "adapter", "training", "evaluation")
 CHOSEN = {
     **{name: tuple(registry.names()) for name, registry in REGISTRIES.items()},
     **CHOICES,
@@ -150,6 +150,10 @@ def page() -> str:
             f"| `adapter.preset` | one of {presets} | | published settings; what else is set here "
             f"changes them |",
             *rows(DrLoraConfig, adapter_settings(), "adapter"),
+        ],
+        "## quantise": [
+            *HEAD,
+            *rows(QuantiseSection, [f.name for f in fields(QuantiseSection)], "quantise"),
         ],
         "## training": [*training()],
         "## evaluation": [

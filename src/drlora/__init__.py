@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from drlora.io.checkpoint import newest_checkpoint, write_checkpoint
     from drlora.moe.loading import QuantisedExperts
     from drlora.moe.quantise import quantise_experts
+    from drlora.moe.stored.config import packed_config
     from drlora.ranks.continue_adapter import continue_adapter
     from drlora.ranks.dynamics import RankDynamics
     from drlora.ranks.event import Grant
@@ -59,6 +60,7 @@ _NAMES = {
     "io.checkpoint": ("newest_checkpoint", "write_checkpoint"),
     "moe.loading": ("QuantisedExperts",),
     "moe.quantise": ("quantise_experts",),
+    "moe.stored.config": ("packed_config",),
     "ranks.continue_adapter": ("continue_adapter",),
     "ranks.dynamics": ("RankDynamics",),
     "ranks.event": ("Grant",),
@@ -104,6 +106,7 @@ __all__ = [
     "load_recipe",
     "look_at_data",
     "newest_checkpoint",
+    "packed_config",
     "place_ranks",
     "quantise_experts",
     "rank_map",

@@ -37,6 +37,7 @@ NAMES = {
     "load_recipe",
     "look_at_data",
     "newest_checkpoint",
+    "packed_config",
     "QuantisedExperts",
     "place_ranks",
     "quantise_experts",
@@ -148,10 +149,10 @@ VERBS = {
     "train": ["recipe", "resume", "overwrite", "progress"],
     "load_recipe": ["source", "overrides", "resume"],
     "evaluate": ["folder", "split", "data", "model", "trust_remote_code"],
-    "inspect": ["model", "config", "steps", "dtype", "tokens"],
+    "inspect": ["model", "config", "steps", "dtype", "tokens", "quantise", "optim"],
     "export_adapter": [
         "folder", "format", "output", "rank", "dry_run", "model", "data", "trust_remote_code",
-        "max_shard_size", "rounding", "seed",
+        "max_shard_size", "rounding", "seed", "merge_into",
     ],
     "write_report": ["folders", "output", "format"],
     "run_comparison": [

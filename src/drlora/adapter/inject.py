@@ -14,8 +14,15 @@ from drlora.adapter.observe import watch_tokens
 from drlora.config.adapter import DrLoraConfig
 from drlora.errors import ConfigError
 from drlora.moe.blocks import MoEBlock, active_experts, find_blocks
-from drlora.moe.families import family_of
+from drlora.moe.families import Family, family_of
+from drlora.moe.fingerprint import fingerprint
 from drlora.moe.refusals import refuse_unfit_model, refuse_unfit_weights
+from drlora.moe.rest import keep_trainable
+from drlora.moe.stored.told import (
+    refuse_lost_experts,
+    refuse_packed_routers,
+    tell_of_wide_experts,
+)
 from drlora.ops import choose_engine
 from drlora.ops.storage import has_own_storage
 
@@ -30,12 +37,15 @@ def prepare(model: nn.Module, config: DrLoraConfig, model_type: str | None) -> l
     _refuse_other_architecture(config, model_type)
     blocks = choose_blocks(model, config)
     _refuse_other_layout(config, blocks)
+    _tell_of_other_numbers(config, model, blocks)
     for block in blocks:
-        experts = model.get_submodule(block.experts_name)
-        base = experts.get_base_layer() if isinstance(experts, BaseTunerLayer) else experts
+        _, base = _experts_of(model, block)
         _refuse_mixed_dtypes(block.experts_name, base)
         _try_engine(config, base)
         _tell_of_other_storage(config, block.experts_name, base)
+    if not config.inference_mode:
+        tell_of_wide_experts(model, blocks)
+    keep_trainable(model)
     config.experts = [block.experts_name for block in blocks]
     _split_by_active(model, config, blocks)
     if config.router == "train":
@@ -55,7 +65,9 @@ def choose_blocks(model: nn.Module, config: DrLoraConfig) -> list[MoEBlock]:
             weights are not where an adapter can read them (`drlora.moe.refusals`).
     """
     refuse_unfit_model(model)
+    refuse_lost_experts(model)
     blocks = find_blocks(model)
+    refuse_packed_routers(model, blocks)
     found = {block.experts_name for block in blocks}
     if config.experts is not None:
         missing = sorted(set(config.experts) - found)
@@ -208,6 +220,35 @@ def _tell_of_other_storage(config: DrLoraConfig, name: str, base: nn.Module) -> 
     config.note(storage=storage)
 
 
+def _tell_of_other_numbers(config: DrLoraConfig, model: nn.Module, blocks: list[MoEBlock]) -> None:
+    """The same storage may hold another base, or one that other code has packed."""
+    found, trained = fingerprint(model, blocks), config.recorded("fingerprint")
+    if found is None:
+        return
+    family, base = _experts_of(model, blocks[0])
+    if (
+        trained not in (None, found)
+        and config.recorded("storage") == family.weights(base).down.name
+    ):
+        warnings.warn(
+            f"the adapter was trained on a base whose packed experts have other bytes (fingerprint "
+            f"{trained[:12]}, here {found[:12]}): another model or revision, or packed in another "
+            f"way. It is used as it is; load {config.base_model_name_or_path!r}, packed as it was, "
+            f"to have the same numbers.",
+            stacklevel=2,
+        )
+    config.note(fingerprint=found)
+
+
+def _experts_of(model: nn.Module, block: MoEBlock) -> tuple[Family, nn.Module]:
+    """Its experts without the adapter, and what they are."""
+    experts = model.get_submodule(block.experts_name)
+    base = experts.get_base_layer() if isinstance(experts, BaseTunerLayer) else experts
+    family = family_of(base)
+    assert family is not None, "find_blocks names recognised modules only"
+    return family, base
+
+
 def _split_by_active(model: nn.Module, config: DrLoraConfig, blocks: list[MoEBlock]) -> None:
     """Do what `split_by_active` asks for, once: the saved configuration has the final ranks."""
     if not config.option("split_by_active"):
@@ -237,6 +278,10 @@ def _try_engine(config: DrLoraConfig, base: nn.Module) -> None:
 
 def _refuse_mixed_dtypes(name: str, base: nn.Module) -> None:
     """Of what is stored as it is computed with; scales of packed numbers may be of any dtype."""
+    family = family_of(base)
+    weights = family.weights(base) if family is not None else None
+    if weights and not weights.is_plain and weights.bias("down") is None:
+        return
     packed = {id(p) for m in base.modules() if has_own_storage(m) for p in m.parameters()}
     kept = {
         key: p.dtype

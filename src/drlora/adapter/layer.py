@@ -74,6 +74,11 @@ class DrLoraExperts(nn.Module, BaseTunerLayer):
         """Whether a call does anything that the base layer would not."""
         return not self.disable_adapters and not self.merged and bool(self._names())
 
+    @property
+    def needs_routing(self) -> bool:
+        """Whether a call is computed here, for which it must say who goes where."""
+        return self.is_adapting or not self.base_weights.is_plain
+
     def requires_grad_(self, requires_grad: bool = True) -> DrLoraExperts:
         """As of any module; frozen, it freezes the trained routers too.
 
@@ -108,7 +113,7 @@ class DrLoraExperts(nn.Module, BaseTunerLayer):
         """What the base layer returns for the same call, with the adapters' updates."""
         if self.disable_adapters and self.merged:
             self.unmerge()
-        if self.is_adapting or not self.base_weights.is_plain:
+        if self.needs_routing:
             return self.family.call(self.get_base_layer(), self._run, *args, **kwargs)
         out = self.base_layer(*args, **kwargs)
         self._take_logits()

@@ -10,7 +10,7 @@ import difflib
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from drlora.export.choices import RANKS, ROUNDINGS
+from drlora.export.choices import MERGE_INTO, RANKS, ROUNDINGS
 from drlora.export.formats import FORMATS
 from drlora.io.files import home
 from drlora.report import FORMATS as REPORT_FORMATS
@@ -222,6 +222,9 @@ def _inspect(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("overrides", nargs="*", metavar="key=value", help="r_target=16, preset=...")
     verb.add_argument("--steps", type=int, metavar="N", help="show the growth plan of N steps")
     verb.add_argument("--dtype", help="of the weights; by default what they are stored in")
+    verb.add_argument(
+        "--quantise", metavar="STORAGE", help="of experts: nf4, nf4-nested, int8, ..."
+    )
     verb.add_argument("--tokens", type=int, metavar="N", help="of a batch, for activations")
 
 
@@ -244,6 +247,12 @@ def _export(verb: argparse.ArgumentParser) -> None:
         help=f"of merged weights in 16 bits (default {ROUNDINGS[0]})",
     )
     verb.add_argument("--seed", type=int, default=0, help="of stochastic rounding")
+    verb.add_argument(
+        "--merge-into",
+        default=MERGE_INTO[0],
+        choices=MERGE_INTO,
+        help="of a base that was quantised in training: the numbers it stood for, or the original",
+    )
     _base_model(verb)
 
 

@@ -81,10 +81,13 @@ def _block_table(blocks: Sequence[BlockShape]) -> Table:
 def _print_memory(memory: Memory, adapter: AdapterSize, console: Console) -> None:
     parts = memory.parts
     in_float32 = "" if adapter.beside.modules_to_save else " in float32"
+    kept = memory.dtype
+    if memory.quantised != "not quantised":
+        kept = f"{memory.quantised}, the others {memory.dtype}"
     console.print(
-        f"memory in GB: weights {memory.weights:.2f} ({memory.dtype}), adapter"
+        f"memory in GB: weights {memory.weights:.2f} ({kept}), adapter"
         f"{in_float32} {parts.adapter:.2f}, gradients {parts.gradients:.2f}, "
-        f"Adam moments {parts.optimizer:.2f}; activations of {memory.tokens:,} tokens about "
+        f"optimizer {parts.optimizer:.2f}; activations of {memory.tokens:,} tokens about "
         f"{memory.activations:.1f} ({memory.activations_with_checkpointing:.1f} with "
         f"gradient checkpointing)"
     )

@@ -42,7 +42,7 @@ from drlora.runs.look import look_at_data
 from drlora.runs.new_recipe import OWN_DATA, write_recipe
 from drlora.runs.outcome import RunDiverged, RunInterrupted
 from drlora.runs.prompts import read_prompts
-from drlora.runs.recipe import load_recipe, make_adapter_config
+from drlora.runs.recipe import load_recipe, make_adapter_config, quantise_section
 from drlora.runs.rundir import RunDir
 from drlora.runs.sampling import check_settings, settings_from
 from drlora.runs.train import train
@@ -206,8 +206,18 @@ def _inspect(arguments: argparse.Namespace) -> int:
     for override in arguments.overrides:
         path, value = split_override(override)
         set_in(settings, path[1:] if path[0] == "adapter" else path, value)
+    kept = settings.pop("quantise", {})
+    if arguments.quantise:
+        kept["experts"] = arguments.quantise
     config = make_adapter_config(settings, settings.pop("method", None))
-    found = inspect(arguments.model, config, arguments.steps, arguments.dtype, arguments.tokens)
+    found = inspect(
+        arguments.model,
+        config,
+        arguments.steps,
+        arguments.dtype,
+        arguments.tokens,
+        quantise_section(kept),
+    )
     if arguments.json:
         print(json.dumps(found.to_dict(), indent=2))
     else:
@@ -228,6 +238,7 @@ def _export(arguments: argparse.Namespace) -> int:
         max_shard_size=arguments.max_shard_size,
         rounding=arguments.rounding,
         seed=arguments.seed,
+        merge_into=arguments.merge_into,
     )
     if arguments.json:
         print(json.dumps(result.to_dict(), indent=2))

@@ -128,8 +128,8 @@ class DrLoraConfig(SavedConfig):
         options: settings that only some methods need, by name (docs/methods.md has the list); what
             is not given is filled in.
         record: no setting. What was found when the adapter was put in, and is compared when it is
-            loaded (`base_model_type`, `gate_up_order`, `storage`), and the `schedule` that it was
-            trained by.
+            loaded (`base_model_type`, `gate_up_order`, `storage`, `fingerprint`), and the
+            `schedule` that it was trained by.
 
     Raises:
         ConfigError: naming the setting, its value and the way out.

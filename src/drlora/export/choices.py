@@ -4,3 +4,4 @@ from __future__ import annotations
 
 RANKS = ("padded", "auto")
 ROUNDINGS = ("stochastic", "nearest")
+MERGE_INTO = ("trained", "original")

@@ -12,11 +12,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from drlora.errors import ConfigError
 from drlora.moe.families import FAMILIES, Family, family_of
 from drlora.moe.refusals import is_plain, refuse_unfit_weights
+from drlora.ops.storage import has_own_storage
 from drlora.ops.weights import MATRICES, ExpertWeights, Matrix
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -98,6 +99,11 @@ def find_blocks(model: nn.Module) -> list[MoEBlock]:
             f"drlora.moe.families. Use PEFT's LoraConfig for a dense model."
         )
     return blocks
+
+
+def has_experts(model: nn.Module) -> bool:
+    """Whether there is a block, or what looks like one."""
+    return next(_experts_modules(dict(model.named_modules())), None) is not None
 
 
 def active_experts(model: nn.Module, block: MoEBlock) -> int | None:
@@ -214,10 +220,14 @@ def _find_router(
 
 
 def _scores_experts(module: nn.Module, num_choices: int) -> bool:
-    def has_rows(weight: Tensor) -> bool:
-        return weight.dim() == 2 and weight.shape[0] == num_choices
+    def has_rows(weight: Any) -> bool:
+        # bitsandbytes keeps a column of bytes, and says what it stands for.
+        shape = getattr(getattr(weight, "quant_state", None), "shape", weight.shape)
+        return len(shape) == 2 and shape[0] == num_choices
 
-    return any(has_rows(weight) for weight in module.parameters())
+    # Parts of packed matrices have a row for each expert too.
+    own = (m for m in module.modules() if not has_own_storage(m))
+    return any(has_rows(weight) for m in own for weight in m.parameters(recurse=False))
 
 
 def _find_shared(parent_name: str, modules: dict[str, nn.Module]) -> Iterator[str]:

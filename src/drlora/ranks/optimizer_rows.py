@@ -19,6 +19,7 @@ from torch.optim import Adam, AdamW, Optimizer
 
 from drlora.adapter.row_book import IntArray, in_turns
 from drlora.distributed import held_range, held_rows, local_part
+from drlora.ranks.eight_bits import FIRST, SECOND, numbers_of
 
 
 def unwrap_optimizer(optimizer: object) -> object:
@@ -55,17 +56,17 @@ def steps_taken(optimizer: object, parameter: Tensor) -> int:
 def forget_rows(parameter: Tensor, state: dict, rows: Tensor) -> None:
     """Zero every per-element state (moments, momentum) of some rows.
 
-    They are zero already unless the optimizer fed weight decay into its moments. Quantised states
-    are left alone: code 0 does not stand for zero there.
+    Those of free rows are zero already unless the optimizer fed weight decay into its moments.
     """
     held = held_rows(parameter, rows)
     for value in state.values():
-        if (
-            isinstance(value, Tensor)
-            and value.shape == parameter.shape
-            and value.is_floating_point()
-        ):
+        if _is_of(value, parameter) and value.is_floating_point():
             local_part(value)[held.local] = 0
+    for name in (FIRST, SECOND):
+        if _is_of(state.get(name), parameter) and not state[name].is_floating_point():
+            with numbers_of(state, name) as moment:
+                if moment is not None:
+                    moment[held.local] = 0
 
 
 @torch.no_grad()
@@ -82,27 +83,41 @@ def inherit_second_moment(
         rows: the claimed rows.
 
     Returns:
-        Whether the state has a second moment per element (`exp_avg_sq`, as Adam's); nothing is
-        done if not.
+        Whether the state has a second moment per element (`exp_avg_sq`, as Adam's, or the second
+        one of bitsandbytes'); nothing is done if not.
     """
-    moments = [
-        state[key]
-        for key in ("exp_avg_sq", "max_exp_avg_sq")
-        if isinstance(state.get(key), Tensor) and state[key].shape == parameter.shape
-    ]
     older_R = owner_R.clone()
     older_R[rows] = -1
     older = older_R.cpu().numpy()
     counts = np.bincount(older[older >= 0], minlength=num_experts).clip(min=1)
     counts_E1 = torch.from_numpy(counts).to(owner_R.device)[:, None]
     held = held_rows(parameter, rows)
-    for moment in moments:
+
+    def inherit(moment: Tensor) -> None:
         local = local_part(moment)
         sums_EO = _expert_sums(local, held_range(parameter), older, num_experts)
         if isinstance(moment, DTensor):
             dist.all_reduce(sums_EO, group=moment.device_mesh.get_group())
         local[held.local] = (sums_EO / counts_E1)[owner_R[rows[held.chosen]].long()]
-    return bool(moments)
+
+    names = [n for n in ("exp_avg_sq", "max_exp_avg_sq") if _is_of(state.get(n), parameter)]
+    for name in names:
+        inherit(state[name])
+    if not names and _is_of(state.get(SECOND), parameter):
+        with numbers_of(state, SECOND) as moment:
+            if moment is not None:
+                inherit(moment)
+                names.append(SECOND)
+    return bool(names)
+
+
+def _is_of(value: object, parameter: Tensor) -> TypeGuard[Tensor]:
+    """Whether a state has a number for each of a parameter; quantisers' own tensors do not count.
+
+    Those of torchao say that they are float32 and cannot be written to row by row.
+    """
+    is_plain = type(value) in (Tensor, DTensor)
+    return isinstance(value, Tensor) and is_plain and value.shape == parameter.shape
 
 
 def _expert_sums(

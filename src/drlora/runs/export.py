@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,8 @@ from drlora.config.adapter import DrLoraConfig
 from drlora.data import Collator, encode_examples
 from drlora.distributed import best_device
 from drlora.errors import CheckpointError, ConfigError, DrLoraError
-from drlora.export.check import Difference
-from drlora.export.choices import ROUNDINGS
+from drlora.export.check import Difference, Gap, logits_of
+from drlora.export.choices import MERGE_INTO, ROUNDINGS
 from drlora.export.make import ROUNDING
 from drlora.export.plan import ExportPlan, apply_plan, make_plan, refuse_full_folder
 from drlora.io.files import home, read_json
@@ -41,11 +41,13 @@ from drlora.runs.loading import (
     model_on_meta,
     vocabulary_size,
 )
+from drlora.runs.quantise import QuantiseSection
 from drlora.runs.recipe import default_split
 from drlora.runs.sources import Source, find_source
 from drlora.trainer.preferences import wanted
 
 EXAMPLES, MAX_TOKENS = 8, 128
+ROOM = 0.8  # of a device's free memory, for weights
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,7 @@ def export_adapter(
     max_shard_size: str | None = None,
     rounding: RoundingMode = ROUNDING.mode,
     seed: int = ROUNDING.seed,
+    merge_into: str = MERGE_INTO[0],
 ) -> ExportResult:
     """Export the adapter in `folder` to `output`; a dry run reads no weights but the adapter's.
 
@@ -101,6 +104,9 @@ def export_adapter(
         max_shard_size: of one file of merged weights, such as `5GB`; by default transformers' own.
         rounding: of merged weights in 16 bits, `stochastic` or `nearest`.
         seed: of stochastic rounding.
+        merge_into: of a run whose base was quantised, what the adapter is merged into: `trained`,
+            the numbers that the quantised base stands for, or the `original`; how much that moves
+            the logits is in the notes.
 
     Raises:
         ConfigError: if the format does not fit the model, or `output` is not empty.
@@ -110,28 +116,80 @@ def export_adapter(
     """
     if rounding not in ROUNDINGS:
         raise ConfigError(f"rounding={rounding!r} is not known; choose one of {list(ROUNDINGS)}.")
-    how = Rounding(rounding, seed)
+    if merge_into not in MERGE_INTO:
+        raise ConfigError(
+            f"merge_into={merge_into!r} is not known; choose one of {list(MERGE_INTO)}."
+        )
+    how, notes = Rounding(rounding, seed), list[str]()
     source = _find_adapter(Path(folder), model, trust_remote_code)
     output = home(str(output))
     refuse_full_folder(output)
     if dry_run:
         return ExportResult(make_plan(_adapter_without_base(source), format, rank))
-    base = load_base_model(source)
-    adapted = load_adapter(base, str(source.folder))
+    is_quantised = source.quantise.experts is not None
+    if merge_into != MERGE_INTO[0] and not (is_quantised and format == "merged"):
+        raise ConfigError(
+            f"merge_into={merge_into!r} is for the format merged and an adapter that was trained "
+            f"on a quantised base; leave it out."
+        )
+    base: Any = load_base_model(source)
+    if is_quantised:
+        base = base.dequantize()  # the same numbers, that PEFT and transformers can compute with
+    adapted = _quietly_on(base, source)
     vocab_size = vocabulary_size(base)
-    plan = make_plan(adapted, format, rank)
     tokenizer = _tokenizer(source, vocab_size, needed=data is not None)
     what, batches = _batches(source, data, tokenizer, vocab_size)
+    if is_quantised and format == "merged":
+        notes = [f"merged into the numbers that the base stood for in training ({source.quantise})"]
+    if merge_into == "original":
+        adapted, said = _on_the_original(source, adapted, batches)
+        base, notes = adapted.get_base_model(), [said]
+    plan = make_plan(adapted, format, rank)
     record = {
         "adapter": from_root(str(folder)),
         "base_model": from_root(source.model),
         "output": os.path.abspath(output),
         "dtype": str(base.dtype).removeprefix("torch."),
         "compared_on": what,
+        **({"merged_into": notes[0]} if notes else {}),
     }
-    adapted.to(best_device())
+    adapted.to(_device_for(base))
     written = apply_plan(plan, adapted, batches, output, tokenizer, record, max_shard_size, how)
-    return ExportResult(plan, Path(output), written.difference, tuple(written.notes))
+    return ExportResult(plan, Path(output), written.difference, (*notes, *written.notes))
+
+
+def _on_the_original(
+    source: Source, trained: PeftModel, batches: list[dict[str, Tensor]]
+) -> tuple[PeftModel, str]:
+    """The adapter on the base before that was quantised, and what this moves; uses `trained` up."""
+    device = _device_for(trained)
+    before = logits_of(trained.to(device), batches)
+    trained.to("meta")
+    base = load_base_model(replace(source, quantise=QuantiseSection()))
+    adapted = _quietly_on(base, source).to(device)
+    moved = Gap(logits_of(adapted, batches), before).root_mean_square
+    share = moved / max(torch.cat(before).square().mean().sqrt().item(), 1e-30)
+    return adapted, (
+        f"merged into the original base, which was {source.quantise} in training: logits move by "
+        f"{share:.2%}"
+    )
+
+
+def _device_for(model: nn.Module) -> torch.device:
+    """The best device; the CPU where a model that was quantised for it is too large for it now."""
+    device = best_device()
+    if device.type == "cuda":
+        size = sum(p.numel() * p.element_size() for p in model.parameters())
+        if size > ROOM * torch.cuda.mem_get_info(device)[0]:
+            return torch.device("cpu")
+    return device
+
+
+def _quietly_on(base: Any, source: Source) -> PeftModel:
+    """The adapter on its base, which may be stored otherwise than in training on purpose."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "the adapter was trained on experts stored as")
+        return load_adapter(base, str(source.folder))
 
 
 def _find_adapter(folder: Path, model: str | None, trust_remote_code: bool) -> Source:

@@ -21,7 +21,7 @@ from drlora.adapter.inject import choose_blocks
 from drlora.config.adapter import DrLoraConfig
 from drlora.config.registry import ALLOCATIONS
 from drlora.errors import ConfigError
-from drlora.moe.blocks import MoEBlock, active_experts
+from drlora.moe.blocks import MoEBlock, active_experts, find_blocks
 from drlora.ops.weights import MATRICES
 from drlora.ranks.schedule import Competitors, GrowthPlan, make_schedule, plan_of
 from drlora.runs.inspection import (
@@ -37,6 +37,7 @@ from drlora.runs.inspection import (
 )
 from drlora.runs.loading import load_architecture, model_on_meta
 from drlora.runs.memory import TOKENS, adapter_parameters, memory_plan, stored_rank
+from drlora.runs.quantise import QuantiseSection
 from drlora.runs.recipe import DTYPES
 
 EARLY, LATE, FEW_EVENTS = 0.6, 0.95, 4
@@ -48,6 +49,8 @@ def inspect(
     steps: int | None = None,
     dtype: str | None = None,
     tokens: int | None = None,
+    quantise: QuantiseSection | None = None,
+    optim: str = "adamw_torch",
 ) -> Inspection:
     """Blocks, parameters, memory and growth plan of an adapter on a model.
 
@@ -58,15 +61,21 @@ def inspect(
         dtype: of the base weights; by default what the model's config says.
         tokens: of a forward and backward pass, padding included, that activations are kept for; by
             default 4,096.
+        quantise: how the base is to be kept; by default as it is.
+        optim: the optimizer, by transformers' name.
 
     Raises:
-        ConfigError: if there is no such model, it has no MoE blocks, or `dtype` is not known.
+        ConfigError: if there is no such model, it has no MoE blocks, its experts cannot be kept so,
+            or `dtype` is not known.
     """
     config = config or DrLoraConfig()
     architecture = load_architecture(model)
     skeleton = model_on_meta(architecture)
     blocks = choose_blocks(skeleton, config)
     weights_dtype = _dtype(dtype, architecture)
+    kept = quantise or QuantiseSection()
+    kept.refuse_unfit(skeleton)
+    weight_bytes = kept.weight_bytes(skeleton, weights_dtype, find_blocks(skeleton))
     parameters = _parameters(skeleton, blocks)
     described = tuple(_block(block, skeleton) for block in blocks)
     beside = _beside(skeleton, config)
@@ -78,7 +87,7 @@ def inspect(
         parameters=parameters,
         adapter=_adapter(blocks, config, beside),
         memory_gb=memory_plan(
-            parameters.total,
+            weight_bytes,
             blocks,
             described,
             architecture,
@@ -86,6 +95,8 @@ def inspect(
             beside,
             weights_dtype,
             TOKENS if tokens is None else tokens,
+            str(kept),
+            optim,
         ),
         growth=growth,
         warnings=_warnings(growth, config) if isinstance(growth, GrowthForecast) else (),

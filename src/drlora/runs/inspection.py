@@ -103,7 +103,8 @@ class Memory:
     """GB (1e9 bytes) of what training keeps.
 
     Attributes:
-        dtype: of the base's weights.
+        dtype: of the base's weights, of those that are not quantised.
+        quantised: what of the base is, in words.
         weights: of the base.
         adapter_at_budget: with gradients and moments, for the rows that are stored.
         adapter_at_r_max_everywhere: the same if every expert had r_max.
@@ -115,6 +116,7 @@ class Memory:
     """
 
     dtype: str
+    quantised: str
     weights: float
     adapter_at_budget: float
     adapter_at_r_max_everywhere: float

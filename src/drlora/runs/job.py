@@ -274,6 +274,8 @@ def _refuse_settings(
     recipe: Recipe, arguments: TrainingArguments, skeleton: PreTrainedModel, past: _Past
 ) -> None:
     """What can be told before data is read."""
+    recipe.quantise.refuse_missing()
+    recipe.quantise.refuse_unfit(skeleton)
     if arguments.gradient_checkpointing and not skeleton.supports_gradient_checkpointing:
         raise ConfigError(
             f"training.gradient_checkpointing=true: {type(skeleton).__name__} does not support it; "

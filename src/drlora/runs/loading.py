@@ -36,9 +36,11 @@ from drlora.export.import_lora import load_peft_lora, refuse_other_files
 from drlora.io.files import read_text
 from drlora.io.places import from_root
 from drlora.io.run_files import CONFIG
+from drlora.moe.stored.config import loading_settings
 from drlora.ranks.continue_adapter import continue_adapter, is_drlora, refuse_unfit
 from drlora.ranks.rank_map import read_rank_map, start_ranks
 from drlora.ranks.schedule import Competitors, Schedule, make_schedule, plan_of
+from drlora.runs.quantise import QuantiseSection
 from drlora.runs.recipe import Recipe
 
 DEFAULT_MAX_LENGTH = 1024
@@ -58,6 +60,9 @@ class NamesModel(Protocol):
 
     @property
     def trust_remote_code(self) -> bool: ...
+
+    @property
+    def quantise(self) -> QuantiseSection: ...
 
 
 def load_architecture(model: str, trust_remote_code: bool = False) -> PreTrainedConfig:
@@ -178,12 +183,17 @@ def load_base_model(recipe: NamesModel) -> PreTrainedModel:
     """
     with _told(f"the weights of model={recipe.model!r} cannot be loaded", _MODEL_HINT):
         load: Any = AutoModelForCausalLM.from_pretrained
+        name = from_root(resolve_model(recipe.model))  # what adapters will say their base is
+        kept = loading_settings(
+            name, recipe.quantise.config(), trust_remote_code=recipe.trust_remote_code
+        )
         model, report = load(
-            from_root(resolve_model(recipe.model)),  # what adapters will say their base is
+            name,
             dtype="auto" if recipe.dtype == "auto" else getattr(torch, recipe.dtype),
             trust_remote_code=recipe.trust_remote_code,
             output_loading_info=True,
             use_safetensors=True,
+            **kept,
         )
     missing = sorted(report["missing_keys"])
     if missing:

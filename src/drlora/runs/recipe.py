@@ -3,11 +3,11 @@
     recipe = load_recipe("embedded", ["training.max_steps=100"])
     train(recipe)
 
-The section `data` is a `DataSection`, `evaluation` an `EvaluationSection`, `adapter` a
-`DrLoraConfig` (its settings, or a `preset` and changes to it); `training` has the fields of TRL's
-config for the `objective` (SFTConfig, DPOConfig and the like), those of transformers'
-TrainingArguments among them, and `OwnSettings`. Whatever is not known is refused, with the nearest
-known name.
+The section `data` is a `DataSection`, `evaluation` an `EvaluationSection`, `quantise` a
+`QuantiseSection`, `adapter` a `DrLoraConfig` (its settings, or a `preset` and changes to it);
+`training` has the fields of TRL's config for the `objective` (SFTConfig, DPOConfig and the like),
+those of transformers' TrainingArguments among them, and `OwnSettings`. Whatever is not known is
+refused, with the nearest known name.
 Relative paths are those of the working directory; what a run keeps of its recipe has them from the
 root on, so that it can be resumed from anywhere.
 """
@@ -40,53 +40,16 @@ from drlora.ranks.continue_adapter import RANKS, kept_settings
 from drlora.recipes import resolve_recipe
 from drlora.runs.method_notes import tell_of_method
 from drlora.runs.moved import located_at
+from drlora.runs.quantise import QuantiseSection
+from drlora.runs.training_section import COMMON_TRAINING, NOT_IN_RECIPES, TRAINING_DEFAULTS
 from drlora.trainer.objectives import OBJECTIVES, OWN, Objective, OwnSettings, objective_of
 
+SECTIONS = ("data", "adapter", "training", "evaluation", "quantise")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 _MAYBE_OF_HUB = ("model", "tokenizer", "chat_template")
 LENGTHS = ("max_steps", "num_train_epochs")  # settings of training that say how long a run is
 _PATHS = ("model", "tokenizer", "output_dir", "start_from", "start_ranks", "chat_template")
-
-TRAINING_DEFAULTS: dict[str, Any] = {
-    "learning_rate": 2e-4,
-    "lr_scheduler_type": "linear",
-    "warmup_steps": 0.03,
-    "weight_decay": 0.0,
-    "logging_steps": 10,
-    "save_strategy": "steps",
-    "save_steps": 200,
-    "save_total_limit": 2,
-    "seed": 42,
-    "report_to": "none",
-    "logging_nan_inf_filter": False,  # it logs 0 where the loss is NaN
-}
-# Fields of TRL's configs that a recipe does not set, and why.
-NOT_IN_RECIPES = {
-    "model_init_kwargs": "set model, dtype and trust_remote_code at the top of the recipe",
-    "trust_remote_code": "set trust_remote_code at the top of the recipe",
-    "chat_template_path": "set chat_template at the top of the recipe",
-    "max_length": "set data.max_length, which evaluation keeps to as well",
-    "dataset_text_field": "set data.columns: {text: NAME}",
-    "dataset_kwargs": "drlora prepares the data",
-    "shuffle_dataset": "examples are drawn in a random order anyway",
-    "eval_packing": "held-out examples are measured one by one",
-    "pad_token": "set it in the tokenizer",
-    "sync_ref_model": "the reference is the base model, or the adapter that the run starts from",
-    "output_dir": "set output_dir at the top of the recipe",
-    "label_names": "drlora's data always has the column labels",
-    "resume_from_checkpoint": "use --resume",
-    "restore_callback_states_from_checkpoint": "use --resume",
-    "save_only_model": "a run could not be resumed without the optimizer's state",
-    "do_train": "drlora train trains",
-    "do_eval": "see the section evaluation",
-    "do_predict": "use drlora eval",
-}
-COMMON_TRAINING = (
-    "max_steps, num_train_epochs, per_device_train_batch_size, gradient_accumulation_steps, "
-    "learning_rate, warmup_steps, lr_scheduler_type, weight_decay, logging_steps, save_steps, "
-    "seed, {own} and all other fields of trl.{config}"
-)
 
 
 @dataclass(frozen=True)
@@ -101,6 +64,7 @@ class Recipe:
             is given.
         training: fields of the config of the objective's trainer, and `OwnSettings`.
         evaluation: see EvaluationSection.
+        quantise: how the base is kept, see QuantiseSection.
         objective: what is learned from: `sft`, `dpo`, `kto` or `grpo`
             (`drlora.trainer.objectives`).
         reward: of `grpo`, what answers are rewarded by: a name of `drlora.trainer.rewards`, one
@@ -126,6 +90,7 @@ class Recipe:
     adapter: DrLoraConfig
     training: dict[str, Any]
     evaluation: EvaluationSection = EvaluationSection()
+    quantise: QuantiseSection = QuantiseSection()
     objective: str = "sft"
     reward: str | list[str] | None = None
     method: str | None = None
@@ -202,7 +167,7 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """Plain values with every default filled in; `recipe_from` reads them back."""
         plain = {f.name: getattr(self, f.name) for f in fields(self)}
-        sections = {"data": asdict(self.data), "evaluation": asdict(self.evaluation)}
+        sections = {name: asdict(plain[name]) for name in ("data", "evaluation", "quantise")}
         return copy.deepcopy({**plain, **sections, "adapter": settings_of(self.adapter)})
 
 
@@ -254,12 +219,13 @@ def recipe_from(tree: dict[str, Any], is_record: bool = False) -> Recipe:
     """
     _refuse_unknown_in(tree, Recipe, "")
     tree = _at_home(tree, _PATHS)
-    sections = {key: _section(tree, key) for key in ("data", "adapter", "training", "evaluation")}
+    sections = {key: _section(tree, key) for key in SECTIONS}
     objective = objective_of(check_type(tree.get("objective") or "sft", str, "objective"))
     training = _training(sections["training"], objective)
     parts = {
         "data": _build(DataSection, _at_home(sections["data"], ROLES), "data"),
         "evaluation": _build(EvaluationSection, sections["evaluation"], "evaluation"),
+        "quantise": quantise_section(sections["quantise"]),
         "training": training,
     }
     if is_record and _has_unknown_rules(sections["adapter"], tree.get("method")):
@@ -359,6 +325,16 @@ def _section(tree: dict[str, Any], key: str) -> dict[str, Any]:
     return section
 
 
+def quantise_section(settings: dict[str, Any]) -> QuantiseSection:
+    """A QuantiseSection from a section `quantise`.
+
+    Raises:
+        ConfigError: naming the setting, its value and the way out.
+    """
+    section: QuantiseSection = _build(QuantiseSection, settings, "quantise")
+    return section
+
+
 def _build(kind: Any, settings: dict[str, Any], section: str) -> Any:
     """A section's dataclass, its names and types checked first."""
     _refuse_unknown_in(settings, kind, section)
@@ -391,6 +367,7 @@ def _homes() -> dict[str, str]:
     names = {f.name for kind in (*configs, OwnSettings) for f in fields(kind)}
     homes = {name: f"training.{name}" for name in names}
     homes |= {f.name: f"evaluation.{f.name}" for f in fields(EvaluationSection)}
+    homes |= {f.name: f"quantise.{f.name}" for f in fields(QuantiseSection)}
     homes |= {f.name: f"data.{f.name}" for f in fields(DataSection)}
     homes |= {key: f"adapter.{key}" for key in (*adapter_settings(), "preset")}
     homes |= {key: f"adapter.options.{key}" for key in (*GENERAL, *registered_options())}

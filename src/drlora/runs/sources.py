@@ -22,6 +22,8 @@ from drlora.evaluation.measure import EvaluationSection
 from drlora.io.files import home, read_adapter_config, read_json
 from drlora.io.places import Place, leads_somewhere
 from drlora.io.run_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, EXPORT_RECORD
+from drlora.ops.storage.packed import FORMATS
+from drlora.runs.quantise import QuantiseSection
 from drlora.runs.recipe import Recipe
 from drlora.runs.rundir import RunDir
 
@@ -40,6 +42,7 @@ class Source:
         dtype: of the base model: the run's, or that of the export.
         data: of the run's recipe, or None.
         evaluation: of the run's recipe, or the default.
+        quantise: how the base of an adapter is kept.
         run: the run that an export says it was made from, also where it is gone; else None.
     """
 
@@ -51,6 +54,7 @@ class Source:
     trust_remote_code: bool
     data: DataSection | None = None
     evaluation: EvaluationSection = EvaluationSection()
+    quantise: QuantiseSection = QuantiseSection()
     run: Path | None = None
 
 
@@ -100,7 +104,9 @@ def _of_adapter(folder: Path, model: str | None, trust_remote_code: bool) -> Sou
     record = _record(folder)
     base = model or _base(folder, said, record)
     tokenizer, dtype = _tokenizer_in(folder), _dtype(record)
-    source = Source(folder, kind, base or "", tokenizer, dtype, trust_remote_code)
+    source = Source(
+        folder, kind, base or "", tokenizer, dtype, trust_remote_code, quantise=_kept(said)
+    )
     source = _of_export(source)
     if model:  # whatever the run has
         source = replace(source, model=model)
@@ -157,7 +163,9 @@ def _with_recipe(source: Source, recipe: Recipe) -> Source:
             f"the run of {source.folder} was made with trust_remote_code: true; code that comes "
             f"with a model runs only where you say so too, with --trust-remote-code."
         )
-    return replace(source, data=recipe.data, evaluation=recipe.evaluation)
+    # What was merged has another base in it, and PEFT puts its LoRA on no packed experts.
+    quantise = recipe.quantise if source.adapter == "DRLORA" else QuantiseSection()
+    return replace(source, data=recipe.data, evaluation=recipe.evaluation, quantise=quantise)
 
 
 def _record(folder: Path) -> dict[str, Any]:
@@ -170,6 +178,13 @@ def _dtype(record: dict[str, Any]) -> str:
     """That the export was made and compared in."""
     found = record.get("dtype")
     return found if found in ("float32", "bfloat16", "float16") else "auto"
+
+
+def _kept(said: dict[str, Any]) -> QuantiseSection:
+    """How the base was kept that an adapter was trained on, as far as it says."""
+    own = said.get("record")
+    storage = own.get("storage") if isinstance(own, dict) else None
+    return QuantiseSection(experts=storage) if storage in FORMATS else QuantiseSection()
 
 
 def _tokenizer_in(folder: Path) -> str | None:

@@ -9,9 +9,9 @@ from __future__ import annotations
 from importlib import import_module
 from pkgutil import iter_modules
 
-from drlora.moe.families.base import FAMILIES, Family, Run, family_of, register_family
+from drlora.moe.families.base import FAMILIES, Family, Place, Run, family_of, register_family
 
-__all__ = ["FAMILIES", "Family", "Run", "family_of", "register_family"]
+__all__ = ["FAMILIES", "Family", "Place", "Run", "family_of", "register_family"]
 
 _files = sorted(module.name for module in iter_modules(__path__))
 # What registers last is asked first; models grow into the interface, so it goes before exceptions.

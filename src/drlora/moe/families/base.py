@@ -6,7 +6,7 @@ A family is one small file beside this one (docs/families.md shows how to write 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,19 @@ class Run(Protocol):
         ...
 
 
+class Place(NamedTuple):
+    """A parameter that packed matrices can take the place of.
+
+    Attributes:
+        path: its name below the module.
+        flat_experts: E where it is a matrix (E * rows, columns) of all of them; 0 where it is a
+            tensor (E, rows, columns).
+    """
+
+    path: str
+    flat_experts: int = 0
+
+
 class Family(ABC):
     """How one kind of experts is recognised, read and called.
 
@@ -61,6 +74,10 @@ class Family(ABC):
     def missing(self, module: Any) -> str | None:
         """Why a recognised module cannot be adapted, or None."""
         return None
+
+    def places(self, module: Any) -> list[Place]:
+        """The parameters of all matrices, where packed ones can take their places."""
+        return []
 
     def num_choices(self, module: Any) -> int:
         """How many rows the router's weight has; more than E where a choice can be no expert."""

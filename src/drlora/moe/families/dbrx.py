@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from drlora.moe.families.base import Family, Run, gated, register_family
+from drlora.moe.families.base import Family, Place, Run, gated, register_family
 from drlora.ops.weights import Apart, ExpertWeights, as_matrix
 
 
@@ -16,11 +16,17 @@ class Dbrx(Family):
     def recognises(self, module: nn.Module) -> bool:
         return type(module).__name__ == "DbrxExperts"
 
+    def places(self, module: Any) -> list[Place]:
+        return [Place(f"mlp.{key}", module.num_experts) for key in ("w1", "v1", "w2")]
+
     def weights(self, module: Any) -> ExpertWeights:
-        mlp, shape = module.mlp, (module.num_experts, module.ffn_hidden_size, module.hidden_size)
+        mlp = module.mlp
+        gate, up, down = (
+            w.view(_shape(module)) if isinstance(w, Tensor) else w for w in (mlp.w1, mlp.v1, mlp.w2)
+        )
         return ExpertWeights(
-            Apart(as_matrix(mlp.w1.view(shape)), as_matrix(mlp.v1.view(shape))),
-            as_matrix(mlp.w2.view(shape), transposed=True),
+            Apart(as_matrix(gate), as_matrix(up)),
+            as_matrix(down, transposed=True),
             *gated(mlp.activation_fn),
         )
 
@@ -29,6 +35,10 @@ class Dbrx(Family):
     ) -> Tensor:
         out_TH = run(hidden.reshape(-1, hidden.shape[-1]), index_TK, weight_TK)
         return out_TH.view(hidden.shape)
+
+
+def _shape(module: Any) -> tuple[int, int, int]:
+    return module.num_experts, module.ffn_hidden_size, module.hidden_size
 
 
 register_family(Dbrx())

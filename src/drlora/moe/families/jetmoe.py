@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from drlora.moe.families.base import Family, Run, gated, register_family
+from drlora.moe.families.base import Family, Place, Run, gated, register_family
 from drlora.ops.weights import ExpertWeights, as_matrix
 
 
@@ -23,6 +23,9 @@ class JetMoe(Family):
 
     def recognises(self, module: nn.Module) -> bool:
         return type(module).__name__ == "JetMoeMoE"
+
+    def places(self, module: Any) -> list[Place]:
+        return [Place("input_linear.weight"), Place("output_linear.weight")]
 
     def weights(self, module: Any) -> ExpertWeights:
         return ExpertWeights(

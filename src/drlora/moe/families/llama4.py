@@ -15,17 +15,41 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from drlora.moe.families.base import Family, gated, register_family
-from drlora.ops.weights import ExpertWeights, as_matrix
+from drlora.moe.families.base import Family, Place, gated, register_family
+from drlora.moe.families.module_list import cannot_read, is_readable
+from drlora.ops.weights import Apart, ExpertWeights, as_matrix
+
+_LISTED, _NAMES = "SequentialLlama4TextExperts", ("gate_proj", "up_proj", "down_proj")
 
 
 class Llama4(Family):
-    """`gate_up_proj (E, H, 2I)` and `down_proj (E, I, H)`; no interface."""
+    """`gate_up_proj (E, H, 2I)` and `down_proj (E, I, H)`; no interface.
+
+    Or a ModuleList of MLPs, which transformers puts in their place where a checkpoint has been
+    quantised by bitsandbytes or compressed-tensors.
+    """
 
     def recognises(self, module: nn.Module) -> bool:
-        return type(module).__name__ == "Llama4TextExperts"
+        return type(module).__name__ in ("Llama4TextExperts", _LISTED)
+
+    def missing(self, module: Any) -> str | None:
+        if type(module).__name__ != _LISTED:
+            return None
+        layers = [getattr(expert, name) for expert in module for name in _NAMES]
+        unread = next((layer for layer in layers if not is_readable(layer)), None)
+        return None if unread is None else cannot_read(unread)
+
+    def places(self, module: Any) -> list[Place]:
+        if type(module).__name__ == _LISTED:
+            return []
+        return [Place("gate_up_proj"), Place("down_proj")]
 
     def weights(self, module: Any) -> ExpertWeights:
+        if type(module).__name__ == _LISTED:
+            gate, up, down = (
+                as_matrix([getattr(expert, name).weight for expert in module]) for name in _NAMES
+            )
+            return ExpertWeights(Apart(gate, up), down, *gated(module[0].activation_fn))
         return ExpertWeights(
             as_matrix(module.gate_up_proj, transposed=True),
             as_matrix(module.down_proj, transposed=True),
@@ -50,7 +74,7 @@ def _sparse(block_class: Any) -> Any:
         return block_class
 
     def forward(self: Any, hidden: Tensor) -> Any:
-        if not getattr(self.experts, "is_adapting", False):
+        if not getattr(self.experts, "needs_routing", False):
             return block_class.forward(self, hidden)
         x_TH = hidden.reshape(-1, self.hidden_dim)
         score_TE, logits_TE = self.router(x_TH)

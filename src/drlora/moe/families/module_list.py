@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from drlora.moe.families.base import Family, Run, gated, register_family
+from drlora.moe.families.base import Family, Place, Run, gated, register_family
 from drlora.ops.naive import experts_naive
 from drlora.ops.parts import DropoutMasks
 from drlora.ops.routing import sort_by_expert
@@ -42,12 +42,18 @@ class ModuleListExperts(Family):
             if names is None or not hasattr(expert, "act_fn"):
                 return f"its experts have no {_NAMES[0]} or {_NAMES[1]} with an act_fn"
             layers = [getattr(expert, name) for name in names]
-            if not all(_is_readable(layer) for layer in layers):
-                return "its experts are not plain Linear layers without bias (quantised, perhaps)"
+            unread = next((layer for layer in layers if not is_readable(layer)), None)
+            if unread is not None:
+                return cannot_read(unread)
         return None if self._computes_the_same(module) else (
             "its block does not compute what a softmax or DeepSeek router with experts in a "
             "ModuleList would, so its routing is not known; add a family for it"
         )  # fmt: skip
+
+    def places(self, module: Any) -> list[Place]:
+        names = _names_of(module.experts[0]) or _NAMES[0]
+        paths = [f"experts.{n}.{name}.weight" for n in range(len(module.experts)) for name in names]
+        return [Place(path, flat_experts=1) for path in paths]
 
     def weights(self, module: Any) -> ExpertWeights:
         gate, up, down = _names_of(module.experts[0]) or _NAMES[0]
@@ -77,7 +83,6 @@ class ModuleListExperts(Family):
     def router_logits(self, output: Any) -> Tensor | None:
         return output if isinstance(output, Tensor) else None
 
-    @torch.no_grad()
     def _computes_the_same(self, module: Any) -> bool:
         weights = self.weights(module)
         if weights.device.type == "meta":  # nothing to compute with; tried when it has weights
@@ -86,6 +91,8 @@ class ModuleListExperts(Family):
         hidden = torch.randn(
             1, _PROBE_TOKENS, weights.in_features("gate_up"), generator=generator
         ).to(weights.device, weights.dtype)
+        # bitsandbytes rearranges a layer for good in its first pass on a CPU without a gradient.
+        hidden.requires_grad_(not weights.is_plain)
 
         def run(x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor, /, **_: Any) -> Tensor:
             routing = sort_by_expert(index_TK, weights.num_experts)
@@ -94,7 +101,8 @@ class ModuleListExperts(Family):
         training = module.training
         module.eval()
         try:
-            own, ours = module(hidden.clone()), self.call(module, run, hidden)
+            with torch.set_grad_enabled(not weights.is_plain):
+                own, ours = module(hidden.clone()), self.call(module, run, hidden)
         except (AttributeError, TypeError, ValueError, RuntimeError):
             return False
         finally:
@@ -106,11 +114,20 @@ class ModuleListExperts(Family):
         return bool((own - ours).norm() <= tolerance * own.norm())
 
 
-def _is_readable(layer: nn.Module) -> bool:
+def is_readable(layer: nn.Module) -> bool:
     """A plain Linear layer without bias; or a subclass of it, if its weight's storage is known."""
     if not isinstance(layer, nn.Linear) or layer.bias is not None:
         return False
     return type(layer) is nn.Linear or has_own_storage(layer.weight)
+
+
+def cannot_read(layer: nn.Module) -> str:
+    """Why experts with such a layer cannot be adapted."""
+    return (
+        f"its experts have layers that cannot be read ({layer}); what can are plain Linear layers "
+        f"and bitsandbytes' Linear4bit in nf4 with blocks of 64, without a bias, and before their "
+        f"first inference on a CPU, which rearranges them"
+    )
 
 
 def _names_of(expert: nn.Module) -> tuple[str, str, str] | None:

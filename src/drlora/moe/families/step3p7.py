@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from drlora.moe.families.base import Family, register_family
+from drlora.moe.families.base import Family, Place, register_family
 from drlora.ops.weights import ExpertWeights, as_matrix
 
 
@@ -18,6 +18,9 @@ class Step3p7(Family):
 
     def recognises(self, module: nn.Module) -> bool:
         return type(module).__name__ == "Step3p7Experts"
+
+    def places(self, module: Any) -> list[Place]:
+        return [Place("gate_up_proj"), Place("down_proj")]
 
     def weights(self, module: Any) -> ExpertWeights:
         gate_up, down = as_matrix(module.gate_up_proj), as_matrix(module.down_proj)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from drlora.ops.loop.plan import Plan
-from drlora.ops.loop.scratch import scratch
 from drlora.ops.loop.tasks import Task
+from drlora.ops.scratch import scratch
 from drlora.ops.weights import ExpertMatrix
 
 
@@ -29,11 +29,13 @@ class Widen:
             self.buffer = torch.empty_like(weight_IO, dtype=self.dtype)
         return self.buffer.copy_(weight_IO)
 
-    def read(self, matrix: ExpertMatrix, expert: int) -> Tensor:
-        """(O, I) of an expert that is stored in another form."""
+    def read(self, matrix: ExpertMatrix, expert: int, unscaled: bool = False) -> Tensor:
+        """(O, I) of an expert that is stored in another form, maybe without its late scales."""
         shape = matrix.shape[1:]
         if self.read_OI is None or self.read_OI.shape != shape:
             self.read_OI = scratch("wide expert", *shape, self.dtype, matrix.device)
+        if unscaled:
+            return matrix.read_unscaled(expert, self.read_OI)
         return matrix.read(expert, self.read_OI)
 
 

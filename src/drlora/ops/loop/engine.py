@@ -38,10 +38,10 @@ from drlora.ops.loop.buffers import Buffers, Widen, write_back
 from drlora.ops.loop.gate import gate_again, gate_backward, gate_into
 from drlora.ops.loop.matrices import Projection, empty_shrunk
 from drlora.ops.loop.plan import Plan
-from drlora.ops.loop.scratch import scratch
 from drlora.ops.loop.tasks import Task, Work, cut, share_out
 from drlora.ops.parts import DropoutMasks, LoraPiece
 from drlora.ops.routing import Routing
+from drlora.ops.scratch import scratch
 from drlora.ops.weights import ExpertWeights
 
 

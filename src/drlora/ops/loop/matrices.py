@@ -30,7 +30,7 @@ class Projection:
         shrunk: Sequence[Tensor],
         mask_SI: Tensor | None,
     ) -> None:
-        self.parts = _parts(plan.base.matrix(matrix).parts)
+        self.parts = _parts(plan.base.matrix(matrix).parts, plan.dtype)
         bias_EO = plan.base.bias(matrix)
         self.biases = None if bias_EO is None else bias_EO.to(plan.dtype).unbind()
         self.masks = None if mask_SI is None else plan.by_task(mask_SI)
@@ -52,7 +52,7 @@ class Projection:
         )  # fmt: skip
         for segment, out_nO, x_nI, adapter_In in views:
             for part in self.parts:
-                torch.mm(x_nI, part.into(segment.expert, widen), out=part.own(out_nO))
+                part.product(x_nI, segment.expert, widen, part.own(out_nO))
             if self.biases is not None:
                 out_nO.add_(self.biases[segment.expert])
             for update in self.updates:
@@ -81,9 +81,11 @@ class Projection:
         )  # fmt: skip
         first, *others = self.parts
         for segment, dx_nI, part_nI, g_nO, g_On, adapter_nI in views:
-            torch.mm(first.own(g_nO), first.back(segment.expert, widen), out=dx_nI)
+            g_own = first.scaled(first.own(g_nO), segment.expert)
+            torch.mm(g_own, first.back(segment.expert, widen), out=dx_nI)
             for part in others:
-                dx_nI.addmm_(part.own(g_nO), part.back(segment.expert, widen))
+                g_own = part.scaled(part.own(g_nO), segment.expert)
+                dx_nI.addmm_(g_own, part.back(segment.expert, widen))
             for update in self.updates:
                 update.backward(segment, part_nI, g_On)
                 update.factor_gradients(segment, g_nO, adapter_nI)
@@ -116,35 +118,54 @@ class _Part(NamedTuple):
         matrix: the part itself.
         turned: E views (in-features, out-features), None where experts are not stored so.
         stored: E views (out-features, in-features), likewise.
+        scales: E scales (out-features,) that are put on products, so that an expert is read without
+            them; None where there are none.
     """
 
     columns: slice | None
     matrix: ExpertMatrix
     turned: Sequence[Tensor] | None
     stored: Sequence[Tensor] | None
+    scales: Sequence[Tensor] | None
+
+    def product(self, x_nI: Tensor, expert: int, widen: Widen, out_nO: Tensor) -> None:
+        """out = x W^T."""
+        torch.mm(x_nI, self.into(expert, widen), out=out_nO)
+        if self.scales is not None:
+            out_nO.mul_(self.scales[expert])
+
+    def scaled(self, g_nO: Tensor, expert: int) -> Tensor:
+        """What is multiplied by `back` for `g W`."""
+        if self.scales is None:
+            return g_nO
+        return torch.mul(g_nO, self.scales[expert], out=torch.empty_like(g_nO))
 
     def into(self, expert: int, widen: Widen) -> Tensor:
         """(in-features, out-features) in the working type, for `x @ W^T`."""
         if self.turned is None:
-            return widen.read(self.matrix, expert).T
+            return self._read(expert, widen).T
         return widen(self.turned[expert])
 
     def back(self, expert: int, widen: Widen) -> Tensor:
         """(out-features, in-features) in the working type, for `g @ W`."""
-        return (
-            widen.read(self.matrix, expert) if self.stored is None else widen(self.stored[expert])
-        )
+        return self._read(expert, widen) if self.stored is None else widen(self.stored[expert])
+
+    def _read(self, expert: int, widen: Widen) -> Tensor:
+        return widen.read(self.matrix, expert, unscaled=self.scales is not None)
 
     def own(self, out_nO: Tensor) -> Tensor:
         return out_nO if self.columns is None else out_nO[:, self.columns]
 
 
-def _parts(matrices: Sequence[ExpertMatrix]) -> list[_Part]:
+def _parts(matrices: Sequence[ExpertMatrix], dtype: torch.dtype) -> list[_Part]:
     parts, start = [], 0
     for matrix in matrices:
         width = matrix.shape[1]
         columns = None if len(matrices) == 1 else slice(start, start + width)
-        parts.append(_Part(columns, matrix, _turned(matrix), matrix.views()))
+        # A product without its scales may be more than float16 holds.
+        late_EO = None if dtype == torch.float16 else matrix.late_scales()
+        scales = None if late_EO is None else late_EO.unbind()
+        parts.append(_Part(columns, matrix, _turned(matrix), matrix.views(), scales))
         start += width
     return parts
 

@@ -10,7 +10,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from drlora.ops.storage.packed import PackedFormat, Parts, register_format
+from drlora.ops.scratch import scratch
+from drlora.ops.storage.packed import PackedFormat, Parts, register_format, row_tiles
 
 TILE = 128
 LARGEST = 448.0  # of e4m3
@@ -33,28 +34,30 @@ class Fp8(PackedFormat):
         return {"codes": codes_OI.to(torch.float8_e4m3fn), "scale": scale_PQ}
 
     def decode(self, parts: Parts, out_OI: Tensor) -> Tensor:
-        scale_PQ, (outputs, inputs) = parts["scale"].float(), out_OI.shape
-        wide_OI = _look_up(parts["codes"])
-        if outputs % TILE or inputs % TILE:
-            wide_OI.mul_(_spread(scale_PQ, outputs, inputs))
-        else:
-            wide_OI.view(-1, TILE, inputs // TILE, TILE).mul_(scale_PQ[:, None, :, None])
-        return out_OI.copy_(wide_OI)
+        codes_OI, inputs = parts["codes"], out_OI.shape[1]
+        scale_PI = parts["scale"].float().repeat_interleave(TILE, 1)[:, :inputs]
+        for rows, wide_nI in row_tiles(out_OI, TILE):
+            _look_up(codes_OI[rows], wide_nI)
+            for first in range(0, len(wide_nI), TILE):
+                wide_nI[first : first + TILE].mul_(scale_PI[(rows.start + first) // TILE])
+            out_OI[rows].copy_(wide_nI)
+        return out_OI
 
     def shape(self, parts: Parts) -> tuple[int, int]:
         outputs, inputs = parts["codes"].shape
         return outputs, inputs
 
 
-def _look_up(codes_OI: Tensor) -> Tensor:
-    """(O, I) float32, two numbers a look into a table; torch's own conversion takes longer."""
-    flat = codes_OI.contiguous().view(torch.uint8).view(-1)
+def _look_up(codes_nI: Tensor, wide_nI: Tensor) -> None:
+    """Fill `wide_nI`, two numbers a look into a table; torch's own conversion takes longer."""
+    flat = codes_nI.contiguous().view(torch.uint8).view(-1)
     if len(flat) % 2:
-        return codes_OI.float()
-    wide = torch.empty(len(flat), device=flat.device)
-    index = flat.view(torch.uint16).int()
-    torch.index_select(_pairs(flat.device), 0, index, out=wide.view(torch.int64))
-    return wide.view(codes_OI.shape)
+        wide_nI.copy_(codes_nI)
+        return
+    index = scratch("index", 1, len(flat) // 2, torch.int32, flat.device)[0]
+    index.copy_(flat.view(torch.uint16))
+    pairs = wide_nI.view(-1).view(torch.int64)
+    torch.index_select(_pairs(flat.device), 0, index, out=pairs)
 
 
 @cache

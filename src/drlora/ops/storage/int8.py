@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from drlora.ops.storage.packed import PackedFormat, Parts, register_format
+from drlora.ops.storage.packed import PackedFormat, Parts, register_format, row_tiles
 
 LARGEST = 127
 
@@ -15,6 +15,7 @@ class Int8(PackedFormat):
 
     name = "int8"
     bits = 8.0
+    row_scale = "scale"
     says = "they are stored in 8 bits (INT8), in which an update would be rounded away"
 
     def encode(self, w_OI: Tensor) -> dict[str, Tensor]:
@@ -25,9 +26,15 @@ class Int8(PackedFormat):
         return {"codes": codes_OI, "scale": scale_O}
 
     def decode(self, parts: Parts, out_OI: Tensor) -> Tensor:
+        codes_OI, scale_O1 = parts["codes"], parts["scale"][:, None]
         if out_OI.dtype == torch.float32:
-            return out_OI.copy_(parts["codes"]).mul_(parts["scale"][:, None])
-        return out_OI.copy_(parts["codes"] * parts["scale"][:, None])
+            return out_OI.copy_(codes_OI).mul_(scale_O1)
+        for rows, wide_nI in row_tiles(out_OI):
+            out_OI[rows].copy_(wide_nI.copy_(codes_OI[rows]).mul_(scale_O1[rows]))
+        return out_OI
+
+    def decode_unscaled(self, parts: Parts, out_OI: Tensor) -> Tensor:
+        return out_OI.copy_(parts["codes"])
 
     def shape(self, parts: Parts) -> tuple[int, int]:
         outputs, inputs = parts["codes"].shape

@@ -10,7 +10,7 @@ Letters: E experts, O output features, I input features.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -66,6 +66,10 @@ class ExpertMatrix(ABC):
                 the matrix's dtype: a view where an expert is stored so, else a new tensor.
         """
 
+    def bits_of(self, expert: int) -> Mapping[str, Tensor]:
+        """What is stored of one expert, by name, where that is other than its numbers."""
+        return {}
+
     def dense(self) -> Tensor | None:
         """(E, O, I), a view of all that is stored, where that is one tensor."""
         return None
@@ -73,6 +77,17 @@ class ExpertMatrix(ABC):
     def views(self) -> Sequence[Tensor] | None:
         """E views (O, I), where each expert is stored as it is computed with."""
         return None
+
+    def late_scales(self) -> Tensor | None:
+        """(E, O) float32, where W is numbers of few bits and one scale for each row of them.
+
+        x W^T is then the product with `read_unscaled`, times the scales: fewer numbers are scaled.
+        """
+        return None
+
+    def read_unscaled(self, expert: int, out: Tensor) -> Tensor:
+        """As `read`, without `late_scales`; only where there are some."""
+        raise NotImplementedError
 
     @property
     def parts(self) -> tuple[ExpertMatrix, ...]:

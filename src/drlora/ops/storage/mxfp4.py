@@ -6,18 +6,11 @@ of a byte; the scale s stands for 2 ** (s - 127).
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 from torch import Tensor
 
-from drlora.ops.storage.packed import (
-    BlockFormat,
-    Parts,
-    pair_table,
-    read_pairs,
-    register_format,
-)
+from drlora.ops.storage.four_bits import FourBits
+from drlora.ops.storage.packed import BlockFormat, Parts, register_format
 
 BLOCK = 32
 CODES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -51,16 +44,14 @@ class Mxfp4(BlockFormat):
 
     def decode(self, parts: Parts, out_OI: Tensor) -> Tensor:
         scale_B1 = torch.exp2(parts["scales"].view(-1, 1).float() - BIAS)
-        return read_pairs(parts["blocks"], _pairs(out_OI.device), scale_B1, out_OI)
+        return _NUMBERS.read(parts["blocks"], scale_B1, out_OI)
 
     def shape(self, parts: Parts) -> tuple[int, int]:
         outputs, blocks = parts["scales"].shape
         return outputs, blocks * BLOCK
 
 
-@cache
-def _pairs(device: torch.device) -> Tensor:
-    return pair_table([*CODES, *(-c for c in CODES)], False, device)
-
+# Powers of two times such codes are numbers of bfloat16.
+_NUMBERS = FourBits([*CODES, *(-c for c in CODES)], is_high_first=False, in_bfloat16=True)
 
 register_format(Mxfp4())

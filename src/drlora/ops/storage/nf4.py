@@ -14,13 +14,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from drlora.ops.storage.packed import (
-    BlockFormat,
-    Parts,
-    pair_table,
-    read_pairs,
-    register_format,
-)
+from drlora.ops.storage.by_bitsandbytes import filler
+from drlora.ops.storage.four_bits import FourBits
+from drlora.ops.storage.packed import BlockFormat, Parts, register_format
 
 BLOCK, NESTED_BLOCK = 64, 256
 # Quantiles of the normal distribution, scaled to [-1, 1]; the values of bitsandbytes in float32.
@@ -82,7 +78,7 @@ class NestedNf4(Nf4):
         blocks_CN = torch.nn.functional.pad(flat, (0, short)).view(-1, NESTED_BLOCK)
         outer_C = blocks_CN.abs().amax(dim=1)
         scaled_CN = blocks_CN / outer_C.clamp(min=1e-38)[:, None]
-        table = _eight_bits(w_OI.device)
+        table = eight_bits(w_OI.device)
         # The nearest entry of the table, which is sorted.
         codes = torch.bucketize(scaled_CN, (table[1:] + table[:-1]) / 2)
         found["scale_codes"] = codes.to(torch.uint8).flatten()[: len(flat)].view(scale_OB.shape)
@@ -91,7 +87,7 @@ class NestedNf4(Nf4):
 
     def decode(self, parts: Parts, out_OI: Tensor) -> Tensor:
         codes_OB = parts["scale_codes"]
-        inner = _eight_bits(codes_OB.device)[codes_OB.flatten().int()]
+        inner = eight_bits(codes_OB.device)[codes_OB.flatten().int()]
         outer = parts["scale_scale"].repeat_interleave(NESTED_BLOCK)[: len(inner)]
         scale_OB = (inner * outer + parts["scale_offset"]).view(codes_OB.shape)
         return _read(parts["codes"], scale_OB, out_OI)
@@ -106,17 +102,23 @@ def _codes_of(scaled_BN: Tensor) -> Tensor:
 
 
 def _read(codes_OC: Tensor, scale_OB: Tensor, out_OI: Tensor) -> Tensor:
-    """Two numbers a look into a table of all bytes; the scale, in float32; one rounding."""
-    return read_pairs(codes_OC, _pairs(out_OI.device), scale_OB.view(-1, 1), out_OI)
+    fill = filler(out_OI.dtype, out_OI.device.type)
+    if fill is None:
+        return read_by_table(codes_OC, scale_OB, out_OI)
+    fill(codes_OC, scale_OB, out_OI, BLOCK)
+    return out_OI
+
+
+def read_by_table(codes_OC: Tensor, scale_OB: Tensor, out_OI: Tensor) -> Tensor:
+    """Fill `out_OI` with torch alone."""
+    return _NUMBERS.read(codes_OC, scale_OB.view(-1, 1), out_OI)
+
+
+_NUMBERS = FourBits(CODES, is_high_first=True)
 
 
 @cache
-def _pairs(device: torch.device) -> Tensor:
-    return pair_table(CODES, True, device)
-
-
-@cache
-def _eight_bits(device: torch.device) -> Tensor:
+def eight_bits(device: torch.device) -> Tensor:
     """(256,) bitsandbytes' table for numbers in eight bits (dynamic exponent, 1511.04561).
 
     Powers of ten from 1e-6 to 1, each with twice as many steps as the one before; both signs, 0, 1.

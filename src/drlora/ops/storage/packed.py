@@ -13,16 +13,18 @@ Letters: E experts, O output features, I input features.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterator, Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from drlora.errors import ConfigError
+from drlora.ops.scratch import scratch
 from drlora.ops.storage.matrix import Storage, register_storage
 
 Parts = Mapping[str, Tensor]
+TILE = 2**19  # numbers that a CPU's cache holds while they are computed
 
 
 class PackedFormat(ABC):
@@ -32,11 +34,14 @@ class PackedFormat(ABC):
         name: what users call it.
         bits: of storage a number, scales among them, without those of a row.
         says: why nothing can be merged into it, as the end of a sentence.
+        row_scale: the part that has one scale for each row, and all scales there are; None where
+            there is no such part.
     """
 
     name: ClassVar[str]
     bits: ClassVar[float]
     says: ClassVar[str]
+    row_scale: ClassVar[str | None] = None
 
     def refuses(self, outputs: int, inputs: int) -> str | None:
         """Why a matrix of this shape cannot be packed; None if it can."""
@@ -54,6 +59,10 @@ class PackedFormat(ABC):
             parts: as `encode` gives them.
             out_OI: what is filled and returned.
         """
+
+    def decode_unscaled(self, parts: Parts, out_OI: Tensor) -> Tensor:
+        """As `decode`, without the scales of rows; only where `row_scale` names them."""
+        raise NotImplementedError
 
     @abstractmethod
     def shape(self, parts: Parts) -> tuple[int, int]:
@@ -76,29 +85,23 @@ class BlockFormat(PackedFormat):
         return None
 
 
-def read_pairs(bytes_N: Tensor, pairs: Tensor, scale_B1: Tensor, out_OI: Tensor) -> Tensor:
-    """Fill `out_OI` with the two numbers of each byte, times the scale of their block.
+def row_tiles(out_OI: Tensor, multiple: int = 1) -> Iterator[tuple[slice, Tensor]]:
+    """Rows of `out_OI`, and as many of float32 to compute them in before they are rounded.
+
+    On a CPU there are no more at a time than its cache holds; those of the next are the same.
 
     Args:
-        bytes_N: uint8, in the order of rows.
-        pairs: of `pair_table`.
-        scale_B1: (blocks, 1) float32.
-        out_OI: of any float dtype; each number is computed in float32 and rounded once.
+        out_OI: what is to be filled.
+        multiple: of rows that stay together.
     """
-    is_wide = out_OI.dtype == torch.float32 and out_OI.is_contiguous()
-    wide_OI = out_OI if is_wide else torch.empty(out_OI.shape, device=out_OI.device)
-    flat = wide_OI.view(-1)
-    torch.index_select(pairs, 0, bytes_N.flatten().int(), out=flat.view(torch.int64))
-    flat.view(len(scale_B1), -1).mul_(scale_B1)
-    return out_OI if is_wide else out_OI.copy_(wide_OI)
-
-
-def pair_table(codes: Sequence[float], is_high_first: bool, device: torch.device) -> Tensor:
-    """(256,) int64: two float32 numbers for each byte, whose halves are two of 16 codes."""
-    code, byte = torch.tensor(codes), torch.arange(256)
-    high, low = code[byte >> 4], code[byte & 15]
-    both = [high, low] if is_high_first else [low, high]
-    return torch.stack(both, dim=1).view(torch.int64)[:, 0].to(device)
+    outputs, inputs = out_OI.shape
+    at_once = outputs
+    if out_OI.device.type == "cpu":
+        at_once = min(outputs, max(1, TILE // (inputs * multiple)) * multiple)
+    wide_nI = scratch("numbers", at_once, inputs, torch.float32, out_OI.device)
+    for first in range(0, outputs, at_once):
+        rows = slice(first, min(first + at_once, outputs))
+        yield rows, wide_nI[: rows.stop - first]
 
 
 FORMATS: dict[str, PackedFormat] = {}
@@ -229,8 +232,22 @@ class PackedMatrix(Storage):
     def num_bytes(self) -> int:
         return sum(p.numel() * p.element_size() for p in self.stored.parts.values())
 
+    def late_scales(self) -> Tensor | None:
+        name = self.stored.kind.row_scale
+        # Of (I, O), rows are in-features.
+        return None if name is None or self.is_transposed else self.stored.parts[name]
+
+    def bits_of(self, expert: int) -> Parts:
+        return self._parts_of(expert)
+
+    def read_unscaled(self, expert: int, out: Tensor) -> Tensor:
+        return self.stored.kind.decode_unscaled(self._parts_of(expert), out)
+
+    def _parts_of(self, expert: int) -> Parts:
+        return dict(zip(self._names, self._of_expert[expert], strict=True))
+
     def read(self, expert: int, out: Tensor | None = None) -> Tensor:
-        parts: Any = dict(zip(self._names, self._of_expert[expert], strict=True))
+        parts = self._parts_of(expert)
         if not self.is_transposed:
             if out is None:
                 out = torch.empty(self._shape[1:], dtype=self.dtype, device=self._device)
