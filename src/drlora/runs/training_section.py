@@ -1,4 +1,4 @@
-"""The section `training` of a recipe: what it has by default, and which fields of TRL it has not."""
+"""The section `training` of a recipe: its defaults, and which fields of TRL it has not."""
 
 from __future__ import annotations
 
