@@ -6,12 +6,14 @@ import copy
 
 import pytest
 import torch
+from run_checks import assert_same_run, interrupt_at
 from test_sft import DATA, trainer_of
 from tiny import make_model
-from tiny_run import make_tokenizer
+from tiny_run import make_tokenizer, save_all
 from torch.nn.functional import scaled_dot_product_attention
 from trl import pack_dataset
 
+from drlora.cli.main import main
 from drlora.trainer import documents
 
 PACKED = pack_dataset(DATA, 22, "bfd")
@@ -99,3 +101,24 @@ def test_held_out_rows_that_are_padded_keep_their_mask(tmp_path):
     trainer.model.load_state_dict(padded.model.state_dict())
     losses = [one.prediction_step(one.model, dict(batch), True)[0] for one in (trainer, padded)]
     assert torch.equal(*losses)
+
+
+@pytest.mark.filterwarnings("ignore:.*attention implementation.*")
+def test_a_resumed_packed_run_is_the_straight_one(tmp_path, monkeypatch):
+    settings = dict(training=dict(packing=True, per_device_train_batch_size=1),
+                    data=dict(max_length=40))  # fmt: skip
+    straight, cut = (save_all(tmp_path / name, **settings) for name in ("straight", "cut"))
+    calls = []
+    attend = documents.attend_apart
+    monkeypatch.setitem(
+        documents.AttentionInterface._global_mapping,
+        documents.NAME,
+        lambda *args, **kwargs: calls.append(1) or attend(*args, **kwargs),
+    )
+    assert main(["train", str(straight)]) == 0
+    assert len(calls) > 12, "it is attention of documents that trains"
+    with monkeypatch.context() as patch:
+        interrupt_at(8, patch)
+        assert main(["train", str(cut)]) == 130
+    assert main(["train", str(cut), "--resume"]) == 0
+    assert_same_run(tmp_path / "cut" / "run", tmp_path / "straight" / "run")

@@ -17,7 +17,7 @@ from drlora.errors import ConfigError, DataError
 from drlora.io import plugins
 from drlora.runs.recipe import load_recipe
 from drlora.trainer.objectives import OFF
-from drlora.trainer.rewards import REWARDS, rewards_of
+from drlora.trainer.rewards import REWARDS, rewards_of, text_of
 
 TRAINING = dict(num_generations=4, max_completion_length=6, per_device_eval_batch_size=4)
 
@@ -28,7 +28,7 @@ def vowels():
 
     @REWARDS.register("vowels")
     def vowels(completions, **given):
-        return [sum(letter in "aeiou" for letter in text) / 6 for text in completions]
+        return [sum(letter in "aeiou" for letter in text_of(one)) / 6 for one in completions]
 
     yield vowels
     REWARDS.remove("vowels")
@@ -158,3 +158,28 @@ def test_what_cannot_be_is_refused_before_a_weight_is_loaded(tmp_path, changes, 
     (tmp_path / "model" / "model.safetensors").unlink()
     with pytest.raises(kind, match=said):
         drlora.train(load_recipe(path))
+
+
+def test_prompts_of_messages(tmp_path, vowels):
+    """The model is asked by its template; rewards are given the text of the right answer."""
+    path = save_tries(
+        tmp_path, reward=["vowels", "likeness"], training=dict(max_steps=8, save_steps=8)
+    )
+    (tmp_path / "own.jinja").write_text(
+        "{% for m in messages %}{{ m.content }}{% if m.role == 'user' %}:{% else %}"
+        "{{ eos_token }}{% endif %}{% endfor %}"
+    )
+    for name, letters in (("train", "abcdefghijkl"), ("eval", "uvwx")):
+        rows = [
+            {
+                "prompt": [{"role": "user", "content": letter}],
+                "completion": [{"role": "assistant", "content": letter * 3}],
+            }
+            for letter in letters
+        ]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert main(["train", str(path), f"chat_template={tmp_path / 'own.jinja'}"]) == 0
+    after = result_of(tmp_path)["after"]
+    assert after["loss"]["examples"] == 4
+    assert 0 <= after["objective"]["rewards/likeness/mean"] <= 1
+    assert after["objective"]["reward"] > 0
