@@ -5,10 +5,18 @@ from __future__ import annotations
 from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase, TrainingArguments
+from trl import GRPOConfig
 
+<<<<<<< HEAD
 from drlora.data import Loaded, Prepared, prepare
 from drlora.errors import DataError
 from drlora.runs.recipe import Recipe
+=======
+from drlora.data import Prepared, prepare
+from drlora.data.tokens import PlainSettings
+from drlora.errors import DataError
+from drlora.trainer.grpo import questions, refuse_few
+>>>>>>> 8320de5dabd4af75734cc2fc9172a74c52950be6
 from drlora.trainer.objectives import objective_of
 from drlora.trainer.preferences import lengths, tokenize, wanted_answers
 
@@ -48,6 +56,7 @@ def encode(
             f"keep the good ones and leave the column out."
         )
     if not kind.compares:
+<<<<<<< HEAD
         return prepare(
             loaded,
             tokenizer,
@@ -55,21 +64,35 @@ def encode(
             packing=settings.packing and role == "train",
             template_file=recipe.chat_template,
         )
+=======
+        return prepare(raw, tokenizer, settings, packing=settings.packing and role == "train")
+    if kind.tries:
+        rows = questions(raw, tokenizer, settings, settings.max_length)
+        if role == "train":
+            refuse_few(len(rows), settings)
+        return Prepared(raw, rows, len(raw) - len(rows), 0, raw.info.citation)
+>>>>>>> 8320de5dabd4af75734cc2fc9172a74c52950be6
     tokens, cut = tokenize(kind.trl, raw, tokenizer, arguments, role)
     return Prepared(raw, tokens, len(raw) - len(tokens), cut, loaded.said)
 
 
-def examples_to_measure(held_out: Prepared, objective: str, max_length: int) -> Prepared:
+def examples_to_measure(
+    held_out: Prepared, objective: str, max_length: int, tokenizer: PreTrainedTokenizerBase
+) -> Prepared:
     """What loss and exact match are measured on: of preferences the answers that are wanted."""
     if not objective_of(objective).compares:
         return held_out
+    if objective_of(objective).tries:
+        return prepare(held_out.raw, tokenizer, PlainSettings(max_length=max_length))
     raw, tokens = wanted_answers(held_out.raw, held_out.tokens, max_length)
     return Prepared(raw, tokens, 0, 0, held_out.said)
 
 
-def longest_of(examples: Prepared) -> int:
+def longest_of(examples: Prepared, arguments: TrainingArguments) -> int:
     """Tokens of the longest example, or of both answers of the longest pair."""
     tokens = examples.tokens
+    if isinstance(arguments, GRPOConfig):
+        return max(map(len, tokens["prompt_ids"])) + (arguments.max_completion_length or 0)
     if "input_ids" in tokens.column_names:
         return max(map(len, tokens["input_ids"]))
     return max(lengths(tokens)) * (2 if "chosen_ids" in tokens.column_names else 1)

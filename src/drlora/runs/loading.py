@@ -80,7 +80,8 @@ def model_on_meta(config: PreTrainedConfig, trust_remote_code: bool = False) -> 
     Raises:
         ConfigError: if `config` is not of a causal language model.
     """
-    with _told(f"{type(config).__name__} gives no causal language model", ""), torch.device("meta"):
+    what = f"{type(config).__name__} gives no causal language model"
+    with _told(what, _SCRIPT_HINT), torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
 
 
@@ -286,6 +287,10 @@ def load_adapter(model: PreTrainedModel, folder: str) -> PeftModel:
 
 
 _TEMPLATE_HINT = "Name a .jinja file, or a folder or a model of the hub whose tokenizer has one."
+_SCRIPT_HINT = (
+    "A model that also sees or hears is trained from a script, by TRL's SFTTrainer with the "
+    "callback of drlora."
+)
 _MODEL_HINT = "Name a local folder with a model, a model of the hub, or `embedded`."
 
 
