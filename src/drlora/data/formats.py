@@ -124,13 +124,8 @@ def unused_columns(found: Collection[str], form: Form, where: str) -> list[str]:
     content = [name for name in left if name in _CONTENT]
     if content:
         raise DataError(
-<<<<<<< HEAD
             f"{where} has {listed(content)} beside {listed(list(form.columns.values()))}, but "
-            f"would not use it; put it into the prompt or the messages, or remove the column"
-=======
-            f"{where} has {_listed(content)} beside {_listed(list(form.columns.values()))}, but "
             f"would not use it; {_WAY_OUT if _SEEN.isdisjoint(content) else _WAY_OUT_OF_SEEN}"
->>>>>>> 8320de5dabd4af75734cc2fc9172a74c52950be6
         )
     return left
 

@@ -7,16 +7,11 @@ from typing import Any, cast
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 from trl import GRPOConfig
 
-<<<<<<< HEAD
 from drlora.data import Loaded, Prepared, prepare
-from drlora.errors import DataError
-from drlora.runs.recipe import Recipe
-=======
-from drlora.data import Prepared, prepare
 from drlora.data.tokens import PlainSettings
 from drlora.errors import DataError
+from drlora.runs.recipe import Recipe
 from drlora.trainer.grpo import questions, refuse_few
->>>>>>> 8320de5dabd4af75734cc2fc9172a74c52950be6
 from drlora.trainer.objectives import objective_of
 from drlora.trainer.preferences import lengths, tokenize, wanted_answers
 
@@ -56,7 +51,6 @@ def encode(
             f"keep the good ones and leave the column out."
         )
     if not kind.compares:
-<<<<<<< HEAD
         return prepare(
             loaded,
             tokenizer,
@@ -64,14 +58,11 @@ def encode(
             packing=settings.packing and role == "train",
             template_file=recipe.chat_template,
         )
-=======
-        return prepare(raw, tokenizer, settings, packing=settings.packing and role == "train")
     if kind.tries:
         rows = questions(raw, tokenizer, settings, settings.max_length)
         if role == "train":
             refuse_few(len(rows), settings)
-        return Prepared(raw, rows, len(raw) - len(rows), 0, raw.info.citation)
->>>>>>> 8320de5dabd4af75734cc2fc9172a74c52950be6
+        return Prepared(raw, rows, len(raw) - len(rows), 0, loaded.said)
     tokens, cut = tokenize(kind.trl, raw, tokenizer, arguments, role)
     return Prepared(raw, tokens, len(raw) - len(tokens), cut, loaded.said)
 

@@ -16,13 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
-<<<<<<< HEAD
-from drlora.errors import ConfigError
-=======
-from drlora.data.roles import load_source, load_training_data
-from drlora.data.section import DataSection
 from drlora.errors import ConfigError, DataError
->>>>>>> 8320de5dabd4af75734cc2fc9172a74c52950be6
 from drlora.io.commented import with_value, without
 from drlora.io.files import home
 from drlora.io.places import NO_PATHS, leads_somewhere
@@ -33,7 +27,7 @@ from drlora.runs.data_section import DataSection
 from drlora.runs.dry_run import dry_run
 from drlora.runs.loading import load_architecture
 from drlora.runs.recipe import LENGTHS, Recipe, load_recipe
-from drlora.runs.roles import load_training_data
+from drlora.runs.roles import load_source, load_training_data
 from drlora.trainer.objectives import OBJECTIVES, objective_of
 
 OWN_DATA = "own-data"
@@ -170,7 +164,7 @@ def _held_out(text: str, values: dict[str, Any], notes: list[str]) -> str:
     if not is_embedded and not any(key.startswith("data.splits") for key in values):
         values["data.splits"] = SPLITS
         section = _data_section(text, values)
-        count = len(load_source(section, section.source("train")[0], "train", None))
+        count = len(load_source(section, section.source("train")[0], "train", None).rows)
         if count < 2:
             raise DataError(
                 f"data.train={values['data.train']!r} has 1 example, so none can be held out; name "

@@ -31,15 +31,15 @@ def other_opening(raw: Dataset, tokenizer: PreTrainedTokenizerBase) -> str | Non
     if not is_conversation(raw[0]) or not tokenizer.chat_template:
         return None
     try:
-        conversation, _ = conversation_of(raw[0], "the first example")
-        turns, options = conversation.turns, conversation.options
+        conversation = conversation_of(raw[0], "the first example")
+        turns = conversation.turns
         at = next((n for n, turn in enumerate(turns) if turn["role"] == "assistant"), 0)
         if not at:
             return None
-        asked = ChatTemplate(tokenizer, is_marked=False).render(
-            turns[:at], options, add_generation_prompt=True
+        (asked,) = ChatTemplate(tokenizer, is_marked=False).render(
+            [conversation.until(at)], add_generation_prompt=True
         )
-        trained = ChatTemplate(tokenizer).render(turns[: at + 1], options)
+        (trained,) = ChatTemplate(tokenizer).render([conversation.until(at + 1)])
     except (DataError, jinja2.TemplateError, TypeError, KeyError):
         return None  # whoever encodes the example says what is wrong with it
     return asked[len(commonprefix([asked, trained])) :] or None

@@ -36,11 +36,8 @@ from drlora.io.places import from_root
 from drlora.io.settings import check_type, read_settings, refuse_unknown, with_overrides
 from drlora.ranks.continue_adapter import RANKS, kept_settings
 from drlora.recipes import resolve_recipe
-<<<<<<< HEAD
 from drlora.runs.data_section import ROLES, DataSection
-=======
 from drlora.runs.method_notes import tell_of_method
->>>>>>> 8320de5dabd4af75734cc2fc9172a74c52950be6
 from drlora.runs.moved import located_at
 from drlora.runs.quantise import QuantiseSection
 from drlora.runs.training_section import COMMON_TRAINING, NOT_IN_RECIPES, TRAINING_DEFAULTS
