@@ -19,7 +19,7 @@ import drlora
 from drlora.adapter.pool import RankPool
 from drlora.moe.families import family_of
 from drlora.moe.families.interface import InterfaceExperts
-from drlora.moe.packing import matrices_of, put_in
+from drlora.moe.packing import parameter_at, places_of, put_in
 from drlora.ops.storage.packed import Packed, packed_format
 
 VOCAB = 1024
@@ -91,9 +91,10 @@ def random_packed_model(
         model = model_class(config).to(dtype)
     for module in model.modules():
         if isinstance(family_of(module), InterfaceExperts):
-            for key in matrices_of(module):
-                wide_EOI = torch.empty(getattr(module, key).shape, dtype=dtype).normal_(std=0.02)
-                put_in(module, {key: Packed.of(wide_EOI, kind)})
+            for place in places_of(module):
+                shape = parameter_at(module, place.path).shape
+                wide_EOI = torch.empty(shape, dtype=dtype).normal_(std=0.02)
+                put_in(module, {place.path: Packed.of(wide_EOI, kind)})
     for module in model.modules():
         for name, weight in list(module.named_parameters(recurse=False)):
             if weight.is_meta:

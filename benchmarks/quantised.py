@@ -17,7 +17,7 @@ from torch import nn
 from benchmarks.checks import WrongResultError, results_of
 from benchmarks.harness import Row, alternate, parser, rows_of, run_cases
 from benchmarks.layers import Shape, make_experts, make_inputs, ours, step_of
-from drlora.moe.packing import matrices_of, put_in
+from drlora.moe.packing import places_of, put_in
 from drlora.ops.storage.packed import FORMATS, Packed, packed_format
 
 RANK, SKEW = 16, 0.55
@@ -32,8 +32,8 @@ SHAPES = [
 def packed(experts: nn.Module, name: str) -> tuple[nn.Module, nn.Module]:
     """The experts packed, and experts of the numbers that these stand for."""
     found = {
-        key: Packed.of(getattr(experts, key).detach(), packed_format(name))
-        for key in matrices_of(experts)
+        place.path: Packed.of(getattr(experts, place.path).detach(), packed_format(name))
+        for place in places_of(experts)
     }
     wide = copy.deepcopy(experts)
     for key, matrix in found.items():

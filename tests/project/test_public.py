@@ -149,10 +149,10 @@ VERBS = {
     "train": ["recipe", "resume", "overwrite", "progress"],
     "load_recipe": ["source", "overrides", "resume"],
     "evaluate": ["folder", "split", "data", "model", "trust_remote_code"],
-    "inspect": ["model", "config", "steps", "dtype", "tokens", "quantise"],
+    "inspect": ["model", "config", "steps", "dtype", "tokens", "quantise", "optim"],
     "export_adapter": [
         "folder", "format", "output", "rank", "dry_run", "model", "data", "trust_remote_code",
-        "max_shard_size", "rounding", "seed",
+        "max_shard_size", "rounding", "seed", "merge_into",
     ],
     "write_report": ["folders", "output", "format"],
     "run_comparison": [

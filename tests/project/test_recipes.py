@@ -83,7 +83,7 @@ def test_recipe(file, tmp_path):
     config = recipe.adapter_config()
     check_growth(skeleton(estimate.CONFIGS[file]), config, recipe.training["max_steps"])
     assert estimate.recipe_line(file) in text.splitlines()
-    assert estimate.memory_gb(recipe, estimate.config_of(file)) < estimate.GPU_GB
+    assert estimate.memory_gb(recipe, estimate.config_of(file)) < 0.93 * estimate.gpu_of(file).gb
     assert re.search(r"^# Needs the hub: ", text, re.M)
     assert recipe.model in text
     source, _ = recipe.data.source("train")

@@ -200,17 +200,18 @@ class RankPool(nn.Module):
 
     @torch.no_grad()
     def redraw(self, rows: Tensor, step: int) -> None:
-        """Give rows of lora_A fresh initial values; lora_B is zero there.
+        """Give rows of lora_A fresh initial values, and zeros to those of lora_B.
 
-        Needed where weight decay has shrunk them while nobody read them, and where rows were
-        released. The values depend on the
-        pool's seed and the step alone, so every process draws the same.
+        Needed where weight decay has shrunk them while nobody read them, where moments of 8 bits
+        have moved them by what zero is rounded to, and where rows were released. The values depend
+        on the pool's seed and the step alone, so every process draws the same.
         """
         generator = torch.Generator().manual_seed(int(self.seed) + step)
         fresh = torch.empty(len(rows), self.lora_A.shape[1])
         fresh.uniform_(-self._init_bound, self._init_bound, generator=generator)
         held, target = held_rows(self.lora_A, rows), local_part(self.lora_A)
         target[held.local] = fresh.to(target)[held.chosen]
+        local_part(self.lora_B)[held_rows(self.lora_B, rows).local] = 0
 
     def _take(self, book: RankBook) -> None:
         """Write the owners of a book into the buffer."""

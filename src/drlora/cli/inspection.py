@@ -87,7 +87,7 @@ def _print_memory(memory: Memory, adapter: AdapterSize, console: Console) -> Non
     console.print(
         f"memory in GB: weights {memory.weights:.2f} ({kept}), adapter"
         f"{in_float32} {parts.adapter:.2f}, gradients {parts.gradients:.2f}, "
-        f"Adam moments {parts.optimizer:.2f}; activations of {memory.tokens:,} tokens about "
+        f"optimizer {parts.optimizer:.2f}; activations of {memory.tokens:,} tokens about "
         f"{memory.activations:.1f} ({memory.activations_with_checkpointing:.1f} with "
         f"gradient checkpointing)"
     )

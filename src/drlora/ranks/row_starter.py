@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from drlora.adapter.pool import RankPool
 from drlora.config.adapter import DrLoraConfig
 from drlora.ranks.directions import point_along_gradient
+from drlora.ranks.eight_bits import has_eight_bits
 from drlora.ranks.optimizer_rows import (
     decays_weights,
     forget_rows,
@@ -54,7 +55,8 @@ class RowStarter:
         self.forget(pool, rows)
         if self._rows_inherit:
             self._inherit(pool, rows)
-        if decays_weights(self.optimizer.param_groups):
+        states = [self._state_of(parameter) for parameter in (pool.lora_A, pool.lora_B)]
+        if decays_weights(self.optimizer.param_groups) or any(map(has_eight_bits, states)):
             pool.redraw(rows, now.run)
         if self.config.options.get("young_a") == "gradient":
             self._point_rows(pool, rows)

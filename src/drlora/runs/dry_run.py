@@ -63,7 +63,13 @@ def dry_run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) ->
     dtype = None if recipe.dtype == "auto" else recipe.dtype
     tokens = _tokens_of_a_batch(job)
     found = inspect(
-        recipe.model, recipe.adapter_config(), job.plan_steps, dtype, tokens, recipe.quantise
+        recipe.model,
+        recipe.adapter_config(),
+        job.plan_steps,
+        dtype,
+        tokens,
+        recipe.quantise,
+        getattr(job.arguments.optim, "value", job.arguments.optim),
     )
     notes = (*job.notes(), *evaluation_notes(job.measured, recipe.evaluation))
     return DryRun(recipe, job.total_steps, job.counts(), notes, found)

@@ -50,6 +50,7 @@ def inspect(
     dtype: str | None = None,
     tokens: int | None = None,
     quantise: QuantiseSection | None = None,
+    optim: str = "adamw_torch",
 ) -> Inspection:
     """Blocks, parameters, memory and growth plan of an adapter on a model.
 
@@ -61,6 +62,7 @@ def inspect(
         tokens: of a forward and backward pass, padding included, that activations are kept for; by
             default 4,096.
         quantise: how the base is to be kept; by default as it is.
+        optim: the optimizer, by transformers' name.
 
     Raises:
         ConfigError: if there is no such model, it has no MoE blocks, its experts cannot be kept so,
@@ -94,6 +96,7 @@ def inspect(
             weights_dtype,
             TOKENS if tokens is None else tokens,
             str(kept),
+            optim,
         ),
         growth=growth,
         warnings=_warnings(growth, config) if isinstance(growth, GrowthForecast) else (),

@@ -24,7 +24,21 @@ from drlora.runs.inspection import Beside, BlockShape, Memory, MemoryAtTarget, T
 
 GB = 1e9
 NUMBER_BYTES = 4  # adapters are trained in float32
-MOMENTS = 2  # of Adam
+EIGHT_BITS = 1 + 4 / 256  # bytes of a number, of 256 that share a float32
+# Bytes that an optimizer keeps for a trained number, by the first words of its name that fit;
+# float32 moments of Adam are assumed of all others.
+OPTIMIZER_BYTES = {
+    "sgd": 0.0,
+    "adafactor": 0.0,  # of rows and columns alone
+    "adamw_8bit": 2 * EIGHT_BITS,
+    "adamw_bnb_8bit": 2 * EIGHT_BITS,
+    "adamw_torch_8bit": 2 * EIGHT_BITS,
+    "paged_adamw_8bit": 0.0,  # may be in the host's memory
+    "paged": 0.0,
+    "lion_8bit": EIGHT_BITS,
+    "lion": 4.0,
+    "": 8.0,
+}
 TOKENS = 4096
 SCALES = (0.25, 0.5, 1, 2, 4)
 
@@ -53,6 +67,7 @@ def memory_plan(
     dtype: torch.dtype,
     tokens: int,
     quantised: str,
+    optim: str,
 ) -> Memory:
     """What training keeps.
 
@@ -66,15 +81,20 @@ def memory_plan(
         dtype: of the base's weights that are not quantised.
         tokens: of a batch, padding included.
         quantised: what of the base is, in words.
+        optim: the optimizer, by transformers' name.
     """
+    kept_bytes = next(size for name, size in OPTIMIZER_BYTES.items() if optim.startswith(name))
 
     def trained(rank: float) -> float:
-        return sum(_trained(adapter_parameters(blocks, config, rank), beside, dtype)) / GB
+        return (
+            sum(_trained(adapter_parameters(blocks, config, rank), beside, dtype, kept_bytes)) / GB
+        )
 
     stored = stored_rank(config)
     weights = weight_bytes / GB
     adapter, gradients, optimizer = (
-        part / GB for part in _trained(adapter_parameters(blocks, config, stored), beside, dtype)
+        part / GB
+        for part in _trained(adapter_parameters(blocks, config, stored), beside, dtype, kept_bytes)
     )
     active = sum((d.top_k or 1) for d in described) / len(described)
     kept, checkpointed = _activations(architecture, described, config, active, dtype, tokens)
@@ -97,12 +117,15 @@ def memory_plan(
     )
 
 
-def _trained(numbers: int, beside: Beside, dtype: torch.dtype) -> tuple[int, int, int]:
-    """Bytes of trained numbers, their gradients and their moments."""
+def _trained(
+    numbers: int, beside: Beside, dtype: torch.dtype, kept_bytes: float
+) -> tuple[float, float, float]:
+    """Bytes of trained numbers, their gradients and what the optimizer keeps of them."""
     in_float32 = (numbers + beside.ordinary_lora + beside.routers) * NUMBER_BYTES
     in_full = beside.modules_to_save * dtype.itemsize
     # Of a module that is trained in full the frozen one stays too; that is among the weights.
-    return in_float32 + in_full, in_float32 + in_full, MOMENTS * (in_float32 + in_full)
+    in_all = in_float32 + in_full
+    return in_all, in_all, in_all * kept_bytes / NUMBER_BYTES
 
 
 def _activations(
