@@ -21,13 +21,14 @@ import torch
 import transformers
 import yaml
 from peft import LoraConfig, PeftConfig, get_peft_model
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 import drlora
 from benchmarks.mutate import HOSTILE
 from drlora.adapter.linear import choose_targets, refuse_endless
 from drlora.compare.plan import load_plan
 from drlora.compare.results import Folder, read_matrix
-from drlora.data import Collator, encode_examples, load_examples
+from drlora.data import encode_examples, load_examples, pad_token_id
 from drlora.embedded import resolve_model
 from drlora.evaluation.measure import measurement_from
 from drlora.io.jsonl import forget_after, read_lines
@@ -165,7 +166,7 @@ def _read_adapter(world: Path, folder: Path) -> None:
 def _read_data(world: Path, folder: Path) -> None:
     for path in folder.iterdir():
         encoded = encode_examples(load_examples(str(path)), _tokenizer(), 64).tokens
-        Collator(_tokenizer())([encoded[0]])
+        DataCollatorForLanguageModeling(pad_token_id(_tokenizer()))([encoded[0]])
 
 
 @cache

@@ -21,9 +21,10 @@ from datasets import Dataset
 from peft import get_peft_model
 from transformers import AutoTokenizer, MixtralConfig, MixtralForCausalLM, Trainer, TrainerCallback
 from trl import SFTConfig
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 import drlora
-from drlora.data import Collator
+from drlora.data import pad_token_id
 from drlora.embedded import model_folder
 from drlora.trainer.objectives import OBJECTIVES, OwnSettings, as_off, make_trainer
 
@@ -67,7 +68,11 @@ def measure(way: str, layers: int, steps: int, data: Dataset, tokenizer: Any) ->
             label_names=["labels"], **as_off({}),
         )  # fmt: skip
         if way == "Trainer":
-            Trainer(args=arguments, data_collator=Collator(tokenizer), **given).train()
+            Trainer(
+                args=arguments,
+                data_collator=DataCollatorForLanguageModeling(pad_token_id(tokenizer)),
+                **given,
+            ).train()
         else:
             own = OwnSettings(token_metrics=way == "trl")
             trainer = make_trainer(

@@ -13,9 +13,9 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from common import BATCH, add_adapter, load_base, load_data, parse_arguments, print_ranks
 from torch.utils.data import DataLoader
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 import drlora
-from drlora.data import Collator
 
 
 def main() -> None:
@@ -28,7 +28,8 @@ def main() -> None:
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=2e-3, weight_decay=0.0)
     data = load_data(tokenizer, options.steps)
-    loader = DataLoader(data, BATCH // 2, shuffle=True, collate_fn=Collator(tokenizer))
+    collator = DataCollatorForLanguageModeling(tokenizer.pad_token_id)
+    loader = DataLoader(data, BATCH // 2, shuffle=True, collate_fn=collator)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     # The rank dynamics belong to the model itself, not to what wraps it for several processes.
     dynamics = drlora.RankDynamics(accelerator.unwrap_model(model), total_steps=options.steps)

@@ -11,9 +11,9 @@ import torch
 from common import BATCH, add_adapter, load_base, load_data, parse_arguments, print_ranks
 from torch.utils.data import DataLoader
 from transformers import get_linear_schedule_with_warmup
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 import drlora
-from drlora.data import Collator
 
 
 def main() -> None:
@@ -26,7 +26,8 @@ def main() -> None:
     schedule = get_linear_schedule_with_warmup(optimizer, options.steps // 10, options.steps)
     dynamics = drlora.RankDynamics(model, total_steps=options.steps)
     data = load_data(tokenizer, options.steps)
-    loader = DataLoader(data, BATCH, shuffle=True, collate_fn=Collator(tokenizer))
+    collator = DataCollatorForLanguageModeling(tokenizer.pad_token_id)
+    loader = DataLoader(data, BATCH, shuffle=True, collate_fn=collator)
     batches = itertools.chain.from_iterable(itertools.repeat(loader))
     model.train()
     for batch in itertools.islice(batches, options.steps):

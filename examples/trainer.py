@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from common import BATCH, add_adapter, load_base, load_data, parse_arguments, print_ranks
 from transformers import Trainer, TrainingArguments
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 import drlora
-from drlora.data import Collator
 
 
 def main() -> None:
@@ -34,7 +34,7 @@ def main() -> None:
             seed=1,
         ),
         train_dataset=load_data(tokenizer, options.steps),
-        data_collator=Collator(tokenizer),
+        data_collator=DataCollatorForLanguageModeling(tokenizer.pad_token_id),
         callbacks=[growth],
     )
     trainer.train()

@@ -97,7 +97,7 @@ def outcome(template: str, case: dict[str, Any]) -> str:
         rows = Dataset.from_list([row], features=features)
         (found,) = encode_examples(rows, tokenizer, 4000).tokens
     except DataError as error:
-        return str(error).removeprefix("example 1: the chat template cannot be used on it: ")
+        return str(error).partition(" cannot be used on it: ")[2].partition(". It is: ")[0]
     trained = tokenizer.decode([label for label in found["labels"] if label != -100])
     said = str(messages)
     for word in _OURS:

@@ -21,10 +21,10 @@ from drlora.config.checks import AUTO
 from drlora.config.methods import METHODS
 from drlora.config.registry import ENGINES, REGISTRIES
 from drlora.data.formats import FORMS
-from drlora.data.section import DataSection
 from drlora.evaluation.measure import DRAWS, EvaluationSection
 from drlora.io.settings import described
 from drlora.ranks.continue_adapter import RANKS
+from drlora.runs.data_section import DataSection
 from drlora.runs.quantise import QuantiseSection
 from drlora.runs.recipe import (
     DTYPES,

@@ -127,7 +127,7 @@ def test_settings(refused, monkeypatch, override, parts):
         ("", ["train.jsonl", "empty"]),
         (json.dumps(GOOD) + "\n{'prompt': 1}\n", ["train.jsonl, line 2", "not valid JSON"]),
         (json.dumps(GOOD) + '\n{"prompt": "a"}\n', ["train.jsonl, line 2", "'completion'"]),
-        ('{"question": "a", "answer": "b"}\n', ["'question'", "'answer'", "prompt", "columns"]),
+        ('{"asked": "a", "answer": "b"}\n', ["'asked'", "'answer'", "prompt", "columns"]),
         ('{"prompt": 3, "completion": "b"}\n', ["line 1", "'prompt' must be"]),
     ],
     ids=["empty", "not JSON", "no completion", "other columns", "wrong type"],

@@ -11,7 +11,9 @@ from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from drlora.data import encode_examples, load_examples
+from drlora.data import encode_examples, load_examples, prepare
+from drlora.data.files import load_placed
+from drlora.data.tokens import PlainSettings
 from drlora.errors import DataError
 
 MARKED = (
@@ -40,6 +42,51 @@ def encode(template, *conversations, tokenizer=None):
     rows = Dataset.from_list([{"messages": messages} for messages in conversations])
     encoded = encode_examples(rows, tokenizer, 1000).tokens
     return [split_text(tokenizer, row) for row in encoded]
+
+
+def test_many_at_once_are_what_each_is_alone():
+    tools = [{"type": "function", "function": {"name": "look"}}]
+    template = "{% if tools %}[tools]{% endif %}" + PLAIN
+    lengths = [2, 4, 3, 1, 6, 2]
+    said = turns(("user", "a"), ("assistant", "bb"), ("user", "ccc"), ("assistant", "d")) * 2
+    rows = [{"messages": said[:n], "tools": tools if n % 3 else None} for n in lengths]
+    for marked in (template, template.replace(PLAIN, MARKED)):
+        tokenizer = byte_tokenizer(marked)
+        together = encode_examples(Dataset.from_list(rows), tokenizer, 1000).tokens.to_list()
+        alone = [
+            encode_examples(Dataset.from_list([rows[n]]), tokenizer, 1000).tokens[0]
+            for n in range(len(rows))
+            if lengths[n] > 1  # one has no answer, so nothing to learn
+        ]
+        assert together == alone and len(alone) == 5
+
+
+def test_the_shortest_that_is_refused_is_shown_and_the_template_named(tmp_path):
+    """Not the first, and not one that is fine."""
+    path = tmp_path / "data.jsonl"
+    rows = [
+        turns(("user", "long " * 99), ("system", "x"), ("assistant", "b")),
+        turns(("user", "a"), ("assistant", "b")),
+        turns(("user", "short"), ("system", "x"), ("assistant", "b")),
+    ]
+    path.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    tokenizer = byte_tokenizer(
+        "{% for m in messages if m.role == 'system' %}{{ raise_exception('no system turn') }}"
+        "{% endfor %}" + PLAIN
+    )
+    tokenizer.name_or_path = "some/model"
+    loaded = load_placed(str(path))
+    with pytest.raises(DataError) as refused:
+        prepare(loaded, tokenizer, PlainSettings())
+    said = str(refused.value)
+    assert "data.jsonl, line 3: the chat template of 'some/model' cannot be used on it: no" in said
+    assert "It is: [{'role': 'user', 'content': 'short'}" in said and "long" not in said
+    with pytest.raises(DataError, match="line 3: chat_template: own.jinja cannot be used on it"):
+        prepare(loaded, tokenizer, PlainSettings(), template_file="own.jinja")
+    path.write_text(json.dumps({"messages": rows[0]}) + "\n")
+    with pytest.raises(DataError) as refused:
+        prepare(load_placed(str(path)), tokenizer, PlainSettings())
+    assert len(str(refused.value)) < 600
 
 
 def test_the_stop_token_after_a_marked_turn_is_learned_in_every_turn():

@@ -8,8 +8,9 @@ import datasets
 import pytest
 import torch
 from byte_tokens import byte_tokenizer, split_text
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from drlora.data import Collator, encode_examples, load_examples
+from drlora.data import encode_examples, load_examples, pad_token_id
 from drlora.errors import ConfigError, DataError
 
 CHAT = (
@@ -147,13 +148,13 @@ def test_malformed_line_has_its_number(tmp_path):
 
 
 def test_columns_that_are_not_there(tmp_path):
-    path = write(tmp_path / "a.jsonl", {"question": "q", "answer": "a"})
+    path = write(tmp_path / "a.jsonl", {"asked": "q", "answer": "a"})
     message = refused(path)
-    assert "'question', 'answer'" in message
+    assert "'asked', 'answer'" in message
     assert "prompt and completion, or messages, or text" in message
     message = refused(path, columns={"prompt": "query", "completion": "answer"})
-    assert "no column 'query'" in message and "found are 'question', 'answer'" in message
-    assert "columns names 'story'" in refused(path, columns={"story": "question"})
+    assert "no column 'query'" in message and "found are 'asked', 'answer'" in message
+    assert "columns names 'story'" in refused(path, columns={"story": "asked"})
 
 
 @pytest.mark.parametrize(
@@ -283,7 +284,7 @@ def test_wrong_type_in_a_later_row_is_found():
 def test_collator_pads_on_the_right():
     tokenizer = byte_tokenizer()
     rows = [{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}, {"input_ids": [8], "labels": [8]}]
-    batch = Collator(tokenizer)(rows)
+    batch = DataCollatorForLanguageModeling(pad_token_id(tokenizer))(rows)
     eos = tokenizer.eos_token_id
     assert batch["input_ids"].tolist() == [[5, 6, 7], [8, eos, eos]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
@@ -294,7 +295,7 @@ def test_collator_pads_on_the_right():
 def test_collator_prefers_the_padding_token():
     tokenizer = byte_tokenizer()
     tokenizer.pad_token = "<s>"
-    batch = Collator(tokenizer)(
+    batch = DataCollatorForLanguageModeling(pad_token_id(tokenizer))(
         [{"input_ids": [5, 6], "labels": [5, 6]}, {"input_ids": [0], "labels": [0]}]
     )
     assert (

@@ -11,8 +11,8 @@ from byte_tokens import byte_tokenizer, split_text
 
 from drlora.data import encode_examples, load_examples
 from drlora.data.files import load_placed
-from drlora.data.section import DataSection
 from drlora.errors import ConfigError, DataError
+from drlora.runs.data_section import DataSection
 
 CHAT = (
     "{% if tools %}[{% for t in tools %}{{ t.function.name }}{% endfor %}]{% endif %}"
@@ -58,7 +58,7 @@ def test_sharegpt(write):
             ),
         },
     )
-    assert load_placed(path).info.citation == "read as ShareGPT conversations: 2"
+    assert load_placed(path).said == "read as ShareGPT conversations: 2"
     assert trained(path) == [
         ("<system>s</s><user>q</s><assistant>", "a</s>"),
         ("<user>q</s><assistant><tool>o</s><assistant>", "f(x=1)</s>b</s>"),
@@ -78,8 +78,8 @@ def test_alpaca(write):
         {"instruction": "say it", "input": "", "output": "it"},
     )
     found = load_placed(path)
-    assert found.info.citation == "read as Alpaca instructions: 2"
-    with_input, without = found["prompt"]
+    assert found.said == "read as Alpaca instructions: 2"
+    with_input, without = found.rows["prompt"]
     assert with_input == (
         "Below is an instruction that describes a task, paired with an input that provides further "
         "context. Write a response that appropriately completes the request.\n\n### Instruction:\n"
@@ -87,6 +87,59 @@ def test_alpaca(write):
     )
     assert "Input" not in without and "describes a task. Write" in without
     assert [learned for _, learned in trained(path)] == ["5</s>", "it</s>"]
+
+
+def test_alpaca_with_its_history(write):
+    """As LLaMA-Factory has it: turns of a conversation, each answer of which is learned."""
+    row = {"instruction": "and", "input": "3", "output": "5"}
+    path = write(
+        {**row, "system": "add", "history": [["1", "1"], ["2", "3"]]},
+        {**row, "system": "", "history": []},
+        {**row, "system": None, "history": None},
+    )
+    said = "read as Alpaca instructions with their history, as conversations: 3"
+    assert load_placed(path).said == said
+    assert trained(path) == [
+        ("<system>add</s><user>1</s><assistant><user>2</s><assistant><user>and\n3</s><assistant>",
+         "1</s>3</s>5</s>"),
+        *[("<user>and\n3</s><assistant>", "5</s>")] * 2,
+    ]  # fmt: skip
+    for wrong in ([["x"]], [["x", None]], ["x", "y"]):
+        path = write({**row, "history": [["x", "y"]]}, {**row, "history": wrong})
+        with pytest.raises(DataError, match="line 2: 'history' must be a list of pairs"):
+            load_placed(path)
+
+
+def test_questions_and_answers(write):
+    path = write(
+        {"question": "Who?", "answer": "I", "context": "It was I.", "id": 1},
+        {"question": "Who?", "answer": "you", "context": None, "id": 2},
+    )
+    found = load_placed(path)
+    assert found.said == "read as questions and answers, which are prompt and completion: 2"
+    assert found.rows["prompt"][:] == ["It was I.\n\nWho?\n", "Who?\n"]
+    assert [learned for _, learned in trained(path)] == ["I</s>", "you</s>"]
+    path = write({"question": "Who?", "answer": "I"}, {"question": "Who?", "answer": " "})
+    with pytest.raises(DataError, match="line 2: 'answer' must be a string that is not empty"):
+        load_placed(path)
+
+
+def test_a_malformed_turn_is_named(write):
+    good = {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}
+    path = write(good, {"conversations": [{"value": "q"}]})
+    with pytest.raises(DataError, match="line 2: 'conversations' must be a list of {from, value}"):
+        load_placed(path)
+    call = {"from": "function_call", "value": "f(1)"}
+    path = write(good, {"conversations": [good["conversations"][0], call]})
+    with pytest.raises(DataError, match="line 2: function_call 'f.1.': no JSON"):
+        load_placed(path)
+    path = write({**good, "tools": "f, g"})
+    with pytest.raises(DataError, match="line 1: tools 'f, g': no JSON"):
+        trained(path)
+    said = [{"role": "assistant", "content": "a"}]
+    path = write({"prompt": "a text", "completion": said})
+    with pytest.raises(DataError, match="'prompt', 'completion' must be texts, or all of them me"):
+        load_placed(path)
 
 
 def test_openai(write):

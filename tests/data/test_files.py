@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import csv
 import gzip
+import importlib.util
 import json
 from pathlib import Path
 
 import datasets
 import pytest
+from byte_tokens import byte_tokenizer
 
-from drlora.data import load_examples
+from drlora.data import encode_examples, load_examples
 from drlora.data.files import load_placed
-from drlora.data.roles import load_training_data
-from drlora.data.section import DataSection
 from drlora.errors import DataError
+from drlora.runs.data_section import DataSection
 from drlora.runs.recipe import recipe_from
+from drlora.runs.roles import load_training_data
 
 PAIRS = [{"prompt": f"p{i}", "completion": f" c{i}"} for i in range(6)]
 
@@ -64,14 +66,72 @@ def test_a_table_is_text(tmp_path):
     assert load_examples(table(tmp_path / "a.csv", rows)).to_list() == rows
 
 
-def test_lines_of_text(tmp_path):
+def test_lines_of_text(tmp_path, caplog):
     (tmp_path / "a.txt").write_text("one\ntwo\n")
     found = load_placed(str(tmp_path / "a.txt"))
-    assert found.to_list() == [{"text": "one", "line": 1}, {"text": "two", "line": 2}]
-    assert found.info.citation == "read as text: 2"
-    (tmp_path / "a.txt").write_text("one\n\ntwo\n")
-    with pytest.raises(DataError, match="a.txt, line 2: 'text' must be a string that is not empty"):
+    assert found.rows.to_list() == [{"text": "one", "line": 1}, {"text": "two", "line": 2}]
+    assert found.said == "read as text: 2"
+    (tmp_path / "a.txt").write_text("one\n\n \ntwo\n")
+    found = load_placed(str(tmp_path / "a.txt"))
+    assert found.rows.to_list() == [{"text": "one", "line": 1}, {"text": "two", "line": 4}]
+    assert [r.getMessage() for r in caplog.records] == [
+        f"{tmp_path / 'a.txt'}: 2 blank lines skipped"
+    ]
+    (tmp_path / "a.txt").write_text(" \n\n")
+    with pytest.raises(DataError, match="a.txt is empty"):
         load_placed(str(tmp_path / "a.txt"))
+
+
+def test_a_list_under_a_key(tmp_path):
+    path = tmp_path / "a.json"
+    for indent in (None, 1):
+        path.write_text(json.dumps({"version": 1, "data": PAIRS}, indent=indent))
+        found = load_placed(str(path))
+        assert found.rows["item"][:] == [1, 2, 3, 4, 5, 6]
+        assert load_examples(str(path)).to_list() == PAIRS
+    # What is an example by itself is none, and neither are lines.
+    said = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    path.write_text(json.dumps({"messages": said}))
+    assert load_examples(str(path))["messages"][:] == [said]
+    path.write_text(json.dumps({"talk": said}))
+    assert load_examples(str(path), columns={"messages": "talk"})["messages"][:] == [said]
+    path.write_text("".join(json.dumps({"text": "t", "more": PAIRS}) + "\n" for _ in range(2)))
+    assert load_placed(str(path)).rows["line"][:] == [1, 2]
+    path.write_text(json.dumps({"data": [PAIRS[0], {**PAIRS[1], "completion": " "}]}))
+    with pytest.raises(DataError, match="a.json, item 2: 'completion' must be a string that is"):
+        load_placed(str(path))
+    path.write_text(json.dumps({"one": PAIRS, "other": PAIRS}))
+    with pytest.raises(DataError, match="has the columns 'one', 'other'"):
+        load_placed(str(path))
+
+
+def test_a_packed_file_that_is_none_is_refused(tmp_path):
+    for name in ("a.jsonl.gz", "a.json.xz", "a.csv.bz2", "a.txt.gz"):
+        (tmp_path / name).write_bytes(b"no such thing")
+        with pytest.raises(DataError, match=f"{name}.*not really a"):
+            load_placed(str(tmp_path / name))
+
+
+def test_zstandard_is_read_where_it_is_installed(tmp_path):
+    text = "\n" + "".join(json.dumps(row) + "\n" for row in PAIRS)
+    path = tmp_path / "a.jsonl.zst"
+    if importlib.util.find_spec("zstandard") is None:
+        path.write_bytes(b"")
+        with pytest.raises(DataError, match="a.jsonl.zst: pip install zstandard to read it"):
+            load_placed(str(path))
+        return
+    import zstandard
+
+    path.write_bytes(zstandard.compress(text.encode()))
+    found = load_placed(str(path))
+    assert found.rows["line"][:] == [2, 3, 4, 5, 6, 7]
+    assert load_examples(str(path)).to_list() == PAIRS
+    path.write_bytes(b"no such thing")
+    with pytest.raises(DataError, match="a.jsonl.zst"):
+        load_placed(str(path))
+    (tmp_path / "a.csv.zst").write_bytes(zstandard.compress(b"prompt,completion\np,007\n"))
+    found = load_examples(str(tmp_path / "a.csv.zst"))
+    assert found.to_list() == [{"prompt": "p", "completion": "007"}]
 
 
 def test_a_folder_is_told_apart_as_a_hub_data_set_is(tmp_path):
@@ -81,11 +141,11 @@ def test_a_folder_is_told_apart_as_a_hub_data_set_is(tmp_path):
     (tmp_path / "d/README.md").write_text("what it is")
     section = DataSection(train=str(tmp_path / "d"))
     train, held_out = load_training_data(section)
-    assert train.select_columns(["prompt", "completion"]).to_list() == PAIRS[:4]
-    assert [Path(name).name for name in train["file"]] == ["train-0.jsonl"] * 2 + [
+    assert train.rows.select_columns(["prompt", "completion"]).to_list() == PAIRS[:4]
+    assert [Path(name).name for name in train.rows["file"]] == ["train-0.jsonl"] * 2 + [
         "train-1.jsonl"
     ] * 2
-    assert train["row"][:] == [1, 2, 1, 2] and held_out["prompt"][:] == ["p4", "p5"]
+    assert train.rows["row"][:] == [1, 2, 1, 2] and held_out.rows["prompt"][:] == ["p4", "p5"]
     with pytest.raises(DataError, match="no 'test' among its files; there are train, validation"):
         load_placed(str(tmp_path / "d"), split="test")
 
@@ -104,16 +164,29 @@ def test_a_pattern_and_a_list(tmp_path):
         load_examples([both[0], other])
 
 
+def test_of_several_files_a_refusal_names_the_one(tmp_path):
+    said = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    one = lines(tmp_path / "one.jsonl", [{"messages": said}] * 2)
+    other = lines(tmp_path / "other.jsonl", [{"messages": said}, {"messages": [said[0], *said]}])
+    tokenizer = byte_tokenizer(
+        "{% if messages|length > 2 %}{{ raise_exception('too long') }}{% endif %}"
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
+    )
+    with pytest.raises(DataError, match=f"^{other}, row 2: .*too long"):
+        encode_examples(load_placed([one, other]), tokenizer, 99)
+
+
 def test_a_mix_follows_its_weights(tmp_path):
     one = lines(tmp_path / "one.jsonl", [{"text": f"one {i}"} for i in range(900)])
     two = lines(tmp_path / "two.jsonl", [{"text": f"two {i}"} for i in range(900)])
     mix = [{"path": one, "weight": 3}, {"path": two, "weight": 1}]
-    found = load_placed(mix)
+    loaded = load_placed(mix)
+    found = loaded.rows
     share = sum(text.startswith("one") for text in found["text"]) / len(found)
     assert 0.7 < share < 0.8 and 1100 < len(found) < 1300
     assert len(set(found["text"])) == len(found), "none twice"
-    assert found.to_list() == load_placed(mix).to_list(), "always the same"
-    assert f"; {len(found):,} of 1,800 by weight" in found.info.citation
+    assert found.to_list() == load_placed(mix).rows.to_list(), "always the same"
+    assert f"; {len(found):,} of 1,800 by weight" in loaded.said
     for wrong in ([{"path": one, "weight": 1}, two], [{"path": one, "weight": 0}], []):
         with pytest.raises(DataError, match="give a weight above 0 to every source, or to none"):
             load_placed(wrong)
@@ -134,4 +207,4 @@ def test_a_list_in_a_recipe(tmp_path, monkeypatch):
     data = {"train": ["b.jsonl"], "eval": "a.jsonl"}
     recipe = recipe_from({"model": "embedded", "output_dir": "run", "data": data})
     train, held_out = load_training_data(recipe.data)
-    assert (len(train), len(held_out)) == (4, 2)
+    assert (len(train.rows), len(held_out.rows)) == (4, 2)

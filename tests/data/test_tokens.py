@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
 import datasets
@@ -212,3 +213,4 @@ def test_a_template_that_trains_something_else_is_refused(template, said):
     tokenizer = byte_tokenizer(template)
     with pytest.raises(DataError, match=f"example 1: the chat template cannot be used.*{said}"):
         prepare(Dataset.from_list([{"messages": CHAT}]), tokenizer, PlainSettings())
+    assert gc.isenabled(), "it rests only while examples are encoded"

@@ -7,8 +7,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from drlora.data import Collator
+from drlora.data import pad_token_id
 from drlora.errors import ConfigError, DataError
 from drlora.evaluation.evaluate import edit_distance, evaluate_loss, exact_match
 
@@ -25,6 +26,10 @@ def tokenizer() -> PreTrainedTokenizerFast:
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens(["</s>", "<pad>"])
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+
+
+def padding(tokenizer) -> DataCollatorForLanguageModeling:
+    return DataCollatorForLanguageModeling(pad_token_id(tokenizer))
 
 
 def tiny_olmoe(hidden_size: int = 32, **changes) -> OlmoeForCausalLM:
@@ -93,7 +98,7 @@ def test_loss_weighs_tokens_equally(tokenizer, batch_size):
     model = spread(tiny_olmoe()).eval()
     rows = rows_of([3, 20, 7, 4, 11], unseen=2)
     loss, count = loss_by_hand(model, rows)
-    result = evaluate_loss(model, rows, Collator(tokenizer), batch_size)
+    result = evaluate_loss(model, rows, padding(tokenizer), batch_size)
     assert result.target_tokens == count == 1 + 18 + 5 + 2 + 9
     assert result.loss == pytest.approx(loss, rel=1e-5)
     assert result.perplexity == pytest.approx(math.exp(loss), rel=1e-4)
@@ -102,14 +107,14 @@ def test_loss_weighs_tokens_equally(tokenizer, batch_size):
 def test_first_label_is_no_target(tokenizer):
     model = tiny_olmoe().eval()
     rows = rows_of([5], unseen=0)
-    assert evaluate_loss(model, rows, Collator(tokenizer), 1).target_tokens == 4
+    assert evaluate_loss(model, rows, padding(tokenizer), 1).target_tokens == 4
 
 
 def test_loss_holds_no_router_loss(tokenizer):
     rows = rows_of([6, 9], unseen=1)
-    plain = evaluate_loss(tiny_olmoe(), rows, Collator(tokenizer), 2)
+    plain = evaluate_loss(tiny_olmoe(), rows, padding(tokenizer), 2)
     routed = tiny_olmoe(output_router_logits=True, router_aux_loss_coef=10.0)
-    assert evaluate_loss(routed, rows, Collator(tokenizer), 2) == plain
+    assert evaluate_loss(routed, rows, padding(tokenizer), 2) == plain
 
 
 def test_mode_of_every_module_and_gradients_are_left_alone(tokenizer):
@@ -117,11 +122,11 @@ def test_mode_of_every_module_and_gradients_are_left_alone(tokenizer):
     model.model.layers[0].eval()
     before = {name: module.training for name, module in model.named_modules()}
     rows = rows_of([6, 9], unseen=1)
-    first = evaluate_loss(model, rows, Collator(tokenizer), 2)
+    first = evaluate_loss(model, rows, padding(tokenizer), 2)
     exact_match(model, tokenizer, [{"prompt": "a", "completion": "b"}], 1, 2)
     assert {name: module.training for name, module in model.named_modules()} == before
     assert all(parameter.grad is None for parameter in model.parameters())
-    assert evaluate_loss(model, rows, Collator(tokenizer), 2) == first, "dropout was on"
+    assert evaluate_loss(model, rows, padding(tokenizer), 2) == first, "dropout was on"
     assert torch.is_grad_enabled()
 
 
@@ -136,9 +141,9 @@ def test_loss_refuses_what_has_no_target(tokenizer):
     model = tiny_olmoe()
     for rows in ([], [{"input_ids": [1, 2], "labels": [1, -100]}]):
         with pytest.raises(DataError, match="no target token"):
-            evaluate_loss(model, rows, Collator(tokenizer), 2)
+            evaluate_loss(model, rows, padding(tokenizer), 2)
     with pytest.raises(ConfigError, match="batch_size is 0"):
-        evaluate_loss(model, rows_of([3], 1), Collator(tokenizer), 0)
+        evaluate_loss(model, rows_of([3], 1), padding(tokenizer), 0)
 
 
 def test_batched_answers_equal_those_one_at_a_time(tokenizer):
@@ -261,7 +266,7 @@ def test_peft_model(tokenizer):
     )
     rows = rows_of([4, 6], unseen=1)
     assert exact_match(model, tokenizer, [{"prompt": "x", "completion": "a"}], 1, 3).accuracy == 1
-    assert evaluate_loss(model, rows, Collator(tokenizer), 2).target_tokens == 8
+    assert evaluate_loss(model, rows, padding(tokenizer), 2).target_tokens == 8
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ where a second would be traced in the same way.
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -22,12 +23,15 @@ from compiled_models import (
     start,
 )
 from op_cases import run
+from peft import get_peft_model
 from tiny import checkpoint_activations, plain_loop, trainable
 
 import drlora
 from drlora.adapter.inject import adapted_layers
-from drlora.ops import TracedPiece, stand_ins, traced_experts
+from drlora.moe.quantise import quantise_experts
+from drlora.ops import TracedPiece, as_matrix, stand_ins, traced_experts
 from drlora.ops.contract import gelu_gate, make_case
+from drlora.ops.storage.packed import Packed, packed_format
 
 # torch's own: dynamo makes an instance of each autograd function that it traces, and asks each
 # tensor that comes in for its gradient.
@@ -114,9 +118,30 @@ def test_operator_keeps_what_it_tells_the_compiler(grouped):
     base, pieces, (x, *_), _ = make_case([3, 0, 4], hidden=16, tokens=8)
     ends = torch.tensor([2, 5, 8], dtype=torch.int32)
     piece = pieces[0]
-    args = (x, base.gate_up_EGH, ends, None, [piece.a_RI, piece.b_RO],
-            [torch.tensor(piece.offsets)], "gate_up", [0], [1], [0.7], grouped)  # fmt: skip
+    args = (x, [base.gate_up_EGH], ends, None, [piece.a_RI, piece.b_RO],
+            [torch.tensor(piece.offsets)], base.gate_up.shape[1], "", "gate_up", [0], [1], [0.7],
+            grouped)  # fmt: skip
     torch.library.opcheck(torch.ops.drlora.adapted_product.default, args)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("name", ["nf4-nested", "int8", "mxfp4", "fp8"])
+@pytest.mark.parametrize("engine", METHODS)
+def test_operator_on_packed_experts(engine, name, transposed):
+    """To the bit what it is on the numbers that they stand for."""
+    case = make_case([3, 8, 1, 4], hidden=128, width=64, tokens=20)
+    bases = []
+    for wide in (False, True):
+        both = []
+        for w in (case.base.gate_up_EGH, case.base.down_EHI):
+            stored = w.transpose(1, 2).contiguous() if transposed else w
+            packed = Packed.of(stored, packed_format(name))
+            both.append(as_matrix(packed.wide() if wide else packed, transposed))
+        bases.append(replace(case.base, gate_up=both[0], down=both[1]))
+    got, wanted = (run_traced(case._replace(base=base), engine) for base in bases)
+    for g, w in zip(got, wanted, strict=True):
+        torch.testing.assert_close(g, w, rtol=1e-6, atol=1e-5) if transposed else None
+        assert transposed or torch.equal(g, w)
 
 
 # Whole models.
@@ -138,6 +163,21 @@ def test_one_graph_with_eager_gradients_and_statistics(family, method):
     assert graph_breaks() == 0 and graphs() == 1
     assert_same(model, twin)
     assert meters(model)[0].num_tokens.item() == 2 * 21  # without the padding
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_packed_experts_are_in_the_graph(method):
+    """Growth and all, without a new graph."""
+    losses = []
+    for wrap in (compiled, lambda model: model):
+        torch.manual_seed(0)
+        base = quantise_experts(base_model("olmoe", hidden_size=64, intermediate_size=64), "nf4")
+        model = get_peft_model(base, drlora.DrLoraConfig(**GROWING, engine=method)).train()
+        dynamics = drlora.RankDynamics(model, total_steps=8)
+        optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
+        losses.append(plain_loop(wrap(model), dynamics, optimizer, range(8), batch))
+    assert graph_breaks() == 0 and graphs() == 1
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -14,14 +14,14 @@ from tiny_run import save_all, save_examples, save_model_folder
 import drlora
 from drlora.cli.main import main
 from drlora.data import encode_examples, load_examples
-from drlora.data.draw import drawn
 from drlora.data.files import load_placed
-from drlora.data.roles import load_source, load_training_data
-from drlora.data.section import DataSection
 from drlora.data.slices import rows_of
+from drlora.evaluation.draw import drawn
 from drlora.evaluation.measure import EvaluationSection
 from drlora.ranks.rank_map import read_rank_map
+from drlora.runs.data_section import DataSection
 from drlora.runs.held_out import evaluation_notes
+from drlora.runs.roles import load_source, load_training_data
 from drlora.runs.run_record import held_out_record
 
 STRICT = (
@@ -79,7 +79,7 @@ def test_splits_that_touch_are_fine(data):
         dict(train="train[:10]", eval="train[20:]", test="train[20:]"),
     ):
         train, held_out = load_training_data(DataSection(train=data, splits=splits))
-        assert not set(train["line"]) & set(held_out["line"])
+        assert not set(train.rows["line"]) & set(held_out.rows["line"])
     # What limits leave apart is apart.
     load_training_data(DataSection(train=data, splits={"eval": "train[20:]"}, limits={"train": 20}))
 
@@ -139,13 +139,13 @@ def test_held_out_examples_are_drawn_and_the_draw_is_kept(data):
     section = DataSection(train="embedded:kinds", eval=data, limits={"eval": 20})
     _, held_out = load_training_data(section)
     again = load_source(section, *section.source("eval"), 20)
-    assert held_out["line"] == again["line"] == [row + 1 for row in drawn(40, 20)]
-    assert held_out["line"] != list(range(1, 21)) and len(set(held_out["line"])) == 20
-    assert load_source(section, "embedded:kinds", "train", 5)["line"] == [1, 2, 3, 4, 5]
+    assert held_out.rows["line"] == again.rows["line"] == [row + 1 for row in drawn(40, 20)]
+    assert held_out.rows["line"] != list(range(1, 21)) and len(set(held_out.rows["line"])) == 20
+    assert load_source(section, "embedded:kinds", "train", 5).rows["line"] == [1, 2, 3, 4, 5]
     encoded = encode_examples(held_out, byte_tokenizer(), 20)
     evaluation = EvaluationSection(loss_examples=8, exact_match_examples=5)
     record = held_out_record(encoded, evaluation)
-    lines = [held_out["line"][row] for row in drawn(20, 5)]
+    lines = [held_out.rows["line"][row] for row in drawn(20, 5)]
     assert record["exact_match"] == {"examples": 5, "of": 20, "draw": "random", "line": lines}
     assert record["loss"]["example"] == [row + 1 for row in drawn(20, 8)]
     assert drawn(40, 5, "front") == [0, 1, 2, 3, 4] and drawn(3, 5) == [0, 1, 2]

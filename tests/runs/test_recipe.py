@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from drlora.data.section import DataSection
 from drlora.errors import ConfigError
 from drlora.io.settings import check_type, parse_yaml, split_override
 from drlora.recipes import recipe_names
+from drlora.runs.data_section import DataSection
 from drlora.runs.recipe import load_recipe, recipe_from
 
 MINIMAL = {

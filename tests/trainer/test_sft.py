@@ -14,11 +14,12 @@ from tiny import make_model
 from tiny_run import make_tokenizer, save_all
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer, pack_dataset
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 import drlora
 from drlora.adapter.inject import adapted_layers
 from drlora.cli.main import main
-from drlora.data import Collator, encode_examples, load_examples
+from drlora.data import encode_examples, load_examples, pad_token_id
 from drlora.errors import ConfigError
 from drlora.trainer.objectives import OBJECTIVES, OFF, OwnSettings, make_trainer
 from drlora.trainer.sft import sees_other_documents
@@ -83,7 +84,7 @@ def test_without_token_metrics_it_is_transformers_trainer(tmp_path):
         train_dataset=encode_examples(
             load_examples(str(folder / "train.jsonl")), tokenizer, 64
         ).tokens,
-        data_collator=Collator(tokenizer),
+        data_collator=DataCollatorForLanguageModeling(pad_token_id(tokenizer)),
         callbacks=[growth],
     )
     trainer.train()

@@ -143,7 +143,7 @@ class DrLoraExperts(nn.Module, BaseTunerLayer):
         dropout = adapters[0].config.lora_dropout if self.training and adapters else 0.0
         engine = adapters[0].config.engine if adapters else AUTO
         routed = x_TH, top_k_index, top_k_weights, base
-        if torch.compiler.is_compiling() and base.is_fused:
+        if torch.compiler.is_compiling() and base.is_traceable:
             traced = [piece for adapter in adapters for piece in adapter.traced_pieces(x_TH.dtype)]
             out_TH = traced_experts(*routed, traced, dropout=dropout, engine=engine)
         else:

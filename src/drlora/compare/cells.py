@@ -18,7 +18,7 @@ from typing import Any
 
 from drlora.compare.plan import SPLIT_ROLES, Plan, Settings, merged
 from drlora.config.methods import method_settings
-from drlora.data.files import EMBEDDED_FOLDER, EMBEDDED_PREFIX
+from drlora.data.sources import EMBEDDED_FOLDER, EMBEDDED_PREFIX
 from drlora.embedded import resolve_model
 from drlora.errors import ConfigError
 from drlora.io.files import local_path

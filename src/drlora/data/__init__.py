@@ -1,26 +1,20 @@
-"""Training and evaluation data: from a hub name, a file or an embedded task to padded batches.
+"""Training and evaluation data: from a hub name, a file or an embedded task to tokens and labels.
 
 >>> examples = load_examples("embedded:pronunciation", split="train")
 >>> encoded = encode_examples(examples, tokenizer, max_length=64)
->>> batch = Collator(tokenizer)([encoded.tokens[0], encoded.tokens[1]])
+>>> collator = DataCollatorForLanguageModeling(pad_token_id(tokenizer))  # of TRL
+>>> batch = collator([encoded.tokens[0], encoded.tokens[1]])
 """
 
-from drlora.data.collate import Collator, pad_token_id
-from drlora.data.files import load_examples
-from drlora.data.tokens import (
-    Prepared,
-    encode_completions,
-    encode_examples,
-    encode_prompts,
-    prepare,
-)
+from drlora.data.files import Loaded, load_examples
+from drlora.data.texts import encode_completions, pad_token_id
+from drlora.data.tokens import Prepared, encode_examples, prepare
 
 __all__ = [
-    "Collator",
+    "Loaded",
     "Prepared",
     "encode_completions",
     "encode_examples",
-    "encode_prompts",
     "load_examples",
     "pad_token_id",
     "prepare",

@@ -10,46 +10,52 @@ that is wrong; good files are read once.
 from __future__ import annotations
 
 import csv
-import glob
 import io
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import datasets
-from datasets.data_files import DataFilesDict, get_data_patterns
-from datasets.exceptions import DatasetsError
 
+from drlora.data.checks import check_record, suspects
+from drlora.data.foreign import standard
 from drlora.data.formats import (
+    KNOWN_COLUMNS,
     PLACES,
     SETTINGS,
-    check_record,
     choose_form,
     is_conversation,
-    standard,
-    suspects,
     unused_columns,
 )
-from drlora.data.lines import PACKED, diagnose, numbers_of, opened, suffix_of
+from drlora.data.lines import diagnose, line_numbers, list_in, opened, suffix_of
 from drlora.data.slices import base_of, rows_of
-from drlora.errors import DataError
-from drlora.io.files import home, local_path
+from drlora.data.sources import READERS, Mix, data_files, frozen
+from drlora.errors import DataError, counted
+from drlora.io.files import home
 
-EMBEDDED_PREFIX = "embedded:"
-EMBEDDED_FOLDER = Path(__file__).resolve().parents[1] / "embedded" / "tasks"
-READERS = {
-    ".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet",
-    ".txt": "text",
-}  # fmt: skip
-OTHER_SUFFIXES = (".arrow", ".zip", ".xlsx", ".xls", ".tar", ".pkl")
 MIX_SEED = 20260111
 
-Mix = tuple[tuple[str, float | None], ...]
-"""Sources and their weights, all or none of which are given."""
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """Examples as they were read.
+
+    Attributes:
+        rows: columns by TRL's names, and where each example comes from, counted from 1: a column
+            `line`, `item` (of a list) or `row`; of several files `file` has each one's.
+        name: the file, or the hub data set and its split; of several files, all names.
+        said: what they were read as, `read as ShareGPT conversations: 1,204`.
+    """
+
+    rows: datasets.Dataset
+    name: str = ""
+    said: str = ""
 
 
 def load_examples(
@@ -75,7 +81,7 @@ def load_examples(
     Raises:
         DataError: the source, the split or a column does not exist, or a record is malformed.
     """
-    found = load_placed(source, split=split, config=config, columns=columns, form=form)
+    found = load_placed(source, split=split, config=config, columns=columns, form=form).rows
     return found.remove_columns([name for name in found.column_names if name in PLACES])
 
 
@@ -86,128 +92,27 @@ def load_placed(
     config: str | None = None,
     columns: Mapping[str, str] | None = None,
     form: str | None = None,
-) -> datasets.Dataset:
-    """As `load_examples`, and where each example comes from, counted from 1.
-
-    One more column, `line`, `item` (of a list) or `row`, has the number; of several files the
-    column `file` has each one's, of one `info.description`. `info.citation` says what it was read
-    as.
-    """
+) -> Loaded:
+    """As `load_examples`, and where each example comes from."""
     if not isinstance(source, str):
         return _mixed(frozen(source), split, config, columns, form)
     files = data_files(source, split)
     if files is None:
         return _finished(_load_hub(source, split, config), columns, form)
-    parts = [_finished(_load_file(path), columns, form) for path in files]
+    parts = [_finished(_load_file(path, columns), columns, form) for path in files]
     found = parts[0] if len(parts) == 1 else _joined(parts)
-    total = len(found)
+    total = len(found.rows)
     is_named = len(files) == 1 and not Path(home(source)).is_dir()
     name = str(files[0]) if is_named else source
     chosen = [row for _, rows in rows_of(split, {base_of(split): total}) for row in rows]
     if not chosen:
         raise DataError(f"{name} has no examples in {split!r}; it has {total} in all")
-    return found if len(chosen) == total else found.select(chosen)
-
-
-def frozen(source: Sequence[Any]) -> Mix:
-    """A list of sources as pairs of path and weight.
-
-    Raises:
-        DataError: an item is none, or some have a weight and some do not.
-    """
-    pairs: list[tuple[str, float | None]] = []
-    for item in source:
-        if isinstance(item, str):
-            pairs.append((item, None))
-        elif isinstance(item, Mapping) and "path" in item and item.keys() <= {"path", "weight"}:
-            pairs.append((str(item["path"]), item.get("weight")))
-        elif isinstance(item, tuple) and len(item) == 2:
-            pairs.append(item)
-        else:
-            raise DataError(
-                f"{item!r} in a list of data is no path and no {{path: .., weight: ..}}"
-            )
-    weights = [weight for _, weight in pairs if weight is not None]
-    if not pairs or (weights and len(weights) < len(pairs)) or any(w <= 0 for w in weights):
-        raise DataError(f"{list(source)!r}: give a weight above 0 to every source, or to none")
-    return tuple(pairs)
-
-
-def data_files(source: str, split: str) -> list[Path] | None:
-    """The files that a source stands for, in order; None for a hub data set.
-
-    Raises:
-        DataError: there are none, or they are of no kind that is read.
-    """
-    if source.startswith(EMBEDDED_PREFIX):
-        return [_embedded_file(source, split)]
-    if not is_file_name(source):
-        return None
-    path, base = Path(home(source)), base_of(split)
-    if path.is_dir():
-        return _files_of_folder(path, base)
-    if base != "train":
-        raise DataError(
-            f"split {split!r} of {source}: a file has no splits; name the file of that split"
-        )
-    found = [path]
-    if glob.has_magic(str(path)) and not path.exists():
-        found = [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
-        if not found:
-            raise DataError(f"{source}: no file has such a name")
-    for one in found:
-        if suffix_of(one) not in READERS:
-            raise DataError(f"{one}: cannot read {one.suffix!r} files; use {', '.join(READERS)}")
-        if not one.is_file():
-            raise DataError(f"{one}: no such file")
-    return found
-
-
-def is_file_name(source: str) -> bool:
-    """Whether a source is a file or folder, there or not, and no hub data set or embedded task."""
-    return (
-        local_path(source) is not None
-        or suffix_of(Path(source)) in (*READERS, *OTHER_SUFFIXES, *PACKED)
-        or source.startswith(("/", "./", "../", "~"))
-        or (glob.has_magic(source) and not source.startswith(EMBEDDED_PREFIX))
-    )
-
-
-def _embedded_file(source: str, split: str) -> Path:
-    task = source.removeprefix(EMBEDDED_PREFIX)
-    tasks = sorted(path.parent.name for path in EMBEDDED_FOLDER.glob("*/train.jsonl"))
-    if task not in tasks:
-        raise DataError(f"no embedded task {task!r}; there are {', '.join(tasks)}")
-    splits = sorted(path.stem for path in (EMBEDDED_FOLDER / task).glob("*.jsonl"))
-    if base_of(split) not in splits:
-        raise DataError(f"{source} has no split {split!r}; there are {', '.join(splits)}")
-    return EMBEDDED_FOLDER / task / f"{base_of(split)}.jsonl"
-
-
-def _files_of_folder(folder: Path, split: str) -> list[Path]:
-    """Of a folder that `save_to_disk` wrote, that of the split; else its files, told as a hub's."""
-    if (folder / "dataset_dict.json").is_file():
-        return [folder / split]
-    if (folder / "state.json").is_file():
-        return [folder]
-    try:
-        by_split = DataFilesDict.from_patterns(get_data_patterns(str(folder)), str(folder))
-    except (DatasetsError, OSError) as error:
-        raise DataError(f"{folder} is a folder without data files: {error}") from error
-    paths = {str(name): [Path(p) for p in found] for name, found in by_split.items()}
-    known = {name: [p for p in found if suffix_of(p) in READERS] for name, found in paths.items()}
-    known = {name: sorted(found) for name, found in known.items() if found}
-    if split not in known:
-        raise DataError(
-            f"{folder} is a folder with no {split!r} among its files; there are "
-            f"{', '.join(known) or 'no ' + ', '.join(READERS) + ' files'}"
-        )
-    return known[split]
+    return found if len(chosen) == total else replace(found, rows=found.rows.select(chosen))
 
 
 def _mixed(
     mix: Mix, split: str, config: str | None, columns: Mapping[str, str] | None, form: str | None
-) -> datasets.Dataset:
+) -> Loaded:
     parts = [
         load_placed(path, split=split, config=config, columns=columns, form=form) for path, _ in mix
     ]
@@ -215,11 +120,12 @@ def _mixed(
     return _joined(parts, [weight / sum(weights) for weight in weights])
 
 
-def _joined(parts: Sequence[datasets.Dataset], shares: Sequence[float] = ()) -> datasets.Dataset:
+def _joined(parts: Sequence[Loaded], shares: Sequence[float] = ()) -> Loaded:
     """The parts one after the other, or drawn by their shares until one of them is used up."""
     placed = [_with_file(part) for part in parts]
+    names = ", ".join(dict.fromkeys(part.name for part in parts))
     try:
-        if len({choose_form(part.column_names, None, "").name for part in parts}) > 1:
+        if len({choose_form(part.rows.column_names, None, "").name for part in parts}) > 1:
             raise ValueError("they are of several forms")
         if shares:
             found = datasets.interleave_datasets(placed, list(shares), seed=MIX_SEED)
@@ -227,44 +133,48 @@ def _joined(parts: Sequence[datasets.Dataset], shares: Sequence[float] = ()) -> 
             found = datasets.concatenate_datasets(placed)
     except (ValueError, TypeError) as error:
         raise DataError(
-            f"{', '.join(part.info.description for part in parts)} cannot be joined: {error}; give "
-            f"them the same columns, of the same types"
+            f"{names} cannot be joined: {error}; give them the same columns, of the same types"
         ) from error
-    names = [part.info.description for part in parts]
-    used = f"; {len(found):,} of {sum(map(len, parts)):,} by weight" if shares else ""
-    found.info.description = ", ".join(dict.fromkeys(names))
-    found.info.citation = "; ".join(dict.fromkeys(part.info.citation for part in parts)) + used
-    return found
+    total = sum(len(part.rows) for part in parts)
+    used = f"; {len(found):,} of {total:,} by weight" if shares else ""
+    return Loaded(found, names, "; ".join(dict.fromkeys(part.said for part in parts)) + used)
 
 
-def _with_file(part: datasets.Dataset) -> datasets.Dataset:
-    place = next(name for name in PLACES if name in part.column_names)
-    part = part.rename_column(place, "row") if place != "row" else part
-    if "file" in part.column_names:
-        return part
-    return part.add_column("file", [part.info.description] * len(part))
+def _with_file(part: Loaded) -> datasets.Dataset:
+    rows = part.rows
+    place = next(name for name in PLACES if name in rows.column_names)
+    rows = rows.rename_column(place, "row") if place != "row" else rows
+    if "file" in rows.column_names:
+        return rows
+    return rows.add_column("file", [part.name] * len(rows))
 
 
-def _load_file(path: Path) -> tuple[datasets.Dataset, str, str]:
-    """The examples of a file, with their place; its name; and a hint on failure."""
+def _load_file(path: Path, columns: Mapping[str, str] | None) -> tuple[datasets.Dataset, str]:
+    """The examples of a file with their place, and its name."""
     if path.is_dir():
         hint = "was it written by save_to_disk, and is the split in it?"
         found = _read(lambda: datasets.load_from_disk(str(path)), str(path), hint)
-        return _placed(found, "row", range(1, len(found) + 1)), str(path), hint
+        return _placed(found, "row", range(1, len(found) + 1)), str(path)
     reader = READERS[suffix_of(path)]
     hint = f"is it empty, or not really a {suffix_of(path)} file?"
+    known, key = {*KNOWN_COLUMNS, *(columns or {}).values()}, None
     try:
-        found = _read(lambda: _whole(path, reader), str(path), hint)
-        place, numbers = numbers_of(path, reader, len(found))
+        if reader == "json":
+            key = _tried(lambda: list_in(path, known), str(path), hint)
+        found = _read(lambda: _whole(path, reader, key), str(path), hint)
+        is_lines = reader == "json" and key is None
+        numbers = line_numbers(path, len(found)) if is_lines else range(1, len(found) + 1)
     except DataError:
-        if reader == "json" and path.suffix != ".zst":
-            diagnose(path)
+        if reader == "json":
+            _tried(lambda: diagnose(path, is_list=key == ""), str(path), hint)
         raise
-    return _placed(found, place, numbers), str(path), hint
+    place = "line" if is_lines or reader == "text" else "item" if reader == "json" else "row"
+    found = _placed(found, place, numbers)
+    return _without_blanks(found, str(path)) if reader == "text" else found, str(path)
 
 
-def _whole(path: Path, reader: str) -> datasets.Dataset:
-    options: dict[str, Any] = {}
+def _whole(path: Path, reader: str, key: str | None) -> datasets.Dataset:
+    options: dict[str, Any] = {"field": key} if key else {}
     if reader == "csv":
         options["sep"] = "\t" if suffix_of(path) == ".tsv" else ","
         with opened(path) as file:
@@ -277,26 +187,29 @@ def _whole(path: Path, reader: str) -> datasets.Dataset:
     return found
 
 
+def _without_blanks(lines: datasets.Dataset, name: str) -> datasets.Dataset:
+    kept = [row for row, text in enumerate(lines["text"][:]) if text.strip()]
+    blank = len(lines) - len(kept)
+    if not kept:
+        raise DataError(f"{name} is empty")
+    if blank:
+        logger.warning("%s: %s skipped", name, counted(blank, "blank line"))
+    return lines.select(kept) if blank else lines
+
+
 def _placed(found: datasets.Dataset, place: str, numbers: Sequence[int]) -> datasets.Dataset:
     found = found.remove_columns([name for name in found.column_names if name in PLACES])
     return found.add_column(place, list(numbers))
 
 
-def _load_hub(source: str, split: str, config: str | None) -> tuple[datasets.Dataset, str, str]:
-    hint = (
-        "check the name, the split and the config, or whether the hub can be reached; for a local "
-        "file give a path that ends in " + ", ".join(READERS)
-    )
+def _load_hub(source: str, split: str, config: str | None) -> tuple[datasets.Dataset, str]:
     found = _read(
         lambda: datasets.load_dataset(source, config, split=split),
         f"data set {source!r} (split {split!r})",
-        hint,
+        "check the name, the split and the config, or whether the hub can be reached; for a local "
+        f"file give a path that ends in {', '.join(READERS)}",
     )
-    return (
-        _placed(found, "row", _hub_rows(found, split)),
-        f"{source}, split {base_of(split)}",
-        hint,
-    )
+    return _placed(found, "row", _hub_rows(found, split)), f"{source}, split {base_of(split)}"
 
 
 def _hub_rows(found: datasets.Dataset, split: str) -> Sequence[int]:
@@ -309,21 +222,27 @@ def _hub_rows(found: datasets.Dataset, split: str) -> Sequence[int]:
     return range(1, len(found) + 1)
 
 
-def _read(load: Callable[[], Any], where: str, hint: str) -> datasets.Dataset:
-    try:
-        found = load()
-    except (DatasetsError, OSError, ValueError, RuntimeError, TypeError, StopIteration) as error:
-        raise DataError(f"cannot load {where}: {error}; {hint}") from error
+def _read(load: Callable[[], datasets.Dataset], where: str, hint: str) -> datasets.Dataset:
+    found = _tried(load, where, hint)
     if len(found) == 0:
         raise DataError(f"{where} has no examples")
     return found
 
 
+def _tried(load: Callable[[], T], where: str, hint: str) -> T:
+    try:
+        return load()
+    except DataError:
+        raise
+    except Exception as error:  # each kind of file has a reader with errors of its own
+        raise DataError(f"cannot load {where}: {error}; {hint}") from error
+
+
 def _finished(
-    loaded: tuple[datasets.Dataset, str, str], columns: Mapping[str, str] | None, name: str | None
-) -> datasets.Dataset:
+    loaded: tuple[datasets.Dataset, str], columns: Mapping[str, str] | None, name: str | None
+) -> Loaded:
     """What was loaded in the form that it has, its records checked."""
-    found, where, _ = loaded
+    found, where = loaded
     form = choose_form([c for c in found.column_names if c not in PLACES], columns, where, name)
     if not is_conversation({name: found[0][column] for name, column in form.columns.items()}):
         form = replace(form, columns={n: c for n, c in form.columns.items() if n not in SETTINGS})
@@ -335,6 +254,4 @@ def _finished(
         record = found[row]
         check_record(record, form, f"{where}, {place} {record[place]}")
     done = standard(found, form)
-    done.info.description = where
-    done.info.citation = form.said(len(done))
-    return done
+    return Loaded(done, where, form.said(len(done)))

@@ -1,4 +1,4 @@
-"""What is trained, checked: each of the assistant's turns with its end, and nothing of the others.
+"""Conversations to token ids and labels: each of the assistant's turns with its end, verified.
 
 A chat template may drop a turn, mark another one's or leave out the token that ends a turn, all
 without a word. So the tokens are decoded again and compared with the conversation.
@@ -8,16 +8,75 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
-
-import jinja2
+from collections.abc import Iterator, Sequence
 
 from drlora.data.formats import CONTENT_KEYS
-from drlora.data.turns import ChatTemplate, Conversation, Span, Turn
+from drlora.data.texts import IGNORED, Tokens, eos_token_id
+from drlora.data.turns import (
+    TEMPLATE_ERRORS,
+    ChatTemplate,
+    Conversation,
+    Marked,
+    Span,
+    Turn,
+)
 from drlora.errors import DataError
 
 _THOUGHTS = re.compile("</?think>")
+
+
+def learn(conversations: Sequence[Conversation], template: ChatTemplate) -> list[Tokens]:
+    """Token ids and labels of each, verified.
+
+    Raises:
+        DataError: the template cannot be used on one of them; which one is not said.
+    """
+    rows = template.encode(conversations)
+    if template.is_marked:
+        pairs = zip(conversations, rows, strict=True)
+        rows = [_ended(one, *marked, template) for one, marked in pairs]
+    # Of each kind one says what the template reads.
+    for one in {kind(one): one for one in reversed(conversations)}.values():
+        refuse_unread(one, template)
+    if not template.is_marked:
+        return [(ids, ids) for ids, _ in rows]
+    found = []
+    opened = template.opened(conversations, rows)
+    for one, (ids, spans), start in zip(conversations, rows, opened, strict=True):
+        verify(one, ids, spans, template)
+        labels = [IGNORED] * len(ids)
+        for first, end in _weighed(one, spans):
+            first = max(first, start)
+            labels[first:end] = ids[first:end]
+        found.append((ids, labels))
+    return found
+
+
+def _ended(
+    conversation: Conversation, ids: list[int], spans: list[Span], template: ChatTemplate
+) -> Marked:
+    """Each turn with the end-of-sequence token that follows it, the last with one in any case."""
+    eos = eos_token_id(template.tokenizer)
+    spans = [(a, b + 1 if b < len(ids) and ids[b] == eos else b) for a, b in spans]
+    if spans and conversation.turns[-1]["role"] == "assistant":
+        first, end = spans[-1]
+        if not ends_with_stop(ids[first:end], template):
+            return [*ids[:end], eos], [*spans[:-1], (first, end + 1)]
+    return ids, spans
+
+
+def _weighed(conversation: Conversation, spans: Sequence[Span]) -> list[Span]:
+    """The spans of turns whose weight is not 0."""
+    pairs = zip(conversation.turns, conversation.weights, strict=True)
+    own = [weight for turn, weight in pairs if turn["role"] == "assistant"]
+    if all(own):
+        return list(spans)
+    if len(own) != len(spans):
+        raise DataError(
+            f"weight: 0 cannot be followed, for it marks {len(spans)} parts as the assistant's "
+            f"where the conversation has {len(own)} turns of it"
+        )
+    return [span for span, weight in zip(spans, own, strict=True) if weight]
 
 
 def verify(
@@ -65,23 +124,21 @@ def refuse_unread(conversation: Conversation, template: ChatTemplate) -> None:
     Raises:
         DataError: naming the first of them.
     """
+    (text,) = template.render([conversation])
     turns, options = conversation.turns, conversation.options
-    text = template.render(turns, options)
     for key in sorted({key for turn in turns for key in turn if key in CONTENT_KEYS}):
         without = [{k: v for k, v in turn.items() if k != key} for turn in turns]
-        _refuse_same(without, options, text, f"{key!r} of the messages", template)
+        _refuse_same(Conversation(without, options), text, f"{key!r} of the messages", template)
     if options.get("tools"):
-        _refuse_same(turns, {**options, "tools": None}, text, "'tools'", template)
+        _refuse_same(Conversation(turns, {**options, "tools": None}), text, "'tools'", template)
 
 
-def _refuse_same(
-    turns: Sequence[Turn], options: Mapping[str, Any], text: str, what: str, template: ChatTemplate
-) -> None:
+def _refuse_same(without: Conversation, text: str, what: str, template: ChatTemplate) -> None:
     try:
-        without = template.render(turns, options)
-    except (jinja2.TemplateError, TypeError, KeyError):  # it is missed, so it is read
+        (found,) = template.render([without])
+    except TEMPLATE_ERRORS:  # it is missed, so it is read
         return
-    if without == text:
+    if found == text:
         raise DataError(
             f"it does not read {what}, so what stands there would not be learned; remove it, or "
             f"use a template that reads it (chat_template: FILE)"
@@ -91,7 +148,7 @@ def _refuse_same(
 def ends_with_stop(ids: Sequence[int], template: ChatTemplate) -> bool:
     """Whether a special token, after which white space may follow, closes the turn."""
     special = template.special_ids
-    last = next((i for i in reversed(ids) if i in special or _read([i], template).strip()), None)
+    last = next((i for i in reversed(ids) if i in special or not template.is_blank(i)), None)
     return last in special
 
 

@@ -10,36 +10,36 @@ every turn, and the check that what is trained is what the assistant says (drlor
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from datasets import Dataset
 from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
+from trl import SFTConfig, pack_dataset
 
 from drlora.data import targets
-from drlora.data.formats import PLACES, check_record, choose_form, is_conversation, unused_keys
-from drlora.data.turns import ChatTemplate, Span, conversation_of
-from drlora.errors import ConfigError, DataError
+from drlora.data.checks import check_record
+from drlora.data.files import Loaded
+from drlora.data.formats import PLACES, choose_form, is_conversation, unused_keys
+from drlora.data.texts import IGNORED, Tokens, encode_completions, eos_token_id, whole
+from drlora.data.turns import ChatTemplate, conversation_of
+from drlora.errors import ConfigError, DataError, shown
 
-if TYPE_CHECKING:
-    from trl import SFTConfig
-
-IGNORED = -100
 VERSION = 1
 """Of the tokens; they are cached by it, so whoever changes what is made here raises it."""
 
+_SHOWN = 300  # characters of a conversation that is refused
 _OTHER_OBJECTIVES = {
     "chosen": "has pairs of answers (chosen, rejected)",
     "label": "says of completions whether they are good (label)",
 }
 
 logger = logging.getLogger(__name__)
-
-Tokens = tuple[list[int], list[int]]
-"""Token ids and labels of one example, equally long."""
 
 
 @dataclass(frozen=True)
@@ -79,22 +79,25 @@ class Prepared:
 
 
 def prepare(
-    raw: Dataset,
+    examples: Dataset | Loaded,
     tokenizer: PreTrainedTokenizerBase,
     arguments: PlainSettings | SFTConfig,
     *,
     packing: bool = False,
+    template_file: str | None = None,
 ) -> Prepared:
-    """Tokenize `raw`, a data set as `load_examples` gives it.
+    """Tokenize a data set as `load_examples` gives it.
 
     Loss is on the completion and the end-of-sequence token, on the assistant's turns, or on all of
     a text. Dropped and truncated examples are counted and logged as a warning.
 
     Args:
-        raw: the examples.
+        examples: as they were read, which names file and line of those that are refused; or a data
+            set of them.
         tokenizer: with a chat template, if they are conversations.
         arguments: an SFTConfig.
         packing: whether examples are put together to rows of `max_length`.
+        template_file: what the tokenizer's chat template was read from, for messages.
 
     Raises:
         ConfigError: `max_length` is below 2.
@@ -104,7 +107,9 @@ def prepare(
     longest = arguments.max_length
     if longest is not None and longest < 2:
         raise ConfigError(f"max_length is {longest}; it must be at least 2")
-    encoder = _Encoder(tokenizer, arguments, raw.info.description)
+    loaded = examples if isinstance(examples, Loaded) else Loaded(examples)
+    raw = loaded.rows
+    encoder = _Encoder(tokenizer, arguments, loaded.name, template_file)
     encoder.refuse_tokenizer(raw)
     notes = unused_keys(raw)
     if notes:
@@ -129,19 +134,17 @@ def prepare(
         tokens = tokens.shuffle(seed=arguments.seed)
     if packing:
         tokens = _packed(tokens, arguments)
-    return Prepared(raw, tokens, dropped, truncated, raw.info.citation)
+    return Prepared(raw, tokens, dropped, truncated, loaded.said)
 
 
 def encode_examples(
-    examples: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int
+    examples: Dataset | Loaded, tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> Prepared:
     """`prepare` with TRL's defaults, and loss on the assistant's turns of a conversation."""
     return prepare(examples, tokenizer, PlainSettings(max_length=max_length))
 
 
 def _packed(tokens: Dataset, arguments: PlainSettings | SFTConfig) -> Dataset:
-    from trl import pack_dataset
-
     if arguments.max_length is None:
         raise ConfigError("packing needs a max_length")
     return pack_dataset(tokens, arguments.max_length, arguments.packing_strategy)
@@ -171,24 +174,12 @@ class _Encoder:
     tokenizer: PreTrainedTokenizerBase
     settings: PlainSettings | SFTConfig
     name: str
+    template_file: str | None = None
 
     def __call__(self, records: Mapping[str, list], indices: Sequence[int]) -> dict[str, list]:
         places = list(_places(records, indices, self.name))
-        rows = [
-            dict(zip(records, values, strict=True))
-            for values in zip(*records.values(), strict=True)
-        ]
-        form = choose_form(list(records), None, "the data set")
-        for row, where in zip(rows, places, strict=True):
-            check_record(row, form, where)
-        if is_conversation(rows[0]):
-            encoded = list(self._conversations(rows, places))
-        elif "prompt" in records:
-            encoded = encode_completions(records["prompt"], records["completion"], self.tokenizer)
-            if self.settings.completion_only_loss is False:
-                encoded = [(ids, ids) for ids, _ in encoded]
-        else:
-            encoded = [(ids, ids) for ids in _whole(records["text"], self.tokenizer)]
+        with _no_search_for_cycles():
+            encoded = self._encoded(records, places)
         kept = [(self._cut(ids), self._cut(labels)) for ids, labels in encoded]
         return {
             "input_ids": [ids for ids, _ in kept],
@@ -196,6 +187,20 @@ class _Encoder:
             "length": [len(ids) for ids, _ in encoded],
             "has_target": [any(label != IGNORED for label in labels) for _, labels in kept],
         }
+
+    def _encoded(self, records: Mapping[str, list], places: Sequence[str]) -> list[Tokens]:
+        columns = [records[name] for name in records]
+        rows = [dict(zip(records, row, strict=True)) for row in zip(*columns, strict=True)]
+        form = choose_form(list(records), None, "the data set")
+        for row, where in zip(rows, places, strict=True):
+            check_record(row, form, where)
+        if is_conversation(rows[0]):
+            return self._conversations(rows, places)
+        if "prompt" not in records:
+            return [(ids, ids) for ids in whole(records["text"], self.tokenizer)]
+        found = encode_completions(records["prompt"], records["completion"], self.tokenizer)
+        is_all = self.settings.completion_only_loss is False
+        return [(ids, ids) for ids, _ in found] if is_all else found
 
     def fingerprint(self, raw: Dataset) -> str:
         """What the tokens of `raw` are kept under: its data, the tokenizer, settings and code."""
@@ -237,111 +242,48 @@ class _Encoder:
 
     def _conversations(
         self, rows: Sequence[Mapping[str, Any]], places: Sequence[str]
-    ) -> Iterator[Tokens]:
+    ) -> list[Tokens]:
         template = ChatTemplate(self.tokenizer, self.settings.assistant_only_loss)
-        seen: set[frozenset[tuple[str, str]]] = set()
-        for row, where in zip(rows, places, strict=True):
-            conversation, weights = conversation_of(row, where)
-            try:
-                ids, spans = template.encode(conversation)
-                if template.is_marked:
-                    ids, spans = _ended(ids, spans, conversation.turns, template)
-                if (kind := targets.kind(conversation)) not in seen:
-                    targets.refuse_unread(conversation, template)
-                    seen.add(kind)
-                learned = spans
-                if template.is_marked:
-                    targets.verify(conversation, ids, spans, template)
-                    learned = _weighed(conversation.turns, spans, weights)
-                    opened = template.opened(conversation, len(row.get("prompt") or ()), ids)
-                    learned = [(max(first, opened), end) for first, end in learned]
-            except DataError as error:
-                raise DataError(
-                    f"{where}: the chat template cannot be used on it: {error}"
-                ) from error
-            labels = [IGNORED] * len(ids)
-            for first, end in learned:
-                labels[first:end] = ids[first:end]
-            yield ids, labels
+        found = [conversation_of(row, where) for row, where in zip(rows, places, strict=True)]
+        try:
+            return targets.learn(found, template)
+        except DataError as error:
+            # One of them: the shortest that is refused by itself.
+            pairs = zip(found, places, strict=True)
+            for one, where in sorted(pairs, key=lambda pair: len(str(pair[0].turns))):
+                try:
+                    targets.learn([one], template)
+                except DataError as own:
+                    raise DataError(
+                        f"{where}: {self.template_name} cannot be used on it: {own}. "
+                        f"It is: {shown(one.turns, _SHOWN)}"
+                    ) from own
+            raise DataError(f"{self.template_name} cannot be used: {error}") from error
+
+    @property
+    def template_name(self) -> str:
+        """In words, where the chat template is from."""
+        if self.template_file:
+            return f"chat_template: {self.template_file}"
+        name = self.tokenizer.name_or_path
+        return f"the chat template of {name!r}" if name else "the chat template"
 
 
-def _ended(
-    ids: list[int], spans: list[Span], turns: Sequence[Mapping[str, Any]], template: ChatTemplate
-) -> tuple[list[int], list[Span]]:
-    """Each turn with the end-of-sequence token that follows it, the last with one in any case."""
-    eos = eos_token_id(template.tokenizer)
-    spans = [(a, b + 1 if b < len(ids) and ids[b] == eos else b) for a, b in spans]
-    if spans and turns[-1]["role"] == "assistant":
-        first, end = spans[-1]
-        if not targets.ends_with_stop(ids[first:end], template):
-            return [*ids[:end], eos], [*spans[:-1], (first, end + 1)]
-    return ids, spans
-
-
-def _weighed(
-    turns: Sequence[Mapping[str, Any]], spans: Sequence[Span], weights: Sequence[float]
-) -> list[Span]:
-    """The spans of turns whose weight is not 0."""
-    own = [w for turn, w in zip(turns, weights, strict=True) if turn["role"] == "assistant"]
-    if all(own):
-        return list(spans)
-    if len(own) != len(spans):
-        raise DataError(
-            f"weight: 0 cannot be followed, for it marks {len(spans)} parts as the assistant's "
-            f"where the conversation has {len(own)} turns of it"
-        )
-    return [span for span, weight in zip(spans, own, strict=True) if weight]
+@contextmanager
+def _no_search_for_cycles() -> Iterator[None]:
+    """Without Python's cyclic garbage collector: of a thousand conversations it takes a fifth."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _places(records: Mapping[str, list], indices: Sequence[int], name: str) -> Iterator[str]:
     """`data.jsonl, line 61` for each record, as far as the data set says where it comes from."""
     place = next((place for place in PLACES if place in records), None)
+    files = records.get("file") or [name] * len(indices)
     for row, index in enumerate(indices):
-        yield f"{name}, {place} {records[place][row]}" if place else f"example {index + 1}"
-
-
-def encode_completions(
-    prompts: Sequence[str], completions: Sequence[str], tokenizer: PreTrainedTokenizerBase
-) -> list[Tokens]:
-    """Token ids of both and the end-of-sequence token, with loss on all but the prompt.
-
-    Both are tokenized together; a token across the border counts to the completion.
-    """
-    heads = tokenizer(list(prompts))["input_ids"]
-    texts = [prompt + answer for prompt, answer in zip(prompts, completions, strict=True)]
-    encoded = []
-    for head, ids in zip(heads, _whole(texts, tokenizer), strict=True):
-        pairs = enumerate(zip(head, ids, strict=False))
-        first = next((at for at, (a, b) in pairs if a != b), min(len(head), len(ids)))
-        encoded.append((ids, [IGNORED] * first + ids[first:]))
-    return encoded
-
-
-def _whole(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Token ids of texts, each with one end-of-sequence token after it."""
-    eos, end = eos_token_id(tokenizer), str(tokenizer.eos_token)
-    ended = [text if text.endswith(end) else text + end for text in texts]
-    rows = [list(ids) for ids in tokenizer(ended)["input_ids"]]
-    # Some tokenizers put one after every text by themselves.
-    return [ids[:-1] if ids[-2:] == [eos, eos] else ids for ids in rows]
-
-
-def encode_prompts(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Token ids of each text, opened as the tokenizer opens a sequence, left open at its end."""
-    eos = tokenizer.eos_token_id
-    encoded = tokenizer(list(texts))["input_ids"]
-    return [ids[:-1] if ids and ids[-1] == eos else list(ids) for ids in encoded]
-
-
-def eos_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The end-of-sequence token.
-
-    Raises:
-        DataError: there is none.
-    """
-    if tokenizer.eos_token_id is None:
-        raise DataError(
-            f"the tokenizer {tokenizer.name_or_path!r} has no end-of-sequence token; "
-            f"set tokenizer.eos_token"
-        )
-    return int(tokenizer.eos_token_id)
+        yield f"{files[row]}, {place} {records[place][row]}" if place else f"example {index + 1}"

@@ -1,4 +1,4 @@
-"""A conversation to token ids, and the spans of them that are the assistant's.
+"""Conversations to token ids, and the spans of them that are the assistant's, many at a time.
 
 The chat template does the rendering. Its own generation marks say what is the assistant's, or those
 of TRL's training version of it; of a template that has neither, an assistant's turn is what it adds
@@ -7,32 +7,50 @@ to the conversation before it.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import groupby
 from os.path import commonprefix
 from typing import Any
 
 import jinja2
+import numpy as np
 from transformers import PreTrainedTokenizerBase
+from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
+from drlora.data.checks import parsed
 from drlora.errors import DataError, first_line
 
 Turn = Mapping[str, Any]
 Span = tuple[int, int]
 """First token, and the one after the last."""
+Marked = tuple[list[int], list[Span]]
+"""Token ids of a conversation, and the spans of the assistant in their order."""
 
 WEIGHT = "weight"  # 0 on an assistant's turn: no loss on it
+TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, KeyError)
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """Turns as a template takes them, and what else it is given (tools and its own settings)."""
+    """What a template is given, and what of it is learned.
+
+    Attributes:
+        turns: without what is none; each has a text, maybe an empty one.
+        options: the tools, and the template's own settings.
+        weights: of each turn; 0 where there is no loss.
+        asked: so many turns, the first ones, are a prompt.
+    """
 
     turns: list[dict[str, Any]]
     options: dict[str, Any] = field(default_factory=dict)
+    weights: Sequence[float] = ()
+    asked: int = 0
+
+    def until(self, end: int) -> Conversation:
+        """Its first turns."""
+        return Conversation(self.turns[:end], self.options)
 
 
 @dataclass(frozen=True)
@@ -53,8 +71,6 @@ class ChatTemplate:
         """A version with generation marks; None of a template that has no such version."""
         if not self.is_marked:
             return None
-        from trl.chat_template_utils import get_training_chat_template, has_generation_markers
-
         own = self.tokenizer.get_chat_template()
         if has_generation_markers(own):
             return own
@@ -70,41 +86,51 @@ class ChatTemplate:
         special = {number for number, token in added if token.special}
         return frozenset({*special, *self.tokenizer.all_special_ids})
 
-    def encode(self, conversation: Conversation) -> tuple[list[int], list[Span]]:
-        """Token ids, and the spans of the assistant, in their order.
+    @cached_property
+    def is_blank(self) -> Callable[[int], bool]:
+        """Whether a token is white space and nothing else."""
+        return cache(lambda number: not str(self.tokenizer.decode([number])).strip())
+
+    def encode(self, conversations: Sequence[Conversation]) -> list[Marked]:
+        """Token ids and the spans of the assistant, of each conversation.
 
         Raises:
-            DataError: the template cannot render it, or its turns cannot be told apart.
+            DataError: the template cannot render one, or its turns cannot be told apart.
         """
         try:
             if not self.is_marked:
-                ids = self._plain(self.render(conversation.turns, conversation.options))
-                return list(ids["input_ids"]), [(0, len(ids["input_ids"]))]
-            return self._marked(conversation) if self.text else self._by_prefixes(conversation)
-        except (jinja2.TemplateError, TypeError, KeyError) as error:
+                rows = self._plain(self.render(conversations))["input_ids"]
+                return [(ids, [(0, len(ids))]) for ids in rows]
+            found = self._marked if self.text else self._by_prefixes
+            return list(found(conversations))
+        except TEMPLATE_ERRORS as error:
             raise DataError(
                 f"{first_line(error)}; write the conversation as it expects, or use another "
                 f"template (chat_template: FILE)"
             ) from error
 
-    def opened(self, conversation: Conversation, asked: int, ids: Sequence[int]) -> int:
-        """How many of `ids` the first `asked` turns are, with the opening of an answer."""
-        if not asked:
-            return 0
-        turns, options = conversation.turns[:asked], conversation.options
-        head = self._plain(self.render(turns, options, add_generation_prompt=True))["input_ids"]
-        return len(commonprefix([list(head), list(ids)]))
+    def opened(self, conversations: Sequence[Conversation], rows: Sequence[Marked]) -> list[int]:
+        """How many tokens of each the turns that are asked are, with the opening of an answer."""
+        if not all(one.asked for one in conversations):
+            return [0] * len(conversations)
+        asked = [one.until(one.asked) for one in conversations]
+        heads = self._plain(self.render(asked, add_generation_prompt=True))["input_ids"]
+        return [len(commonprefix([head, ids])) for head, (ids, _) in zip(heads, rows, strict=True)]
 
-    def render(self, turns: Sequence[Turn], options: Mapping[str, Any], **more: Any) -> str:
-        """The text that the template makes of some turns."""
-        shown: Any = self._as_read(turns)
-        kwargs = {"chat_template": self.text, **options, **more}
-        text = self.tokenizer.apply_chat_template(shown, tokenize=False, **kwargs)
-        assert isinstance(text, str)
-        return text
+    def render(self, conversations: Sequence[Conversation], **how: Any) -> list[str]:
+        """The text that the template makes of each."""
+        texts = self._applied(conversations, tokenize=False, **how)
+        return [text for some in texts for text in some]
 
-    def _plain(self, text: str) -> Any:
-        return self.tokenizer(text, add_special_tokens=False)
+    def _applied(self, conversations: Sequence[Conversation], **how: Any) -> Iterator[Any]:
+        """What transformers makes of them, as many at once as have the same options."""
+        for options, some in groupby(conversations, key=lambda one: one.options):
+            turns: Any = [self._as_read(one.turns) for one in some]
+            given = {"chat_template": self.text, **options, **how}
+            yield self.tokenizer.apply_chat_template(turns, **given)
+
+    def _plain(self, texts: list[str]) -> Any:
+        return self.tokenizer(texts, add_special_tokens=False)
 
     @cached_property
     def takes_parts(self) -> bool:
@@ -115,71 +141,69 @@ class ChatTemplate:
 
     def _has_word(self, turns: Any) -> bool:
         try:
-            return "word" in str(
-                self.tokenizer.apply_chat_template(
-                    turns, chat_template=self.text, tokenize=False, add_generation_prompt=False
-                )
+            text = self.tokenizer.apply_chat_template(
+                turns, chat_template=self.text, tokenize=False, add_generation_prompt=False
             )
-        except (jinja2.TemplateError, TypeError, KeyError):
+        except TEMPLATE_ERRORS:
             return False
+        return "word" in str(text)
 
     def _as_read(self, turns: Sequence[Turn]) -> Any:
         if not self.takes_parts:
             return list(turns)
         return [{**t, "content": [{"type": "text", "text": t["content"]}]} for t in turns]
 
-    def _marked(self, conversation: Conversation) -> tuple[list[int], list[Span]]:
-        encoded: Any = self.tokenizer.apply_chat_template(
-            self._as_read(conversation.turns),
-            chat_template=self.text,
-            tokenize=True,
-            return_dict=True,
-            return_assistant_tokens_mask=True,
-            **conversation.options,
-        )
-        marks = enumerate(encoded["assistant_masks"])
-        runs = [list(run) for mark, run in groupby(marks, key=lambda pair: pair[1]) if mark]
-        return list(encoded["input_ids"]), [(run[0][0], run[-1][0] + 1) for run in runs]
+    def _marked(self, conversations: Sequence[Conversation]) -> Iterator[Marked]:
+        how = {"return_dict": True, "return_assistant_tokens_mask": True}
+        for some in self._applied(conversations, **how):
+            for ids, marks in zip(some["input_ids"], some["assistant_masks"], strict=True):
+                edges = np.flatnonzero(np.diff(marks, prepend=0, append=0)).tolist()
+                yield ids, list(zip(edges[::2], edges[1::2], strict=True))
 
-    def _by_prefixes(self, conversation: Conversation) -> tuple[list[int], list[Span]]:
-        turns, options = conversation.turns, conversation.options
-        text = self.render(turns, options)
-        encoded = self._plain(text)
-        ids, spans = list(encoded["input_ids"]), []
-        for index, turn in enumerate(turns):
-            if turn["role"] != "assistant":
-                continue
-            if index:
-                before = self.render(turns[:index], options, add_generation_prompt=True)
-            else:  # templates look at the first message, so none can be rendered without one
-                before = text[: max(text.find(turn["content"].strip()), 0)]
-            is_last = index == len(turns) - 1
-            through = text if is_last else self.render(turns[: index + 1], options)
-            if not text.startswith(through):
-                raise DataError(
-                    "it changes earlier turns, so the assistant's cannot be told apart; mark them "
-                    "with {% generation %} in a template of your own (chat_template: FILE), or "
-                    "give each conversation one assistant turn, its last"
+    def _by_prefixes(self, conversations: Sequence[Conversation]) -> Iterator[Marked]:
+        texts = self.render(conversations)
+        encoded = self._plain(texts)
+        answers = [
+            [n for n, turn in enumerate(one.turns) if turn["role"] == "assistant"]
+            for one in conversations
+        ]
+        pairs = list(zip(conversations, answers, strict=True))
+        before = [one.until(n) for one, some in pairs for n in some if n]
+        befores = iter(self.render(before, add_generation_prompt=True))
+        through = [one.until(n + 1) for one, some in pairs for n in some if n + 1 < len(one.turns)]
+        throughs = iter(self.render(through))
+        for row, (one, some) in enumerate(pairs):
+            text, ids, spans = texts[row], encoded["input_ids"][row], []
+            for n in some:
+                if n:
+                    opening = next(befores)
+                else:  # templates look at the first message, so none can be rendered without one
+                    opening = text[: max(text.find(one.turns[0]["content"].strip()), 0)]
+                whole = next(throughs) if n + 1 < len(one.turns) else text
+                if not text.startswith(whole):
+                    raise DataError(
+                        "it changes earlier turns, so the assistant's cannot be told apart; mark "
+                        "them with {% generation %} in a template of your own (chat_template: "
+                        "FILE), or give each conversation one assistant turn, its last"
+                    )
+                if not text.startswith(opening):
+                    opening = commonprefix([opening, text])
+                # A token across the border counts to the later part.
+                first = encoded.char_to_token(row, len(opening))
+                last = encoded.char_to_token(row, len(whole) - 1)
+                spans.append(
+                    (len(ids) if first is None else first, len(ids) if last is None else last + 1)
                 )
-            if not text.startswith(before):
-                before = commonprefix([before, text])
-            spans.append(_tokens_of(encoded, len(before), len(through), len(ids)))
-        return ids, spans
+            yield ids, spans
 
 
-def _tokens_of(encoded: Any, start: int, end: int, length: int) -> Span:
-    """The tokens of text[start:end]; one across the border counts to the later part."""
-    first = encoded.char_to_token(start)
-    last = encoded.char_to_token(end - 1)
-    return (length if first is None else first), (length if last is None else last + 1)
+def conversation_of(record: Mapping[str, Any], where: str) -> Conversation:
+    """A record with `messages`, or with a `prompt` and a `completion` of messages.
 
+    Assistant turns in a prompt have no weight.
 
-def conversation_of(record: Mapping[str, Any], where: str) -> tuple[Conversation, list[float]]:
-    """A record with `messages`, or with a `prompt` and a `completion` of messages, for a template.
-
-    Returns:
-        The conversation without what is no part of it, and the weight of each turn: assistant
-        turns in a prompt have none.
+    Raises:
+        DataError: tools, or the arguments of a tool call, cannot be read.
     """
     asked = record.get("prompt") or []
     said = record.get("messages") or record["completion"]
@@ -187,10 +211,10 @@ def conversation_of(record: Mapping[str, Any], where: str) -> tuple[Conversation
     weights = [float(turn.pop(WEIGHT, 1)) * (n >= len(asked)) for n, turn in enumerate(turns)]
     tools = record.get("tools")
     options = {
-        "tools": (json.loads(tools) if isinstance(tools, str) else tools) or None,
+        "tools": (parsed(tools, f"{where}: tools") if isinstance(tools, str) else tools) or None,
         **(record.get("chat_template_kwargs") or {}),
     }
-    return Conversation(turns, options), weights
+    return Conversation(turns, options, weights, len(asked))
 
 
 def _turn(turn: Turn, where: str) -> dict[str, Any]:
@@ -208,10 +232,7 @@ def _call(call: Mapping[str, Any], where: str) -> dict[str, Any]:
     function = dict(call.get("function") or {})
     arguments = function.get("arguments")
     if isinstance(arguments, str):
-        try:
-            function["arguments"] = json.loads(arguments)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{where}: arguments {arguments!r} of a tool call: no JSON") from error
+        function["arguments"] = parsed(arguments, f"{where}: arguments of a tool call")
     elif isinstance(arguments, Mapping) and None in arguments.values():
         raise DataError(
             f"{where} has a tool call with arguments {dict(arguments)}; a table fills them up with "

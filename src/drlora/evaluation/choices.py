@@ -9,8 +9,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from transformers import PreTrainedTokenizerBase
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from drlora.data import Collator, encode_completions
+from drlora.data import encode_completions, pad_token_id
 from drlora.errors import DataError
 
 IGNORED = -100
@@ -42,7 +43,7 @@ def choose(
         prompts = [example["prompt"]] * len(example["choices"])
         encoded = encode_completions(prompts, example["choices"], tokenizer)
         rows += [{"input_ids": ids, "labels": labels} for ids, labels in encoded]
-    collator = Collator(tokenizer)
+    collator = DataCollatorForLanguageModeling(pad_token_id(tokenizer))
     nats = torch.cat(
         [
             summed_losses(model, collator(rows[start : start + batch_size]))

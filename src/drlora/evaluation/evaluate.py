@@ -1,6 +1,7 @@
 """Evaluate a causal language model: loss on target tokens, and answers against the right ones.
 
-    result = evaluate_loss(model, prepared.tokens, Collator(tokenizer), batch_size=8)
+    collator = DataCollatorForLanguageModeling(tokenizer.pad_token_id)  # of TRL
+    result = evaluate_loss(model, prepared.tokens, collator, batch_size=8)
     match = exact_match(model, tokenizer, load_examples("embedded:definitions", split="test"), 32,
                         max_new_tokens=12)
 
@@ -16,9 +17,10 @@ from typing import Any, Protocol
 import torch
 from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
-from drlora.data import encode_prompts, pad_token_id
+from drlora.data import pad_token_id
 from drlora.errors import ConfigError, DataError
 from drlora.evaluation.choices import choose, summed_losses
+from drlora.evaluation.prompts import encode_prompts, pad_left
 
 IGNORED = -100
 SAMPLES_KEPT = 10
@@ -257,16 +259,6 @@ def _generate(
         stopping_criteria=StoppingCriteriaList([_NewlineStop(tokenizer)]),
     )
     return [_first_line(row[length:].tolist(), ends, tokenizer) for row in output]
-
-
-def pad_left(rows: Sequence[list[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and attention mask, int64 (B, L) each."""
-    if not all(rows):
-        raise DataError("an empty prompt has no token to continue from; give each example a prompt")
-    longest = max(map(len, rows))
-    ids = [[pad] * (longest - len(row)) + row for row in rows]
-    mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
-    return torch.tensor(ids), torch.tensor(mask)
 
 
 def end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:

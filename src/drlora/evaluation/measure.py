@@ -9,11 +9,12 @@ from typing import Any
 from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from drlora.data import Collator
-from drlora.data.draw import draw
+from drlora.data import pad_token_id
 from drlora.data.tokens import Prepared
 from drlora.errors import CheckpointError, ConfigError, DataError, shown
+from drlora.evaluation.draw import draw
 from drlora.evaluation.evaluate import (
     LossResult,
     MatchResult,
@@ -140,7 +141,8 @@ def measure(
 ) -> Measurement:
     """Measure the model as it is on `examples`, as the recipe's section `evaluation` says."""
     encoded = draw(examples.tokens, section.loss_examples, section.draw)
-    loss = evaluate_loss(model, encoded, Collator(tokenizer), section.batch_size)
+    collator = DataCollatorForLanguageModeling(pad_token_id(tokenizer))
+    loss = evaluate_loss(model, encoded, collator, section.batch_size)
     raw = draw(examples.raw, section.exact_match_examples, section.draw)
     notes = tuple(notes_on(len(examples.tokens), raw, section))
     if not wants_match(raw, section):

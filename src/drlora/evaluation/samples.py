@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from drlora.data import encode_prompts, pad_token_id
-from drlora.evaluation.evaluate import Sample, end_tokens, evaluating, pad_left
+from drlora.data import pad_token_id
+from drlora.evaluation.evaluate import Sample, end_tokens, evaluating
+from drlora.evaluation.prompts import encode_prompts, pad_left
 
 SAMPLES = 10
 

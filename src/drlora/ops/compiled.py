@@ -31,6 +31,7 @@ from drlora.ops.parts import DropoutMasks, LoraPiece
 from drlora.ops.products import backward_grouped, backward_loop, forward_grouped, forward_loop
 from drlora.ops.routing import Routing, combine
 from drlora.ops.stand_ins import tell_once
+from drlora.ops.storage.packed import from_traced
 from drlora.ops.weights import ExpertWeights, Matrix
 
 
@@ -68,22 +69,25 @@ def experts_traced(
     ends_E = routing.ends_E
     grouped = _runs_grouped(engine, base)
 
-    def adapted(matrix: Matrix, x_SI: Tensor, weight_EOI: Tensor, mask_SI: Tensor | None) -> Tensor:
+    def adapted(matrix: Matrix, x_SI: Tensor, mask_SI: Tensor | None) -> Tensor:
         bias_EO = base.bias(matrix)
+        known = base.matrix(matrix).traced()
+        assert known is not None, "asked before (ExpertWeights.is_traceable)"
+        weights, words = known
         own = [piece for piece in pieces if piece.matrix == matrix]
         factors = [factor for piece in own for factor in (piece.a_RI, piece.b_RO)]
         out_SO = adapted_product(
-            x_SI, weight_EOI, ends_E, mask_SI, factors, [piece.offset_E1 for piece in own], matrix,
-            [piece.start for piece in own], [piece.step for piece in own],
-            [piece.scaling for piece in own], grouped,
+            x_SI, weights, ends_E, mask_SI, factors, [piece.offset_E1 for piece in own],
+            base.matrix(matrix).shape[1], words, matrix, [piece.start for piece in own],
+            [piece.step for piece in own], [piece.scaling for piece in own], grouped,
         )  # fmt: skip
         return out_SO if bias_EO is None else out_SO + bias_EO[routing.expert_S]
 
     # Repeated and put in order, not gathered by token: the gradient of a token is then a sum over
     # K neighbours, in fixed order and without rounding after each.
     x_SH = x_TH[:, None].expand(-1, top_k, -1).reshape(num_tokens * top_k, -1)[order_S]
-    gate_up_SG = adapted("gate_up", x_SH, base.gate_up_EGH, masks.gate_up_SH)
-    y_SH = adapted("down", base.apply_gate(gate_up_SG), base.down_EHI, masks.down_SI)
+    gate_up_SG = adapted("gate_up", x_SH, masks.gate_up_SH)
+    y_SH = adapted("down", base.apply_gate(gate_up_SG), masks.down_SI)
     return combine(base.finish(y_SH), weight_TK, routing, x_TH.dtype)
 
 
@@ -120,8 +124,9 @@ def _owned(
 
 
 _ARGUMENTS = (
-    "Tensor x_SI, Tensor weight_EOI, Tensor ends_E, Tensor? mask_SI, Tensor[] factors, "
-    "Tensor[] offsets, str matrix, int[] starts, int[] steps, float[] scalings, bool grouped"
+    "Tensor x_SI, Tensor[] weights, Tensor ends_E, Tensor? mask_SI, Tensor[] factors, "
+    "Tensor[] offsets, int outputs, str words, str matrix, int[] starts, int[] steps, "
+    "float[] scalings, bool grouped"
 )
 
 
@@ -130,11 +135,13 @@ _ARGUMENTS = (
 )
 def adapted_product(
     x_SI: Tensor,
-    weight_EOI: Tensor,
+    weights: Sequence[Tensor],
     ends_E: Tensor,
     mask_SI: Tensor | None,
     factors: Sequence[Tensor],
     offsets: Sequence[Tensor],
+    outputs: int,
+    words: str,
     matrix: str,
     starts: Sequence[int],
     steps: Sequence[int],
@@ -147,11 +154,13 @@ def adapted_product(
 
     Args:
         x_SI: (S, in-features), rows sorted by expert, of the weights' dtype or the products'.
-        weight_EOI: (E, O, in-features) frozen matrices.
+        weights: of the frozen matrices (E, O, in-features), as `ExpertMatrix.traced` gives them.
         ends_E: (E,) int32, where the rows of each expert end.
         mask_SI: factors on the pieces' input, or None.
         factors: (R, in-features) and (R, columns) of each piece in turn, as in `TracedPiece`.
         offsets: of each piece, as in `TracedPiece`.
+        outputs: O.
+        words: that go with `weights`.
         matrix: which matrix it is, `gate_up` or `down`.
         starts: first output feature of each piece.
         steps: from one output feature of a piece to the next.
@@ -164,7 +173,7 @@ def adapted_product(
     adapter_SI = x_SI if mask_SI is None else x_SI * mask_SI
     with torch.autocast(x_SI.device.type, enabled=False):
         forward = forward_grouped if grouped else forward_loop
-        return forward(x_SI, adapter_SI, weight_EOI, ends_E, pieces)
+        return forward(x_SI, adapter_SI, from_traced(weights, words), ends_E, pieces)
 
 
 @torch.library.custom_op(
@@ -175,11 +184,13 @@ def adapted_product(
 def _adapted_product_backward(
     grad_SO: Tensor,
     x_SI: Tensor,
-    weight_EOI: Tensor,
+    weights: Sequence[Tensor],
     ends_E: Tensor,
     mask_SI: Tensor | None,
     factors: Sequence[Tensor],
     offsets: Sequence[Tensor],
+    outputs: int,
+    words: str,
     matrix: str,
     starts: Sequence[int],
     steps: Sequence[int],
@@ -198,7 +209,13 @@ def _adapted_product_backward(
     with torch.autocast(x_SI.device.type, enabled=False):
         backward = backward_grouped if grouped else backward_loop
         dx_SI = backward(
-            grad_SO.contiguous(), adapter_SI, weight_EOI, ends_E, pieces, grads, part_SI
+            grad_SO.contiguous(),
+            adapter_SI,
+            from_traced(weights, words),
+            ends_E,
+            pieces,
+            grads,
+            part_SI,
         )
     if part_SI is not None and mask_SI is not None:
         dx_SI.addcmul_(part_SI, mask_SI)
@@ -211,16 +228,25 @@ def _product_dtype(x_SI: Tensor, grouped: bool) -> torch.dtype:
 
 
 @adapted_product.register_fake
-def _(x_SI: Tensor, weight_EOI: Tensor, *rest: Any) -> Tensor:
+def _(
+    x_SI: Tensor,
+    weights: Sequence[Tensor],
+    ends_E: Tensor,
+    mask_SI: Tensor | None,
+    factors: Sequence[Tensor],
+    offsets: Sequence[Tensor],
+    outputs: int,
+    *rest: Any,
+) -> Tensor:
     dtype = _product_dtype(x_SI, grouped=rest[-1])
-    return x_SI.new_empty(x_SI.shape[0], weight_EOI.shape[1], dtype=dtype)
+    return x_SI.new_empty(x_SI.shape[0], outputs, dtype=dtype)
 
 
 @_adapted_product_backward.register_fake
 def _(
     grad_SO: Tensor,
     x_SI: Tensor,
-    weight_EOI: Tensor,
+    weights: Sequence[Tensor],
     ends_E: Tensor,
     mask_SI: Tensor | None,
     factors: Sequence[Tensor],
@@ -230,22 +256,23 @@ def _(
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x_SI, weight_EOI, ends_E, mask_SI, factors, offsets, *settings = inputs
-    ctx.save_for_backward(x_SI, weight_EOI, ends_E, mask_SI, *factors, *offsets)
-    ctx.settings = settings
+    x_SI, weights, ends_E, mask_SI, factors, offsets, *settings = inputs
+    ctx.save_for_backward(x_SI, ends_E, mask_SI, *weights, *factors, *offsets)
+    ctx.counts, ctx.settings = (len(weights), len(factors)), settings
 
 
 def _differentiate(ctx: Any, grad_SO: Tensor) -> tuple[Any, ...]:
-    x_SI, weight_EOI, ends_E, mask_SI, *rest = ctx.saved_tensors
-    pieces = len(ctx.settings[1])
+    x_SI, ends_E, mask_SI, *rest = ctx.saved_tensors
+    matrices, pieces = ctx.counts[0], ctx.counts[1] // 2
+    weights, rest = rest[:matrices], rest[matrices:]
     dx_SI, grads = _adapted_product_backward(
-        grad_SO, x_SI, weight_EOI, ends_E, mask_SI, rest[: 2 * pieces], rest[2 * pieces :],
+        grad_SO, x_SI, weights, ends_E, mask_SI, rest[: 2 * pieces], rest[2 * pieces :],
         *ctx.settings,
     )  # fmt: skip
     # To torch an empty list of numbers is a list of tensors, and wants a list of gradients.
     of_numbers: list[None] | None = None if pieces else []
-    of_settings = (None, of_numbers, of_numbers, of_numbers, None)
-    return dx_SI, None, None, None, grads, [None] * pieces, *of_settings
+    of_settings = (None, None, None, of_numbers, of_numbers, of_numbers, None)
+    return dx_SI, [None] * matrices, None, None, grads, [None] * pieces, *of_settings
 
 
 adapted_product.register_autograd(_differentiate, setup_context=_keep)

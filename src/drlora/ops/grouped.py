@@ -68,11 +68,10 @@ def _base_product(
 
 
 def _product(x_SI: Tensor, ends_E: Tensor, matrix: ExpertMatrix) -> Tensor:
-    dense_EOI = matrix.dense()
-    if dense_EOI is None:
-        out_SO: Tensor = _Product.apply(x_SI, ends_E, matrix)
-        return out_SO
-    return F.grouped_mm(x_SI, dense_EOI.transpose(1, 2), offs=ends_E)
+    if matrix.dense() is not None:
+        return by_ranges(x_SI, ends_E, matrix, turned=True)
+    out_SO: Tensor = _Product.apply(x_SI, ends_E, matrix)
+    return out_SO
 
 
 class _Product(torch.autograd.Function):
@@ -82,19 +81,24 @@ class _Product(torch.autograd.Function):
     def forward(ctx: Any, x_SI: Tensor, ends_E: Tensor, matrix: ExpertMatrix) -> Tensor:
         ctx.save_for_backward(ends_E)
         ctx.matrix = matrix
-        return _by_ranges(x_SI, ends_E, matrix, turned=True)
+        return by_ranges(x_SI, ends_E, matrix, turned=True)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (ends_E,) = ctx.saved_tensors
-        return _by_ranges(grads[0], ends_E, ctx.matrix, turned=False), None, None
+        return by_ranges(grads[0], ends_E, ctx.matrix, turned=False), None, None
 
 
-def _by_ranges(x_SI: Tensor, ends_E: Tensor, matrix: ExpertMatrix, turned: bool) -> Tensor:
+def by_ranges(x_SI: Tensor, ends_E: Tensor, matrix: ExpertMatrix, turned: bool) -> Tensor:
     """x W^T, or x W where not `turned`, with one range of experts wide at a time.
 
-    The host learns the ends of ranges, and waits for the device, only where there are several.
+    All of them are one range where they are one tensor. The host learns the ends of ranges, and
+    waits for the device, only where there are several.
     """
+    dense_EOI = matrix.dense()
+    if dense_EOI is not None:
+        weight_EIO = dense_EOI.transpose(1, 2) if turned else dense_EOI
+        return F.grouped_mm(x_SI, weight_EIO, offs=ends_E)
     experts, outputs, inputs = matrix.shape
     at_once = min(experts, max(1, WIDE_BYTES // (outputs * inputs * x_SI.element_size())))
     wide_EOI = x_SI.new_empty(at_once, outputs, inputs)

@@ -14,18 +14,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from drlora.ops.grouped import ALIGNMENT_BYTES, pad_rows, padded_rows
+from drlora.ops.grouped import ALIGNMENT_BYTES, by_ranges, pad_rows, padded_rows
 from drlora.ops.loop.buffers import Widen
 from drlora.ops.parts import LoraPiece
+from drlora.ops.weights import ExpertMatrix
 
 
 def forward_loop(
-    x_SI: Tensor, adapter_SI: Tensor, weight_EOI: Tensor, ends_E: Tensor, pieces: list[LoraPiece]
+    x_SI: Tensor, adapter_SI: Tensor, weight: ExpertMatrix, ends_E: Tensor, pieces: list[LoraPiece]
 ) -> Tensor:
     """(S, O) x W^T + s (x A^T) B, expert by expert."""
-    out_SO, widen = x_SI.new_empty(x_SI.shape[0], weight_EOI.shape[1]), Widen(x_SI.dtype)
+    out_SO, widen = x_SI.new_empty(x_SI.shape[0], weight.shape[1]), Widen(x_SI.dtype)
     for expert, rows in _rows_of_experts(ends_E):
-        torch.mm(x_SI[rows], widen(weight_EOI[expert]).T, out=out_SO[rows])
+        torch.mm(x_SI[rows], _wide(weight, expert, widen).T, out=out_SO[rows])
         for piece in pieces:
             a_rI, b_rO = piece.a_RI[piece.rows(expert)], piece.b_RO[piece.rows(expert)]
             z_nr = adapter_SI[rows] @ a_rI.T
@@ -36,7 +37,7 @@ def forward_loop(
 def backward_loop(
     grad_SO: Tensor,
     adapter_SI: Tensor,
-    weight_EOI: Tensor,
+    weight: ExpertMatrix,
     ends_E: Tensor,
     pieces: list[LoraPiece],
     grads: list[Tensor],
@@ -46,7 +47,7 @@ def backward_loop(
     dx_SI, widen = torch.empty_like(adapter_SI), Widen(adapter_SI.dtype)
     part_SI = dx_SI if part_SI is None else part_SI
     for expert, rows in _rows_of_experts(ends_E):
-        torch.mm(grad_SO[rows], widen(weight_EOI[expert]), out=dx_SI[rows])
+        torch.mm(grad_SO[rows], _wide(weight, expert, widen), out=dx_SI[rows])
         for piece, da_RI, db_RO in zip(pieces, grads[::2], grads[1::2], strict=True):
             ranks, grad_nO = piece.rows(expert), grad_SO[rows, piece.columns]
             z_nr = adapter_SI[rows] @ piece.a_RI[ranks].T
@@ -55,6 +56,12 @@ def backward_loop(
             torch.mm(dz_nr.T, adapter_SI[rows], out=da_RI[ranks])
             torch.mm(z_nr.mul_(piece.scaling).T, grad_nO, out=db_RO[ranks])
     return dx_SI
+
+
+def _wide(weight: ExpertMatrix, expert: int, widen: Widen) -> Tensor:
+    """(O, I) of one expert in the working type."""
+    dense_EOI = weight.dense()
+    return widen.read(weight, expert) if dense_EOI is None else widen(dense_EOI[expert])
 
 
 def _rows_of_experts(ends_E: Tensor) -> Iterator[tuple[int, slice]]:
@@ -67,10 +74,10 @@ def _rows_of_experts(ends_E: Tensor) -> Iterator[tuple[int, slice]]:
 
 
 def forward_grouped(
-    x_SI: Tensor, adapter_SI: Tensor, weight_EOI: Tensor, ends_E: Tensor, pieces: list[LoraPiece]
+    x_SI: Tensor, adapter_SI: Tensor, weight: ExpertMatrix, ends_E: Tensor, pieces: list[LoraPiece]
 ) -> Tensor:
     """As `forward_loop`."""
-    out_SO = F.grouped_mm(x_SI, weight_EOI.transpose(1, 2), offs=ends_E)
+    out_SO = by_ranges(x_SI, ends_E, weight, turned=True)
     for piece in pieces:
         if piece.offsets[-1]:
             a_EPI, b_EPO, _ = _padded(piece)
@@ -83,14 +90,14 @@ def forward_grouped(
 def backward_grouped(
     grad_SO: Tensor,
     adapter_SI: Tensor,
-    weight_EOI: Tensor,
+    weight: ExpertMatrix,
     ends_E: Tensor,
     pieces: list[LoraPiece],
     grads: list[Tensor],
     part_SI: Tensor | None,
 ) -> Tensor:
     """As `backward_loop`."""
-    dx_SI = F.grouped_mm(grad_SO, weight_EOI, offs=ends_E)
+    dx_SI = by_ranges(grad_SO, ends_E, weight, turned=False)
     part_SI = dx_SI if part_SI is None else part_SI
     for piece, da_RI, db_RO in zip(pieces, grads[::2], grads[1::2], strict=True):
         if piece.offsets[-1]:

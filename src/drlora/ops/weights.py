@@ -71,6 +71,11 @@ class ExpertWeights:
         return self.gate_up.dense() is not None and self.down.dense() is not None
 
     @property
+    def is_traceable(self) -> bool:
+        """Whether a compiler can be given each matrix of all experts."""
+        return self.gate_up.traced() is not None and self.down.traced() is not None
+
+    @property
     def is_stacked(self) -> bool:
         """The same, but gate and up may be two tensors."""
         return all(part.dense() is not None for m in MATRICES for part in self.matrix(m).parts)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +11,16 @@ from drlora.distributed import best_device
 from drlora.errors import ConfigError
 from drlora.evaluation.measure import Measurement, measure
 from drlora.io.places import from_root
+from drlora.runs.data_section import ROLES, default_split
 from drlora.runs.loading import (
     load_adapter,
     load_architecture,
     load_base_model,
-    load_source,
     load_tokenizer,
     longest_example,
     vocabulary_size,
 )
-from drlora.runs.recipe import ROLES, default_split
+from drlora.runs.roles import load_source
 from drlora.runs.sources import Source, find_source
 from drlora.trainer.preferences import wanted
 
@@ -73,7 +73,7 @@ def evaluate(
         DataError: if the data is missing or malformed.
     """
     source = find_source(Path(folder), model, trust_remote_code)
-    raw = load_source(source.data, *_asked_for(source, split, data))
+    loaded = load_source(source.data, *_asked_for(source, split, data))
     architecture = load_architecture(source.model, source.trust_remote_code)
     length = longest_example(source.data, source.model, architecture)
     subject: Any = load_base_model(source)
@@ -81,7 +81,7 @@ def evaluate(
     if source.adapter is not None:
         subject = load_adapter(subject, str(source.folder))
     tokenizer = load_tokenizer(source, vocabulary_size(subject))
-    examples = encode_examples(wanted(raw), tokenizer, length)
+    examples = encode_examples(replace(loaded, rows=wanted(loaded.rows)), tokenizer, length)
     device = best_device()
     found = measure(subject.to(device), tokenizer, examples, source.evaluation)
     model = from_root(source.model)

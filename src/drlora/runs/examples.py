@@ -4,52 +4,59 @@ from __future__ import annotations
 
 from typing import Any, cast
 
-from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
-from drlora.data import Prepared, prepare
+from drlora.data import Loaded, Prepared, prepare
 from drlora.errors import DataError
+from drlora.runs.recipe import Recipe
 from drlora.trainer.objectives import objective_of
 from drlora.trainer.preferences import lengths, tokenize, wanted_answers
 
 
 def encode(
-    raw: Dataset,
+    loaded: Loaded,
     role: str,
     tokenizer: PreTrainedTokenizerBase,
-    objective: str,
+    recipe: Recipe,
     arguments: TrainingArguments,
 ) -> Prepared:
-    """Token ids of `raw`, at most `max_length` of them an example; packed, where that is asked for.
+    """Token ids of examples, each at most `max_length` long; packed where that is asked for.
 
     Args:
-        raw: the examples.
+        loaded: the examples.
         role: `train` or `eval`; only training examples are packed.
         tokenizer: of the model.
-        objective: of the recipe.
+        recipe: names the objective, and the chat template if it is not the tokenizer's own.
         arguments: of its trainer.
 
     Raises:
         DataError: if no example has a token to learn, or the objective learns from other columns.
     """
-    settings, kind = cast(Any, arguments), objective_of(objective)
+    settings, raw, objective = cast(Any, arguments), loaded.rows, recipe.objective
+    kind = objective_of(objective)
     is_fit = any(set(columns) <= set(raw.column_names) for columns in kind.columns)
     if not is_fit:
         wanted = ", or ".join(" and ".join(columns) for columns in kind.columns)
         raise DataError(
-            f"objective={objective!r} learns from {wanted}; {raw.info.description or 'the data'} "
+            f"objective={objective!r} learns from {wanted}; {loaded.name} "
             f"has {sorted(raw.column_names)}. Name other data, or another objective."
         )
     if not kind.compares and "label" in raw.column_names:
         raise DataError(
-            f"{raw.info.description or 'the data'} has the column label, which says what answers "
+            f"{loaded.name} has the column label, which says what answers "
             f"are good; objective='sft' would learn from the others too. Take objective: kto, or "
             f"keep the good ones and leave the column out."
         )
     if not kind.compares:
-        return prepare(raw, tokenizer, settings, packing=settings.packing and role == "train")
+        return prepare(
+            loaded,
+            tokenizer,
+            settings,
+            packing=settings.packing and role == "train",
+            template_file=recipe.chat_template,
+        )
     tokens, cut = tokenize(kind.trl, raw, tokenizer, arguments, role)
-    return Prepared(raw, tokens, len(raw) - len(tokens), cut, raw.info.citation)
+    return Prepared(raw, tokens, len(raw) - len(tokens), cut, loaded.said)
 
 
 def examples_to_measure(held_out: Prepared, objective: str, max_length: int) -> Prepared:

@@ -17,11 +17,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from drlora.adapter.embeddings import fit_embeddings
 from drlora.adapter.layer import DrLoraExperts
 from drlora.config.adapter import DrLoraConfig
-from drlora.data import Collator, encode_examples
+from drlora.data import encode_examples, pad_token_id
 from drlora.distributed import best_device
 from drlora.errors import CheckpointError, ConfigError, DrLoraError
 from drlora.export.check import Difference, Gap, logits_of
@@ -32,17 +33,17 @@ from drlora.io.files import home, read_json
 from drlora.io.places import from_root
 from drlora.io.run_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from drlora.ops.merge import Rounding, RoundingMode
+from drlora.runs.data_section import default_split
 from drlora.runs.loading import (
     load_adapter,
     load_architecture,
     load_base_model,
-    load_source,
     load_tokenizer,
     model_on_meta,
     vocabulary_size,
 )
 from drlora.runs.quantise import QuantiseSection
-from drlora.runs.recipe import default_split
+from drlora.runs.roles import load_source
 from drlora.runs.sources import Source, find_source
 from drlora.trainer.preferences import wanted
 
@@ -275,8 +276,9 @@ def _batches(
         name, split = source.data.source("eval")
     else:
         name, split = data, default_split(data, "eval")
-    raw = wanted(load_source(source.data, name, split, EXAMPLES))
-    rows = encode_examples(raw, tokenizer, MAX_TOKENS)
+    loaded = load_source(source.data, name, split, EXAMPLES)
+    rows = encode_examples(replace(loaded, rows=wanted(loaded.rows)), tokenizer, MAX_TOKENS)
     features = [rows.tokens[i] for i in range(len(rows.tokens))]
     # In one batch: what merging makes of the weights is computed once for each.
-    return f"{name}, split {split}", [Collator(tokenizer)(features)]
+    collator = DataCollatorForLanguageModeling(pad_token_id(tokenizer))
+    return f"{name}, split {split}", [collator(features)]

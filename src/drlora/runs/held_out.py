@@ -8,11 +8,11 @@ from collections.abc import Iterator
 
 from datasets import Dataset
 
-from drlora.data.draw import draw
 from drlora.data.formats import PLACES
 from drlora.data.tokens import Prepared
 from drlora.errors import counted
 from drlora.evaluation.choices import refuse_single_choice
+from drlora.evaluation.draw import draw
 from drlora.evaluation.evaluate import accepted_answers
 from drlora.evaluation.measure import EvaluationSection, notes_on, wants_match
 

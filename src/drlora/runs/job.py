@@ -10,7 +10,6 @@ from typing import Any
 from peft import PeftModel, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
-from drlora.data.roles import load_training_data
 from drlora.data.tokens import Prepared
 from drlora.distributed import on_main, world_size
 from drlora.errors import CheckpointError, ConfigError, counted
@@ -34,6 +33,7 @@ from drlora.runs.loading import (
     vocabulary_size,
 )
 from drlora.runs.recipe import Recipe
+from drlora.runs.roles import load_training_data
 from drlora.runs.run_record import data_record, held_out_record, read_record, refuse_other_data
 from drlora.runs.rundir import RunDir
 from drlora.trainer.callback import DrLoraCallback
@@ -205,8 +205,8 @@ def prepare(
     most = longest_example(recipe.data, recipe.model, architecture)
     settle(arguments, architecture, most)
     train, held_out = (
-        encode(raw, role, tokenizer, recipe.objective, arguments)
-        for role, raw in zip(("train", "eval"), load_training_data(recipe.data), strict=True)
+        encode(loaded, role, tokenizer, recipe, arguments)
+        for role, loaded in zip(("train", "eval"), load_training_data(recipe.data), strict=True)
     )
     measured = examples_to_measure(held_out, recipe.objective, most)
     refuse_unanswerable(measured.raw, recipe.evaluation)

@@ -28,8 +28,6 @@ from transformers import (
 from drlora.adapter.embeddings import fit_embeddings
 from drlora.adapter.inject import choose_blocks
 from drlora.config.adapter import DrLoraConfig
-from drlora.data.roles import load_source as load_source
-from drlora.data.section import DataSection
 from drlora.embedded import resolve_model
 from drlora.errors import CheckpointError, ConfigError, DrLoraError, first_line
 from drlora.export.import_lora import load_peft_lora, refuse_other_files
@@ -40,6 +38,7 @@ from drlora.moe.stored.config import loading_settings
 from drlora.ranks.continue_adapter import continue_adapter, is_drlora, refuse_unfit
 from drlora.ranks.rank_map import read_rank_map, start_ranks
 from drlora.ranks.schedule import Competitors, Schedule, make_schedule, plan_of
+from drlora.runs.data_section import DataSection
 from drlora.runs.quantise import QuantiseSection
 from drlora.runs.recipe import Recipe
 

@@ -19,11 +19,11 @@ import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from drlora.data.draw import drawn
 from drlora.data.formats import PLACES
-from drlora.data.roles import load_training_data
-from drlora.data.tokens import IGNORED, Prepared
+from drlora.data.texts import IGNORED
+from drlora.data.tokens import Prepared
 from drlora.errors import ConfigError, counted
+from drlora.evaluation.draw import drawn
 from drlora.runs.arguments import settle, training_arguments
 from drlora.runs.examples import encode
 from drlora.runs.held_out import word_for_word
@@ -36,6 +36,7 @@ from drlora.runs.loading import (
     vocabulary_size,
 )
 from drlora.runs.recipe import Recipe
+from drlora.runs.roles import load_training_data
 from drlora.runs.rundir import RunDir
 
 EXAMPLES_SHOWN = 3
@@ -158,8 +159,8 @@ def look_at_data(recipe: Recipe, examples: int = EXAMPLES_SHOWN) -> DataReport:
     longest = longest_example(recipe.data, recipe.model, architecture)
     settle(arguments, architecture, longest)
     found = {
-        role: encode(raw, role, tokenizer, recipe.objective, arguments)
-        for role, raw in zip(("train", "eval"), load_training_data(recipe.data), strict=True)
+        role: encode(loaded, role, tokenizer, recipe, arguments)
+        for role, loaded in zip(("train", "eval"), load_training_data(recipe.data), strict=True)
     }
     roles = (_role(recipe, role, one, tokenizer, examples) for role, one in found.items())
     return DataReport(longest, tuple(roles), tuple(_notes(found)))

@@ -16,8 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
-from drlora.data.roles import load_training_data
-from drlora.data.section import DataSection
 from drlora.errors import ConfigError
 from drlora.io.commented import with_value, without
 from drlora.io.files import home
@@ -25,9 +23,11 @@ from drlora.io.places import NO_PATHS, leads_somewhere
 from drlora.io.settings import parse_yaml, split_override
 from drlora.io.writing import write_at_once
 from drlora.recipes import ENDING, recipe_text
+from drlora.runs.data_section import DataSection
 from drlora.runs.dry_run import dry_run
 from drlora.runs.loading import load_architecture
 from drlora.runs.recipe import LENGTHS, Recipe, load_recipe
+from drlora.runs.roles import load_training_data
 from drlora.trainer.objectives import OBJECTIVES, objective_of
 
 OWN_DATA = "own-data"
@@ -138,9 +138,9 @@ def _fitted(text: str, values: dict[str, Any], notes: list[str]) -> str:
         values["data.max_length"] = longest
         notes.append(f"the model takes {longest} tokens, so longer examples are cut")
     train, _ = load_training_data(section)
-    _choose_objective(train.column_names, values, notes)
+    _choose_objective(train.rows.column_names, values, notes)
     if not {f"training.{name}" for name in LENGTHS} & values.keys():
-        _choose_length(len(train), values)
+        _choose_length(len(train.rows), values)
     return text
 
 

@@ -29,8 +29,6 @@ from drlora.config.adapter import DrLoraConfig, preset_settings
 from drlora.config.methods import METHODS
 from drlora.config.options import GENERAL
 from drlora.config.registry import REGISTRIES, WITH_OPTIONS, registered_options
-from drlora.data.section import ROLES, DataSection
-from drlora.data.section import default_split as default_split
 from drlora.errors import ConfigError
 from drlora.evaluation.measure import EvaluationSection
 from drlora.io.files import home
@@ -38,6 +36,7 @@ from drlora.io.places import from_root
 from drlora.io.settings import check_type, read_settings, refuse_unknown, with_overrides
 from drlora.ranks.continue_adapter import RANKS, kept_settings
 from drlora.recipes import resolve_recipe
+from drlora.runs.data_section import ROLES, DataSection
 from drlora.runs.moved import located_at
 from drlora.runs.quantise import QuantiseSection
 from drlora.trainer.objectives import OBJECTIVES, OWN, Objective, OwnSettings, objective_of

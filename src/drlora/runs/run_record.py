@@ -23,11 +23,11 @@ import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from drlora.data.draw import drawn
 from drlora.data.formats import PLACES
 from drlora.data.tokens import Prepared
 from drlora.distributed import world_size
 from drlora.errors import ConfigError
+from drlora.evaluation.draw import drawn
 from drlora.evaluation.measure import EvaluationSection
 from drlora.io.files import read_json
 

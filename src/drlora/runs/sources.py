@@ -16,13 +16,13 @@ from typing import Any
 
 from peft.utils.constants import TOKENIZER_CONFIG_NAME
 
-from drlora.data.section import DataSection
 from drlora.errors import CheckpointError, shown
 from drlora.evaluation.measure import EvaluationSection
 from drlora.io.files import home, read_adapter_config, read_json
 from drlora.io.places import Place, leads_somewhere
 from drlora.io.run_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, EXPORT_RECORD
 from drlora.ops.storage.packed import FORMATS
+from drlora.runs.data_section import DataSection
 from drlora.runs.quantise import QuantiseSection
 from drlora.runs.recipe import Recipe
 from drlora.runs.rundir import RunDir

@@ -23,13 +23,14 @@ import torch
 from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedTokenizerBase, TextStreamer
 
-from drlora.data import encode_prompts, pad_token_id
-from drlora.data.roles import load_source
+from drlora.data import pad_token_id
 from drlora.distributed import best_device
 from drlora.errors import ConfigError, DataError, DrLoraError, counted, first_line, shown
 from drlora.evaluation.evaluate import evaluating
+from drlora.evaluation.prompts import encode_prompts
 from drlora.runs.loading import load_adapter, load_base_model, load_tokenizer, vocabulary_size
 from drlora.runs.prompts import Prompt
+from drlora.runs.roles import load_source
 from drlora.runs.sampling import SETTINGS, check_settings, generation_config, refusal
 from drlora.runs.sources import Source, find_source
 
@@ -278,7 +279,7 @@ def _learned_from_texts(source: Source) -> bool:
     if source.data is None:
         return False
     try:
-        first = load_source(source.data, *source.data.source("eval"), 1)[0]
+        first = load_source(source.data, *source.data.source("eval"), 1).rows[0]
     except DrLoraError:  # moved or gone, which is no fault here
         return False
     return isinstance(first.get("prompt", first.get("text")), str)

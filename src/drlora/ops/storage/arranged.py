@@ -92,6 +92,9 @@ class UprightMatrix(Storage):
     def num_bytes(self) -> int:
         return self._inner.num_bytes
 
+    def traced(self) -> tuple[list[Tensor], str] | None:
+        return self._inner.traced()
+
     def bits_of(self, expert: int) -> Parts:
         return self._inner.bits_of(expert)
 

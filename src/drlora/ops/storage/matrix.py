@@ -78,6 +78,14 @@ class ExpertMatrix(ABC):
         """E views (O, I), where each expert is stored as it is computed with."""
         return None
 
+    def traced(self) -> tuple[list[Tensor], str] | None:
+        """What a compiler may be given in its place: tensors, and words for what they are.
+
+        `drlora.ops.storage.from_traced` makes the same matrix of them. The words are the same for
+        all blocks of a model, so that a compiled block serves all. None where there is no such way.
+        """
+        return None
+
     def late_scales(self) -> Tensor | None:
         """(E, O) float32, where W is numbers of few bits and one scale for each row of them.
 

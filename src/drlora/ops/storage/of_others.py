@@ -11,40 +11,14 @@ None of these libraries is imported: the objects are known by the names of their
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from drlora.ops.storage.matrix import Storage, register_storage
 from drlora.ops.storage.nf4 import BLOCK, NESTED_BLOCK
-from drlora.ops.storage.packed import PackedFormat, PackedMatrix, Parts, packed_format
-
-
-class Held(NamedTuple):
-    """Parts of all experts that lie in another module; what `PackedMatrix` reads of a `Packed`."""
-
-    kind: PackedFormat
-    parts: dict[str, Tensor]
-    dtype: torch.dtype
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """(E, O, I)."""
-        of_first = {name: part[0] for name, part in self.parts.items()}
-        return (len(next(iter(self.parts.values()))), *self.kind.shape(of_first))
-
-
-@register_storage
-class HeldMatrix(PackedMatrix):
-    """Of `Held`."""
-
-    def __init__(self, stored: Any, transposed: bool = False) -> None:
-        super().__init__(stored, transposed)
-
-    @classmethod
-    def recognises(cls, stored: object) -> bool:
-        return isinstance(stored, Held)
+from drlora.ops.storage.packed import Held, HeldMatrix, Parts, packed_format
 
 
 @register_storage

@@ -13,15 +13,16 @@ Letters: E experts, O output features, I input features.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
-from typing import ClassVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from drlora.errors import ConfigError
 from drlora.ops.scratch import scratch
-from drlora.ops.storage.matrix import Storage, register_storage
+from drlora.ops.storage.matrix import ExpertMatrix, Storage, as_matrix, register_storage
 
 Parts = Mapping[str, Tensor]
 TILE = 2**19  # numbers that a CPU's cache holds while they are computed
@@ -197,20 +198,38 @@ class Packed(nn.Module):
         return f"{self.kind.name}, {experts} x ({outputs}, {inputs}), computed in {self.dtype}"
 
 
+class Held(NamedTuple):
+    """Parts of all experts, wherever they lie; what `PackedMatrix` reads of a `Packed`."""
+
+    kind: PackedFormat
+    parts: dict[str, Tensor]
+    dtype: torch.dtype
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(E, O, I)."""
+        of_first = {name: part[0] for name, part in self.parts.items()}
+        return (len(next(iter(self.parts.values()))), *self.kind.shape(of_first))
+
+
 @register_storage
 class PackedMatrix(Storage):
     """Of `Packed`: one of all experts."""
 
-    def __init__(self, stored: Packed, transposed: bool = False) -> None:
+    def __init__(self, stored: Packed | Held, transposed: bool = False) -> None:
         self.stored, self.is_transposed = stored, transposed
         self.fixed, self.name = stored.kind.says, stored.kind.name
         outputs, inputs = stored.shape[1:]
         self._shape = (stored.shape[0], *((inputs, outputs) if transposed else (outputs, inputs)))
         parts = stored.parts
         self._device = next(iter(parts.values())).device
-        # Cut once a forward pass: engines read an expert at a time.
-        self._names, cut = list(parts), [part.unbind() for part in parts.values()]
-        self._of_expert = list(zip(*cut, strict=True))
+        self._parts = parts
+
+    @cached_property
+    def _of_expert(self) -> list[Parts]:
+        """Cut once a forward pass: engines read an expert at a time."""
+        cut = [part.unbind() for part in self._parts.values()]
+        return [dict(zip(self._parts, own, strict=True)) for own in zip(*cut, strict=True)]
 
     @classmethod
     def recognises(cls, stored: object) -> bool:
@@ -232,6 +251,11 @@ class PackedMatrix(Storage):
     def num_bytes(self) -> int:
         return sum(p.numel() * p.element_size() for p in self.stored.parts.values())
 
+    def traced(self) -> tuple[list[Tensor], str]:
+        dtype = str(self.dtype).removeprefix("torch.")
+        turned = "turned" if self.is_transposed else "upright"
+        return list(self._parts.values()), " ".join([self.name, dtype, turned, *self._parts])
+
     def late_scales(self) -> Tensor | None:
         name = self.stored.kind.row_scale
         # Of (I, O), rows are in-features.
@@ -244,7 +268,7 @@ class PackedMatrix(Storage):
         return self.stored.kind.decode_unscaled(self._parts_of(expert), out)
 
     def _parts_of(self, expert: int) -> Parts:
-        return dict(zip(self._names, self._of_expert[expert], strict=True))
+        return self._of_expert[expert]
 
     def read(self, expert: int, out: Tensor | None = None) -> Tensor:
         parts = self._parts_of(expert)
@@ -258,3 +282,24 @@ class PackedMatrix(Storage):
         wide_IO = torch.empty(inputs, outputs, dtype=dtype, device=self._device)
         self.stored.kind.decode(parts, wide_IO)
         return wide_IO.T.contiguous() if out is None else out.copy_(wide_IO.T)
+
+
+@register_storage
+class HeldMatrix(PackedMatrix):
+    """Of `Held`."""
+
+    def __init__(self, stored: Any, transposed: bool = False) -> None:
+        super().__init__(stored, transposed)
+
+    @classmethod
+    def recognises(cls, stored: object) -> bool:
+        return isinstance(stored, Held)
+
+
+def from_traced(tensors: Sequence[Tensor], words: str) -> ExpertMatrix:
+    """The matrix of which `ExpertMatrix.traced` gave these."""
+    if not words:
+        return as_matrix(tensors[0])
+    name, dtype, turned, *parts = words.split()
+    held = Held(packed_format(name), dict(zip(parts, tensors, strict=True)), getattr(torch, dtype))
+    return HeldMatrix(held, turned == "turned")

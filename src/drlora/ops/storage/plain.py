@@ -44,6 +44,9 @@ class Dense(Storage):
     def dense(self) -> Tensor:
         return self.stored_EOI
 
+    def traced(self) -> tuple[list[Tensor], str]:
+        return [self.stored_EOI], ""
+
     def views(self) -> Sequence[Tensor]:
         return self.stored_EOI.unbind()
 

@@ -5,43 +5,46 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 
-from datasets import Dataset
-
-from drlora.data.draw import draw
-from drlora.data.files import data_files, load_placed
+from drlora.data.files import Loaded, load_placed
 from drlora.data.formats import PLACES
-from drlora.data.section import DataSection, Source
 from drlora.data.slices import base_of
+from drlora.data.sources import data_files
 from drlora.errors import DataError, counted
+from drlora.evaluation.draw import draw
+from drlora.runs.data_section import DataSection, Source
 
 
-def load_training_data(section: DataSection) -> tuple[Dataset, Dataset]:
+def load_training_data(section: DataSection) -> tuple[Loaded, Loaded]:
     """The training and the held-out examples, each cut to its limit.
 
     Raises:
         DataError: if they are missing, empty or malformed, or roles share examples.
     """
     whole = {role: _load_whole(section, *section.source(role)) for role in ("train", "eval")}
-    train = draw(whole["train"], section.limits.get("train"), "front")
+    train = _drawn(whole["train"], section.limits.get("train"), "front")
     refuse_overlap(section, {**whole, "train": train})
-    return train, draw(whole["eval"], section.limits.get("eval"))
+    return train, _drawn(whole["eval"], section.limits.get("eval"), "random")
 
 
 def load_source(
     section: DataSection | None, source: Source, split: str, limit: int | None
-) -> Dataset:
+) -> Loaded:
     """`limit` examples of a source, read as the section `data` says if there is one.
 
-    Of what the section trains on the first are taken, of anything else a random draw. Where an
-    example comes from is told by one more column (`drlora.data.files.load_placed`).
+    Of what the section trains on the first are taken, of anything else a random draw.
     """
     is_trained_on = section is not None and (source, split) == section.source("train")
     how = "front" if is_trained_on else "random"
-    return draw(_load_whole(section, source, split), limit, how)
+    return _drawn(_load_whole(section, source, split), limit, how)
 
 
-def _load_whole(section: DataSection | None, source: Source, split: str) -> Dataset:
+def _drawn(loaded: Loaded, limit: int | None, how: str) -> Loaded:
+    return replace(loaded, rows=draw(loaded.rows, limit, how))
+
+
+def _load_whole(section: DataSection | None, source: Source, split: str) -> Loaded:
     if section is None:
         return load_placed(source, split=split)
     return load_placed(
@@ -49,7 +52,7 @@ def _load_whole(section: DataSection | None, source: Source, split: str) -> Data
     )
 
 
-def refuse_overlap(section: DataSection, loaded: Mapping[str, Dataset]) -> None:
+def refuse_overlap(section: DataSection, loaded: Mapping[str, Loaded]) -> None:
     """Refuse roles that share rows of the same data, whatever their splits are called.
 
     Args:
@@ -71,7 +74,7 @@ def refuse_overlap(section: DataSection, loaded: Mapping[str, Dataset]) -> None:
         shared = set() if is_one else _rows(roles[one]) & _rows(roles[other])
         if shared:
             name, number = min(shared)
-            place = next(name for name in PLACES if name in roles[one].column_names)
+            place = next(name for name in PLACES if name in roles[one].rows.column_names)
             raise DataError(
                 f"data.{one} ({section.source(one)[1]!r}) and data.{other} "
                 f"({section.source(other)[1]!r}) share {counted(len(shared), 'example')} of "
@@ -93,14 +96,15 @@ def _origins(section: DataSection, role: str) -> set[str]:
     return found
 
 
-def _rows(examples: Dataset) -> set[tuple[str, int]]:
+def _rows(loaded: Loaded) -> set[tuple[str, int]]:
     """Where each example comes from: its file (or hub data set) and its number there."""
-    place = next(name for name in PLACES if name in examples.column_names)
-    if "file" not in examples.column_names:
-        name = _real(examples.info.description)
-        return {(name, number) for number in examples[place]}
-    real = {name: _real(name) for name in examples.unique("file")}
-    return {(real[n], k) for n, k in zip(examples["file"], examples[place], strict=True)}
+    rows = loaded.rows
+    place = next(name for name in PLACES if name in rows.column_names)
+    if "file" not in rows.column_names:
+        name = _real(loaded.name)
+        return {(name, number) for number in rows[place]}
+    real = {name: _real(name) for name in rows.unique("file")}
+    return {(real[n], k) for n, k in zip(rows["file"], rows[place], strict=True)}
 
 
 def _real(name: str | os.PathLike[str]) -> str:

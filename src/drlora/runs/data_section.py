@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from drlora.data.files import Mix, frozen, is_file_name
 from drlora.data.formats import FORMS, KNOWN_COLUMNS
+from drlora.data.sources import Mix, frozen, is_file_name
 from drlora.errors import ConfigError
 from drlora.io.files import home
 from drlora.io.settings import check_type, refuse_unknown
@@ -36,7 +36,7 @@ class DataSection:
         columns: standard column (prompt, completion, answers, messages, text) -> its name in the
             data.
         format: what the data is read as (text, completion, messages, preference, prompt, sharegpt,
-            alpaca); by default its columns say.
+            alpaca, question); by default its columns say.
         max_length: longest example in tokens; by default what the model takes, at most 1024.
         limits: role -> use only so many examples: of train the first, of eval and test a random
             draw.
