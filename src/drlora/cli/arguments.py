@@ -10,7 +10,7 @@ import difflib
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from drlora.export.choices import MERGE_INTO, RANKS, ROUNDINGS
+from drlora.export.choices import MERGE_INTO, RANKS, ROUNDINGS, ROUTERS
 from drlora.export.formats import FORMATS
 from drlora.io.files import home
 from drlora.report import FORMATS as REPORT_FORMATS
@@ -237,6 +237,12 @@ def _export(verb: argparse.ArgumentParser) -> None:
         "-o", "--output", required=True, metavar="DIR", type=home, help="a new or empty folder"
     )
     verb.add_argument("--rank", default="padded", choices=RANKS, help="auto: as small as it gets")
+    verb.add_argument(
+        "--routers",
+        default=ROUTERS[0],
+        choices=ROUTERS,
+        help="trained ones as lora (auto: for per-expert), exact (raises all ranks) or full",
+    )
     _dry_run(verb, "print the plan, write nothing")
     verb.add_argument("--data", metavar="FILE", type=home, help="examples to compare logits on")
     verb.add_argument("--max-shard-size", metavar="5GB", help="of one file of merged weights")

@@ -239,6 +239,7 @@ def _export(arguments: argparse.Namespace) -> int:
         rounding=arguments.rounding,
         seed=arguments.seed,
         merge_into=arguments.merge_into,
+        routers=arguments.routers,
     )
     if arguments.json:
         print(json.dumps(result.to_dict(), indent=2))

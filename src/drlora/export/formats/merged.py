@@ -32,11 +32,16 @@ class _Merged(Format):
     files = ("config.json", "generation_config.json", "model*.safetensors",
              "the tokenizer's files", EXPORT_RECORD, README)  # fmt: skip
 
-    def plan(self, model: PeftModel, adapter: str, rank: str) -> Contents:
+    def plan(self, model: PeftModel, adapter: str, rank: str, routers: str = "auto") -> Contents:
         if rank != "padded":
             raise ConfigError(
                 f"rank={rank!r} is for formats of LoRA, such as peft; merged weights have no rank; "
                 f"leave it out."
+            )
+        if routers != "auto":
+            raise ConfigError(
+                f"routers={routers!r} is for formats of LoRA, such as per-expert; merged weights "
+                f"have their routers in them; leave it out."
             )
         refuse_fixed_weights(model)
         return Contents(None, _bytes(cast(PreTrainedModel, model.get_base_model())))
