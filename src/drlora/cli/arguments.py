@@ -241,7 +241,7 @@ def _export(verb: argparse.ArgumentParser) -> None:
         "--routers",
         default=ROUTERS[0],
         choices=ROUTERS,
-        help="trained ones as lora (auto: for per-expert), exact (raises all ranks) or full",
+        help="trained ones as LoRA (exact: at a rank that holds them; lora: without) or full",
     )
     _dry_run(verb, "print the plan, write nothing")
     verb.add_argument("--data", metavar="FILE", type=home, help="examples to compare logits on")

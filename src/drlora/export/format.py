@@ -129,6 +129,10 @@ class LoraFormat(Format):
     def attach(self, base: PreTrainedModel, updates: Updates) -> PeftModel:
         """`base` with what PEFT makes of the export, as the adapter `default`."""
 
+    def peft_loads(self, base: PreTrainedModel) -> bool:
+        """Whether PEFT itself loads such a folder."""
+        return True
+
     @abstractmethod
     def size_bytes(self, base: PreTrainedModel, updates: Updates) -> int:
         """Of the written tensors; refuses what could not be read back."""
@@ -154,7 +158,13 @@ class LoraFormat(Format):
         if kind == "auto":
             kind = self.routers if can_be_lora(updates, model, adapter) else "full"
         if kind != "full":
+            before = updates.rank
             updates = routers_as_lora(updates, model, adapter, exact=kind == "exact")
+            if updates.rank > before:
+                notes.append(
+                    f"the rank is raised from {before} to {updates.rank} for the routers; "
+                    f"--routers lora keeps it, and leaves a part of them out"
+                )
         notes += [*note_on(updates), *self.notes(base, updates)]
         return Contents(updates, self.size_bytes(base, updates), tuple(notes))
 

@@ -140,7 +140,7 @@ def _notes(updates: Updates, base: PreTrainedModel) -> list[str]:
         )
     if not _peft_converts_configs(base):
         found.append(
-            f"this export is for serving engines: PEFT itself does not load per-expert adapters of "
+            f"this export is for serving engines: PEFT does not load per-expert adapters of "
             f"model type {base.config.model_type!r} from a folder"
         )
     return found
@@ -171,7 +171,7 @@ class _PerExpert(LoraFormat):
         "expert, in 2-D tensors, for engines that keep experts apart."
     )
     all_matrices = True
-    routers = "lora"
+    routers = "exact"
 
     def size_bytes(self, base: PreTrainedModel, updates: Updates) -> int:
         tensors = make_tensors(updates, base)
@@ -179,6 +179,9 @@ class _PerExpert(LoraFormat):
 
     def notes(self, base: PreTrainedModel, updates: Updates) -> list[str]:
         return _notes(updates, base)
+
+    def peft_loads(self, base: PreTrainedModel) -> bool:
+        return _peft_converts_configs(base)
 
     def attach(self, base: PreTrainedModel, updates: Updates) -> PeftModel:
         return read_back(base, updates)
