@@ -54,6 +54,10 @@ EXPORT = """examples:
   drlora export runs/own-data --format peft -o out/peft --dry-run
   drlora export runs/own-data --format merged -o out/merged --max-shard-size 5GB
 """
+VERIFY = """examples:
+  drlora verify path/to/adapter
+  drlora verify path/to/adapter --base path/to/model --merged path/to/merged --json
+"""
 COMPARE = """examples:
   drlora compare experiments/quick.yaml --dry-run
   drlora compare experiments/quick.yaml 'seeds=[1, 2]' --jobs 2
@@ -262,6 +266,14 @@ def _export(verb: argparse.ArgumentParser) -> None:
     _base_model(verb)
 
 
+def _verify(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("adapter", metavar="ADAPTER", type=home, help="a folder with an adapter")
+    verb.add_argument("--base", metavar="MODEL", type=home, help="default: what the adapter names")
+    verb.add_argument(
+        "--merged", metavar="DIR", type=home, help="the base with the adapter merged into it"
+    )
+
+
 def _compare(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("plan", metavar="PLAN.yaml", type=home)
     verb.add_argument("overrides", nargs="*", metavar="key=value", help="seeds=[1,2]")
@@ -309,6 +321,7 @@ VERBS: dict[str, tuple[str, str, Callable[[Any], None]]] = {
     "chat": ("talk to a run, an export or a model", CHAT, _chat),
     "inspect": ("blocks, experts, memory and growth plan of a model", INSPECT, _inspect),
     "export": ("write an adapter for PEFT, serving engines or as a model", EXPORT, _export),
+    "verify": ("check anybody's LoRA on the experts of a model", VERIFY, _verify),
     "compare": ("run a plan of models, tasks, methods and seeds", COMPARE, _compare),
     "report": ("write a page on one or several runs, to look at", REPORT, _report),
     "env": ("what a report of a fault needs: versions, machine, devices", ENV, _env),

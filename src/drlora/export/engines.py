@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from drlora.io.run_files import ADAPTER_CONFIG
+
 LAYOUTS = ("peft", "per-expert", "merged")
 # What vLLM takes for --max-lora-rank.
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -136,7 +138,7 @@ def _sglang(facts: Facts) -> _Verdict:
     serve = "python -m sglang.launch_server --model-path BASE_MODEL --lora-paths a=THIS_FOLDER"
     if facts.model_type == "mixtral":
         names = '["gate_proj", "up_proj", "down_proj"]'
-        why = f"with target_modules {names} in adapter_config.json, which PEFT then refuses"
+        why = f"with target_modules {names} in {ADAPTER_CONFIG}, which PEFT then refuses"
         return False, f"reads it {why}", serve
     return True, "", serve
 
