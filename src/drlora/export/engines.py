@@ -12,7 +12,7 @@ from typing import Any
 
 from drlora.io.run_files import ADAPTER_CONFIG
 
-LAYOUTS = ("peft", "per-expert", "merged")
+LAYOUTS = ("peft", "per-expert", "mlx", "merged")
 # What vLLM takes for --max-lora-rank.
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 # Families of which an engine was given adapters of ours.
@@ -26,7 +26,8 @@ class Facts:
     """What decides who reads an adapter or a model.
 
     Attributes:
-        layout: one of `LAYOUTS`: 3-D LoRA on target_parameters, 2-D keys, or whole weights.
+        layout: one of `LAYOUTS`: 3-D LoRA on target_parameters, 2-D keys, mlx-lm's
+            own, or whole weights.
         model_type: of the base's configuration.
         rank: the one rank of all; 0 if merged.
         has_modules: whether modules were trained in full (`modules_to_save`).
@@ -162,7 +163,9 @@ def _mlx(facts: Facts) -> _Verdict:
             "where config.json is in the form of the hub (rope_theta)",
             ("mlx_lm.server --model THIS_FOLDER"),
         )
-    return False, "reads adapters of its own format alone", ""
+    if facts.layout == "mlx":
+        return True, "", "mlx_lm.server --model BASE_MODEL --adapter-path THIS_FOLDER"
+    return False, "reads adapters of its own format alone: use mlx", ""
 
 
 def _transformers_serve(facts: Facts) -> _Verdict:
@@ -188,6 +191,8 @@ def readings(facts: Facts) -> list[Reading]:
     found = []
     for engine, version, seen, rule in ENGINES:
         reads, why, command = rule(facts)
+        if facts.layout == "mlx" and rule is not _mlx:
+            reads, why, command = False, "this is mlx-lm's own format", ""
         if facts.model_type not in TRIED and engine != "PEFT":
             reads = None if reads else reads
             why = f"{why}{'; ' if why else ''}the rule of other families, not tried on this one"

@@ -164,7 +164,9 @@ def _linear_parameters(config: LoraConfig) -> list[str]:
     return sorted(name for name in config.target_parameters or () if name.endswith(".weight"))
 
 
-class _PerExpert(LoraFormat):
+class PerExpert(LoraFormat):
+    """For engines that keep experts apart."""
+
     name = "per-expert"
     summary = (
         "A DR-LoRA adapter as LoRA of rank {rank} on the gate, up and down projection of every "
@@ -205,4 +207,4 @@ class _PerExpert(LoraFormat):
         save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
 
 
-FORMAT = _PerExpert()
+FORMAT = PerExpert()
