@@ -6,13 +6,18 @@ import json
 
 import pytest
 import torch
-from made_adapters import CONFIG, FAMILIES, by_peft, make_all, spoil, spoil_model
+from made_adapters import BATCHES, CONFIG, FAMILIES, by_peft, make_all, spoil, spoil_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from tiny import make_class, make_model
+from tiny_adapter import make_settings, train
+from transformers import AutoModelForCausalLM
 
 import drlora
 from drlora.cli.main import main
 from drlora.errors import CheckpointError, ConfigError
+from drlora.export.plan import apply_plan, make_plan
+from drlora.ops.merge import Rounding
 from drlora.verification.findings import NAMES
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -60,8 +65,6 @@ class TestSound:
     @pytest.mark.parametrize("class_name", ["GptOssForCausalLM", "GraniteMoeForCausalLM"])
     def test_other_layouts_of_experts(self, tmp_path, class_name):
         """Transposed, interleaved, together in the checkpoint: PEFT's own LoRA, merged by PEFT."""
-        from peft import LoraConfig, get_peft_model
-
         torch.manual_seed(1)
         make_class(class_name).save_pretrained(tmp_path / "base")
         parameters = ["experts.gate_up_proj", "experts.down_proj"]
@@ -293,8 +296,6 @@ class TestMerges:
     def test_b_was_read_by_the_other_layout(self, made, tmp_path):
         """The adapter is right, and the tool that merged it was not."""
         spoil(made("olmoe") / "by-peft", tmp_path / "other", read_by_expert)
-        from peft import PeftModel
-
         model = PeftModel.from_pretrained(make_model(), tmp_path / "other")
         model.merge_and_unload().save_pretrained(tmp_path / "merged")
         assert faults(self.verify(made, tmp_path / "merged")) == {"packing"}
@@ -321,13 +322,23 @@ class TestMerges:
             config["lora_alpha"] = 0.5
 
         spoil(tmp_path / "lora", tmp_path / "small", small)
-        from peft import PeftModel
-
         model = PeftModel.from_pretrained(base.float(), tmp_path / "small")
         model.merge_and_unload().to(torch.bfloat16).save_pretrained(tmp_path / "merged")
         found = drlora.verify(tmp_path / "small", str(tmp_path / "base"), tmp_path / "merged")
         assert faults(found) == {"lost-in-rounding"}
         assert "of its entries are as they were" in str(found.findings[0])
+
+    @pytest.mark.parametrize("lr", [1e-4, 2e-2])
+    def test_stochastic_rounding_is_no_fault(self, tmp_path, lr):
+        """Of our own merge into bfloat16, however small the update is."""
+        make_model().to(torch.bfloat16).save_pretrained(tmp_path / "base")
+        base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        model = train(get_peft_model(base, make_settings()), lr=lr)
+        model.save_pretrained(tmp_path / "ours")
+        plan = make_plan(model, "merged")
+        apply_plan(plan, model, BATCHES, tmp_path / "merged", rounding=Rounding("stochastic", 3))
+        found = drlora.verify(tmp_path / "ours", str(tmp_path / "base"), tmp_path / "merged")
+        assert found.is_sound, [str(finding) for finding in found.findings]
 
     def test_something_else_was_merged(self, made, tmp_path):
         def noise(tensors):

@@ -10,6 +10,7 @@ experts.
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -25,6 +26,7 @@ from drlora.verification.packing import other_factors
 
 NEAR = 0.02  # of an update may be anywhere else
 LOST = 0.1  # of an update, and rounding has swallowed too much
+SURE = 4.0  # standard errors of rounding
 _PROBES = 8
 
 
@@ -37,6 +39,7 @@ class Merged:
         along: <W' - W, U>.
         effect: <U, U>.
         moved: <W' - W, W' - W>.
+        noise: variance that stochastic rounding gives `along`, at most.
         unmoved: entries with an update that are as they were.
         entries: entries with an update.
         off: entries that differ from the sum rounded to the nearest.
@@ -48,6 +51,7 @@ class Merged:
     along: float = 0.0
     effect: float = 0.0
     moved: float = 0.0
+    noise: float = 0.0
     unmoved: int = 0
     entries: int = 0
     off: int = 0
@@ -58,6 +62,11 @@ class Merged:
     def share(self) -> float:
         """The part of the update that is in the weights, along itself."""
         return self.along / self.effect if self.effect else 1.0
+
+    @property
+    def error(self) -> float:
+        """Standard error of `share` under stochastic rounding."""
+        return math.sqrt(self.noise) / self.effect if self.effect else 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -87,7 +96,7 @@ def judge_merged(matrices: list[Merged], base: Base, merged: Weights) -> list[Fi
         share = f"{one.share:.1%} of the update is in the weights"
         if one.moved == 0 and one.off:
             found.append(fault("dropped-in-merge", one.name, "its weights are the base's"))
-        elif abs(one.share - 1) <= NEAR:
+        elif abs(one.share - 1) <= NEAR + SURE * one.error:
             continue
         elif one.off <= one.entries * 1e-3:  # a right merge, rounded to the nearest
             detail = f"{share}, {one.unmoved / one.entries:.1%} of its entries are as they were"
@@ -123,11 +132,12 @@ def _compare(update: Update, block: MoEBlock, base: Base, merged: Weights) -> Me
         found.along += float((moved_OI * update_OI).sum(dtype=torch.float64))
         found.effect += float(update_OI.square().sum(dtype=torch.float64))
         found.moved += float(moved_OI.square().sum(dtype=torch.float64))
+        spacing_OI = torch.finfo(after_OI.dtype).eps * after_OI.float().abs()
+        found.noise += float((update_OI * spacing_OI).square().sum(dtype=torch.float64)) / 4
         found.entries += int(is_updated.sum())
         found.unmoved += int((is_updated & (moved_OI == 0)).sum())
-        exact = torch.finfo(torch.float32).eps if after_OI.dtype == torch.float32 else 0.0
-        gap_OI = (after_OI.float() - nearest_OI.float()).abs()
-        found.off += int((gap_OI > 4 * exact * after_OI.float().abs()).sum())
+        slack = 4.0 if after_OI.dtype == torch.float32 else 0.0  # spacings: sums differ in order
+        found.off += int(((after_OI.float() - nearest_OI.float()).abs() > slack * spacing_OI).sum())
         sketches.append((update_OI @ probes_KI[:, : update_OI.shape[1]].T).flatten())
         moves.append((moved_OI @ probes_KI[:, : update_OI.shape[1]].T).flatten())
         if update.packed is not None and update.rank:
