@@ -328,6 +328,22 @@ class TestMerges:
         assert faults(found) == {"lost-in-rounding"}
         assert "of its entries are as they were" in str(found.findings[0])
 
+    def test_pefts_own_merge_into_16_bits(self, tmp_path):
+        """It rounds the update before it adds it."""
+        make_model().to(torch.bfloat16).save_pretrained(tmp_path / "base")
+        by_peft("olmoe", tmp_path / "lora", steps=1)
+
+        def small(tensors, config):
+            config["lora_alpha"] = 0.5
+
+        spoil(tmp_path / "lora", tmp_path / "small", small)
+        base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        merged = PeftModel.from_pretrained(base, tmp_path / "small").merge_and_unload()
+        assert merged.dtype == torch.bfloat16
+        merged.save_pretrained(tmp_path / "merged")
+        found = drlora.verify(tmp_path / "small", str(tmp_path / "base"), tmp_path / "merged")
+        assert faults(found) == {"lost-in-rounding"}, [str(f) for f in found.findings]
+
     @pytest.mark.parametrize("lr", [1e-4, 2e-2])
     def test_stochastic_rounding_is_no_fault(self, tmp_path, lr):
         """Of our own merge into bfloat16, however small the update is."""

@@ -42,7 +42,8 @@ class Merged:
         noise: variance that stochastic rounding gives `along`, at most.
         unmoved: entries with an update that are as they were.
         entries: entries with an update.
-        off: entries that differ from the sum rounded to the nearest.
+        off: entries that are not the sum rounded to the nearest, once or as PEFT rounds it: the
+            update first.
         other: <W' - W, V> / <V, V> for V read by the other layout of B.
         order: for each expert, the one whose update its weight moved by; -1 for none.
     """
@@ -137,7 +138,9 @@ def _compare(update: Update, block: MoEBlock, base: Base, merged: Weights) -> Me
         found.entries += int(is_updated.sum())
         found.unmoved += int((is_updated & (moved_OI == 0)).sum())
         slack = 4.0 if after_OI.dtype == torch.float32 else 0.0  # spacings: sums differ in order
-        found.off += int(((after_OI.float() - nearest_OI.float()).abs() > slack * spacing_OI).sum())
+        rounded = (nearest_OI, before_OI + update_OI.to(before_OI.dtype))  # as exact, and as PEFT
+        gaps = [(after_OI.float() - one.to(after_OI.dtype).float()).abs() for one in rounded]
+        found.off += int((torch.minimum(*gaps) > slack * spacing_OI).sum())
         sketches.append((update_OI @ probes_KI[:, : update_OI.shape[1]].T).flatten())
         moves.append((moved_OI @ probes_KI[:, : update_OI.shape[1]].T).flatten())
         if update.packed is not None and update.rank:
