@@ -25,7 +25,7 @@ from drlora.adapter.observe import (
     routing_sums,
 )
 from drlora.config.adapter import DrLoraConfig
-from drlora.distributed.zero import is_partitioned, refuse_partitioned
+from drlora.distributed.zero import is_partitioned, is_split, refuse_partitioned
 from drlora.errors import ConfigError
 from drlora.moe.blocks import MoEBlock
 from drlora.moe.families import family_of
@@ -215,7 +215,7 @@ class DrLoraExperts(nn.Module, BaseTunerLayer):
             ConfigError: saying why they cannot.
         """
         refuse_partitioned(
-            self.parameters(),
+            [parameter for parameter in self.parameters() if is_split(parameter)],
             "an adapter cannot be merged into them there. Save it, and merge it into the model as "
             "it is loaded without DeepSpeed.",
         )

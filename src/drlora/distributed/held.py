@@ -139,7 +139,7 @@ def whole(parameter: Tensor, kept: Tensor | None) -> Tensor:
 
 @torch.no_grad()
 def whole_weights(parameter: Tensor) -> Tensor:
-    """All weights of a parameter; float32 ones where ZeRO trains it. A collective where it splits."""
+    """All weights of a parameter; the float32 ones where ZeRO trains it. A collective if split."""
     if not is_partitioned(parameter):
         return whole(parameter, parameter)
     part = weights_of(parameter)

@@ -47,7 +47,12 @@ class Part(NamedTuple):
 
 def is_partitioned(parameter: Tensor) -> bool:
     """Whether ZeRO trains the parameter, or has split it (zero.Init)."""
-    return hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
+    return is_split(parameter) or hasattr(parameter, "_hp_mapping")
+
+
+def is_split(parameter: Tensor) -> bool:
+    """Whether ZeRO-3 or zero.Init keeps it in parts, brought together or not."""
+    return hasattr(parameter, "ds_id")
 
 
 def is_empty(parameter: Tensor) -> bool:
@@ -66,7 +71,7 @@ def part_of(parameter: Any) -> Part | None:
     Raises:
         ConfigError: if the optimizer was never shown to `RankDynamics.watch`.
     """
-    if hasattr(parameter, "ds_id"):
+    if is_split(parameter):
         return _part_of_stage_3(parameter)
     found = parameter._hp_mapping
     if found is None:
@@ -85,16 +90,15 @@ def part_of(parameter: Any) -> Part | None:
 def weights_of(parameter: Any) -> Part | None:
     """The best that there is of its weights in this process: as trained, or the split copy."""
     zero = getattr(parameter, "_z3_optimizer", None)
-    is_stage_3 = hasattr(parameter, "ds_id")
     is_frozen = zero is None or zero.get_param_id(parameter) not in zero.grad_position
-    return _split_part(parameter) if is_stage_3 and is_frozen else part_of(parameter)
+    return _split_part(parameter) if is_split(parameter) and is_frozen else part_of(parameter)
 
 
 def stored_parts(parameter: Any) -> Iterator[Part]:
     """Every run of elements that this process has: as trained, and as it computes with them."""
     if (part := part_of(parameter)) is not None:
         yield part
-    if hasattr(parameter, "ds_id"):
+    if is_split(parameter):
         yield _split_part(parameter)
     if not is_empty(parameter):
         yield Part(parameter.data.view(-1), 0, parameter.numel(), 0)
@@ -124,6 +128,21 @@ def adopt(zero: Any, parameters: Iterable[nn.Parameter]) -> None:
         setattr(parameter, _OPTIMIZER, zero)
 
 
+def refuse_without_zero(optimizer: object) -> None:
+    """Refuse an optimizer of DeepSpeed's that is none of ZeRO's.
+
+    Raises:
+        ConfigError: if it is one.
+    """
+    of_deepspeed = type(optimizer).__module__.startswith("deepspeed.")
+    if of_deepspeed or type(optimizer).__name__ == "DeepSpeedOptimizerWrapper":  # accelerate's
+        raise ConfigError(
+            "DeepSpeed trains without ZeRO (stage 0) and clears gradients before anybody can read "
+            "them, so ranks cannot grow. Set the stage of zero_optimization to 1, 2 or 3, or train "
+            "with DDP."
+        )
+
+
 @contextmanager
 def whole_shapes(model: nn.Module) -> Iterator[None]:
     """While it lasts, parameters that zero.Init has split show their whole shape, on meta."""
@@ -149,13 +168,13 @@ def refuse_partitioned(parameters: Iterable[Tensor], what: str) -> None:
 
     Args:
         parameters: that are needed.
-        what: as a sentence that says what to do instead.
+        what: cannot be done, and the way out.
 
     Raises:
         ConfigError: if any of them is ZeRO's.
     """
     if any(is_partitioned(parameter) for parameter in parameters):
-        raise ConfigError(f"DeepSpeed ZeRO keeps the weights of this model: {what}")
+        raise ConfigError(f"DeepSpeed ZeRO keeps the weights of this model, so {what}")
 
 
 def _stand_in(parameter: Tensor) -> nn.Parameter:

@@ -29,7 +29,7 @@ from drlora.adapter.router import TrainedRouters
 from drlora.config.adapter import DrLoraConfig
 from drlora.distributed import refuse_differing
 from drlora.distributed.held import trained_tensor
-from drlora.distributed.zero import zero_of
+from drlora.distributed.zero import refuse_without_zero, zero_of
 from drlora.errors import CheckpointError, ConfigError
 from drlora.ranks.averages import update_frequencies, update_importances
 from drlora.ranks.event import Event, Growth
@@ -150,10 +150,12 @@ class RankDynamics:
             optimizer: DeepSpeed's `engine.optimizer`, or a wrapper of it.
 
         Raises:
-            ConfigError: if rows cannot be followed in this kind of ZeRO.
+            ConfigError: if rows cannot be followed in this kind of ZeRO, or DeepSpeed trains
+                without ZeRO.
         """
         zero = zero_of(optimizer)
         if zero is None:
+            refuse_without_zero(optimizer)
             return
         if self._watched is not None:
             self._watched.let_go()

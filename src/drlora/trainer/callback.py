@@ -45,6 +45,7 @@ from drlora.ranks.optimizer_rows import unwrap_optimizer
 from drlora.ranks.schedule import Schedule
 from drlora.ranks.starts import needs_ranks, place_ranks
 from drlora.trainer.best_model import load_best, refuse_mixed_up
+from drlora.trainer.deepspeed import refuse_unfit_deepspeed
 from drlora.trainer.event_log import EventLog
 from drlora.trainer.rank_log import RankLog
 
@@ -90,8 +91,10 @@ class DrLoraCallback(TrainerCallback, ExportableState):
 
         Raises:
             ConfigError: if the adapter is frozen, or cannot spend its budget in this run, or its
-                ranks are to be placed and the data cannot be looked into.
+                ranks are to be placed and the data cannot be looked into, or DeepSpeed is to do
+                what ranks cannot grow with.
         """
+        refuse_unfit_deepspeed(args)
         saved = self._saved(state)
         is_new = self.dynamics is None
         if self.dynamics is not None:
