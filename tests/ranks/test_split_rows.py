@@ -11,13 +11,17 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import drlora
 from drlora.distributed import zero
-from drlora.distributed.held import Block, blocks_of, trained_tensor, write_rows
+from drlora.distributed.held import Block, add_up_rows, blocks_of, trained_tensor, write_rows
 from drlora.ranks.optimizer_rows import forget_rows, state_of
 from drlora.ranks.young_rows import OwnClocks
 from drlora.ranks.zero import WatchedZero
@@ -198,3 +202,36 @@ def test_deepspeed_without_zero_is_refused():
     assert zero.zero_of(DeepSpeedOptimizerWrapper()) is None
     with pytest.raises(drlora.ConfigError, match=r"without ZeRO \(stage 0\)"):
         zero.refuse_without_zero(DeepSpeedOptimizerWrapper())
+
+
+def test_a_step_that_never_came_to_the_optimizer_is_known():
+    weight = nn.Parameter(torch.ones(2))
+    inner = torch.optim.AdamW([weight])
+    watched = WatchedZero(
+        DeepSpeedZeroOptimizer(optimizer=inner), [], SimpleNamespace(parameters=[], are_held=False),
+        has_own_clocks=True, count=lambda: 1, end_of_warmup=lambda: 0,
+    )  # fmt: skip
+    assert watched.take_sums(weight.device) == [] and watched.was_skipped
+    weight.grad = torch.ones(2)
+    inner.step()
+    watched.take_sums(weight.device)
+    assert not watched.was_skipped
+    watched.let_go()
+    inner.step()
+    watched.take_sums(weight.device)
+    assert watched.was_skipped
+
+
+def test_sums_are_added_up_among_those_who_share_rows(monkeypatch):
+    """Under HSDP others have the same rows: adding theirs would count every row several times."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
+    try:
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+        parameter = distribute_tensor(torch.ones(4, 3), mesh, [Replicate(), Shard(0)])
+        asked: list[Any] = []
+        monkeypatch.setattr(dist, "all_reduce", lambda sums, group: asked.append(group))
+        add_up_rows(parameter, torch.ones(2, 3))
+        assert asked == [mesh.get_group("shard")]
+        assert [(block.first, block.end) for block in blocks_of(parameter)] == [(0, 2)]
+    finally:
+        dist.destroy_process_group()
