@@ -18,6 +18,7 @@ import torch
 
 from drlora.ops import ExpertWeights, adapted_experts, as_matrix
 from drlora.ops.contract import gelu_gate, make_case
+from drlora.ops.storage.packed import Packed, packed_format
 
 BF16 = torch.bfloat16
 ONE_EXPERT = torch.ones(21, 1, dtype=torch.int64)
@@ -46,6 +47,15 @@ CASES = {
     "bfloat16, dropout": dict(ranks=[3, 2], dtype=BF16, dropout=0.3),
     "float32 routing weights": dict(ranks=[3, 2, 4], dtype=BF16, weight_dtype=torch.float32),
     "float16": dict(ranks=[3, 17, 1], dtype=torch.float16, hidden=40, width=24),
+    **{
+        f"{storage}{', turned' * turned}": dict(
+            ranks=[3, 17, 0], hidden=128, width=64, tokens=20, storage=storage, turned=turned
+        )
+        for storage in ("nf4", "nf4-nested", "int8", "mxfp4", "fp8")
+        for turned in (False, True)
+    },
+    "nf4, bfloat16": dict(ranks=[3, 5], dtype=BF16, hidden=64, width=64, storage="nf4"),
+    "fp8, cut tiles": dict(ranks=[3, 5], hidden=150, width=70, storage="fp8"),
 }
 # For a real device: tiles of 16, 32, 64 and 128 rows, as the mean number of rows per expert asks.
 RAGGED = [8, 64, 0, 16, 33, 1, 24, 16]
@@ -59,6 +69,7 @@ LARGE = {
             ranks=[8, 130, 0, 16], projections=("gate", "up", "down"), hidden=512, tokens=500
         ),
         "dropout": dict(ranks=RAGGED, hidden=512, width=256, tokens=120, dropout=0.1),
+        "NF4": dict(ranks=RAGGED, hidden=512, width=256, tokens=300, storage="nf4-nested"),
         "few tokens": dict(ranks=RAGGED * 4, hidden=512, width=256, tokens=100),
     }.items()
 }
@@ -83,8 +94,10 @@ def prepare(case: dict, device: str) -> tuple:
     """What `run` needs, on the device."""
     settings = dict(case)
     dropout, weight_dtype = settings.pop("dropout", 0.0), settings.pop("weight_dtype", None)
-    base, pieces, leaves, index = make_case(**settings)
-    weights = [as_matrix(w.to(device)) for w in (base.gate_up_EGH, base.down_EHI)]
+    own = {key: value for key, value in settings.items() if key not in ("storage", "turned")}
+    base, pieces, leaves, index = make_case(**own)
+    storage, turned = settings.get("storage"), settings.get("turned", False)
+    weights = [stored(w.to(device), storage, turned) for w in (base.gate_up_EGH, base.down_EHI)]
     base = ExpertWeights(*weights, base.apply_gate, base.is_silu)
     if weight_dtype is not None:
         leaves[1] = leaves[1].to(weight_dtype)
@@ -92,6 +105,14 @@ def prepare(case: dict, device: str) -> tuple:
     pairs = zip(pieces, leaves[2::2], leaves[3::2], strict=True)
     pieces = [piece._replace(a_RI=a, b_RO=b) for piece, a, b in pairs]
     return base, pieces, leaves, index.to(device), dropout
+
+
+def stored(w_EOI, storage, turned):
+    """A matrix as numbers, or packed as (E, O, I) or (E, I, O)."""
+    if storage is None:
+        return as_matrix(w_EOI)
+    kept = w_EOI.transpose(1, 2).contiguous() if turned else w_EOI
+    return as_matrix(Packed.of(kept, packed_format(storage)), turned)
 
 
 def run(engine, base, pieces, leaves, index, dropout):
@@ -188,6 +209,8 @@ def compile_for_hopper() -> dict[str, dict[str, int]]:
     tiles._is_hopper_class = lambda device: True
     case = dict(ranks=[8, 40], dtype=BF16, hidden=128, width=64, tokens=140)
     run("triton", *prepare(case, "cpu"))
+    for storage in ("nf4", "int8"):
+        run("triton", *prepare({**case, "storage": storage}, "cpu"))
     return found
 
 

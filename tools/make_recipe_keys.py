@@ -28,12 +28,11 @@ from drlora.runs.data_section import DataSection
 from drlora.runs.quantise import QuantiseSection
 from drlora.runs.recipe import (
     DTYPES,
-    NOT_IN_RECIPES,
     SECTIONS,
-    TRAINING_DEFAULTS,
     Recipe,
     adapter_settings,
 )
+from drlora.runs.training_section import NOT_IN_RECIPES, TRAINING_DEFAULTS
 from drlora.trainer.objectives import CHECKPOINTING, OBJECTIVES, OFF, OwnSettings
 
 PAGE = Path(__file__).parents[1] / "docs" / "recipe-keys.md"
@@ -53,6 +52,7 @@ CONFIGS = {
     "SFTConfig": "https://huggingface.co/docs/trl/sft_trainer#trl.SFTConfig",
     "DPOConfig": "https://huggingface.co/docs/trl/dpo_trainer#trl.DPOConfig",
     "KTOConfig": "https://huggingface.co/docs/trl/kto_trainer#trl.KTOConfig",
+    "GRPOConfig": "https://huggingface.co/docs/trl/grpo_trainer#trl.GRPOConfig",
     "TrainingArguments": "https://huggingface.co/docs/transformers/main_classes/trainer"
     "#transformers.TrainingArguments",
 }

@@ -184,3 +184,18 @@ def test_a_recipe_is_found_by_its_name(folder, capsys):
     assert "did you mean embedded?" in capsys.readouterr().err
     assert resolve_recipe("no/such.yaml") == "no/such.yaml"  # its reader says it best
     assert OWN_DATA in recipe_names()
+
+
+@pytest.mark.parametrize("count", [2, 9])
+def test_of_a_few_examples_one_is_held_out(folder, count):
+    """A tenth of them may be none."""
+    save_examples(folder / "train.jsonl", count)
+    made = drlora.write_recipe("a.yaml", ["model=model", "data.train=train.jsonl"])
+    assert f"train {count - 1} example{'s' * (count > 2)}" in made.notes
+    assert "held out 1 example" in made.notes
+
+
+def test_of_one_example_none_can_be_held_out(folder):
+    save_examples(folder / "train.jsonl", 1)
+    with pytest.raises(DataError, match=r"none can be held out; name data\.eval"):
+        drlora.write_recipe("a.yaml", ["model=model", "data.train=train.jsonl"])

@@ -221,6 +221,24 @@ def test_what_divergence_is(before, after, entries, said):
     assert reasons_of_divergence(earlier, measured(after), entries) == ((said,) if said else ())
 
 
+@pytest.mark.parametrize(
+    ("after", "loss", "said"),
+    [
+        (0.6, 0.0, None),  # a loss of 0 is what GRPO has by its making
+        (0.4, 0.0, None),  # within two standard errors of 4 answers with a spread of 0.1
+        (0.2, 0.0, "the held-out reward fell from 0.5 to 0.2"),
+        (0.6, None, "the training loss was NaN or infinite at step 2"),
+    ],
+)
+def test_what_divergence_is_where_answers_are_rewarded(after, loss, said):
+    entries = [{**entry, "reward": 0.5} for entry in log(0.0, loss)]
+    one, other = (
+        Measurement(LossResult(2.0, 1.0, 4, 4), None, (), {"reward": reward, "reward_std": 0.1})
+        for reward in (0.5, after)
+    )
+    assert reasons_of_divergence(one, other, entries) == ((said,) if said else ())
+
+
 def test_home_is_written_out_in_every_path(recipe, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HOME", str(tmp_path))
     text = recipe.read_text().replace(f"{tmp_path}/", "~/")

@@ -156,9 +156,9 @@ def test_prompts_that_fill_the_length_are_counted(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        (dict(objective="grpo"), "needs a function that rewards"),
-        (dict(objective="reward"), "drlora adapts causal language models"),
-        (dict(objective="dop"), "known are sft, dpo, kto"),
+        (dict(objective="reward"), "TRL's RewardTrainer the callback"),
+        (dict(objective="orpo"), "in trl.experimental if at all"),
+        (dict(objective="dop"), "known are sft, dpo, kto, grpo"),
         (dict(objective="dpo", training=dict(packing=True)), "packing is not a setting"),
         (dict(objective="sft", training=dict(beta=0.1)), "beta"),
         (dict(objective="dpo", adapter=dict(start="gradient")), "which objective='dpo' has not"),

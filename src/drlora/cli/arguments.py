@@ -197,7 +197,10 @@ def _chat(verb: argparse.ArgumentParser) -> None:
 def _speaker(verb: argparse.ArgumentParser) -> None:
     """What answers, and how."""
     verb.add_argument(
-        "run", metavar="RUN", type=home, help="a run, or a folder with an adapter or a model"
+        "run",
+        metavar="RUN",
+        type=home,
+        help="a run, a folder with an adapter or a model, or one of the hub by its name",
     )
     verb.add_argument(
         "overrides", nargs="*", metavar="key=value", help="max_new_tokens=64, temperature=0.7, ..."

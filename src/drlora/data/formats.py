@@ -50,6 +50,12 @@ _CONTENT = {
     "chosen", "rejected", "reasoning", "thinking", "reasoning_content", "history", "functions",
     "chat_template_kwargs",
 }  # fmt: skip
+_SEEN = {"images", "image", "audio"}
+_WAY_OUT = "put it into the prompt or the messages, or remove the column"
+_WAY_OUT_OF_SEEN = (
+    "drlora train reads texts alone. Remove the column, or train from a script of TRL's "
+    "(SFTTrainer with the model's processor) with the callback of drlora"
+)
 # Keys of a message that carry something to learn from; whatever else there is counts as a note.
 CONTENT_KEYS = ("tool_calls", "reasoning_content", "reasoning", "thinking")
 
@@ -119,7 +125,7 @@ def unused_columns(found: Collection[str], form: Form, where: str) -> list[str]:
     if content:
         raise DataError(
             f"{where} has {listed(content)} beside {listed(list(form.columns.values()))}, but "
-            f"would not use it; put it into the prompt or the messages, or remove the column"
+            f"would not use it; {_WAY_OUT if _SEEN.isdisjoint(content) else _WAY_OUT_OF_SEEN}"
         )
     return left
 

@@ -72,8 +72,8 @@ class Measurement:
 
     `notes` say what was asked for and could not be had, and why there is no exact match. Of a run
     that learns from preferences, the loss is that of the answers that are wanted, and `objective`
-    has its own loss and what its trainer measures beside, by TRL's names. `samples` are answers of
-    the model, where exact match has none of its own.
+    has its own loss (or the reward) and what its trainer measures beside, by TRL's names. `samples`
+    are answers of the model, where exact match has none of its own.
     """
 
     loss: LossResult
@@ -102,6 +102,8 @@ class Measurement:
     def _objective_text(self) -> list[str]:
         if self.objective is None:
             return []
+        if "reward" in self.objective:
+            return [f"reward {self.objective['reward']:.4f}"]
         text = f"objective {self.objective['loss']:.4f}"
         share = self.objective.get("rewards/accuracies")
         return [text if share is None else f"{text}, {share:.1%} of the pairs in order"]

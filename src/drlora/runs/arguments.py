@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterator
+from importlib.metadata import version
 from typing import Any, cast
 
 import torch
 from transformers import PreTrainedConfig, TrainingArguments
-from trl import KTOConfig
+from trl import GRPOConfig, KTOConfig
 
 from drlora.distributed import are_several
 from drlora.errors import ConfigError, DataError
 from drlora.runs.recipe import Recipe
 from drlora.runs.rundir import RunDir
-from drlora.trainer.objectives import OWN, OwnSettings, as_off, objective_of
+from drlora.trainer.grpo import refuse_settings
+from drlora.trainer.objectives import OWN, Objective, OwnSettings, as_off, objective_of
 
 
 def training_arguments(recipe: Recipe, run: RunDir) -> TrainingArguments:
@@ -43,8 +46,11 @@ def training_arguments(recipe: Recipe, run: RunDir) -> TrainingArguments:
             f"the section training is refused by {objective.config.__name__}: {error}"
         ) from error
     _refuse_arguments(arguments, OwnSettings.of(recipe.training))
+    _refuse_names(arguments, objective)
     if isinstance(arguments, KTOConfig):
         _refuse_batches(arguments)
+    if isinstance(arguments, GRPOConfig):
+        refuse_settings(arguments)
     return arguments
 
 
@@ -89,6 +95,19 @@ def _refuse_arguments(arguments: TrainingArguments, own: OwnSettings) -> None:
         )
     if stops and arguments.metric_for_best_model is None:
         arguments.metric_for_best_model, arguments.greater_is_better = "loss", False
+
+
+def _refuse_names(arguments: TrainingArguments, objective: Objective) -> None:
+    """Kinds of loss that TRL's trainer has no branch for; it would say so in its first step."""
+    source = inspect.getsource(inspect.getmodule(objective.trl))  # type: ignore[arg-type]
+    for setting in ("loss_type", "f_divergence_type", "importance_sampling_level"):
+        given = getattr(arguments, setting, None)
+        for name in given if isinstance(given, list) else [given]:
+            if isinstance(name, str) and f'"{name}"' not in source:
+                raise ConfigError(
+                    f"training.{setting}={name!r} is none that {objective.trl.__name__} of TRL "
+                    f"{version('trl')} has; see the page of {objective.config.__name__}."
+                )
 
 
 def count_steps(
@@ -138,12 +157,14 @@ def settle(arguments: TrainingArguments, config: PreTrainedConfig, longest: int)
         settings.router_aux_loss_coef = 0.0
 
 
-def notes_of(arguments: TrainingArguments, objective: str, start_from: str | None) -> Iterator[str]:
+def notes_of(arguments: TrainingArguments, recipe: Recipe) -> Iterator[str]:
     """What of the settings whoever reads the results should know."""
-    settings, kind = cast(Any, arguments), objective_of(objective)
+    settings, kind = cast(Any, arguments), objective_of(recipe.objective)
     if kind.compares:
-        reference = f"the adapter of {start_from}" if start_from else "the base model"
-        yield f"{'learns':8} from {kind.summary}; the reference is {reference}"
+        reference = f"the adapter of {recipe.start_from}" if recipe.start_from else "the base model"
+        by = f": {', '.join(recipe.rewards)}" if recipe.rewards else ""
+        held = f"the reference is {reference}" if settings.beta else "without a reference (beta: 0)"
+        yield f"{'learns':8} from {kind.summary}{by}; {held}"
     elif settings.packing and settings.packing_strategy == "wrapped":
         yield (
             "training.packing_strategy=wrapped: documents are cut where a row ends, and see those "

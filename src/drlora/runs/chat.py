@@ -97,8 +97,8 @@ def chat(
     """Begin a conversation with the model in `folder`.
 
     Args:
-        folder: a run directory, or a folder with an adapter (DR-LoRA or PEFT's LoRA) or a model,
-            such as an export.
+        folder: a run directory, a folder with an adapter (DR-LoRA or PEFT's LoRA) or a model, such
+            as an export, or the name of a model or an adapter of the hub.
         compare: whether the base model, with the adapter off, answers too.
         system: a system message to begin with; it needs a chat template.
         seed: of answers that are drawn.

@@ -5,10 +5,13 @@ from __future__ import annotations
 from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase, TrainingArguments
+from trl import GRPOConfig
 
 from drlora.data import Loaded, Prepared, prepare
+from drlora.data.tokens import PlainSettings
 from drlora.errors import DataError
 from drlora.runs.recipe import Recipe
+from drlora.trainer.grpo import questions, refuse_few
 from drlora.trainer.objectives import objective_of
 from drlora.trainer.preferences import lengths, tokenize, wanted_answers
 
@@ -55,21 +58,32 @@ def encode(
             packing=settings.packing and role == "train",
             template_file=recipe.chat_template,
         )
+    if kind.tries:
+        rows = questions(raw, tokenizer, settings, settings.max_length)
+        if role == "train":
+            refuse_few(len(rows), settings)
+        return Prepared(raw, rows, len(raw) - len(rows), 0, loaded.said)
     tokens, cut = tokenize(kind.trl, raw, tokenizer, arguments, role)
     return Prepared(raw, tokens, len(raw) - len(tokens), cut, loaded.said)
 
 
-def examples_to_measure(held_out: Prepared, objective: str, max_length: int) -> Prepared:
+def examples_to_measure(
+    held_out: Prepared, objective: str, max_length: int, tokenizer: PreTrainedTokenizerBase
+) -> Prepared:
     """What loss and exact match are measured on: of preferences the answers that are wanted."""
     if not objective_of(objective).compares:
         return held_out
+    if objective_of(objective).tries:
+        return prepare(held_out.raw, tokenizer, PlainSettings(max_length=max_length))
     raw, tokens = wanted_answers(held_out.raw, held_out.tokens, max_length)
     return Prepared(raw, tokens, 0, 0, held_out.said)
 
 
-def longest_of(examples: Prepared) -> int:
+def longest_of(examples: Prepared, arguments: TrainingArguments) -> int:
     """Tokens of the longest example, or of both answers of the longest pair."""
     tokens = examples.tokens
+    if isinstance(arguments, GRPOConfig):
+        return max(map(len, tokens["prompt_ids"])) + (arguments.max_completion_length or 0)
     if "input_ids" in tokens.column_names:
         return max(map(len, tokens["input_ids"]))
     return max(lengths(tokens)) * (2 if "chosen_ids" in tokens.column_names else 1)

@@ -93,8 +93,8 @@ def generate(
     """What the model in `folder` answers to each prompt.
 
     Args:
-        folder: a run directory, or a folder with an adapter (DR-LoRA or PEFT's LoRA) or a model,
-            such as an export.
+        folder: a run directory, a folder with an adapter (DR-LoRA or PEFT's LoRA) or a model, such
+            as an export, or the name of a model or an adapter of the hub.
         prompts: texts, conversations (lists of turns with role and content), or records of either
             (`drlora.runs.prompts`).
         compare: whether the base model, with the adapter off, is asked too.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 from peft import PeftModel, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+from trl import GRPOConfig
 
 from drlora.data.tokens import Prepared
 from drlora.distributed import on_main, world_size
@@ -24,6 +26,7 @@ from drlora.runs.held_out import refuse_unanswerable, word_for_word
 from drlora.runs.loading import (
     check_growth,
     check_start,
+    checkpoint_settings,
     fit_tokenizer,
     last_event,
     load_architecture,
@@ -32,12 +35,15 @@ from drlora.runs.loading import (
     model_on_meta,
     vocabulary_size,
 )
+from drlora.runs.openings import opening_note
 from drlora.runs.recipe import Recipe
 from drlora.runs.roles import load_training_data
 from drlora.runs.run_record import data_record, held_out_record, read_record, refuse_other_data
 from drlora.runs.rundir import RunDir
 from drlora.trainer.callback import DrLoraCallback
-from drlora.trainer.trainer import rehearse, seconds_of
+from drlora.trainer.objectives import OwnSettings, objective_of, rehearse_trainer
+from drlora.trainer.rewards import rewards_of
+from drlora.trainer.trainer import rehearse, seconds_of, takes_any_model
 
 
 @dataclass(frozen=True)
@@ -96,7 +102,7 @@ class Job:
             yield f"{'data':8} {self.train.said}"
         yield f"{'length':8} {self._length()}"
         yield f"{'device':8} {self.arguments.device}"
-        yield from notes_of(self.arguments, self.recipe.objective, self.recipe.start_from)
+        yield from notes_of(self.arguments, self.recipe)
         for role, examples in (("train", self.train), ("eval", self.held_out)):
             limit = self.recipe.data.limits.get(role)
             if limit is not None and limit > len(examples.raw):
@@ -123,6 +129,8 @@ class Job:
         made_of = f" ({' x '.join(factors)})" if len(factors) > 1 else ""
         one = "row" if "seq_lengths" in self.train.tokens.column_names else "example"
         epochs = self.total_steps * effective / len(self.train.tokens)
+        if isinstance(self.arguments, GRPOConfig):  # each prompt is answered several times
+            one, epochs = "answer", epochs / (self.arguments.num_generations or 1)
         return (
             f"{counted(self.total_steps, 'step')} of {counted(effective, one)}{made_of}, "
             f"{epochs:.3g} epoch{'s' * (epochs != 1)}"
@@ -208,7 +216,7 @@ def prepare(
         encode(loaded, role, tokenizer, recipe, arguments)
         for role, loaded in zip(("train", "eval"), load_training_data(recipe.data), strict=True)
     )
-    measured = examples_to_measure(held_out, recipe.objective, most)
+    measured = examples_to_measure(held_out, recipe.objective, most, tokenizer)
     refuse_unanswerable(measured.raw, recipe.evaluation)
     record = data_record({"train": train, "eval": held_out}, tokenizer, most)
     if resume:
@@ -225,6 +233,23 @@ def prepare(
     }
     if resume:
         arguments.max_steps = total  # the Trainer would count them anew
+    if takes_any_model(arguments):
+        adapted = get_peft_model(
+            model_on_meta(architecture, recipe.trust_remote_code),
+            recipe.adapter_config(),
+            low_cpu_mem_usage=True,
+        )
+        assert isinstance(adapted, PeftModel)
+        rehearse_trainer(
+            objective_of(recipe.objective),
+            OwnSettings.of(recipe.training),
+            model=adapted,
+            args=arguments,
+            rewards=recipe.rewards,
+            train_dataset=train.tokens,
+            eval_dataset=held_out.tokens,
+            processing_class=copy.deepcopy(tokenizer),
+        )
     return Job(
         recipe=recipe,
         run=run,
@@ -233,7 +258,7 @@ def prepare(
         train=train,
         held_out=held_out,
         measured=measured,
-        longest=longest_of(train),
+        longest=longest_of(train, arguments),
         total_steps=total,
         plan_steps=planned,
         checkpoint=checkpoint,
@@ -242,7 +267,7 @@ def prepare(
         is_extended=bool(past.state) and past.state["max_steps"] != total,
         batch_size=past.batch_size(arguments),
         seconds=seconds_of(past.state.get("stateful_callbacks")),
-        remarks=tuple(_remarks(train, held_out, past, record)),
+        remarks=tuple(_remarks(train, held_out, past, record, tokenizer)),
     )
 
 
@@ -251,12 +276,14 @@ def _refuse_settings(
 ) -> None:
     """What can be told before data is read."""
     recipe.quantise.refuse_missing()
+    checkpoint_settings(recipe)
     recipe.quantise.refuse_unfit(skeleton)
     if arguments.gradient_checkpointing and not skeleton.supports_gradient_checkpointing:
         raise ConfigError(
             f"training.gradient_checkpointing=true: {type(skeleton).__name__} does not support it; "
             f"leave it out."
         )
+    rewards_of(recipe.rewards)
     rehearse(arguments, arguments.max_steps)
     if arguments.max_steps > 0 and not past.is_resumed:
         check_growth(skeleton, recipe.adapter_config(), arguments.max_steps)
@@ -290,9 +317,16 @@ def _plan(recipe: Recipe, run: RunDir, skeleton: PreTrainedModel, past: _Past, t
 
 
 def _remarks(
-    train: Prepared, held_out: Prepared, past: _Past, record: dict[str, Any]
+    train: Prepared,
+    held_out: Prepared,
+    past: _Past,
+    record: dict[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
 ) -> Iterator[str]:
     """What the data of the run have in common, and what is otherwise than when it began."""
+    opening = opening_note(train.raw, tokenizer)
+    if opening:
+        yield opening
     shared = word_for_word(train.raw, held_out.raw)
     if shared:
         yield (

@@ -80,7 +80,8 @@ def model_on_meta(config: PreTrainedConfig, trust_remote_code: bool = False) -> 
     Raises:
         ConfigError: if `config` is not of a causal language model.
     """
-    with _told(f"{type(config).__name__} gives no causal language model", ""), torch.device("meta"):
+    what = f"{type(config).__name__} gives no causal language model"
+    with _told(what, _SCRIPT_HINT), torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
 
 
@@ -173,6 +174,19 @@ def longest_example(data: DataSection | None, model: str, config: PreTrainedConf
     return int(wanted)
 
 
+def checkpoint_settings(recipe: NamesModel) -> dict[str, Any]:
+    """What `from_pretrained` is given to keep the model as a recipe or its checkpoint says.
+
+    Raises:
+        ConfigError: if the checkpoint is quantised in a way that cannot be kept.
+    """
+    return loading_settings(
+        from_root(resolve_model(recipe.model)),
+        recipe.quantise.config(),
+        trust_remote_code=recipe.trust_remote_code,
+    )
+
+
 def load_base_model(recipe: NamesModel) -> PreTrainedModel:
     """The model with its weights.
 
@@ -182,9 +196,7 @@ def load_base_model(recipe: NamesModel) -> PreTrainedModel:
     with _told(f"the weights of model={recipe.model!r} cannot be loaded", _MODEL_HINT):
         load: Any = AutoModelForCausalLM.from_pretrained
         name = from_root(resolve_model(recipe.model))  # what adapters will say their base is
-        kept = loading_settings(
-            name, recipe.quantise.config(), trust_remote_code=recipe.trust_remote_code
-        )
+        kept = checkpoint_settings(recipe)
         model, report = load(
             name,
             dtype="auto" if recipe.dtype == "auto" else getattr(torch, recipe.dtype),
@@ -286,6 +298,10 @@ def load_adapter(model: PreTrainedModel, folder: str) -> PeftModel:
 
 
 _TEMPLATE_HINT = "Name a .jinja file, or a folder or a model of the hub whose tokenizer has one."
+_SCRIPT_HINT = (
+    "A model that also sees or hears is trained from a script, by TRL's SFTTrainer with the "
+    "callback of drlora."
+)
 _MODEL_HINT = "Name a local folder with a model, a model of the hub, or `embedded`."
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
-from drlora.errors import ConfigError
+from drlora.errors import ConfigError, DataError
 from drlora.io.commented import with_value, without
 from drlora.io.files import home
 from drlora.io.places import NO_PATHS, leads_somewhere
@@ -27,7 +27,7 @@ from drlora.runs.data_section import DataSection
 from drlora.runs.dry_run import dry_run
 from drlora.runs.loading import load_architecture
 from drlora.runs.recipe import LENGTHS, Recipe, load_recipe
-from drlora.runs.roles import load_training_data
+from drlora.runs.roles import load_source, load_training_data
 from drlora.trainer.objectives import OBJECTIVES, objective_of
 
 OWN_DATA = "own-data"
@@ -39,6 +39,8 @@ BATCHES = (48, 16, 4)
 LONG_RUN = 2000  # steps; the published learning rate is one of such runs
 LEARNING_RATES = {"short": 2e-4, "long": 2e-5}
 SPLITS = {"train": "train[:90%]", "eval": "train[90%:]"}
+FEW = 10  # examples; of fewer a tenth may be none, so one is held out
+SPLITS_OF_FEW = {"train": "train[:-1]", "eval": "train[-1:]"}
 
 
 @dataclass(frozen=True)
@@ -161,7 +163,17 @@ def _held_out(text: str, values: dict[str, Any], notes: list[str]) -> str:
     is_embedded = str(values["data.train"]).startswith("embedded:")
     if not is_embedded and not any(key.startswith("data.splits") for key in values):
         values["data.splits"] = SPLITS
-        notes.append("the last tenth of the data is held out, for data.eval is not named")
+        section = _data_section(text, values)
+        count = len(load_source(section, section.source("train")[0], "train", None).rows)
+        if count < 2:
+            raise DataError(
+                f"data.train={values['data.train']!r} has 1 example, so none can be held out; name "
+                f"data.eval."
+            )
+        if count < FEW:
+            values["data.splits"] = SPLITS_OF_FEW
+        part = "tenth of the data" if count >= FEW else "example"
+        notes.append(f"the last {part} is held out, for data.eval is not named")
     return text
 
 

@@ -93,19 +93,27 @@ def reasons_of_divergence(
 
     A held-out loss that rose above where it began; without one from before the training, a training
     loss that did. A loss that is NaN or infinite. A training loss of exactly 0, which no model
-    reaches: nothing was learned from, or 16 bits were not enough.
+    reaches: nothing was learned from, or 16 bits were not enough. Where answers are rewarded, the
+    held-out reward is looked at (beyond chance, for answers are drawn), and of the training loss,
+    which is 0 there by its making, no more than whether it is a number.
 
     Args:
         before: held-out measurement at step 0, None where there is none.
         after: at the end.
         entries: of metrics.jsonl.
     """
-    logged = [(e["step"], e["loss"]) for e in entries if e.get("kind") == "log" and "loss" in e]
-    return tuple([*_of_training(logged), *_of_held_out(before, after), *_of_rise(before, logged)])
+    kept = [e for e in entries if e.get("kind") == "log" and "loss" in e]
+    logged = [(e["step"], e["loss"]) for e in kept]
+    is_rewarded = any("reward" in e for e in kept)
+    of_rise = () if is_rewarded else _of_rise(before, logged)
+    return tuple([*_of_training(logged, is_rewarded), *_of_held_out(before, after), *of_rise])
 
 
-def _of_training(logged: list[tuple[int, Any]]) -> Iterator[str]:
-    for what, is_so in (("NaN or infinite", _is_no_number), ("exactly 0", lambda loss: loss == 0)):
+def _of_training(logged: list[tuple[int, Any]], is_rewarded: bool) -> Iterator[str]:
+    signs = {"NaN or infinite": _is_no_number, "exactly 0": lambda loss: loss == 0}
+    if is_rewarded:
+        del signs["exactly 0"]
+    for what, is_so in signs.items():
         steps = [step for step, loss in logged if is_so(loss)]
         if steps:
             yield f"the training loss was {what} at step {steps[0]}"
@@ -114,16 +122,28 @@ def _of_training(logged: list[tuple[int, Any]]) -> Iterator[str]:
 def _of_held_out(before: Measurement | None, after: Measurement | None) -> Iterator[str]:
     if after is None:
         return
-    end = _aim(after)
+    name, way, end = _aim(after)
     if not math.isfinite(end):
-        yield f"the held-out loss is {end}"
-    elif before is not None and end > _aim(before):
-        yield f"the held-out loss rose from {_aim(before):.4g} to {end:.4g}"
+        yield f"the held-out {name} is {end}"
+    elif before is not None and way * (end - _aim(before)[2]) > _chance(before, after):
+        how = "rose" if way > 0 else "fell"
+        yield f"the held-out {name} {how} from {_aim(before)[2]:.4g} to {end:.4g}"
 
 
-def _aim(found: Measurement) -> float:
-    """The loss that the run lowers: of answers, or of its own where it learns from preferences."""
-    return found.objective["loss"] if found.objective else found.loss.loss
+def _chance(before: Measurement, after: Measurement) -> float:
+    """By how much answers that are drawn may differ in reward: two standard errors; else 0."""
+    spreads = [(found.objective or {}).get("reward_std", 0.0) for found in (before, after)]
+    return 2 * math.hypot(*spreads) / math.sqrt(max(1, after.loss.examples))
+
+
+def _aim(found: Measurement) -> tuple[str, int, float]:
+    """What the run is about, whether a higher one is worse (1) or better (-1), and what it is.
+
+    The loss of answers; the objective's own where it learns from preferences; or the reward.
+    """
+    if found.objective and "reward" in found.objective:
+        return "reward", -1, found.objective["reward"]
+    return "loss", 1, found.objective["loss"] if found.objective else found.loss.loss
 
 
 def _of_rise(before: Measurement | None, logged: list[tuple[int, Any]]) -> Iterator[str]:

@@ -5,7 +5,7 @@
 
 The section `data` is a `DataSection`, `evaluation` an `EvaluationSection`, `quantise` a
 `QuantiseSection`, `adapter` a `DrLoraConfig` (its settings, or a `preset` and changes to it);
-`training` has the fields of TRL's config for the `objective` (SFTConfig, DPOConfig, KTOConfig),
+`training` has the fields of TRL's config for the `objective` (SFTConfig, DPOConfig and the like),
 those of transformers' TrainingArguments among them, and `OwnSettings`. Whatever is not known is
 refused, with the nearest known name.
 Relative paths are those of the working directory; what a run keeps of its recipe has them from the
@@ -37,8 +37,10 @@ from drlora.io.settings import check_type, read_settings, refuse_unknown, with_o
 from drlora.ranks.continue_adapter import RANKS, kept_settings
 from drlora.recipes import resolve_recipe
 from drlora.runs.data_section import ROLES, DataSection
+from drlora.runs.method_notes import tell_of_method
 from drlora.runs.moved import located_at
 from drlora.runs.quantise import QuantiseSection
+from drlora.runs.training_section import COMMON_TRAINING, NOT_IN_RECIPES, TRAINING_DEFAULTS
 from drlora.trainer.objectives import OBJECTIVES, OWN, Objective, OwnSettings, objective_of
 
 SECTIONS = ("data", "adapter", "training", "evaluation", "quantise")
@@ -47,46 +49,6 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 _MAYBE_OF_HUB = ("model", "tokenizer", "chat_template")
 LENGTHS = ("max_steps", "num_train_epochs")  # settings of training that say how long a run is
 _PATHS = ("model", "tokenizer", "output_dir", "start_from", "start_ranks", "chat_template")
-
-TRAINING_DEFAULTS: dict[str, Any] = {
-    "learning_rate": 2e-4,
-    "lr_scheduler_type": "linear",
-    "warmup_steps": 0.03,
-    "weight_decay": 0.0,
-    "logging_steps": 10,
-    "save_strategy": "steps",
-    "save_steps": 200,
-    "save_total_limit": 2,
-    "seed": 42,
-    "report_to": "none",
-    "logging_nan_inf_filter": False,  # it logs 0 where the loss is NaN
-}
-# Fields of TRL's configs that a recipe does not set, and why.
-NOT_IN_RECIPES = {
-    "model_init_kwargs": "set model, dtype and trust_remote_code at the top of the recipe",
-    "trust_remote_code": "set trust_remote_code at the top of the recipe",
-    "chat_template_path": "set chat_template at the top of the recipe",
-    "max_length": "set data.max_length, which evaluation keeps to as well",
-    "dataset_text_field": "set data.columns: {text: NAME}",
-    "dataset_kwargs": "drlora prepares the data",
-    "shuffle_dataset": "examples are drawn in a random order anyway",
-    "eval_packing": "held-out examples are measured one by one",
-    "pad_token": "set it in the tokenizer",
-    "sync_ref_model": "the reference is the base model, or the adapter that the run starts from",
-    "output_dir": "set output_dir at the top of the recipe",
-    "label_names": "drlora's data always has the column labels",
-    "resume_from_checkpoint": "use --resume",
-    "restore_callback_states_from_checkpoint": "use --resume",
-    "save_only_model": "a run could not be resumed without the optimizer's state",
-    "do_train": "drlora train trains",
-    "do_eval": "see the section evaluation",
-    "do_predict": "use drlora eval",
-}
-COMMON_TRAINING = (
-    "max_steps, num_train_epochs, per_device_train_batch_size, gradient_accumulation_steps, "
-    "learning_rate, warmup_steps, lr_scheduler_type, weight_decay, logging_steps, save_steps, "
-    "seed, {own} and all other fields of trl.{config}"
-)
 
 
 @dataclass(frozen=True)
@@ -102,7 +64,10 @@ class Recipe:
         training: fields of the config of the objective's trainer, and `OwnSettings`.
         evaluation: see EvaluationSection.
         quantise: how the base is kept, see QuantiseSection.
-        objective: what is learned from: `sft`, `dpo` or `kto` (`drlora.trainer.objectives`).
+        objective: what is learned from: `sft`, `dpo`, `kto` or `grpo`
+            (`drlora.trainer.objectives`).
+        reward: of `grpo`, what answers are rewarded by: a name of `drlora.trainer.rewards`, one
+            that a plugin registers, `trl.rewards.NAME`, or a list of these.
         method: a name of `drlora.config.methods`; what it stands for wins over `adapter`. None:
             `adapter` as it is.
         start_from: what the adapter continues: a run, a folder with a DR-LoRA adapter
@@ -126,6 +91,7 @@ class Recipe:
     evaluation: EvaluationSection = EvaluationSection()
     quantise: QuantiseSection = QuantiseSection()
     objective: str = "sft"
+    reward: str | list[str] | None = None
     method: str | None = None
     start_from: str | None = None
     start_from_ranks: str | None = None
@@ -148,6 +114,12 @@ class Recipe:
                 f"start_from_ranks={self.start_from_ranks!r} has no effect without start_from; "
                 f"name the adapter there, or leave it out."
             )
+        if objective_of(self.objective).tries != bool(self.reward):
+            raise ConfigError(
+                f"objective={self.objective!r} and reward={self.reward!r} do not go together: "
+                f"grpo needs a reward (reward: exact, or one of your own by --plugin), and the "
+                f"others have none."
+            )
         placing = {"start": (self.adapter.start, "uniform"),
                    "options.start_a": (self.adapter.option("start_a"), "random")}  # fmt: skip
         if objective_of(self.objective).compares:
@@ -169,6 +141,12 @@ class Recipe:
                     f"objective={self.objective!r} has not; leave it out, or name ranks as "
                     f"start_ranks."
                 )
+
+    @property
+    def rewards(self) -> tuple[str, ...]:
+        """Names of what answers are rewarded by."""
+        given = self.reward or ()
+        return (given,) if isinstance(given, str) else tuple(given)
 
     def adapter_config(self) -> DrLoraConfig:
         """A copy of `adapter` for a causal language model."""
@@ -222,6 +200,8 @@ def load_recipe(
             if f"training.{one}" in given and f"training.{other}" not in given:
                 training.pop(other, None)
     recipe = recipe_from(tree)
+    if recipe.method:
+        tell_of_method(recipe.method, tree.get("adapter") or {}, recipe.adapter)
     return recipe if isinstance(source, Mapping) else located_at(recipe, source, overrides)
 
 

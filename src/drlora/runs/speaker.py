@@ -28,11 +28,12 @@ from drlora.distributed import best_device
 from drlora.errors import ConfigError, DataError, DrLoraError, counted, first_line, shown
 from drlora.evaluation.evaluate import evaluating
 from drlora.evaluation.prompts import encode_prompts
+from drlora.runs.hub import find_named
 from drlora.runs.loading import load_adapter, load_base_model, load_tokenizer, vocabulary_size
 from drlora.runs.prompts import Prompt
 from drlora.runs.roles import load_source
 from drlora.runs.sampling import SETTINGS, check_settings, generation_config, refusal
-from drlora.runs.sources import Source, find_source
+from drlora.runs.sources import Source
 
 ADAPTER, BASE, MODEL = "adapter", "base", "model"  # who answers
 
@@ -230,7 +231,8 @@ def load_speaker(
     """The model in a folder, ready to answer.
 
     Args:
-        folder: a run directory, or a folder with an adapter (DR-LoRA or PEFT's LoRA) or a model.
+        folder: a run directory, a folder with an adapter (DR-LoRA or PEFT's LoRA) or a model,
+            `embedded`, or the name of a model or an adapter of the hub.
         settings: of generation, by transformers' names.
         seed: of answers that are drawn.
         chat_template: whether a text is put as a user's turn; by default as described above.
@@ -242,7 +244,7 @@ def load_speaker(
         ConfigError: if a setting is refused, or `chat_template` is asked for and there is none.
     """
     checked = check_settings(settings)
-    source = find_source(Path(folder), model, trust_remote_code)
+    source = find_named(str(folder), model, trust_remote_code)
     subject: Any = load_base_model(source)
     tokenizer = load_tokenizer(source, vocabulary_size(subject))
     config = generation_config(subject, tokenizer, checked)

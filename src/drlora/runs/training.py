@@ -114,6 +114,7 @@ class Training:
             objective_of(job.recipe.objective),
             own,
             continues=job.recipe.start_from is not None,
+            rewards=job.recipe.rewards,
             model=self.model,
             args=job.arguments,
             train_dataset=job.train.tokens,

@@ -7,15 +7,31 @@ training: {beta: 0.05}     # a field of trl.DPOConfig
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field, fields
+import logging
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, cast
 
 from peft import PeftModel
 from transformers import TrainingArguments
-from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
+from trl import (
+    DPOConfig,
+    DPOTrainer,
+    GRPOConfig,
+    GRPOTrainer,
+    KTOConfig,
+    KTOTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
 
 from drlora.errors import ConfigError, first_line
+from drlora.trainer.grpo import GrpoTrainer
 from drlora.trainer.preferences import DpoTrainer, KtoTrainer
+from drlora.trainer.rewards import rewards_of
 from drlora.trainer.sft import SftTrainer, sees_other_documents
 from drlora.trainer.trainer import RunTrainer
 
@@ -47,6 +63,11 @@ class Objective:
         """Whether it learns from which answers are better, and so has a reference."""
         return self.name != "sft"
 
+    @property
+    def tries(self) -> bool:
+        """Whether it learns from answers of the model's own, and so needs rewards."""
+        return self.config is GRPOConfig
+
 
 OBJECTIVES = {
     one.name: one
@@ -77,6 +98,16 @@ OBJECTIVES = {
             KTOConfig,
             {"learning_rate": 1e-5},
         ),
+        Objective(
+            "grpo",
+            "answers of its own, by the rewards that functions give them",
+            (("prompt", "completion"),),
+            GRPOTrainer,
+            GrpoTrainer,
+            GRPOConfig,
+            # One answer to each held-out prompt: rewards are not compared there.
+            {"learning_rate": 1e-5, "num_generations_eval": 1},
+        ),
     )
 }
 # transformers calls it otherwise since 5.23, and warns of the old name, which TRL sets.
@@ -87,9 +118,16 @@ CHECKPOINTING = "activation_checkpointing" if "activation_checkpointing" in _NAM
 OFF = {CHECKPOINTING: False, "bf16": False}
 # What TRL has beside these, and why a recipe cannot ask for it.
 _OTHERS = {
-    "grpo": "it needs a function that rewards answers; give TRL's GRPOTrainer the callback of "
-    "drlora, as examples/grpo.py does",
-    "reward": "it trains a model with a head for rewards, and drlora adapts causal language models",
+    "reward": "it trains a model with a score head instead of a language model, which drlora eval, "
+    "generate and export do not know; give TRL's RewardTrainer the callback of drlora, with "
+    "modules_to_save=['score'] in DrLoraConfig (docs/training.md)",
+    "rloo": "it was not tried; objective: grpo is near to it, or give TRL's RLOOTrainer the "
+    "callback of drlora",
+    **dict.fromkeys(
+        ("orpo", "cpo", "simpo", "gkd", "online_dpo", "tpo", "ppo"),
+        "TRL has it in trl.experimental if at all, and promises nothing of it; give its trainer "
+        "the callback of drlora",
+    ),
 }
 
 
@@ -145,6 +183,7 @@ def make_trainer(
     *,
     continues: bool,
     args: TrainingArguments,
+    rewards: Sequence[str] = (),
     **given: Any,
 ) -> RunTrainer:
     """The trainer of an objective, on data that are token ids already.
@@ -154,6 +193,7 @@ def make_trainer(
         own: the settings that TRL has not.
         continues: whether the adapter was trained before.
         args: the trainer's config.
+        rewards: names of what answers are rewarded by, where the objective takes them.
         given: to the trainer: model, train_dataset, eval_dataset, processing_class, callbacks.
 
     Raises:
@@ -162,6 +202,8 @@ def make_trainer(
     settings: Any = copy.copy(args)
     if objective.compares:
         more: dict[str, Any] = {"continues": continues}
+        if objective.tries:
+            more["reward_funcs"] = rewards_of(rewards)
     else:
         more = {"token_metrics": own.token_metrics}
         # TRL looks at the data for what these ask, and the data are tokens by now.
@@ -178,6 +220,57 @@ def make_trainer(
     if getattr(settings, "packing", False) or getattr(settings, "padding_free", False):
         refuse_leaks(trainer)
     return trainer
+
+
+def rehearse_trainer(
+    objective: Objective,
+    own: OwnSettings,
+    *,
+    model: PeftModel,
+    args: TrainingArguments,
+    rewards: Sequence[str] = (),
+    **given: Any,
+) -> None:
+    """Make the trainer of an objective on a model without weights, and forget it.
+
+    What TRL says against settings, data or tokenizer it says when its trainer is made; so it is
+    made once before anything is loaded. Nothing is written or sent anywhere.
+
+    Args:
+        objective, own, args, rewards, given: as `make_trainer` takes them.
+        model: with the adapter, on the meta device.
+
+    Raises:
+        ConfigError: what TRL says against it.
+    """
+    on_paper = type("OnPaper", (objective.trainer,), {"_move_model_to_device": lambda *_: None})
+    with tempfile.TemporaryDirectory() as folder, _silent():
+        tried: Any = copy.copy(args)
+        tried.output_dir, tried.push_to_hub = folder, False
+        if objective.compares and not objective.tries:
+            tried.precompute_ref_log_probs = False  # that is done with weights
+        make_trainer(
+            replace(objective, trainer=on_paper),
+            own,
+            continues=False,
+            args=tried,
+            rewards=rewards,
+            model=model,
+            **given,
+        )
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """What is only said, and not refused, is said when the trainer is made in earnest."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
 
 
 def refuse_leaks(trainer: RunTrainer) -> None:

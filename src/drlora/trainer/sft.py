@@ -13,6 +13,7 @@ loss:
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -21,6 +22,7 @@ from transformers import Trainer
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import add_fused_lm_head
 
+from drlora.trainer.documents import apart, can_attend_apart
 from drlora.trainer.trainer import RunTrainer
 
 FUSED_DEVICES = ("cuda", "xpu")  # where TRL's head runs in Triton
@@ -36,12 +38,16 @@ class SftTrainer(RunTrainer, SFTTrainer):
 
     Attributes:
         way: how the loss is computed, see above.
+        attends_apart: whether documents of a packed row attend apart (`drlora.trainer.documents`).
     """
 
     def __init__(self, *args: Any, token_metrics: bool = False, **kwargs: Any) -> None:
         base = kwargs["model"].get_base_model()
         forward = vars(base).get("forward")  # accelerate's, where the model is on several devices
         super().__init__(*args, **kwargs)
+        self.attends_apart = bool(self.padding_free) and can_attend_apart(
+            self._adapted, self.data_collator
+        )
         self.way: Way = self._choose_way(token_metrics)
         if self.way == "trl":
             return
@@ -59,6 +65,22 @@ class SftTrainer(RunTrainer, SFTTrainer):
             return "trl"
         on_device = self.args.device.type in FUSED_DEVICES and self.label_smoother is None
         return "fused" if on_device else "model"
+
+    def training_step(
+        self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """A step, forwards and backwards; documents attend apart in both."""
+        with self._attention(inputs):
+            return super().training_step(model, inputs, *args, **kwargs)
+
+    def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Loss of held-out examples."""
+        with self._attention(inputs):
+            return super().prediction_step(model, inputs, *args, **kwargs)
+
+    def _attention(self, inputs: dict[str, Any]) -> AbstractContextManager[None]:
+        is_row = self.attends_apart and "position_ids" in inputs
+        return apart(self._adapted) if is_row else nullcontext()
 
     def compute_loss(
         self,
@@ -88,7 +110,8 @@ def sees_other_documents(model: Any, collator: Any) -> bool:
         collator: of the trainer; makes a packed row of examples.
     """
     size = model.get_input_embeddings().weight.shape[0]
-    if size == 0:  # ZeRO-3 holds the weights elsewhere, and nothing can be computed yet
+    # ZeRO-3 holds the weights elsewhere, and on paper there are none: nothing can be computed yet.
+    if size == 0 or model.device.type == "meta":
         return False
     length = 8
     tokens = torch.arange(3 * length) % max(1, size - 3) + min(3, size - 1)

@@ -50,6 +50,11 @@ def rehearse(arguments: TrainingArguments, total_steps: int) -> None:
             "training.fp16=true: on the CPU it would be passed over, and everything be computed in "
             "float32; use bf16, or leave it out."
         )
+    if getattr(arguments, "activation_offloading", False) and arguments.device.type == "cpu":
+        raise ConfigError(
+            "training.activation_offloading=true: it brings activations from a GPU to the memory "
+            "of the CPU, and this run is on the CPU; leave it out."
+        )
     if arguments.use_liger_kernel and not is_liger_kernel_available():
         # transformers says so too, but only when training begins.
         raise ConfigError(
@@ -59,10 +64,11 @@ def rehearse(arguments: TrainingArguments, total_steps: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         tried = copy.copy(arguments)
         tried.output_dir, tried.push_to_hub = folder, False
+        tried.label_smoothing_factor = 0.0  # it asks for the config of a model
         try:
             # It asks whether there are held-out data, and does not look at them.
             trainer = Trainer(nn.Linear(1, 1), tried, eval_dataset=cast(Any, [0]))
-            if _takes_any_model(tried):
+            if takes_any_model(tried):
                 trainer.create_optimizer_and_scheduler(max(1, total_steps))
         except Exception as error:  # whatever packages that are missing or too old make of it
             raise ConfigError(
@@ -73,7 +79,7 @@ def rehearse(arguments: TrainingArguments, total_steps: int) -> None:
             ) from error
 
 
-def _takes_any_model(arguments: TrainingArguments) -> bool:
+def takes_any_model(arguments: TrainingArguments) -> bool:
     """Whether an optimizer can be made without the model and the processes that it is for."""
     is_of_a_model = arguments.optim_target_modules or "lomo" in _shown(arguments.optim)
     return not (is_of_a_model or arguments.deepspeed or arguments.fsdp or are_several())

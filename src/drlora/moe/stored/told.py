@@ -57,7 +57,7 @@ def refuse_packed_routers(model: nn.Module, blocks: Sequence[MoEBlock]) -> None:
         if block.router_name is None:
             continue
         for key, weight in model.get_submodule(block.router_name).named_parameters():
-            if not is_plain(weight) or not weight.is_floating_point():
+            if not is_plain(weight) or weight.dtype.itemsize < 2:
                 raise ConfigError(
                     f"the router {block.router_name} is quantised ({key} is a "
                     f"{type(weight).__name__} of {weight.dtype}), so it sends tokens to other "

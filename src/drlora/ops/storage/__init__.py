@@ -13,6 +13,7 @@ from pkgutil import iter_modules
 from drlora.ops.storage import plain as _plain  # first, so that it is asked last
 from drlora.ops.storage.matrix import (
     STORAGES,
+    Coded,
     ExpertMatrix,
     Storage,
     as_matrix,
@@ -28,6 +29,7 @@ Apart, Dense, Listed = _plain.Apart, _plain.Dense, _plain.Listed
 
 __all__ = [
     "Apart",
+    "Coded",
     "Dense",
     "ExpertMatrix",
     "Listed",

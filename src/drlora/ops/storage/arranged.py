@@ -13,7 +13,7 @@ from typing import TypeGuard
 import torch
 from torch import Tensor, nn
 
-from drlora.ops.storage.matrix import Storage, register_storage
+from drlora.ops.storage.matrix import Coded, Storage, register_storage
 from drlora.ops.storage.packed import Packed, PackedFormat, PackedMatrix, Parts
 from drlora.ops.storage.plain import Apart
 
@@ -94,6 +94,9 @@ class UprightMatrix(Storage):
 
     def traced(self) -> tuple[list[Tensor], str] | None:
         return self._inner.traced()
+
+    def coded(self) -> Coded | None:
+        return self._inner.coded()
 
     def bits_of(self, expert: int) -> Parts:
         return self._inner.bits_of(expert)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from drlora.ops.scratch import scratch
+from drlora.ops.storage.matrix import Coded
 from drlora.ops.storage.packed import PackedFormat, Parts, register_format, row_tiles
 
 TILE = 128
@@ -43,6 +44,12 @@ class Fp8(PackedFormat):
             out_OI[rows].copy_(wide_nI)
         return out_OI
 
+    def coded(self, parts: Parts) -> Coded:
+        codes_EOI = parts["codes"]
+        shape = (codes_EOI.shape[1], codes_EOI.shape[2])
+        scale_EPQ, table = parts["scale"].float(), _codes(codes_EOI.device)
+        return Coded(codes_EOI.view(torch.uint8), 8, True, table, scale_EPQ, TILE, TILE, shape)
+
     def shape(self, parts: Parts) -> tuple[int, int]:
         outputs, inputs = parts["codes"].shape
         return outputs, inputs
@@ -61,9 +68,15 @@ def _look_up(codes_nI: Tensor, wide_nI: Tensor) -> None:
 
 
 @cache
+def _codes(device: torch.device) -> Tensor:
+    """(256,) float32: the number of each byte."""
+    return torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float().to(device)
+
+
+@cache
 def _pairs(device: torch.device) -> Tensor:
     """(65536,) int64: the two float32 numbers of two bytes, the first in the low one."""
-    code = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    code = _codes(torch.device("cpu"))
     both = torch.arange(65536)
     return (
         torch.stack([code[both & 255], code[both >> 8]], dim=1).view(torch.int64)[:, 0].to(device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from drlora.ops.storage.matrix import Coded
 from drlora.ops.storage.packed import PackedFormat, Parts, register_format, row_tiles
 
 LARGEST = 127
@@ -35,6 +36,13 @@ class Int8(PackedFormat):
 
     def decode_unscaled(self, parts: Parts, out_OI: Tensor) -> Tensor:
         return out_OI.copy_(parts["codes"])
+
+    def coded(self, parts: Parts) -> Coded:
+        codes_EOI = parts["codes"]
+        table = torch.arange(256, dtype=torch.uint8).view(torch.int8).to(codes_EOI.device).float()
+        scale_EO1 = parts["scale"][:, :, None]
+        shape = (codes_EOI.shape[1], codes_EOI.shape[2])
+        return Coded(codes_EOI.view(torch.uint8), 8, True, table, scale_EO1, 1, shape[1], shape)
 
     def shape(self, parts: Parts) -> tuple[int, int]:
         outputs, inputs = parts["codes"].shape

@@ -11,12 +11,40 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from drlora.errors import ConfigError
+
+
+class Coded(NamedTuple):
+    """Matrices of few bits as a kernel reads them.
+
+    w[e, r, c] = table[code of (e, r, c)] * scale[e, r // rows, c // columns], for r of R stored
+    rows and c of C columns.
+
+    Attributes:
+        codes: (E, R * C * bits / 8) uint8 in the order of rows.
+        bits: of a code: 8, or 4 and then two lie in a byte.
+        is_high_first: of 4 bits, whether the high half of a byte is the first of its two.
+        table: (256,) or (16,) float32.
+        scale_EPQ: (E, R / rows, C / columns) float32, both rounded up.
+        rows, columns: numbers that share a scale.
+        shape: (R, C).
+        is_turned: whether stored rows are in-features.
+    """
+
+    codes: Tensor
+    bits: int
+    is_high_first: bool
+    table: Tensor
+    scale_EPQ: Tensor
+    rows: int
+    columns: int
+    shape: tuple[int, int]
+    is_turned: bool = False
 
 
 class ExpertMatrix(ABC):
@@ -84,6 +112,10 @@ class ExpertMatrix(ABC):
         `drlora.ops.storage.from_traced` makes the same matrix of them. The words are the same for
         all blocks of a model, so that a compiled block serves all. None where there is no such way.
         """
+        return None
+
+    def coded(self) -> Coded | None:
+        """All of it as a kernel reads it; None where numbers are stored in another way."""
         return None
 
     def late_scales(self) -> Tensor | None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from drlora.ops.storage.four_bits import FourBits
+from drlora.ops.storage.matrix import Coded
 from drlora.ops.storage.packed import BlockFormat, Parts, register_format
 
 BLOCK = 32
@@ -41,6 +42,13 @@ class Mxfp4(BlockFormat):
             "blocks": packed.view(outputs, inputs // BLOCK, BLOCK // 2),
             "scales": scales.view(outputs, inputs // BLOCK),
         }
+
+    def coded(self, parts: Parts) -> Coded:
+        blocks, scales = parts["blocks"], parts["scales"]
+        table = torch.tensor(_NUMBERS.codes, device=blocks.device)
+        scale_EOB = torch.exp2(scales.float() - BIAS)
+        shape = (scales.shape[1], scales.shape[2] * BLOCK)
+        return Coded(blocks, 4, False, table, scale_EOB, 1, BLOCK, shape)
 
     def decode(self, parts: Parts, out_OI: Tensor) -> Tensor:
         scale_B1 = torch.exp2(parts["scales"].view(-1, 1).float() - BIAS)

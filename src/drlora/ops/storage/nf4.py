@@ -16,6 +16,7 @@ from torch import Tensor
 
 from drlora.ops.storage.by_bitsandbytes import filler
 from drlora.ops.storage.four_bits import FourBits
+from drlora.ops.storage.matrix import Coded
 from drlora.ops.storage.packed import BlockFormat, Parts, register_format
 
 BLOCK, NESTED_BLOCK = 64, 256
@@ -58,6 +59,9 @@ class Nf4(BlockFormat):
     def decode(self, parts: Parts, out_OI: Tensor) -> Tensor:
         return _read(parts["codes"], parts["scale"], out_OI)
 
+    def coded(self, parts: Parts) -> Coded:
+        return _coded(parts["codes"], parts["scale"])
+
     def shape(self, parts: Parts) -> tuple[int, int]:
         outputs, half = parts["codes"].shape
         return outputs, 2 * half
@@ -86,11 +90,31 @@ class NestedNf4(Nf4):
         return found
 
     def decode(self, parts: Parts, out_OI: Tensor) -> Tensor:
-        codes_OB = parts["scale_codes"]
-        inner = eight_bits(codes_OB.device)[codes_OB.flatten().int()]
-        outer = parts["scale_scale"].repeat_interleave(NESTED_BLOCK)[: len(inner)]
-        scale_OB = (inner * outer + parts["scale_offset"]).view(codes_OB.shape)
-        return _read(parts["codes"], scale_OB, out_OI)
+        scale_EOB = _wide_scale({name: part[None] for name, part in parts.items()})
+        return _read(parts["codes"], scale_EOB[0], out_OI)
+
+    def coded(self, parts: Parts) -> Coded:
+        return _coded(parts["codes"], _wide_scale(parts))
+
+
+def _wide_scale(parts: Parts) -> Tensor:
+    """(E, O, blocks) float32: nested scales as numbers."""
+    codes_EOB = parts["scale_codes"]
+    flat_EB = codes_EOB.flatten(1)
+    inner_EB = eight_bits(codes_EOB.device)[flat_EB.int()]
+    outer_EB = parts["scale_scale"].repeat_interleave(NESTED_BLOCK, 1)[:, : flat_EB.shape[1]]
+    return (inner_EB * outer_EB + parts["scale_offset"]).view(codes_EOB.shape)
+
+
+def _coded(codes_EOC: Tensor, scale_EOB: Tensor) -> Coded:
+    _, outputs, half = codes_EOC.shape
+    table = _codes(codes_EOC.device)
+    return Coded(codes_EOC, 4, True, table, scale_EOB, 1, BLOCK, (outputs, 2 * half))
+
+
+@cache
+def _codes(device: torch.device) -> Tensor:
+    return torch.tensor(CODES, device=device)
 
 
 def _codes_of(scaled_BN: Tensor) -> Tensor:

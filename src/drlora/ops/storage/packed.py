@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from drlora.errors import ConfigError
 from drlora.ops.scratch import scratch
-from drlora.ops.storage.matrix import ExpertMatrix, Storage, as_matrix, register_storage
+from drlora.ops.storage.matrix import Coded, ExpertMatrix, Storage, as_matrix, register_storage
 
 Parts = Mapping[str, Tensor]
 TILE = 2**19  # numbers that a CPU's cache holds while they are computed
@@ -64,6 +64,10 @@ class PackedFormat(ABC):
     def decode_unscaled(self, parts: Parts, out_OI: Tensor) -> Tensor:
         """As `decode`, without the scales of rows; only where `row_scale` names them."""
         raise NotImplementedError
+
+    def coded(self, parts: Parts) -> Coded | None:
+        """The parts of all experts as a kernel reads them; None where it cannot."""
+        return None
 
     @abstractmethod
     def shape(self, parts: Parts) -> tuple[int, int]:
@@ -255,6 +259,10 @@ class PackedMatrix(Storage):
         dtype = str(self.dtype).removeprefix("torch.")
         turned = "turned" if self.is_transposed else "upright"
         return list(self._parts.values()), " ".join([self.name, dtype, turned, *self._parts])
+
+    def coded(self) -> Coded | None:
+        found = self.stored.kind.coded(self._parts)
+        return found and found._replace(is_turned=self.is_transposed)
 
     def late_scales(self) -> Tensor | None:
         name = self.stored.kind.row_scale

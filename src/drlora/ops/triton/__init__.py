@@ -12,7 +12,7 @@ from drlora.errors import ConfigError
 from drlora.ops.engine import Engine, register_engine
 from drlora.ops.parts import DropoutMasks, LoraPiece
 from drlora.ops.routing import Routing
-from drlora.ops.weights import ExpertWeights
+from drlora.ops.weights import ExpertMatrix, ExpertWeights
 
 
 def _refuses(base: ExpertWeights) -> str | None:
@@ -31,10 +31,19 @@ def _refuses(base: ExpertWeights) -> str | None:
             "version that your torch asks for, or choose engine='auto'."
         ) from error
     extras = (base.gate_up_bias_EG, base.down_bias_EH, base.post_norm)
-    is_bare = base.is_fused and all(extra is None for extra in extras)
-    if is_bare and base.gate_up_EGH.is_contiguous() and base.down_EHI.is_contiguous():
+    is_bare = all(extra is None for extra in extras)
+    if is_bare and _is_read(base.gate_up) and _is_read(base.down):
         return None
     return "the experts are not one contiguous tensor a matrix, without biases and norms"
+
+
+def _is_read(matrix: ExpertMatrix) -> bool:
+    """Whether the kernels can read it: one contiguous tensor, of numbers or of codes."""
+    dense_EOI = matrix.dense()
+    if dense_EOI is not None:
+        return dense_EOI.is_contiguous()
+    coded = matrix.coded()
+    return coded is not None and coded.codes.is_contiguous() and coded.scale_EPQ.is_contiguous()
 
 
 def _run(

@@ -33,9 +33,9 @@ from drlora.ops.parts import DropoutMasks, LoraPiece
 from drlora.ops.routing import Routing
 from drlora.ops.triton import launch
 from drlora.ops.triton.kernels import INTERPRETED
-from drlora.ops.triton.launch import Expansion, RankOffsets, Rows
+from drlora.ops.triton.launch import Expansion, RankOffsets, Rows, Weight
 from drlora.ops.triton.tiles import Sorted, sorted_rows
-from drlora.ops.weights import ExpertWeights, Matrix
+from drlora.ops.weights import ExpertMatrix, ExpertWeights, Matrix
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -110,9 +110,9 @@ class _TritonExperts(torch.autograd.Function):
         x_TH, weight_S = x_TH.contiguous(), weight_TK.reshape(-1).contiguous()
         bound = _bind(plan.pieces, factors)
         x = Rows(x_TH, at.token_S, mask_SH)
-        gate_up_SG, z_up = _adapted("gate_up", at, x, base.gate_up_EGH, bound)
+        gate_up_SG, z_up = _adapted("gate_up", at, x, base.gate_up, bound)
         h = Rows(_gate(base, gate_up_SG), mask_SK=mask_SI)
-        y_SH, z_down = _adapted("down", at, h, base.down_EHI, bound)
+        y_SH, z_down = _adapted("down", at, h, base.down, bound)
         ctx.plan = plan
         ctx.z_slots = [*z_up, *z_down]
         # Through save_for_backward, so that checkpointing can drop them.
@@ -143,7 +143,7 @@ class _TritonExperts(torch.autograd.Function):
         x = Rows(x_TH, at.token_S, mask_SH)
         with torch.cuda.device_of(x_TH):
             dz = _shrunk_grads("down", at, g, bound)
-            dh_SI = _input_grad("down", at, g, base.down_EHI, bound, dz, mask_SI)
+            dh_SI = _input_grad("down", at, g, base.down, bound, dz, mask_SI)
             h_SI, dgate_up_SG, dweight_S = _gate_backward(base, at, gate_up_SG, dh_SI, weight_S)
             h = Rows(h_SI, mask_SK=mask_SI)
             _factor_grads("down", at, g, h, bound, z, dz, weight_S, grads)
@@ -154,7 +154,7 @@ class _TritonExperts(torch.autograd.Function):
             grad_x_TH = None
             if ctx.needs_input_grad[1]:
                 dx_SH = _input_grad(
-                    "gate_up", at, dgate_up, base.gate_up_EGH, bound, dz, mask_SH, unsort=True
+                    "gate_up", at, dgate_up, base.gate_up, bound, dz, mask_SH, unsort=True
                 )
                 grad_x_TH = launch.combine(dx_SH, weight_TK.shape[-1], None)
         return None, grad_x_TH, dweight_S.view_as(weight_TK), None, None, *grads
@@ -179,7 +179,7 @@ def _of(matrix: Matrix, bound: list[_Piece]) -> list[_Piece]:
 
 
 def _adapted(
-    matrix: Matrix, at: Sorted, rows: Rows, weight_EON: Tensor, bound: list[_Piece]
+    matrix: Matrix, at: Sorted, rows: Rows, weight: ExpertMatrix, bound: list[_Piece]
 ) -> tuple[Tensor, dict[int, Tensor]]:
     """Output of one adapted matrix, in routing order for `down`, and z by number of the piece."""
     z = {
@@ -189,7 +189,7 @@ def _adapted(
     expansions = [
         Expansion(z[b.number], b.piece.b_RO, b.piece.start, b.ranks) for b in _of(matrix, bound)
     ]
-    weight_EIO = weight_EON.transpose(1, 2)
+    weight_EIO = Weight.of(weight).turned()
     return launch.product(at, rows, weight_EIO, expansions, unsort=matrix == "down"), z
 
 
@@ -205,7 +205,7 @@ def _input_grad(
     matrix: Matrix,
     at: Sorted,
     g: Rows,
-    weight_EOI: Tensor,
+    weight: ExpertMatrix,
     bound: list[_Piece],
     dz: dict[int, Tensor],
     mask_SI: Tensor | None,
@@ -214,7 +214,7 @@ def _input_grad(
 ) -> Tensor:
     """g W + mask * sum of dz A."""
     expansions = [Expansion(dz[b.number], b.piece.a_RI, 0, b.ranks) for b in _of(matrix, bound)]
-    return launch.product(at, g, weight_EOI, expansions, mask_SN=mask_SI, unsort=unsort)
+    return launch.product(at, g, Weight.of(weight), expansions, mask_SN=mask_SI, unsort=unsort)
 
 
 def _factor_grads(

@@ -156,12 +156,46 @@ def _expand(
     return acc_MN
 
 
+@triton.jit
+def _decoded(
+    w_ptr,  # codes of one expert, in the order of rows
+    table_ptr,
+    scale_ptr,  # of one expert
+    row,
+    column,
+    inside,
+    columns,  # of a stored row
+    scale_columns,  # of a row of scales
+    dtype: tl.constexpr,
+    BITS: tl.constexpr,
+    HIGH_FIRST: tl.constexpr,
+    SCALE_ROWS: tl.constexpr,
+    SCALE_COLUMNS: tl.constexpr,
+):
+    """Numbers of few bits: float32 entry of the table times float32 scale, rounded once."""
+    index = row * columns + column
+    if BITS == 4:
+        byte = tl.load(w_ptr + index // 2, inside, other=0).to(tl.int32)
+        is_first = index % 2 == 0
+        if HIGH_FIRST:
+            code = tl.where(is_first, byte >> 4, byte & 15)
+        else:
+            code = tl.where(is_first, byte & 15, byte >> 4)
+    else:
+        code = tl.load(w_ptr + index, inside, other=0).to(tl.int32)
+    place = row // SCALE_ROWS * scale_columns + column // SCALE_COLUMNS
+    scale = tl.load(scale_ptr + place, inside, other=0.0)
+    return (tl.load(table_ptr + code) * scale).to(dtype)
+
+
 # A new number of tiles, which follows the tokens, must not compile the kernel anew.
 @triton.jit(do_not_specialize=["num_experts", "num_tiles"])
 def product_kernel(
     x_ptr,  # (n, K), rows `stride_x` apart
     source_ptr,  # (S,) the row of x that each sorted row reads, if GATHER
-    w_ptr,  # (E, K, N) in any strides
+    w_ptr,  # (E, K, N) in any strides; if BITS, codes
+    table_ptr,  # if BITS, as the next
+    scale_ptr,
     out_ptr,  # (S, N)
     target_ptr,  # (S,) the row of out that each sorted row writes, if SCATTER
     mask_ptr,  # (S, N) dropout factors on the expansions, if MASKED
@@ -188,6 +222,13 @@ def product_kernel(
     stride_we,
     stride_wk,
     stride_wn,
+    stride_scale,  # of an expert
+    scale_columns,
+    BITS: tl.constexpr,  # of a number of W; 0 where it is stored as it is
+    HIGH_FIRST: tl.constexpr,
+    SCALE_ROWS: tl.constexpr,
+    SCALE_COLUMNS: tl.constexpr,
+    ROW_IS_N: tl.constexpr,  # whether a stored row of codes is one of N
     GATHER: tl.constexpr,
     SCATTER: tl.constexpr,
     MASKED: tl.constexpr,
@@ -232,7 +273,23 @@ def product_kernel(
         w_N = w_ptr + expert.to(tl.int64) * stride_we + n_N * stride_wn
         for start in range(0, K, BLOCK_K):
             k_K = start + tl.arange(0, BLOCK_K)
-            if EVEN_K:
+            if BITS:
+                inside_K = k_K < K
+                x_MK = tl.load(x_M[:, None] + k_K[None, :], inside_K[None, :], other=0.0)
+                inside_KN = inside_K[:, None] & inside_N[None, :]
+                codes = w_ptr + expert.to(tl.int64) * stride_we
+                scales = scale_ptr + expert.to(tl.int64) * stride_scale
+                if ROW_IS_N:
+                    w_KN = _decoded(
+                        codes, table_ptr, scales, n_N[None, :], k_K[:, None], inside_KN, K,
+                        scale_columns, x_MK.dtype, BITS, HIGH_FIRST, SCALE_ROWS, SCALE_COLUMNS,
+                    )  # fmt: skip
+                else:
+                    w_KN = _decoded(
+                        codes, table_ptr, scales, k_K[:, None], n_N[None, :], inside_KN, N,
+                        scale_columns, x_MK.dtype, BITS, HIGH_FIRST, SCALE_ROWS, SCALE_COLUMNS,
+                    )  # fmt: skip
+            elif EVEN_K:
                 x_MK = tl.load(x_M[:, None] + k_K[None, :])
                 w_KN = tl.load(
                     w_N[None, :] + k_K[:, None] * stride_wk, inside_N[None, :], other=0.0

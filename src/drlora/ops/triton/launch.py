@@ -11,13 +11,14 @@ rounded up to 16, K reduced features, N and C columns.
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton  # type: ignore[import-not-found, import-untyped, unused-ignore]
 from torch import Tensor
 
 from drlora.ops.parts import LoraPiece
+from drlora.ops.storage import Coded, ExpertMatrix
 from drlora.ops.triton import kernels, rowwise
 from drlora.ops.triton.tiles import Sorted
 
@@ -40,6 +41,65 @@ class Rows(NamedTuple):
     values: Tensor
     source_S: Tensor | None = None
     mask_SK: Tensor | None = None
+
+
+class Weight(NamedTuple):
+    """Frozen matrices (E, K, N) of all experts, as the product reads them.
+
+    Attributes:
+        values: (E, K, N) in any strides; of few bits, their codes.
+        shape: (E, K, N).
+        coded: how codes are read; None where the numbers are stored as they are.
+        row_is_n: of codes, whether a stored row is one of N.
+    """
+
+    values: Tensor
+    shape: tuple[int, int, int]
+    coded: Coded | None = None
+    row_is_n: bool = False
+
+    @classmethod
+    def of(cls, matrix: ExpertMatrix) -> Weight:
+        """(E, O, I), for `g W`."""
+        dense_EOI = matrix.dense()
+        if dense_EOI is not None:
+            return cls(dense_EOI, matrix.shape)
+        coded = matrix.coded()
+        assert coded is not None, "asked before (the engine's refusal)"
+        return cls(coded.codes, matrix.shape, coded, row_is_n=coded.is_turned)
+
+    def turned(self) -> Weight:
+        """(E, I, O), for `x W^T`."""
+        experts, k, n = self.shape
+        values = self.values if self.coded else self.values.transpose(1, 2)
+        return Weight(values, (experts, n, k), self.coded, not self.row_is_n)
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """Values, table and scales."""
+        if self.coded is None:
+            return self.values, self.values, self.values
+        return self.values, self.coded.table, self.coded.scale_EPQ
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Of values from expert to expert, along K and along N; of scales; a row of scales."""
+        if self.coded is None:
+            return *self.values.stride(), 0, 0
+        scale_EPQ = self.coded.scale_EPQ
+        return self.values.stride(0), 0, 0, scale_EPQ.stride(0), scale_EPQ.shape[2]
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """What the kernel is compiled for."""
+        coded = self.coded
+        return {
+            "BITS": coded.bits if coded else 0,
+            "HIGH_FIRST": bool(coded and coded.is_high_first),
+            "SCALE_ROWS": coded.rows if coded else 1,
+            "SCALE_COLUMNS": coded.columns if coded else 1,
+            "ROW_IS_N": self.row_is_n,
+        }
 
 
 class RankOffsets(NamedTuple):
@@ -108,13 +168,13 @@ def shrink(at: Sorted, rows: Rows, factor_RK: Tensor, ranks: RankOffsets, scale:
 def product(
     at: Sorted,
     rows: Rows,
-    weight_EKN: Tensor,
+    weight_EKN: Weight,
     expansions: list[Expansion],
     *,
     mask_SN: Tensor | None = None,
     unsort: bool = False,
 ) -> Tensor:
-    """(S, N) rows @ weight[expert] + mask * the expansions; the weight may have any strides.
+    """(S, N) rows @ weight[expert] + mask * the expansions.
 
     Two expansions ride in the product. More of them (several adapters at once) are added in
     further passes over the output.
@@ -138,7 +198,7 @@ def product(
 def _product(
     at: Sorted,
     rows: Rows,
-    weight_EKN: Tensor,
+    weight_EKN: Weight,
     expansions: list[Expansion],
     mask_SN: Tensor | None,
     unsort: bool,
@@ -150,13 +210,16 @@ def _product(
     arguments = [_expansion_arguments(expansion) for expansion in expansions]
     arguments += [(x, x, at.bound_E1, 0, 0, 0)] * (2 - len(arguments))
     blocks = [expansion.ranks.block for expansion in expansions] + [RANK_BLOCK] * 2
+    is_coded = weight_EKN.coded is not None
     plain = len(expansions) < 2 and mask_SN is None and not (features % 16 or columns % 16)
+    plain = plain and not is_coded
     block_n = tiles.columns if plain else min(tiles.columns, _NARROW_COLUMNS)
     grid = (num_tiles * triton.cdiv(columns, block_n),)
     kernels.product_kernel[grid](
-        x, _or(rows.source_S, x), weight_EKN, out_SN, at.order_S, _or(mask_SN, x),
+        x, _or(rows.source_S, x), *weight_EKN.arguments, out_SN, at.order_S, _or(mask_SN, x),
         at.tile_expert_Q, at.tile_row_Q, at.bound_E1, *arguments[0], *arguments[1],
-        at.num_experts, num_tiles, features, columns, x.stride(0), *weight_EKN.stride(),
+        at.num_experts, num_tiles, features, columns, x.stride(0), *weight_EKN.strides,
+        **weight_EKN.constants,
         GATHER=rows.source_S is not None,
         SCATTER=unsort,
         MASKED=mask_SN is not None,
@@ -170,7 +233,8 @@ def _product(
         BLOCK_R1=blocks[1],
         GROUP=_GROUP,
         num_warps=tiles.warps,
-        num_stages=tiles.stages,
+        # Codes and scales are loaded for each number, and take shared memory of their own.
+        num_stages=min(tiles.stages, 2) if is_coded else tiles.stages,
     )  # fmt: skip
 
 
