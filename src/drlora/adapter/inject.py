@@ -9,6 +9,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
+from drlora.adapter.expert_parallel import (
+    exchange_for,
+    refuse_unfit_experts,
+    shard_pools,
+)
 from drlora.adapter.layer import DrLoraExperts
 from drlora.adapter.observe import watch_tokens
 from drlora.config.adapter import DrLoraConfig
@@ -39,7 +44,8 @@ def prepare(model: nn.Module, config: DrLoraConfig, model_type: str | None) -> l
     _refuse_other_layout(config, blocks)
     _tell_of_other_numbers(config, model, blocks)
     for block in blocks:
-        _, base = _experts_of(model, block)
+        family, base = _experts_of(model, block)
+        refuse_unfit_experts(block.experts_name, base, family, model)
         _refuse_mixed_dtypes(block.experts_name, base)
         _try_engine(config, base)
         _tell_of_other_storage(config, block.experts_name, base)
@@ -136,9 +142,17 @@ def wrap_experts(
     wrapped = DrLoraExperts(target, block)
     wrapped.family.prepare(parent)
     wrapped.train(target.training)
+    wrapped.exchange = exchange_for(target, model)
     setattr(parent, child_name, wrapped)
     wrapped.tokens = watch_tokens(model, block.experts_name)
     return wrapped
+
+
+def share_out_pools(model: nn.Module, adapter: str) -> None:
+    """Where experts are spread over processes, spread the rows of their adapter too."""
+    for layer in adapted_layers(model, adapter).values():
+        if layer.exchange is not None:
+            shard_pools(model, layer.adapter(adapter).rank_pools.values())
 
 
 def refuse_fixed_weights(model: nn.Module) -> None:

@@ -34,6 +34,7 @@ from drlora.adapter.inject import (
     adapted_layers,
     prepare,
     refuse_fixed_weights,
+    share_out_pools,
     wrap_experts,
 )
 from drlora.adapter.layer import DrLoraExperts
@@ -129,6 +130,7 @@ class DrLoraModel(LoraModel):
             layer.trained_in_full = in_full
         if autocast_adapter_dtype:
             TrainedRouters(self.model, adapter_name).train_in_float32()
+        share_out_pools(self.model, adapter_name)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
