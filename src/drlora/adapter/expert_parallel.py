@@ -11,13 +11,16 @@ moments and gradients, and backward adds up what the experts of all processes co
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from drlora.errors import ConfigError
 from drlora.moe.families import Family
@@ -140,26 +143,49 @@ def refuse_unfit_experts(name: str, module: nn.Module, family: Family, model: nn
         )
 
 
-def shard_pools(model: nn.Module, pools: Iterable[nn.Module]) -> None:
-    """Share out the rows of pools over the data-parallel processes, as units of FSDP2.
+def share_out(model: nn.Module, adapter: str, pools: Iterable[nn.Module]) -> None:
+    """Share out what an adapter trains on a model that transformers sharded when it was loaded.
+
+    Each of these is a unit of FSDP2 of its own over the data-parallel processes, so its gradient is
+    averaged under the Trainer and in a loop of one's own: pools, and ordinary LoRA.
 
     Args:
-        model: the whole model, which knows the processes.
-        pools: with their rows in memory and in their final dtype.
+        model: the whole model; one that was not sharded then is left alone.
+        adapter: its name.
+        pools: the rank pools.
 
     Raises:
-        ConfigError: if a pool has no memory yet.
+        ConfigError: if the adapter has no memory yet.
     """
     meshes, settings = _meshes(model), _settings(model)
+    if meshes is None or settings is None or settings.dp_size < 2:
+        return
     replicas = settings.dp_replicate_size > 1
     mesh = meshes.get_mesh(("dp_replicate", "fsdp") if replicas else "fsdp")
-    for pool in pools:
-        if any(parameter.is_meta for parameter in pool.parameters()):
+    for unit in [*([pool] for pool in pools), *_ordinary_lora(model, adapter)]:
+        if any(parameter.is_meta for module in unit for parameter in module.parameters()):
             raise ConfigError(
-                "low_cpu_mem_usage=True cannot work with expert parallelism: an adapter without "
-                "memory cannot be shared out over processes. Leave it out."
+                "low_cpu_mem_usage=True cannot work on a model that was sharded when it was "
+                "loaded: an adapter without memory cannot be shared out. Leave it out."
             )
-        fully_shard(pool, mesh=mesh, reshard_after_forward=True)
+        fully_shard(unit, mesh=mesh, reshard_after_forward=True)
+    names = [name for name, p in model.named_parameters() if p.requires_grad and not _is_shared(p)]
+    if names:
+        warnings.warn(
+            f"{names[0]} and {len(names) - 1} more are trained but not sharded: transformers' "
+            f"Trainer averages their gradients over processes, a loop of your own must do so.",
+            stacklevel=2,
+        )
+
+
+def _ordinary_lora(model: nn.Module, adapter: str) -> Iterator[list[nn.Module]]:
+    for module in model.modules():
+        if isinstance(module, LoraLayer) and adapter in module.lora_A:
+            yield [module.lora_A[adapter], module.lora_B[adapter]]
+
+
+def _is_shared(parameter: Tensor) -> bool:
+    return isinstance(parameter.data, DTensor)
 
 
 def _meshes(model: nn.Module) -> Any:

@@ -8,11 +8,11 @@ from dataclasses import replace
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from drlora.adapter.expert_parallel import (
     exchange_for,
     refuse_unfit_experts,
-    shard_pools,
 )
 from drlora.adapter.layer import DrLoraExperts
 from drlora.adapter.observe import watch_tokens
@@ -117,6 +117,12 @@ def _refuse_unfit_router(model: nn.Module, name: str) -> None:
     router = model.get_submodule(name)
     if isinstance(router, ModulesToSaveWrapper):
         router = router.original_module
+    if any(isinstance(weight, DTensor) for weight in router.parameters()):
+        raise ConfigError(
+            f"router='train' cannot work for {name}: its weights are sharded already, and a copy "
+            f"of shards cannot be trained. Use router='frozen', or load the model whole and have "
+            f"accelerate shard it with the adapter in."
+        )
     refuse_unfit_weights(model, name, router)
 
 
@@ -146,13 +152,6 @@ def wrap_experts(
     setattr(parent, child_name, wrapped)
     wrapped.tokens = watch_tokens(model, block.experts_name)
     return wrapped
-
-
-def share_out_pools(model: nn.Module, adapter: str) -> None:
-    """Where experts are spread over processes, spread the rows of their adapter too."""
-    for layer in adapted_layers(model, adapter).values():
-        if layer.exchange is not None:
-            shard_pools(model, layer.adapter(adapter).rank_pools.values())
 
 
 def refuse_fixed_weights(model: nn.Module) -> None:

@@ -24,6 +24,7 @@ from peft.utils import (
 )
 from torch import Tensor, nn
 
+from drlora.adapter.expert_parallel import share_out
 from drlora.adapter.files import (
     CONTAINER,
     put_embeddings_in_place,
@@ -34,7 +35,6 @@ from drlora.adapter.inject import (
     adapted_layers,
     prepare,
     refuse_fixed_weights,
-    share_out_pools,
     wrap_experts,
 )
 from drlora.adapter.layer import DrLoraExperts
@@ -130,7 +130,9 @@ class DrLoraModel(LoraModel):
             layer.trained_in_full = in_full
         if autocast_adapter_dtype:
             TrainedRouters(self.model, adapter_name).train_in_float32()
-        share_out_pools(self.model, adapter_name)
+        layers = adapted_layers(self.model, adapter_name).values()
+        pools = [p for layer in layers for p in layer.adapter(adapter_name).rank_pools.values()]
+        share_out(self.model, adapter_name, pools)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)

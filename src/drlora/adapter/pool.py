@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from drlora.adapter.row_book import FREE, IntArray, RankBook
@@ -109,11 +110,11 @@ class RankPool(nn.Module):
 
         Args:
             dtype: of what is returned.
-            experts: whose rows alone; by default those of all. They are copies then, which outlive
-                the parameters where these are gathered for this call only.
+            experts: whose rows alone; by default those of all.
         """
         self._follow_owners()
-        if self._all_in_order and experts is None:
+        # As a unit of FSDP2 the parameters are gathered for this call only: rows are copied then.
+        if self._all_in_order and experts is None and not isinstance(self, FSDPModule):
             return self.lora_A.to(dtype), self.lora_B.to(dtype)
         rows = self.packed_index
         if experts is not None:
