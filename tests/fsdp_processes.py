@@ -1,6 +1,6 @@
-"""One of several gloo processes that train on the engines: `python engine_processes.py FOLDER CASE...`
+"""One of several gloo processes that train on the engines: `python fsdp_processes.py FOLDER CASE...`
 
-Used by test_engines_of_others, which compares what the cases found. torchrun's variables say which
+Used by tests/trainer/test_fsdp.py, which compares what the cases found. torchrun's variables say which
 process this is. A case is one run with transformers' Trainer, or with a loop of its own.
 """
 
