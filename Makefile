@@ -15,10 +15,10 @@ TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 NUMEXPR_N
             TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
 .DEFAULT_GOAL := help
-.PHONY: help train compare test test-lowest check bench docs clean
+.PHONY: help train compare test test-lowest test-engines check bench docs clean
 
 help: ## list the verbs
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 train: $(VENV)/.ok ## fine-tune the embedded model on the embedded data, into a new folder under runs/
 	$(BIN)/drlora train embedded output_dir=runs/embedded-$(shell date +%Y%m%d-%H%M%S) $(ARGS)
@@ -38,6 +38,21 @@ test-lowest: $(LOWEST)/.ok ## run the tests at the lowest versions that are allo
 $(LOWEST)/.ok: requirements/lowest.txt
 	$(PYTHON) -m venv $(LOWEST)
 	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements/lowest.txt
+	touch $@
+
+# DeepSpeed in a venv of its own, which sees the packages of .venv beside its own few. A C++ compiler
+# is used at the first run.
+ENGINES := .venv-engines
+test-engines: $(ENGINES)/.ok ## run the tests of DeepSpeed's ZeRO, in two processes (two minutes)
+	PATH="$(CURDIR)/$(ENGINES)/bin:$$PATH" $(TEST_ENV) PYTHONPATH=src \
+		$(ENGINES)/bin/python -m pytest tests/trainer/test_deepspeed.py $(ARGS)
+
+$(ENGINES)/.ok: $(VENV)/.ok requirements/engines.txt
+	$(BIN)/python -m venv --without-pip $(ENGINES)
+	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" > \
+		$$($(ENGINES)/bin/python -c "import site; print(site.getsitepackages()[0])")/beside.pth
+	$(ENGINES)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+		--no-build-isolation -r requirements/engines.txt
 	touch $@
 
 check: $(VENV)/.ok ## lint, formatting, types

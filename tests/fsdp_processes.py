@@ -7,10 +7,8 @@ process this is. A case is one run with transformers' Trainer, or with a loop of
 from __future__ import annotations
 
 import json
-import os
 import sys
 import warnings
-from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,8 +20,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate_double import fsdp_on_a_cpu
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
-from tiny import checkpointing_arguments, make_batch, make_class, make_model, trainable
-from torch.distributed.fsdp import fully_shard
+from tiny import checkpointing_arguments, make_batch, make_class, make_model
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.distributed import DistributedConfig
 
@@ -145,7 +142,9 @@ def train(folder: Path, name: str, world: int) -> dict[str, Any]:
     with fsdp_on_a_cpu():
         trainer = Trainer(
             adapted(folder, case, world),
-            TrainingArguments(str(folder / (case.start or name)), **defaults | case.arguments | fsdp),
+            TrainingArguments(
+                str(folder / (case.start or name)), **defaults | case.arguments | fsdp
+            ),
             train_dataset=Dataset.from_list(ROWS),
             callbacks=[callback, history],
         )

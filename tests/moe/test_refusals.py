@@ -20,6 +20,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import drlora
 from drlora.adapter.inject import adapted_layers
+from drlora.adapter.pool import RankPool
 
 
 class Int8Tensor(torch.Tensor):
@@ -139,13 +140,24 @@ def test_experts_that_are_sharded_from_one_another_are_not_refused(two_ranks, pl
     assert len(drlora.moe.blocks.find_blocks(model)) == 2
 
 
-def test_weights_under_zero_init():
-    """DeepSpeed leaves parameters of the shape (0,) that know their own."""
+def test_weights_under_zero_init_are_described_by_their_own_shape():
+    """DeepSpeed leaves parameters of the shape (0,) that know it."""
+    wanted = drlora.moe.blocks.find_blocks(make_model())
     model = make_model()
     for parameter in model.parameters():
         parameter.ds_shape, parameter.ds_id = parameter.shape, 0
         parameter.data = torch.empty(0)
-    refused(model, r"layers.0.mlp.experts.*zero.Init: gate_up_proj has the shape \(0,\).*\(6, 48")
+    before = dict(model.named_parameters())
+    assert drlora.moe.blocks.find_blocks(model) == wanted
+    after = dict(model.named_parameters())
+    assert all(after[name] is parameter for name, parameter in before.items())
+    adapted = get_peft_model(model, drlora.DrLoraConfig(router="frozen"))
+    pools = [module for module in adapted.modules() if isinstance(module, RankPool)]
+    assert {tuple(pool.lora_A.shape) for pool in pools} == {(96, 24), (96, 32)}
+    with pytest.raises(drlora.ConfigError, match="cannot be merged into them there. Save it"):
+        adapted.merge_and_unload()
+    with pytest.raises(drlora.ConfigError, match="nothing can be learnt of batches before"):
+        drlora.ranks_from_routing(adapted, [])
 
 
 def offloaded(folder, name="base"):

@@ -107,7 +107,7 @@ def test_dynamics_and_callback_signatures():
         "model", "total_steps", "adapter", "schedule", "step", "skipped",
     ]  # fmt: skip
     for method in ("before_optimizer_step", "after_optimizer_step", "ranks", "budget",
-                   "state_dict", "load_state_dict", "release"):  # fmt: skip
+                   "state_dict", "load_state_dict", "release", "watch"):  # fmt: skip
         assert callable(getattr(drlora.RankDynamics, method))
     assert list(inspect.signature(drlora.DrLoraCallback).parameters) == [
         "adapter", "log_dir", "on_growth",

@@ -13,21 +13,32 @@ from drlora.ranks import directions as row_directions
 from drlora.ranks import event as growth
 from drlora.ranks import saliency, young_rows
 from drlora.ranks.optimizer_rows import inherit_second_moment
-from drlora.ranks.saliency import ema, expert_sums, rank_importance, routed_share
+from drlora.ranks.saliency import (
+    RowSums,
+    ema,
+    expert_sums,
+    rank_importance,
+    routed_share,
+    row_sums,
+)
+
+
+def sums_of(a, grad_a, b, grad_b):
+    return RowSums(row_sums(a, grad_a), row_sums(b, grad_b), a.shape[1], b.shape[1])
 
 
 def test_rank_importance_is_the_product_of_two_one_norms():
     a, grad_a = torch.tensor([[1.0, -2.0]]), torch.tensor([[3.0, 4.0]])
     b, grad_b = torch.tensor([[0.5, 1.0, -1.0]]), torch.tensor([[2.0, -2.0, 1.0]])
     wanted = (abs(3.0) + abs(-8.0)) * (abs(1.0) + abs(-2.0) + abs(-1.0))
-    assert rank_importance(a, grad_a, b, grad_b).item() == pytest.approx(wanted)
+    assert rank_importance(sums_of(a, grad_a, b, grad_b)).item() == pytest.approx(wanted)
 
 
 def test_trap_2_absolute_value_inside_the_sum_and_product_not_sum():
     """The released script takes |sum| and adds the two terms: both give 0 + 4 here, ours 4 * 4."""
     a, grad_a = torch.tensor([[1.0, 1.0]]), torch.tensor([[2.0, -2.0]])
     b, grad_b = torch.tensor([[1.0, 1.0]]), torch.tensor([[2.0, 2.0]])
-    assert rank_importance(a, grad_a, b, grad_b).item() == pytest.approx(4.0 * 4.0)
+    assert rank_importance(sums_of(a, grad_a, b, grad_b)).item() == pytest.approx(4.0 * 4.0)
 
 
 def test_ema():

@@ -17,6 +17,7 @@ from drlora.adapter.expert_parallel import (
 from drlora.adapter.layer import DrLoraExperts
 from drlora.adapter.observe import watch_tokens
 from drlora.config.adapter import DrLoraConfig
+from drlora.distributed.zero import whole_shapes
 from drlora.errors import ConfigError
 from drlora.moe.blocks import MoEBlock, active_experts, find_blocks
 from drlora.moe.families import Family, family_of
@@ -40,6 +41,11 @@ def prepare(model: nn.Module, config: DrLoraConfig, model_type: str | None) -> l
             layout, or its engine is not installed; `model` is as it was then.
     """
     _refuse_other_architecture(config, model_type)
+    with whole_shapes(model):
+        return _prepare(model, config)
+
+
+def _prepare(model: nn.Module, config: DrLoraConfig) -> list[MoEBlock]:
     blocks = choose_blocks(model, config)
     _refuse_other_layout(config, blocks)
     _tell_of_other_numbers(config, model, blocks)

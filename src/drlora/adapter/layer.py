@@ -27,6 +27,7 @@ from drlora.adapter.observe import (
     routing_sums,
 )
 from drlora.config.adapter import DrLoraConfig
+from drlora.distributed.zero import is_partitioned, is_split, refuse_partitioned
 from drlora.errors import ConfigError
 from drlora.moe.blocks import MoEBlock
 from drlora.moe.families import family_of
@@ -100,11 +101,11 @@ class DrLoraExperts(nn.Module, BaseTunerLayer):
         """Add an adapter, on the device of the base weights and in their dtype."""
         adapter = ExpertsAdapter(self.block, config)
         if not any(p.device.type == "meta" for p in adapter.parameters()):
-            base = self.base_weights
-            adapter.to(base.device)
+            device, dtype = self._place()
+            adapter.to(device)
             for pool in adapter.rank_pools.values():
-                pool.lora_A.data = pool.lora_A.data.to(base.dtype)
-                pool.lora_B.data = pool.lora_B.data.to(base.dtype)
+                pool.lora_A.data = pool.lora_A.data.to(dtype)
+                pool.lora_B.data = pool.lora_B.data.to(dtype)
             if name == "ref" and "default" in self.drlora_adapters:
                 # TRL's frozen reference: it copies the parameters itself, but not who owns them.
                 twin = self.adapter("default")
@@ -112,6 +113,14 @@ class DrLoraExperts(nn.Module, BaseTunerLayer):
                     adapter.load_state_dict(twin.state_dict())
         self.drlora_adapters[name] = adapter
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _place(self) -> tuple[torch.device, torch.dtype]:
+        """Where the base weights are, and what they compute in."""
+        first = next(self.get_base_layer().parameters(), None)
+        if first is not None and is_partitioned(first):
+            return first.device, first.dtype  # their elements are elsewhere, as zero.Init leaves it
+        base = self.base_weights
+        return base.device, base.dtype
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the base layer returns for the same call, with the adapters' updates."""
@@ -225,6 +234,11 @@ class DrLoraExperts(nn.Module, BaseTunerLayer):
         Raises:
             ConfigError: saying why they cannot.
         """
+        refuse_partitioned(
+            [parameter for parameter in self.parameters() if is_split(parameter)],
+            "an adapter cannot be merged into them there. Save it, and merge it into the model as "
+            "it is loaded without DeepSpeed.",
+        )
         reason = self.base_weights.fixed
         if self.exchange is not None:
             reason = "they are expert-parallel, so other processes hold most of their weights"
@@ -273,7 +287,7 @@ class DrLoraExperts(nn.Module, BaseTunerLayer):
         self, adapter_name: str, device: torch.device | None = None
     ) -> None:
         if adapter_name in self.drlora_adapters:
-            self.adapter(adapter_name).to(device or self.base_weights.device)
+            self.adapter(adapter_name).to(device or self._place()[0])
 
     def __repr__(self) -> str:
         return "drlora." + super().__repr__()

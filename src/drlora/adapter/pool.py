@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from drlora.adapter.row_book import FREE, IntArray, RankBook
-from drlora.distributed import held_rows, local_part
+from drlora.distributed.held import write_rows
 from drlora.errors import CheckpointError
 
 
@@ -62,6 +62,7 @@ class RankPool(nn.Module):
         super().__init__()
         rows = num_rows
         self._book = RankBook.uniform(num_experts, rows, rank)
+        self.in_features, self.out_features = in_features, out_features
         self.lora_A = nn.Parameter(torch.empty(rows, in_features))
         self.lora_B = nn.Parameter(torch.zeros(rows, out_features))
         self._init_bound = 1 / math.sqrt(in_features)  # LoRA's kaiming_uniform with a = sqrt(5)
@@ -93,7 +94,7 @@ class RankPool(nn.Module):
     @property
     def row_norm(self) -> float:
         """Length of a fresh row of lora_A, as the root of its mean square."""
-        return self._init_bound * math.sqrt(self.lora_A.shape[1] / 3)
+        return self._init_bound * math.sqrt(self.in_features / 3)
 
     @property
     def packed_index(self) -> Tensor:
@@ -101,9 +102,7 @@ class RankPool(nn.Module):
         owned = self.offsets[-1]
         return self.row_order[:owned]
 
-    def forward(
-        self, dtype: torch.dtype, experts: range | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, dtype: torch.dtype, experts: range | None = None) -> tuple[Tensor, Tensor]:
         """The owned rows of (lora_A, lora_B) in `dtype`, ordered by expert.
 
         Free rows are not read, so their gradient is exactly zero.
@@ -192,7 +191,6 @@ class RankPool(nn.Module):
         """
         self.book.release(rows.cpu().numpy())
         self._take(self._book)
-        local_part(self.lora_B)[held_rows(self.lora_B, rows).local] = 0.0
         self.redraw(rows, step)
         for statistic in (self.birth, self.importance, self.uncertainty):
             if statistic is not None:
@@ -218,11 +216,10 @@ class RankPool(nn.Module):
         on the pool's seed and the step alone, so every process draws the same.
         """
         generator = torch.Generator().manual_seed(int(self.seed) + step)
-        fresh = torch.empty(len(rows), self.lora_A.shape[1])
+        fresh = torch.empty(len(rows), self.in_features)
         fresh.uniform_(-self._init_bound, self._init_bound, generator=generator)
-        held, target = held_rows(self.lora_A, rows), local_part(self.lora_A)
-        target[held.local] = fresh.to(target)[held.chosen]
-        local_part(self.lora_B)[held_rows(self.lora_B, rows).local] = 0
+        write_rows(self.lora_A, rows, fresh)
+        write_rows(self.lora_B, rows, 0.0)
 
     def _take(self, book: RankBook) -> None:
         """Write the owners of a book into the buffer."""

@@ -114,9 +114,14 @@ class TrainedRouters:
         trained = [parameter for parameter in self.parameters if parameter.requires_grad]
         self._hooks = [parameter.register_hook(self._held_gradient) for parameter in trained]
 
+    @property
+    def are_held(self) -> bool:
+        """Whether they are kept as they are now."""
+        return not self._is_over()
+
     def skip_step(self) -> None:
         """Leave held routers out of the optimizer's next step."""
-        if not self._is_over():
+        if self.are_held:
             for parameter in self.parameters:
                 # Not a zero gradient: weight decay and Adam's step count must not run either.
                 parameter.grad = None

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from drlora.distributed.zero import whole_shapes
 from drlora.errors import ConfigError
 from drlora.moe.families import FAMILIES, Family, family_of
 from drlora.moe.refusals import is_plain, refuse_unfit_weights
@@ -82,6 +83,11 @@ def find_blocks(model: nn.Module) -> list[MoEBlock]:
         ConfigError: if there is none, or if one is laid out in a way that is not understood; the
             message names the module and what was missing.
     """
+    with whole_shapes(model):
+        return _find_blocks(model)
+
+
+def _find_blocks(model: nn.Module) -> list[MoEBlock]:
     modules = dict(model.named_modules())
     blocks: list[MoEBlock] = []
     owners: dict[nn.Parameter, str] = {}

@@ -2,7 +2,7 @@
 
 What an adapter reads of a model are ordinary tensors, whole or sharded by experts, where the model
 computes, or what a storage is registered for (`drlora.ops.storage`). Whatever else there is between
-a weight and its numbers (a quantiser's class of tensors, tensor parallelism, ZeRO, offloading) is
+a weight and its numbers (a quantiser's class of tensors, tensor parallelism, offloading) is
 refused before anything is changed.
 """
 
@@ -55,13 +55,6 @@ def refuse_unfit_weights(model: nn.Module, name: str, module: nn.Module) -> None
     """
     of = f"the weights of {name} ({type(module).__name__})"
     for key, weight in module.named_parameters():
-        if hasattr(weight, "ds_shape") and weight.numel() == 0:
-            raise ConfigError(
-                f"{of} are split by DeepSpeed's zero.Init: {key} has the shape "
-                f"{tuple(weight.shape)} here instead of {tuple(weight.ds_shape)}. Load the model "
-                f"before TrainingArguments names the ZeRO-3 configuration, or train with DDP or "
-                f"FSDP2."
-            )
         if not is_plain(weight) and not has_own_storage(weight):
             raise ConfigError(
                 f"{of} are no plain tensors: {key} is a {_class_of(weight)}, which says "
@@ -117,7 +110,8 @@ def _placed(weight: Any) -> list[str]:
 
 def _is_offloaded(model: nn.Module, module: nn.Module) -> bool:
     """Whether weights are on meta, and will not be filled as those of a skeleton are."""
-    if not any(weight.device.type == "meta" for weight in module.parameters()):
+    missing = [weight for weight in module.parameters() if weight.device.type == "meta"]
+    if all(hasattr(weight, "ds_shape") for weight in missing):  # none, or those of zero.Init
         return False
     if any(place in _OFFLOADED for place in _device_map(model).values()):
         return True

@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
-from drlora.distributed import held_rows, local_part
+from drlora.distributed.held import trained_tensor, whole, write_rows
 
 # Weaker directions than this part of the whole gradient are rounding.
 _NEGLIGIBLE = 1e-4
@@ -37,20 +36,23 @@ def missing_directions(a_RI: Tensor, grad_RI: Tensor, count: int) -> Tensor:
 
 @torch.no_grad()
 def point_along_gradient(
-    lora_A: Tensor, gradient: Tensor, owner_R: Tensor, rows: Tensor, norm: float
+    lora_A: Tensor, gradient: Tensor | None, owner_R: Tensor, rows: Tensor, norm: float
 ) -> None:
     """Put just claimed rows of `lora_A` along the gradient; those that find no direction stay.
 
     Experts whose gradient or rows are not finite have none.
 
     Args:
-        lora_A: (R, I), may be sharded by rows.
-        gradient: (R, I), of the loss or an average of it, sharded alike.
+        lora_A: (R, I), as the engine has left it.
+        gradient: of the loss or an average of it, laid out as the tensor that is trained; None
+            where this process has nothing of it.
         owner_R: (R,) the expert of each row; `rows` are owned already.
         rows: the claimed rows.
         norm: length of a row.
     """
-    a_RI, grad_RI = _whole(lora_A), _whole(gradient)
+    # In float32 on the CPU: small, and the same on all processes.
+    a_RI = whole(lora_A, trained_tensor(lora_A)).detach().float().cpu()
+    grad_RI = whole(lora_A, gradient).detach().float().cpu()
     young_R = torch.zeros(len(owner_R), dtype=torch.bool)
     young_R[rows.cpu()] = True
     owner_cpu_R = owner_R.cpu()
@@ -62,8 +64,7 @@ def point_along_gradient(
             continue
         found_NI = missing_directions(a_RI[old], grad_RI[old], len(new))
         wanted_RI[new[: len(found_NI)]] = found_NI * norm
-    held, target = held_rows(lora_A, rows), local_part(lora_A)
-    target[held.local] = wanted_RI[rows[held.chosen].cpu()].to(target)
+    write_rows(lora_A, rows, wanted_RI[rows.cpu()])
 
 
 @torch.no_grad()
@@ -71,18 +72,10 @@ def lay_rows(lora_A: Tensor, owner_R: Tensor, rows_EDI: Tensor) -> None:
     """Write each expert's directions into the rows of `lora_A` that it owns, in their order.
 
     Args:
-        lora_A: (R, I), may be sharded by rows.
+        lora_A: (R, I), as the engine has left it.
         owner_R: (R,) the expert of each row, -1 for none.
         rows_EDI: (E, D, I); rows of an expert beyond its D stay as they are.
     """
-    target = local_part(lora_A)
     for expert, rows_DI in enumerate(rows_EDI):
         own = (owner_R == expert).nonzero().squeeze(1)[: len(rows_DI)]
-        held = held_rows(lora_A, own)
-        target[held.local] = rows_DI[: len(own)][held.chosen].to(target)
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    """All rows, in float32 on the CPU: small, and the same on all processes."""
-    full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    return full.detach().float().cpu()
+        write_rows(lora_A, own, rows_DI[: len(own)])

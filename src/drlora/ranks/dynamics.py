@@ -6,6 +6,9 @@
     optimizer.step()
     dynamics.after_optimizer_step(optimizer)   # growth, before the scheduler steps
 
+DeepSpeed's ZeRO shows its gradients to nobody but its own step: `dynamics.watch(engine.optimizer)`
+once, and both calls after `engine.step()` (zero).
+
 One step of a grant: the blocks' meters and gradients (observe) become f and g (saliency), these
 become grants (allocator) when the plan says so (schedule), and the pools claim rows (layer).
 """
@@ -25,6 +28,8 @@ from drlora.adapter.pool import RankPool
 from drlora.adapter.router import TrainedRouters
 from drlora.config.adapter import DrLoraConfig
 from drlora.distributed import refuse_differing
+from drlora.distributed.held import trained_tensor
+from drlora.distributed.zero import refuse_without_zero, zero_of
 from drlora.errors import CheckpointError, ConfigError
 from drlora.ranks.averages import update_frequencies, update_importances
 from drlora.ranks.event import Event, Growth
@@ -37,6 +42,7 @@ from drlora.ranks.optimizer_rows import (
 )
 from drlora.ranks.schedule import Schedule, StepCounts
 from drlora.ranks.young_rows import OwnClocks
+from drlora.ranks.zero import WatchedZero
 
 
 class RankDynamics:
@@ -87,6 +93,7 @@ class RankDynamics:
         self.routers = TrainedRouters(model, self.adapter_name)
         self.routers.hold(until=lambda: self.step >= self.warmup_steps)
         self._clocks = OwnClocks()
+        self._watched: WatchedZero | None = None
         # Counted on the device, so that an ordinary step does not make the host wait.
         self._poisoned: Tensor | bool = False
         self._poisoned_steps: Tensor | int = 0
@@ -136,6 +143,36 @@ class RankDynamics:
         """
         return int(self._poisoned_steps)
 
+    def watch(self, optimizer: object) -> None:
+        """Look on while DeepSpeed's ZeRO steps, once before the first step; else nothing happens.
+
+        Args:
+            optimizer: DeepSpeed's `engine.optimizer`, or a wrapper of it.
+
+        Raises:
+            ConfigError: if rows cannot be followed in this kind of ZeRO, or DeepSpeed trains
+                without ZeRO.
+        """
+        zero = zero_of(optimizer)
+        if zero is None:
+            refuse_without_zero(optimizer)
+            return
+        if self._watched is not None:
+            self._watched.let_go()
+        self._watched = WatchedZero(
+            zero,
+            self._pools(),
+            self.routers,
+            has_own_clocks=self.config.young_rows == "own",
+            count=lambda: self.step + 1 + (self._optimizer_start or 0),
+            end_of_warmup=lambda: self.warmup_steps + (self._optimizer_start or 0),
+        )
+
+    @property
+    def is_watching(self) -> bool:
+        """Whether DeepSpeed's ZeRO trains the adapter, and is watched."""
+        return self._watched is not None
+
     @torch.no_grad()
     def before_optimizer_step(self) -> None:
         """Take the signals of this step; call it when all gradients are in place, once a step.
@@ -150,7 +187,9 @@ class RankDynamics:
         """
         self._refuse_unknown_step()
         update_frequencies(list(self.adapters.values()), self.config)
-        self._poisoned = update_importances(self._pools(), self.config)
+        device = next(iter(self.adapters.values())).frequency.device
+        sums = None if self._watched is None else self._watched.take_sums(device)
+        self._poisoned = update_importances(self._pools(), self.config, sums)
         self.routers.skip_step()
 
     @torch.no_grad()
@@ -174,7 +213,7 @@ class RankDynamics:
         """
         self._refuse_unknown_step()
         before = self.plan_step
-        if skipped:
+        if skipped or (self._watched is not None and self._watched.was_skipped):
             self.skipped += 1
         else:
             self._count_step(optimizer)
@@ -225,7 +264,7 @@ class RankDynamics:
                 pool.forget_births()
             _warn_of_equal_rates(optimizer, self._pools()[0], self.config)
         self.step += 1
-        if self.config.young_rows == "own" and is_adam(inner):
+        if self._watched is None and self.config.young_rows == "own" and is_adam(inner):
             self._clocks.correct(inner, self._pools(), self.step + self._optimizer_start)
         self._poisoned_steps = self._poisoned_steps + self._poisoned
 
@@ -254,6 +293,9 @@ class RankDynamics:
     def release(self) -> None:
         """Let go of the model: nothing of this object acts on it any more."""
         self.routers.let_go()
+        if self._watched is not None:
+            self._watched.let_go()
+            self._watched = None
 
     def ranks(self) -> dict[str, dict[str, list[int]]]:
         """Block -> projection -> rank of each expert."""
@@ -330,7 +372,8 @@ def _warn_of_equal_rates(optimizer: object, pool: RankPool, config: DrLoraConfig
     if ratio == 1 or not isinstance(inner, torch.optim.Optimizer):
         return
     groups = parameter_groups(inner)
-    rates = [groups[p]["lr"] for p in (pool.lora_A, pool.lora_B) if p in groups]
+    trained = [trained_tensor(p) for p in (pool.lora_A, pool.lora_B)]
+    rates = [groups[p]["lr"] for p in trained if p is not None and p in groups]
     if len(rates) == 2 and rates[0] == rates[1]:
         warnings.warn(
             f"b_lr_ratio={ratio}, but A and B have the same learning rate; make the "

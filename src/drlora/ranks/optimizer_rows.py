@@ -2,7 +2,7 @@
 
 The optimizers are torch's own interface: `state` holds tensors of the shape of a parameter
 (momentum, Adam's moments) beside numbers for the whole parameter, `param_groups` its settings.
-Parameters may be sharded by rows (FSDP2): each process then handles the rows it holds.
+Where an engine has split parameters (FSDP2, ZeRO), each process handles the rows it holds.
 """
 
 from __future__ import annotations
@@ -12,18 +12,26 @@ from typing import TypeGuard
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Adam, AdamW, Optimizer
 
 from drlora.adapter.row_book import IntArray, in_turns
-from drlora.distributed import held_range, held_rows, local_part
+from drlora.distributed.held import (
+    Block,
+    add_up_rows,
+    blocks_of,
+    row_width,
+    trained_tensor,
+)
+from drlora.distributed.zero import is_partitioned, zero_of
 from drlora.ranks.eight_bits import FIRST, SECOND, numbers_of
 
 
 def unwrap_optimizer(optimizer: object) -> object:
-    """The innermost optimizer under wrappers such as accelerate's."""
+    """The innermost optimizer under wrappers such as accelerate's and DeepSpeed's."""
+    if (zero := zero_of(optimizer)) is not None:
+        optimizer = zero.optimizer
     while isinstance(getattr(optimizer, "optimizer", None), Optimizer):
         optimizer = optimizer.optimizer  # type: ignore[attr-defined]
     return optimizer
@@ -44,11 +52,23 @@ def decays_weights(groups: Iterable[dict]) -> bool:
     return any(group.get("weight_decay", 0) for group in groups)
 
 
+def state_of(optimizer: Optimizer, parameter: Tensor) -> dict:
+    """What an optimizer keeps of a parameter, laid out as the tensor that it trains.
+
+    Under ZeRO that is of several parameters; and of others, where it trains nothing of this one,
+    so that every process knows what there is.
+    """
+    trained = trained_tensor(parameter)
+    if trained is None:
+        return next(iter(optimizer.state.values()), {})
+    return optimizer.state.get(trained, {})
+
+
 def steps_taken(optimizer: object, parameter: Tensor) -> int:
     """How many steps an optimizer says it took of a parameter; 0 where it does not count them."""
     if not isinstance(optimizer, Optimizer):
         return 0
-    count = optimizer.state.get(parameter, {}).get("step", 0)
+    count = state_of(optimizer, parameter).get("step", 0)
     return int(count) if isinstance(count, (int, float, Tensor)) else 0
 
 
@@ -58,15 +78,15 @@ def forget_rows(parameter: Tensor, state: dict, rows: Tensor) -> None:
 
     Those of free rows are zero already unless the optimizer fed weight decay into its moments.
     """
-    held = held_rows(parameter, rows)
+    blocks = blocks_of(parameter)
     for value in state.values():
         if _is_of(value, parameter) and value.is_floating_point():
-            local_part(value)[held.local] = 0
+            _forget(blocks, value, rows)
     for name in (FIRST, SECOND):
         if _is_of(state.get(name), parameter) and not state[name].is_floating_point():
             with numbers_of(state, name) as moment:
                 if moment is not None:
-                    moment[held.local] = 0
+                    _forget(blocks, moment, rows)
 
 
 @torch.no_grad()
@@ -91,14 +111,20 @@ def inherit_second_moment(
     older = older_R.cpu().numpy()
     counts = np.bincount(older[older >= 0], minlength=num_experts).clip(min=1)
     counts_E1 = torch.from_numpy(counts).to(owner_R.device)[:, None]
-    held = held_rows(parameter, rows)
+    blocks, width = blocks_of(parameter), row_width(parameter)
 
     def inherit(moment: Tensor) -> None:
-        local = local_part(moment)
-        sums_EO = _expert_sums(local, held_range(parameter), older, num_experts)
-        if isinstance(moment, DTensor):
-            dist.all_reduce(sums_EO, group=moment.device_mesh.get_group())
-        local[held.local] = (sums_EO / counts_E1)[owner_R[rows[held.chosen]].long()]
+        sums_EO = torch.zeros(num_experts, width, device=owner_R.device, dtype=moment.dtype)
+        for block in blocks:
+            _add_up(sums_EO, block, block.of(moment), older)
+        add_up_rows(parameter, sums_EO)
+        means_EO = sums_EO / counts_E1
+        for block in blocks:
+            local, held = block.of(moment), block.held(rows)
+            inherited = means_EO[owner_R[rows[held.chosen]].long()][:, block.columns]
+            local[held.local.to(local.device)] = inherited.to(local.device).view_as(
+                local[held.local.to(local.device)]
+            )
 
     names = [n for n in ("exp_avg_sq", "max_exp_avg_sq") if _is_of(state.get(n), parameter)]
     for name in names:
@@ -117,19 +143,27 @@ def _is_of(value: object, parameter: Tensor) -> TypeGuard[Tensor]:
     Those of torchao say that they are float32 and cannot be written to row by row.
     """
     is_plain = type(value) in (Tensor, DTensor)
-    return isinstance(value, Tensor) and is_plain and value.shape == parameter.shape
+    if not isinstance(value, Tensor) or not is_plain:
+        return False
+    if is_partitioned(parameter):  # a flat tensor's, of any length where nothing of it is here
+        trained = trained_tensor(parameter)
+        return value.dim() == 1 if trained is None else value.shape == trained.shape
+    return value.shape == parameter.shape
 
 
-def _expert_sums(
-    local_NO: Tensor, held: tuple[int, int], owner_R: IntArray, num_experts: int
-) -> Tensor:
-    """(E, O): sums over the rows of each expert that are held here, in the order of the rows.
+def _forget(blocks: Iterable[Block], value: Tensor, rows: Tensor) -> None:
+    for block in blocks:
+        local = block.of(value)
+        local[block.held(rows).local.to(local.device)] = 0
+
+
+def _add_up(sums_EO: Tensor, block: Block, local_NO: Tensor, owner_R: IntArray) -> None:
+    """Add the rows of each expert that are held in a block to its sums, in the order of the rows.
 
     Turn by turn, so that the order is the same on every device; `index_add_` leaves it open.
     """
-    sums_EO = local_NO.new_zeros(num_experts, *local_NO.shape[1:])
-    first, end = held
-    for experts, rows in in_turns(owner_R[first:end]):
-        to, of = (torch.from_numpy(index).to(local_NO.device) for index in (experts, rows))
-        sums_EO[to] += local_NO[of]  # none of them twice
-    return sums_EO
+    for experts, rows in in_turns(owner_R[block.first : block.end]):
+        to = torch.from_numpy(experts).to(sums_EO.device)
+        of = torch.from_numpy(rows).to(local_NO.device)
+        added = local_NO[of].to(sums_EO.device).flatten(1)
+        sums_EO[to, block.columns] += added  # none of them twice

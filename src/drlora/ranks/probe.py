@@ -24,6 +24,7 @@ from torch import Tensor
 
 from drlora.adapter.experts import ExpertsAdapter, ProbeRows
 from drlora.distributed import add_up
+from drlora.distributed.zero import refuse_partitioned
 from drlora.errors import ConfigError
 
 # More rows than directions wanted, since a sketch of exactly as many misses part of them.
@@ -135,8 +136,14 @@ def gradients_of_batches(
     model has is put back as it was.
 
     Raises:
-        ConfigError: if checkpointing keeps a gradient from the leaves.
+        ConfigError: if checkpointing keeps a gradient from the leaves, or ZeRO has the weights.
     """
+    refuse_partitioned(
+        model.parameters(),
+        "nothing can be learnt of batches before the first step. Call drlora.place_ranks(model, "
+        "batches) on the model as it is loaded without DeepSpeed, save the adapter, and train "
+        "from it (PeftModel.from_pretrained(..., is_trainable=True)).",
+    )
     modes = {module: module.training for module in model.modules()}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     kept = [(tensor, tensor.grad) for tensor in (*trained, *leaves)]

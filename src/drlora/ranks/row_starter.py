@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from drlora.adapter.pool import RankPool
 from drlora.config.adapter import DrLoraConfig
+from drlora.distributed.held import trained_tensor
 from drlora.ranks.directions import point_along_gradient
 from drlora.ranks.eight_bits import has_eight_bits
 from drlora.ranks.optimizer_rows import (
@@ -21,6 +22,7 @@ from drlora.ranks.optimizer_rows import (
     forget_rows,
     inherit_second_moment,
     is_adam,
+    state_of,
     unwrap_optimizer,
 )
 from drlora.ranks.schedule import StepCounts
@@ -89,20 +91,25 @@ class RowStarter:
 
     def _point_rows(self, pool: RankPool, rows: Tensor) -> None:
         """An average of the gradient, where the optimizer keeps one; else that of this step."""
-        state = self._state_of(pool.lora_A)
+        state, trained = self._state_of(pool.lora_A), trained_tensor(pool.lora_A)
         gradient = state.get("exp_avg", state.get("momentum_buffer", pool.lora_A.grad))
-        if not isinstance(gradient, Tensor) or gradient.shape != pool.lora_A.shape:
+        if (
+            not isinstance(gradient, Tensor)
+            or trained is not None
+            and (gradient.shape != trained.shape)
+        ):
             self._warn_once(
                 "young_a",
                 f"young_a='gradient' found no gradient of rows in {type(self.optimizer).__name__}: "
                 f"young rows of A stay random.",
             )
             return
-        point_along_gradient(pool.lora_A, gradient, pool.owner, rows, pool.row_norm)
+        held = None if trained is None else gradient
+        point_along_gradient(pool.lora_A, held, pool.owner, rows, pool.row_norm)
 
     def _state_of(self, parameter: Tensor) -> dict:
         assert self.optimizer is not None
-        return self.optimizer.state.get(parameter, {})
+        return state_of(self.optimizer, parameter)
 
     def _warn_of_no_second_moment(self) -> None:
         name = type(self.optimizer).__name__

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,28 +40,40 @@ def routed_share(routing_sum_E: Tensor, num_tokens: Tensor) -> Tensor:
     return routing_sum_E / num_tokens
 
 
-def rank_importance(a_RI: Tensor, grad_a_RI: Tensor, b_RO: Tensor, grad_b_RO: Tensor) -> Tensor:
-    """(R,) float32: s_j of each row, the PRODUCT of the two 1-norms of gradient times weight.
-
-    The absolute value is taken inside the sum. Row j of `b_RO` is the j-th column of LoRA's B.
-    """
-    return _sensitivity(a_RI, grad_a_RI) * _sensitivity(b_RO, grad_b_RO)
-
-
-def rank_sensitivity(a_RI: Tensor, grad_a_RI: Tensor, b_RO: Tensor, grad_b_RO: Tensor) -> Tensor:
-    """(R,) float32: AdaLoRA's, the SUM of the mean |gradient * weight| of the two (2303.10512)."""
-    return (
-        _sensitivity(a_RI, grad_a_RI) / a_RI.shape[1]
-        + _sensitivity(b_RO, grad_b_RO) / b_RO.shape[1]
-    )
-
-
-def _sensitivity(weight_RN: Tensor, grad_RN: Tensor) -> Tensor:
+def row_sums(weight_RN: Tensor, grad_RN: Tensor) -> Tensor:
     """(R,) float32: sum of |gradient * weight| over each row.
 
     Not `vector_norm(ord=1)`, which takes three times as long on a CPU.
     """
     return (grad_RN * weight_RN).abs_().sum(dim=1, dtype=torch.float32)
+
+
+class RowSums(NamedTuple):
+    """What the importance of rows is made of: `row_sums` of both factors.
+
+    Attributes:
+        a_R: (R,) those of lora_A.
+        b_R: (R,) those of lora_B, whose row j is the j-th column of LoRA's B.
+        in_features, out_features: elements in a row of each.
+    """
+
+    a_R: Tensor
+    b_R: Tensor
+    in_features: int
+    out_features: int
+
+
+def rank_importance(sums: RowSums) -> Tensor:
+    """(R,) float32: s_j of each row, the PRODUCT of the two 1-norms of gradient times weight.
+
+    The absolute value is taken inside the sum.
+    """
+    return sums.a_R * sums.b_R
+
+
+def rank_sensitivity(sums: RowSums) -> Tensor:
+    """(R,) float32: AdaLoRA's, the SUM of the mean |gradient * weight| of the two (2303.10512)."""
+    return sums.a_R / sums.in_features + sums.b_R / sums.out_features
 
 
 def expert_sums(value_R: Tensor, owner_R: Tensor, num_experts: int) -> Tensor:
@@ -81,7 +93,7 @@ def saliency(frequency_E: Tensor, importance_E: Tensor, ranks_E: Tensor, gamma: 
 
 
 # The option `rank_importance` -> importance of each row at one step.
-RANK_IMPORTANCES: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
+RANK_IMPORTANCES: dict[str, Callable[[RowSums], Tensor]] = {
     "product": rank_importance,
     "sensitivity": rank_sensitivity,
 }

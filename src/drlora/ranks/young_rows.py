@@ -11,7 +11,7 @@ twentieth if its gradient keeps its sign. Two ways to put that right:
     own       it gets the update of an Adam of its own that started at b, exactly: what the shared
               count made of it is taken back and replaced after each step. This module does that.
 
-Parameters may be sharded by rows (FSDP2): each process then handles the rows it holds.
+Where an engine has split parameters (FSDP2, ZeRO), each process handles the rows it holds.
 """
 
 from __future__ import annotations
@@ -23,10 +23,9 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from drlora.distributed import held_range, held_rows, local_part
+from drlora.distributed.held import Block, blocks_of, row_width, trained_tensor
 from drlora.ranks.optimizer_rows import parameter_groups
 
 # Beyond this the two corrections differ by less than 5e-5 and the row is grown up.
@@ -144,17 +143,19 @@ class OwnClocks:
         for number, pool in enumerate(pools):
             fractions: dict[tuple[Rows, Clock], tuple[Tensor, Tensor]] = {}
             for parameter in (pool.lora_A, pool.lora_B):
-                state = optimizer.state.get(parameter)
-                if not state or parameter not in groups:
+                trained = trained_tensor(parameter)
+                state = optimizer.state.get(trained) if trained is not None else None
+                if trained is None or not state or trained not in groups:
                     continue
-                clock = Clock.of(groups[parameter], state, step)
+                group = groups[trained]
+                clock = Clock.of(group, state, step)
                 for rows in self._young(number, pool.birth, clock):
                     key = rows, clock  # those of lora_A and lora_B are nearly always the same
                     if key not in fractions:
                         fractions[key] = clock.own_fractions(pool.birth[_index(rows)])
-                    buffer = self._buffer(local_part(parameter))
+                    buffer = self.buffer(trained, row_width(parameter))
                     args = rows, clock, fractions[key], buffer
-                    correct_young_rows(parameter, state, groups[parameter], *args)
+                    correct_young_rows(parameter, state, group, *args)
 
     def _young(self, number: int, birth_R: Tensor, clock: Clock) -> Sequence[Rows]:
         """The young rows of a pool: a few ranges, or one tensor where they are scattered."""
@@ -175,12 +176,12 @@ class OwnClocks:
             self._read[number] = birth_R, birth_R._version, cohorts
         return cohorts
 
-    def _buffer(self, like: Tensor) -> Tensor:
+    def buffer(self, like: Tensor, width: int) -> Tensor:
+        """Scratch space for `correct_young_rows`, for a tensor like this one and its row width."""
         key = like.device, torch.promote_types(like.dtype, torch.float32)
         if key not in self._scratch:
             size = _CPU_BLOCK if like.device.type == "cpu" else _ACCELERATOR_BLOCK
-            size = max(size, math.prod(like.shape[1:]))
-            self._scratch[key] = torch.empty(2, size, device=key[0], dtype=key[1])
+            self._scratch[key] = torch.empty(2, max(size, width), device=key[0], dtype=key[1])
         return self._scratch[key]
 
 
@@ -199,7 +200,7 @@ def correct_young_rows(
     What the shared count made of them is added back, and what their own makes is subtracted.
 
     Args:
-        parameter: (R, anything), just updated; changed in place in `rows`.
+        parameter: (R, anything), just updated where it is trained; changed there in `rows`.
         state: the optimizer's state of it, with `exp_avg` and `exp_avg_sq`.
         group: its parameter group, with `lr` as it was at the update.
         rows: which; a range is changed where it lies, scattered rows are gathered and put back,
@@ -208,26 +209,28 @@ def correct_young_rows(
         own_fractions: `clock.own_fractions` of these rows.
         buffer: (2, n) scratch space of the precision to compute in, at least a row wide.
     """
-    local, chosen = _held(parameter, rows)
+    trained = trained_tensor(parameter)
     second = state["max_exp_avg_sq" if group.get("amsgrad") else "exp_avg_sq"]
-    weight = local_part(parameter)
-    # Indexing a tensor by a slice gives a view of it, by a tensor a copy.
-    changed = weight[local]
-    # By shape: to index a sharded parameter is a collective, which not all processes come to.
-    at_once = max(1, buffer.shape[1] // math.prod(parameter.shape[1:]))
-    for block, moment, square, own_scale, own_eps in zip(
-        changed.split(at_once),
-        *(local_part(t)[local].split(at_once) for t in (state["exp_avg"], second)),
-        *(t[chosen].to(buffer.dtype).split(at_once) for t in own_fractions),
-        strict=True,
-    ):
-        own = own_scale, own_eps
-        _correct_block(block, moment, square, own, clock, group["lr"], buffer)
-    if isinstance(local, Tensor):
-        weight.index_copy_(0, local, changed)
+    at_once = max(1, buffer.shape[1] // row_width(parameter))
+    for block in blocks_of(parameter):
+        assert trained is not None
+        local, chosen = _held(block, rows, buffer.device)
+        weight = block.of(trained)
+        # Indexing a tensor by a slice gives a view of it, by a tensor a copy.
+        changed = weight[local]
+        for piece, moment, square, own_scale, own_eps in zip(
+            changed.split(at_once),
+            *(block.of(t)[local].split(at_once) for t in (state["exp_avg"], second)),
+            *(t[chosen].to(buffer).split(at_once) for t in own_fractions),
+            strict=True,
+        ):
+            own = own_scale, own_eps
+            _correct_piece(piece, moment, square, own, clock, group["lr"], buffer)
+        if isinstance(local, Tensor):
+            weight.index_copy_(0, local, changed)
 
 
-def _correct_block(
+def _correct_piece(
     weight: Tensor,
     moment: Tensor,
     square: Tensor,
@@ -254,14 +257,9 @@ def _index(rows: Rows) -> slice | Tensor:
     return slice(rows.start, rows.stop) if isinstance(rows, range) else rows
 
 
-def _held(parameter: Tensor, rows: Rows) -> tuple[slice | Tensor, slice | Tensor]:
-    """Of `rows`, those that this process holds: in its shard, and among `rows`."""
-    if isinstance(rows, Tensor):
-        if not isinstance(parameter, DTensor):
-            return rows, slice(None)
-        held = held_rows(parameter, rows)
-        return held.local, held.chosen
-    first, end = held_range(parameter)
-    start = max(rows.start, first)
-    stop = max(start, min(rows.stop, end))
-    return slice(start - first, stop - first), slice(start - rows.start, stop - rows.start)
+def _held(block: Block, rows: Rows, device: torch.device) -> tuple[slice | Tensor, slice | Tensor]:
+    """Of `rows`, those that a block holds: in it, and among `rows`."""
+    if isinstance(rows, range):
+        return block.span(rows)
+    held = block.held(rows)
+    return held.local.to(device), held.chosen

@@ -25,12 +25,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
+from peft import PeftModel
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from drlora.adapter.inject import active_adapter
+from drlora.adapter.state import adapter_state
 from drlora.distributed import wait_for_all
 from drlora.errors import ConfigError
 from drlora.io.checkpoint import seal
@@ -43,6 +45,7 @@ from drlora.ranks.optimizer_rows import unwrap_optimizer
 from drlora.ranks.schedule import Schedule
 from drlora.ranks.starts import needs_ranks, place_ranks
 from drlora.trainer.best_model import load_best, refuse_mixed_up
+from drlora.trainer.deepspeed import refuse_unfit_deepspeed
 from drlora.trainer.event_log import EventLog
 from drlora.trainer.rank_log import RankLog
 
@@ -88,8 +91,10 @@ class DrLoraCallback(TrainerCallback, ExportableState):
 
         Raises:
             ConfigError: if the adapter is frozen, or cannot spend its budget in this run, or its
-                ranks are to be placed and the data cannot be looked into.
+                ranks are to be placed and the data cannot be looked into, or DeepSpeed is to do
+                what ranks cannot grow with.
         """
+        refuse_unfit_deepspeed(args)
         saved = self._saved(state)
         is_new = self.dynamics is None
         if self.dynamics is not None:
@@ -109,6 +114,7 @@ class DrLoraCallback(TrainerCallback, ExportableState):
             model, state.max_steps, self.adapter, planned, step, state.global_step - step
         )
         _refuse_frozen(self.dynamics)
+        self.dynamics.watch(kwargs.get("optimizer"))
         refuse_mixed_up(args, model, self.dynamics.adapter_name)
         self._tell_of_other_length(state.max_steps)
         _warn_of_longer_warmup(self.dynamics, args.get_warmup_steps(state.max_steps))
@@ -162,12 +168,14 @@ class DrLoraCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Give the checkpoint its manifest, and bring the logs up to it to the disk."""
+        folder = Path(args.output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        self._save_as_trained(kwargs.get("model"), folder, state)
         wait_for_all()  # each process has files of its own in it
         if state.is_world_process_zero:
             for log in (self._log, self._events.path):
                 if log.exists():
                     sync(log)
-            seal(Path(args.output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+            seal(folder)
 
     def on_log(
         self,
@@ -218,6 +226,17 @@ class DrLoraCallback(TrainerCallback, ExportableState):
         log_dir = None if self.log_dir is None else os.fspath(self.log_dir)
         arguments = {"adapter": self.adapter, "log_dir": log_dir}
         return {"args": arguments, "attributes": kept and {**kept, "log_start": self.log_start}}
+
+    def _save_as_trained(self, model: Any, folder: Path, state: TrainerState) -> None:
+        """Under ZeRO the adapter as it is trained: the Trainer writes the copy in 16 bits, if any.
+
+        Without stage3_gather_16bit_weights_on_model_save it writes none.
+        """
+        if self.dynamics is None or not self.dynamics.is_watching:
+            return
+        adapter = adapter_state(model)
+        if state.is_world_process_zero and isinstance(model, PeftModel):
+            model.save_pretrained(str(folder), state_dict=adapter)
 
     def _first_batches(
         self, args: TrainingArguments, model: Any, train_dataloader: Any, **kwargs: Any

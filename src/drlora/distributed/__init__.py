@@ -1,19 +1,18 @@
-"""What the processes of one run share, over torch.distributed's default group, and who holds what.
+"""What the processes of one run share, over torch.distributed's default group.
 
 One process alone, or a program that never set a group up, is the common case and costs nothing.
+Which rows of a parameter a process holds is said in `held`, what DeepSpeed makes of one in `zero`.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from drlora.errors import DrLoraError, SyncError
 
@@ -105,40 +104,6 @@ def refuse_differing(
             f"would grow different models. Give every process the same seed, settings and adapter, "
             f"let the engine reduce all gradients, and continue from the last checkpoint."
         )
-
-
-class HeldRows(NamedTuple):
-    """The part of some rows of a parameter that this process holds.
-
-    Attributes:
-        chosen: which of the asked-for rows these are, as an index into them.
-        local: their row numbers in the local shard.
-    """
-
-    chosen: Tensor
-    local: Tensor
-
-
-def held_rows(parameter: Tensor, rows: Tensor) -> HeldRows:
-    """All of `rows` for an ordinary parameter; those of the local shard for a DTensor."""
-    first, end = held_range(parameter)
-    chosen = ((rows >= first) & (rows < end)).nonzero().squeeze(1)
-    return HeldRows(chosen, rows[chosen] - first)
-
-
-def held_range(parameter: Tensor) -> tuple[int, int]:
-    """First row of the parameter that this process holds, and the one after its last."""
-    if not isinstance(parameter, DTensor):
-        return 0, parameter.shape[0]
-    shape, offset = compute_local_shape_and_global_offset(
-        parameter.shape, parameter.device_mesh, parameter.placements
-    )
-    return offset[0], offset[0] + shape[0]
-
-
-def local_part(tensor: Tensor) -> Tensor:
-    """The tensor itself, or the local shard of a DTensor (same storage)."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _digest(tensors: Iterable[Tensor]) -> int:

@@ -1,0 +1,172 @@
+"""ZeRO-1, 2 and 3 in two gloo processes train what DDP trains: ranks, weights, files, resumed runs.
+
+Run: make test-engines. Skipped where DeepSpeed is not installed. One pair of processes runs all
+configurations (engine_processes). What it cannot show: NCCL, GPUs, DeepSpeed's own Adam, float16.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from new_process import finish, start_python
+from peft import PeftModel
+from safetensors.torch import load_file
+from tiny import make_model
+
+import drlora
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed"),
+]
+
+HERE = Path(__file__).parents[1]
+STEPS, CUT, CLIP = 18, 9, 0.04
+RUNS = ["ddp", "z1", "z2", "z3", "z3-persistent", "z3-init", "z2-offload", "z2-bf16", "z3-bf16",
+        "ddp-router", "z2-router", "z3-router-init", "ddp-rows", "z2-rows", "z3-rows"]  # fmt: skip
+TWINS = {
+    "z1": "ddp", "z2": "ddp", "z3": "ddp", "z3-persistent": "ddp", "z3-init": "ddp",
+    "z2-offload": "ddp", "z2-router": "ddp-router", "z3-router-init": "ddp-router",
+    "z2-rows": "ddp-rows", "z3-rows": "ddp-rows", "loop-z2": "loop", "loop-z3": "loop",
+    "z3-bf16": "z2-bf16",
+}  # fmt: skip
+RESUMED = ["z2", "z3", "z3-init", "z2-offload", "z2-bf16", "z3-bf16", "z2-router"]
+
+
+@pytest.fixture(scope="module")
+def folder(once) -> Path:
+    """What two processes have left."""
+
+    def make(folder: Path) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        printed = [folder / f"printed-{rank}" for rank in range(2)]
+        script = str(HERE / "engine_processes.py")
+        jobs = [
+            start_python(
+                [script, str(folder), str(rank)],
+                printed[rank],
+                DS_ACCELERATOR="cpu",
+                RANK=str(rank),
+                LOCAL_RANK=str(rank),
+                WORLD_SIZE="2",
+                LOCAL_WORLD_SIZE="2",
+                MASTER_ADDR="127.0.0.1",
+                MASTER_PORT=port,
+            )
+            for rank in range(2)
+        ]
+        for job, file in zip(jobs, printed, strict=True):
+            finish(job, file, timeout=540)
+
+    return once("deepspeed", make)
+
+
+def result(folder: Path, name: str) -> dict[str, Any]:
+    """What process 0 found, which process 1 must have found too, to the bit."""
+    first, second = (torch.load(folder / f"{name}.{rank}", weights_only=True) for rank in range(2))
+    for part in ("history", "final"):
+        assert set(first[part]) == set(second[part]) and first[part]
+        assert all(torch.equal(first[part][key], second[part][key]) for key in first[part])
+    assert first["budgets"] == second["budgets"]
+    return first
+
+
+def file_of(folder: Path, name: str, step: int) -> dict[str, torch.Tensor]:
+    return load_file(folder / name / f"checkpoint-{step}" / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize(("name", "twin"), TWINS.items())
+def test_zero_trains_what_data_parallelism_does(folder, name, twin):
+    """Ranks after every change to the bit; A, B, routers and statistics within rounding."""
+    found, wanted = result(folder, name), result(folder, twin)
+    owners = [key for key in wanted["history"] if key.endswith("owner")]
+    assert len({key.split()[0] for key in owners}) >= 5
+    assert set(found["history"]) == set(wanted["history"])
+    for key, value in wanted["history"].items():
+        if key in owners or key.endswith(("birth", "seed", "step")):
+            assert torch.equal(found["history"][key], value), key
+        else:
+            torch.testing.assert_close(
+                found["history"][key], value, rtol=1e-4, atol=1e-9, check_dtype=False, msg=key
+            )
+    assert set(found["final"]) == set(wanted["final"])
+    for key, value in wanted["final"].items():
+        torch.testing.assert_close(found["final"][key], value, rtol=0, atol=1e-5, msg=key)
+    assert any(value.abs().max() > 1e-3 for k, value in wanted["final"].items() if "lora_B" in k)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_runs_are_what_they_are_meant_to_be(folder, name):
+    """Clipped in every step, all of the budget spent, ranks moved."""
+    found = result(folder, name)
+    assert len(found["losses"]) == STEPS and (found["norms"] > CLIP).all()
+    owned = [owned for owned, _ in found["budgets"]]
+    assert owned == sorted(owned) and len(owned) >= 5
+    assert all(stored == 72 for _, stored in found["budgets"]) and owned[-1] == 72
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_resumed_run_equals_the_straight_one_to_the_bit(folder, name):
+    straight, resumed = result(folder, name), result(folder, f"{name}-resumed")
+    assert torch.equal(straight["losses"][CUT:], resumed["losses"][CUT:])
+    shared = set(straight["history"]) & set(resumed["history"])
+    assert len({key.split()[0] for key in shared}) >= 2
+    for part, keys in (("history", shared), ("final", set(straight["final"]))):
+        assert all(torch.equal(straight[part][key], resumed[part][key]) for key in keys)
+
+
+@pytest.mark.parametrize("name", ["ddp-router", "z2-router", "z3-router-init"])
+def test_a_trained_router_stands_still_in_the_warmup(folder, name):
+    """Weight decay and the shared count of steps do not reach it."""
+    moved = result(folder, name)["routers"]
+    assert moved[:6] == [0.0] * 6 and moved[6] > 1e-3
+
+
+@pytest.mark.parametrize("name", [name for name in RUNS if not name.startswith("ddp")])
+def test_the_file_holds_the_weights_as_they_are_trained(folder, name):
+    final, saved = result(folder, name)["final"], file_of(folder, name, STEPS)
+    names = {key: key.replace(".default.", ".") for key in final if "modules_to_save" not in key}
+    assert len(names) >= 13 and set(names.values()) <= set(saved)
+    for key, own in names.items():
+        assert torch.equal(saved[own], final[key]), key
+    weights = {k: value for k, value in saved.items() if k.endswith(("lora_A", "lora_B"))}
+    assert weights and all(value.dtype == torch.float32 for value in weights.values())
+    rounded = [torch.equal(value, value.bfloat16().float()) for value in weights.values()]
+    assert not any(rounded)
+
+
+@pytest.mark.parametrize("name", ["z2", "z3", "z3-persistent", "z3-bf16", "z2-rows"])
+def test_free_rows_stay_inert(folder, name):
+    saved = file_of(folder, name, CUT)
+    pools = [key.removesuffix("owner") for key in saved if key.endswith("owner")]
+    assert len(pools) == 2
+    for pool in pools:
+        free_R = saved[f"{pool}owner"] < 0
+        assert free_R.any() and (saved[f"{pool}lora_B"][free_R] == 0).all()
+        assert (saved[f"{pool}lora_B"][~free_R] != 0).any()
+
+
+@pytest.mark.parametrize("name", ["z3", "z3-bf16", "z2-router"])
+def test_the_adapter_loads_in_one_ordinary_process(folder, name):
+    final = result(folder, name)["final"]
+    model = PeftModel.from_pretrained(
+        make_model(num_hidden_layers=1), folder / name / f"checkpoint-{STEPS}"
+    )
+    assert isinstance(model.peft_config["default"], drlora.DrLoraConfig)
+    state = model.state_dict()
+    assert all(torch.equal(state[key], value) for key, value in final.items())
+
+
+@pytest.mark.parametrize("name", ["z1", "z2", "z3", "z3-init", "z2-offload"])
+def test_importances_cost_one_all_reduce_a_step(folder, name):
+    """Of two float32 a row, for all pools together."""
+    assert result(folder, name)["sums"] == STEPS
+    assert os.path.exists(folder / f"{name}.1")
