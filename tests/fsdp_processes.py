@@ -1,7 +1,7 @@
-"""One of several gloo processes that train on the engines: `python fsdp_processes.py FOLDER CASE...`
+"""One of several gloo processes on FSDP2 or spread experts: `fsdp_processes.py FOLDER CASE...`
 
-Used by tests/trainer/test_fsdp.py, which compares what the cases found. torchrun's variables say which
-process this is. A case is one run with transformers' Trainer, or with a loop of its own.
+Used by tests/trainer/test_fsdp.py, which compares what the cases found. torchrun's variables say
+which process this is. A case is one run with transformers' Trainer; `own-loop`: see own_loops.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import transformers
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate_double import fsdp_on_a_cpu
 from datasets import Dataset
+from own_loops import compare
 from peft import PeftModel, get_peft_model
 from tiny import checkpointing_arguments, make_batch, make_class, make_model
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -77,7 +78,6 @@ CASES = {
     "sharded-resumed": Case("sharded", start="sharded"),
     "bf16": Case("full", **_BF16 | {"arguments": {"bf16": True, "save_strategy": "steps"}}),
     "bf16-resumed": Case("full", **_BF16, start="bf16"),
-    "ddp-bf16": Case("ddp", **_BF16),
 }
 
 
@@ -129,6 +129,7 @@ def train(folder: Path, name: str, world: int) -> dict[str, Any]:
             "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
             "transformer_layer_cls_to_wrap": ["OlmoeDecoderLayer"],
             "state_dict_type": f"{case.engine.upper()}_STATE_DICT"}}  # fmt: skip
+    place = folder / (case.start or name)
     callback = drlora.DrLoraCallback()
     history = History(callback)
     # Not Adam's 1e-8: it would turn a gradient that is mere rounding into a full step.
@@ -142,15 +143,13 @@ def train(folder: Path, name: str, world: int) -> dict[str, Any]:
     with fsdp_on_a_cpu():
         trainer = Trainer(
             adapted(folder, case, world),
-            TrainingArguments(
-                str(folder / (case.start or name)), **defaults | case.arguments | fsdp
-            ),
+            TrainingArguments(str(place), **defaults | case.arguments | fsdp),
             train_dataset=Dataset.from_list(ROWS),
             callbacks=[callback, history],
         )
         assert trainer.is_fsdp_enabled == bool(fsdp)
-        start = folder / case.start / f"checkpoint-{CUT}"
-        trainer.train(resume_from_checkpoint=str(start) if case.start else None)
+        start = str(place / f"checkpoint-{CUT}") if case.start else None
+        trainer.train(resume_from_checkpoint=start)
     logs = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
     found = result(trainer.model, callback.dynamics)
     for state in (AcceleratorState, GradientState, PartialState):
@@ -179,7 +178,8 @@ def main() -> None:
     dist.init_process_group("gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
     for name in names:
-        torch.save(train(folder, name, world), folder / f"{name}.{rank}")
+        found = compare(folder) if name == "own-loop" else train(folder, name, world)
+        torch.save(found, folder / f"{name}.{rank}")
         print(name, flush=True)
 
 

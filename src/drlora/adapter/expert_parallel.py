@@ -19,7 +19,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from drlora.errors import ConfigError
@@ -141,6 +141,16 @@ def refuse_unfit_experts(name: str, module: nn.Module, family: Family, model: nn
             f"{of} by a kernel that has no backward pass (megamoe): load the model with "
             f"ep_implementation='auto' and another experts_implementation."
         )
+
+
+def put_shards_back(model: nn.Module) -> None:
+    """Before an adapter comes in: what FSDP2 left gathered after a call of the model is sharded.
+
+    PEFT would freeze the gathered weights, and the shards would train on.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def share_out(model: nn.Module, adapter: str, pools: Iterable[nn.Module]) -> None:

@@ -239,10 +239,13 @@ class DrLoraExperts(nn.Module, BaseTunerLayer):
             "an adapter cannot be merged into them there. Save it, and merge it into the model as "
             "it is loaded without DeepSpeed.",
         )
-        reason = self.base_weights.fixed
         if self.exchange is not None:
-            reason = "they are expert-parallel, so other processes hold most of their weights"
-        if reason is not None:
+            raise ConfigError(
+                f"an adapter cannot be merged into {self.block.experts_name}: it is "
+                f"expert-parallel, and the other experts are in other processes. Save the adapter, "
+                f"and merge it into the model as one process loads it."
+            )
+        if (reason := self.base_weights.fixed) is not None:
             raise ConfigError(
                 f"an adapter cannot be merged into {self.block.experts_name}: {reason}. Keep it "
                 f"beside the model, or put it on the model as it was before it was stored so."

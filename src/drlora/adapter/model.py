@@ -24,7 +24,7 @@ from peft.utils import (
 )
 from torch import Tensor, nn
 
-from drlora.adapter.expert_parallel import share_out
+from drlora.adapter.expert_parallel import put_shards_back, share_out
 from drlora.adapter.files import (
     CONTAINER,
     put_embeddings_in_place,
@@ -119,6 +119,7 @@ class DrLoraModel(LoraModel):
         config = self.peft_config[adapter_name]
         assert isinstance(config, DrLoraConfig)
         refuse_endless(config.target_modules, [name for name, _ in model.named_modules()])
+        put_shards_back(model)
         # The copy that PEFT makes of a trained router must not copy its hook, and what that holds.
         forget_router_logits(model)
         try:
