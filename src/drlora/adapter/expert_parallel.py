@@ -167,9 +167,9 @@ def share_out(model: nn.Module, adapter: str, pools: Iterable[nn.Module]) -> Non
     Raises:
         ConfigError: if the adapter has no memory yet.
     """
-    meshes, settings = _meshes(model), _settings(model)
-    if meshes is None or settings is None or settings.dp_size < 2:
+    if not was_sharded_at_load(model):
         return
+    meshes, settings = _meshes(model), _settings(model)
     replicas = settings.dp_replicate_size > 1
     mesh = meshes.get_mesh(("dp_replicate", "fsdp") if replicas else "fsdp")
     for unit in [*([pool] for pool in pools), *_ordinary_lora(model, adapter)]:
@@ -186,6 +186,12 @@ def share_out(model: nn.Module, adapter: str, pools: Iterable[nn.Module]) -> Non
             f"Trainer averages their gradients over processes, a loop of your own must do so.",
             stacklevel=2,
         )
+
+
+def was_sharded_at_load(model: nn.Module) -> bool:
+    """Whether transformers shared out the model's weights, so that none of them is whole."""
+    settings = _settings(model)
+    return _meshes(model) is not None and settings is not None and settings.dp_size > 1
 
 
 def _ordinary_lora(model: nn.Module, adapter: str) -> Iterator[list[nn.Module]]:

@@ -24,7 +24,11 @@ from peft.utils import (
 )
 from torch import Tensor, nn
 
-from drlora.adapter.expert_parallel import put_shards_back, share_out
+from drlora.adapter.expert_parallel import (
+    put_shards_back,
+    share_out,
+    was_sharded_at_load,
+)
 from drlora.adapter.files import (
     CONTAINER,
     put_embeddings_in_place,
@@ -43,6 +47,7 @@ from drlora.adapter.observe import forget_tokens
 from drlora.adapter.router import TrainedRouters, forget_router_logits, note_router_logits
 from drlora.config.adapter import DrLoraConfig
 from drlora.config.peft_type import DRLORA
+from drlora.distributed.held import whole_weights
 from drlora.errors import ConfigError
 
 # In the keys of pools, "drlora_adapters", as in those of ordinary LoRA, "lora_A". transformers'
@@ -56,6 +61,9 @@ class DrLoraModel(LoraModel):
     prefix = _PREFIX
     tuner_layer_cls: Any = BaseTunerLayer  # both kinds of layers
     target_module_mapping: dict[str, Sequence[str]] = {}
+    # Of a model that transformers sharded, PEFT would gather the whole base to save an adapter.
+    # Where there is tensor parallelism, adapters are refused.
+    _tp_size = None
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
         # Of a copy: what is refused leaves the configuration as it was, to be used again.
@@ -209,6 +217,14 @@ class DrLoraModel(LoraModel):
         if named in key:
             return key.replace(named, CONTAINER, 1)
         return super()._remove_adapter_name_from_key(key, adapter_name)
+
+    @classmethod
+    def _get_adapter_state_dict(cls, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """As in PEFT; of a model that was sharded when it was loaded, in full: a collective."""
+        found: dict[str, Tensor] = super()._get_adapter_state_dict(model, *args, **kwargs)
+        if not was_sharded_at_load(model):
+            return found
+        return {key: whole_weights(value).cpu() for key, value in found.items()}
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
