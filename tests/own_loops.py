@@ -175,11 +175,11 @@ def compare(folder: Path) -> dict[str, Any]:
     for model, is_spread in zip(models, (False, True), strict=True):
         drlora.place_ranks(model, [examples(n, is_spread) for n in range(2)])
     found["probed"] = largest_difference(*(adapter_of(model) for model in reversed(models)))
-    return found | {"collectives": collectives(models[1])}
+    return found | {"collectives": collectives(models[1], folder)}
 
 
-def collectives(model: PeftModel) -> dict[str, dict[str, int]]:
-    """How many there are in a step of one batch: with the adapter, without, and to grow."""
+def collectives(model: PeftModel, folder: Path) -> dict[str, dict[str, int]]:
+    """How many there are in a step of one batch: with the adapter, without, to grow and to save."""
     dynamics = drlora.RankDynamics(model, STEPS, step=1)
     model.zero_grad()
     counted = {}
@@ -195,6 +195,9 @@ def collectives(model: PeftModel) -> dict[str, dict[str, int]]:
     with CommDebugMode() as mode, torch.no_grad(), model.disable_adapter():
         model(**examples(0, True))
     counted["frozen forward"] = by_name(mode)
+    with CommDebugMode() as mode:
+        model.save_pretrained(folder / "saved", is_main_process=dist.get_rank() == 0)
+    counted["save"] = by_name(mode)
     return counted
 
 
