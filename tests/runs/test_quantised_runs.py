@@ -209,3 +209,29 @@ def test_a_checkpoint_of_another_method_is_refused_before_it_is_read(tmp_path):
     (tmp_path / "model/model.safetensors").unlink()
     with pytest.raises(ConfigError, match="quantised with GPTQ .*QuantisedExperts"):
         drlora.train(load_recipe(path))
+
+
+def with_quantisation(folder, settings):
+    """The config of a checkpoint that is quantised already."""
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": settings}))
+
+
+def test_inspect_counts_a_checkpoint_as_it_is(tmp_path):
+    save_model_folder(tmp_path / "model", **WIDE)
+    plain = inspect(str(tmp_path / "model"), dtype="bfloat16")
+    settings = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    with_quantisation(tmp_path / "model", settings)
+    found = inspect(str(tmp_path / "model"), dtype="bfloat16")
+    assert found.memory_gb.quantised == "fp8 experts"
+    assert found.memory_gb.weights == pytest.approx(
+        plain.memory_gb.weights - plain.parameters.experts / 1e9
+    )
+
+
+def test_a_checkpoint_that_cannot_be_kept_is_refused_before_data_is_read(tmp_path):
+    path = save(tmp_path, {})
+    with_quantisation(tmp_path / "model", {"quant_method": "gptq", "bits": 4})
+    (tmp_path / "train.jsonl").unlink()
+    with pytest.raises(ConfigError, match="GPTQ|gptq"):
+        dry_run(load_recipe(path))

@@ -61,7 +61,7 @@ def inspect(
         dtype: of the base weights; by default what the model's config says.
         tokens: of a forward and backward pass, padding included, that activations are kept for; by
             default 4,096.
-        quantise: how the base is to be kept; by default as it is.
+        quantise: how the base is to be kept; by default as its checkpoint has it.
         optim: the optimizer, by transformers' name.
 
     Raises:
@@ -73,7 +73,7 @@ def inspect(
     skeleton = model_on_meta(architecture)
     blocks = choose_blocks(skeleton, config)
     weights_dtype = _dtype(dtype, architecture)
-    kept = quantise or QuantiseSection()
+    kept = (quantise or QuantiseSection()).of_checkpoint(architecture)
     kept.refuse_unfit(skeleton)
     weight_bytes = kept.weight_bytes(skeleton, weights_dtype, find_blocks(skeleton))
     parameters = _parameters(skeleton, blocks)

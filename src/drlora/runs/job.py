@@ -26,6 +26,7 @@ from drlora.runs.held_out import refuse_unanswerable, word_for_word
 from drlora.runs.loading import (
     check_growth,
     check_start,
+    checkpoint_settings,
     fit_tokenizer,
     last_event,
     load_architecture,
@@ -275,6 +276,7 @@ def _refuse_settings(
 ) -> None:
     """What can be told before data is read."""
     recipe.quantise.refuse_missing()
+    checkpoint_settings(recipe)
     recipe.quantise.refuse_unfit(skeleton)
     if arguments.gradient_checkpointing and not skeleton.supports_gradient_checkpointing:
         raise ConfigError(

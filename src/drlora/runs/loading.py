@@ -174,6 +174,19 @@ def longest_example(data: DataSection | None, model: str, config: PreTrainedConf
     return int(wanted)
 
 
+def checkpoint_settings(recipe: NamesModel) -> dict[str, Any]:
+    """What `from_pretrained` is given to keep the model as a recipe or its checkpoint says.
+
+    Raises:
+        ConfigError: if the checkpoint is quantised in a way that cannot be kept.
+    """
+    return loading_settings(
+        from_root(resolve_model(recipe.model)),
+        recipe.quantise.config(),
+        trust_remote_code=recipe.trust_remote_code,
+    )
+
+
 def load_base_model(recipe: NamesModel) -> PreTrainedModel:
     """The model with its weights.
 
@@ -183,9 +196,7 @@ def load_base_model(recipe: NamesModel) -> PreTrainedModel:
     with _told(f"the weights of model={recipe.model!r} cannot be loaded", _MODEL_HINT):
         load: Any = AutoModelForCausalLM.from_pretrained
         name = from_root(resolve_model(recipe.model))  # what adapters will say their base is
-        kept = loading_settings(
-            name, recipe.quantise.config(), trust_remote_code=recipe.trust_remote_code
-        )
+        kept = checkpoint_settings(recipe)
         model, report = load(
             name,
             dtype="auto" if recipe.dtype == "auto" else getattr(torch, recipe.dtype),

@@ -10,12 +10,16 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
 from drlora.errors import ConfigError
 from drlora.moe.blocks import MoEBlock
 from drlora.moe.loading import QuantisedExperts
 from drlora.moe.quantise import refuse_unpackable
 from drlora.moe.rest import linears_of_rest, refuse_without_bitsandbytes
+from drlora.moe.stored.base import FORMS
+from drlora.moe.stored.config import stored_settings
+from drlora.moe.stored.refused import method_of
 from drlora.ops.storage.packed import packed_format
 from drlora.ops.weights import MATRICES
 
@@ -101,6 +105,18 @@ class QuantiseSection:
                 layer: Any = skeleton.get_submodule(name)
                 rest += layer.weight.numel() * saved
         return round(total - experts - rest)
+
+    def of_checkpoint(self, architecture: PreTrainedConfig) -> QuantiseSection:
+        """How the base is kept where its checkpoint is quantised already.
+
+        Args:
+            architecture: the model's config.
+        """
+        settings = stored_settings(architecture)
+        if self.experts is not None or settings is None or method_of(settings) not in FORMS:
+            return self
+        form = FORMS[method_of(settings)](settings)
+        return self if form.is_decoded else QuantiseSection(experts=form.storage)
 
     def __str__(self) -> str:
         """`nf4-nested experts, nf4 rest`."""
