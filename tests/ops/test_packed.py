@@ -15,6 +15,7 @@ from drlora.ops.contract import TOLERANCES, make_case
 from drlora.ops.loop import engine as loop_engine
 from drlora.ops.loop.engine import working_dtype
 from drlora.ops.storage import by_bitsandbytes, fp8, mxfp4, nf4
+from drlora.ops.storage.four_bits import codes_between
 from drlora.ops.storage.packed import FORMATS, Packed, packed_format
 
 NAMES = ["nf4", "nf4-nested", "int8", "mxfp4", "fp8"]
@@ -80,6 +81,18 @@ def naive_nf4(w_OI):
 def test_nf4_is_the_nearest_code():
     w = matrices(outputs=8, inputs=128, experts=1)
     assert torch.equal(Packed.of(w, nf4.Nf4()).wide()[0], naive_nf4(w[0]))
+
+
+@pytest.mark.parametrize("bounds", [nf4.BOUNDS, mxfp4._BOUNDS], ids=["nf4", "mxfp4"])
+def test_codes_are_how_many_bounds_lie_below(bounds):
+    """Of numbers at, next to and between the bounds, of zeros, the largest and the smallest."""
+    at = torch.tensor(bounds)
+    up, down = (torch.nextafter(at, torch.full_like(at, to)) for to in (9.0, -9.0))
+    some = torch.tensor([0.0, -0.0, 1.0, -1.0, 3e38, -3e38, 1e-45, -1e-45, 7.0])
+    numbers = torch.cat([at, up, down, -at, some, torch.randn(1024 * 1024)])
+    numbers = numbers[: len(numbers) // 32 * 32].view(-1, 32)
+    wanted = (numbers[..., None] > at).sum(dim=-1).to(torch.uint8)
+    assert torch.equal(codes_between(numbers, bounds), wanted)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

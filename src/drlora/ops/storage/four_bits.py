@@ -7,7 +7,7 @@ its cache holds until they are multiplied by their scales and rounded.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch import Tensor
 from drlora.ops.scratch import scratch
 from drlora.ops.storage.packed import TILE  # a multiple of every block
 
+UNDECIDED = 255
 # A type as large as four numbers, to move them at once.
 _FOUR = {torch.float32: torch.complex128, torch.bfloat16: torch.int64}
 
@@ -81,3 +82,38 @@ class FourBits:
             pair = [code[byte >> 4], code[byte & 15]]
             halves += pair if self.is_high_first else pair[::-1]
         return torch.stack(halves, dim=1)
+
+
+def codes_between(numbers_BN: Tensor, bounds: tuple[float, ...]) -> Tensor:
+    """uint8: how many of the bounds lie below each number.
+
+    The high 16 bits of a number tell, but for the few that share them with a bound: those are
+    compared with all bounds. A look into a table costs less than 15 comparisons.
+
+    Args:
+        numbers_BN: float32, contiguous.
+        bounds: ascending, at most 254.
+    """
+    numbers_N = numbers_BN.view(-1)
+    codes_N = torch.empty(len(numbers_N), dtype=torch.uint8, device=numbers_N.device)
+    table, all_bounds = _by_high_bits(bounds, numbers_N.device)
+    tile = min(TILE, len(numbers_N)) if numbers_N.device.type == "cpu" else len(numbers_N)
+    index_N = scratch("index", 1, tile, torch.int32, numbers_N.device)[0]
+    for numbers_n, codes_n in zip(numbers_N.split(tile), codes_N.split(tile), strict=True):
+        index_n = index_N[: len(numbers_n)].copy_(numbers_n.view(torch.uint16)[1::2])
+        torch.index_select(table, 0, index_n, out=codes_n)
+        near = torch.nonzero(codes_n == UNDECIDED)[:, 0]
+        codes_n[near] = (numbers_n[near, None] > all_bounds).sum(dim=1).to(torch.uint8)
+    return codes_N.view(numbers_BN.shape)
+
+
+@cache
+def _by_high_bits(bounds: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """(65536,) uint8 code of all numbers with such high bits, or UNDECIDED; and the bounds."""
+    high, all_bounds = torch.arange(2**16, dtype=torch.int32) << 16, torch.tensor(bounds)
+    least, most = (
+        (bits.view(torch.float32)[:, None] > all_bounds).sum(dim=1)
+        for bits in (high, high | 0xFFFF)
+    )
+    table = torch.where(least == most, least, UNDECIDED).to(torch.uint8)
+    return table.to(device), all_bounds.to(device)

@@ -6,10 +6,12 @@ of a byte; the scale s stands for 2 ** (s - 127).
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
-from drlora.ops.storage.four_bits import FourBits
+from drlora.ops.storage.four_bits import FourBits, codes_between
 from drlora.ops.storage.matrix import Coded
 from drlora.ops.storage.packed import BlockFormat, Parts, register_format
 
@@ -31,9 +33,8 @@ class Mxfp4(BlockFormat):
         absmax_B = blocks_BN.abs().amax(dim=1).clamp(min=2.0**-120)
         exponent_B = absmax_B.log2().floor() - LARGEST_EXPONENT
         scaled_BN = blocks_BN / torch.exp2(exponent_B)[:, None]
-        table = torch.tensor(CODES, device=w_OI.device)
-        codes_BN = torch.bucketize(scaled_BN.abs(), (table[1:] + table[:-1]) / 2)
-        codes_BN = (codes_BN + 8 * (scaled_BN < 0)).to(torch.uint8)
+        codes_BN = codes_between(scaled_BN.abs(), _BOUNDS)
+        codes_BN |= (scaled_BN < 0).view(torch.uint8) << 3
         outputs, inputs = w_OI.shape
         pairs = codes_BN.view(-1, 2)
         packed = (pairs[:, 1] << 4) | pairs[:, 0]
@@ -59,6 +60,8 @@ class Mxfp4(BlockFormat):
         return outputs, blocks * BLOCK
 
 
+# Half way between neighbours.
+_BOUNDS = tuple((low + high) / 2 for low, high in pairwise(CODES))
 # Powers of two times such codes are numbers of bfloat16.
 _NUMBERS = FourBits([*CODES, *(-c for c in CODES)], is_high_first=False, in_bfloat16=True)
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from drlora.ops.storage.by_bitsandbytes import filler
-from drlora.ops.storage.four_bits import FourBits
+from drlora.ops.storage.four_bits import FourBits, codes_between
 from drlora.ops.storage.matrix import Coded
 from drlora.ops.storage.packed import BlockFormat, Parts, register_format
 
@@ -48,7 +48,7 @@ class Nf4(BlockFormat):
         blocks_BN = w_OI.contiguous().view(-1, BLOCK).float()
         absmax_B = blocks_BN.abs().amax(dim=1)
         scaled_BN = blocks_BN * (1.0 / absmax_B.clamp(min=1e-38))[:, None]
-        codes_BN = _codes_of(scaled_BN.clamp_(-1, 1))
+        codes_BN = codes_between(scaled_BN.clamp_(-1, 1), BOUNDS)
         pairs = codes_BN.view(-1, 2)
         outputs, inputs = w_OI.shape
         return {
@@ -115,14 +115,6 @@ def _coded(codes_EOC: Tensor, scale_EOB: Tensor) -> Coded:
 @cache
 def _codes(device: torch.device) -> Tensor:
     return torch.tensor(CODES, device=device)
-
-
-def _codes_of(scaled_BN: Tensor) -> Tensor:
-    """uint8 codes: how many bounds lie below each number. Comparing is faster than bucketize."""
-    codes_BN = torch.zeros(scaled_BN.shape, dtype=torch.uint8, device=scaled_BN.device)
-    for bound in BOUNDS:
-        codes_BN += scaled_BN > bound
-    return codes_BN
 
 
 def _read(codes_OC: Tensor, scale_OB: Tensor, out_OI: Tensor) -> Tensor:
