@@ -6,6 +6,8 @@ examples as well, and compares: what is returned are the largest differences.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -178,20 +180,23 @@ def compare(folder: Path) -> dict[str, Any]:
     return found | {"collectives": collectives(models[1], folder)}
 
 
-def collectives(model: PeftModel, folder: Path) -> dict[str, dict[str, int]]:
+def collectives(model: PeftModel, folder: Path) -> dict[str, Any]:
     """How many there are in a step of one batch: with the adapter, without, to grow and to save."""
     dynamics = drlora.RankDynamics(model, STEPS, step=1)
     model.zero_grad()
-    counted = {}
+    counted: dict[str, Any] = {}
     with CommDebugMode() as mode:
         loss = model(**examples(0, True)).loss
     counted["forward"] = by_name(mode)
     with CommDebugMode() as mode:
         loss.backward()
     counted["backward"] = by_name(mode)
-    with CommDebugMode() as mode:
+    with CommDebugMode() as mode, all_reduces() as sizes:
         dynamics.before_optimizer_step()
-    counted["dynamics"] = by_name(mode)
+    counted["dynamics"], counted["numbers summed"] = by_name(mode), sizes
+    with CommDebugMode() as mode:
+        dynamics._agree()
+    counted["agreement"] = by_name(mode)
     with CommDebugMode() as mode, torch.no_grad(), model.disable_adapter():
         model(**examples(0, True))
     counted["frozen forward"] = by_name(mode)
@@ -199,6 +204,22 @@ def collectives(model: PeftModel, folder: Path) -> dict[str, dict[str, int]]:
         model.save_pretrained(folder / "saved", is_main_process=dist.get_rank() == 0)
     counted["save"] = by_name(mode)
     return counted
+
+
+@contextmanager
+def all_reduces() -> Iterator[list[int]]:
+    """How many numbers each all-reduce adds up meanwhile."""
+    sizes, real = [], dist.all_reduce
+
+    def counting(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        sizes.append(tensor.numel())
+        return real(tensor, *args, **kwargs)
+
+    dist.all_reduce = counting
+    try:
+        yield sizes
+    finally:
+        dist.all_reduce = real
 
 
 def by_name(mode: CommDebugMode) -> dict[str, int]:

@@ -192,5 +192,8 @@ def test_collectives_are_those_that_the_page_says(own_loop):
     assert counts["backward"]["allgather_base"] <= frozen["allgather_base"] + pools
     assert counts["backward"]["all_to_all_single"] <= frozen["all_to_all_single"]
     assert counts["dynamics"] == {"allreduce": 2}
+    blocks, experts, rows = 2, 6, 6 * 6
+    assert counts["numbers summed"] == [blocks * (experts + 1), pools * rows]
+    assert counts["agreement"] == {"allgather": 1}
     # A and B of every pool, and nothing of the base model.
-    assert counts["save"] == {"allgather_base": 2 * pools}
+    assert counts["save"] == {"all_gather_into_tensor": 2 * pools}
