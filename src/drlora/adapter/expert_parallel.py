@@ -5,23 +5,20 @@ expert and back. The rows of a pool are not split by expert: any process may hol
 one that computes an expert gathers that expert's rows. So a rank that goes to an expert elsewhere
 changes its owner and nothing else: budget, decisions, statistics and files are those of any run.
 
-A pool is a unit of FSDP2 of its own over the data-parallel processes: each keeps a share of rows,
-moments and gradients, and backward adds up what the experts of all processes contributed.
+A pool is a unit of FSDP2 of its own over the data-parallel processes (sharded): each keeps a share
+of rows, moments and gradients, and backward adds up what the experts of all processes contributed.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
 
+from drlora.adapter.sharded import meshes_of, settings_of
 from drlora.errors import ConfigError
 from drlora.moe.families import Family
 from drlora.moe.refusals import is_expert_parallel
@@ -48,7 +45,7 @@ class Exchange:
         from transformers.distributed.expert_parallel import EPImplementationInterface
 
         of_base: Any = base_layer
-        meshes, settings = _meshes(model), _settings(model)
+        meshes, settings = meshes_of(model), settings_of(model)
         ep_mesh: DeviceMesh = meshes.get_mesh("ep")
         self.base_layer = of_base
         self.num_experts: int = of_base.num_experts
@@ -119,7 +116,7 @@ def refuse_unfit_experts(name: str, module: nn.Module, family: Family, model: nn
     if not is_expert_parallel(module):
         return
     of = f"the experts of {name} ({type(module).__name__}) are expert-parallel"
-    meshes, settings = _meshes(model), _settings(model)
+    meshes, settings = meshes_of(model), settings_of(model)
     if meshes is None or settings is None:
         raise ConfigError(
             f"{of}, but the model does not say over which processes: load it with transformers' "
@@ -141,75 +138,6 @@ def refuse_unfit_experts(name: str, module: nn.Module, family: Family, model: nn
             f"{of} by a kernel that has no backward pass (megamoe): load the model with "
             f"ep_implementation='auto' and another experts_implementation."
         )
-
-
-def put_shards_back(model: nn.Module) -> None:
-    """Before an adapter comes in: what FSDP2 left gathered after a call of the model is sharded.
-
-    PEFT would freeze the gathered weights, and the shards would train on.
-    """
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
-
-
-def share_out(model: nn.Module, adapter: str, pools: Iterable[nn.Module]) -> None:
-    """Share out what an adapter trains on a model that transformers sharded when it was loaded.
-
-    Each of these is a unit of FSDP2 of its own over the data-parallel processes, so its gradient is
-    averaged under the Trainer and in a loop of one's own: pools, and ordinary LoRA.
-
-    Args:
-        model: the whole model; one that was not sharded then is left alone.
-        adapter: its name.
-        pools: the rank pools.
-
-    Raises:
-        ConfigError: if the adapter has no memory yet.
-    """
-    if not was_sharded_at_load(model):
-        return
-    meshes, settings = _meshes(model), _settings(model)
-    replicas = settings.dp_replicate_size > 1
-    mesh = meshes.get_mesh(("dp_replicate", "fsdp") if replicas else "fsdp")
-    for unit in [*([pool] for pool in pools), *_ordinary_lora(model, adapter)]:
-        if any(parameter.is_meta for module in unit for parameter in module.parameters()):
-            raise ConfigError(
-                "low_cpu_mem_usage=True cannot work on a model that was sharded when it was "
-                "loaded: an adapter without memory cannot be shared out. Leave it out."
-            )
-        fully_shard(unit, mesh=mesh, reshard_after_forward=True)
-    names = [name for name, p in model.named_parameters() if p.requires_grad and not _is_shared(p)]
-    if names:
-        warnings.warn(
-            f"{names[0]} and {len(names) - 1} more are trained but not sharded: transformers' "
-            f"Trainer averages their gradients over processes, a loop of your own must do so.",
-            stacklevel=2,
-        )
-
-
-def was_sharded_at_load(model: nn.Module) -> bool:
-    """Whether transformers shared out the model's weights, so that none of them is whole."""
-    settings = _settings(model)
-    return _meshes(model) is not None and settings is not None and settings.dp_size > 1
-
-
-def _ordinary_lora(model: nn.Module, adapter: str) -> Iterator[list[nn.Module]]:
-    for module in model.modules():
-        if isinstance(module, LoraLayer) and adapter in module.lora_A:
-            yield [module.lora_A[adapter], module.lora_B[adapter]]
-
-
-def _is_shared(parameter: Tensor) -> bool:
-    return isinstance(parameter.data, DTensor)
-
-
-def _meshes(model: nn.Module) -> Any:
-    return getattr(model, "_mesh_manager", None)
-
-
-def _settings(model: nn.Module) -> Any:
-    return getattr(getattr(model, "config", None), "distributed_config", None)
 
 
 def _implementation(module: Any) -> str:

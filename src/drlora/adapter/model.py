@@ -24,11 +24,6 @@ from peft.utils import (
 )
 from torch import Tensor, nn
 
-from drlora.adapter.expert_parallel import (
-    put_shards_back,
-    share_out,
-    was_sharded_at_load,
-)
 from drlora.adapter.files import (
     CONTAINER,
     put_embeddings_in_place,
@@ -45,6 +40,11 @@ from drlora.adapter.layer import DrLoraExperts
 from drlora.adapter.linear import choose_targets, lora_config, refuse_endless
 from drlora.adapter.observe import forget_tokens
 from drlora.adapter.router import TrainedRouters, forget_router_logits, note_router_logits
+from drlora.adapter.sharded import (
+    put_shards_back,
+    share_out,
+    was_sharded_at_load,
+)
 from drlora.config.adapter import DrLoraConfig
 from drlora.config.peft_type import DRLORA
 from drlora.distributed.held import whole_weights
