@@ -7,6 +7,7 @@ which process this is. A case is one run with transformers' Trainer; `own-loop`:
 from __future__ import annotations
 
 import json
+import os
 import sys
 import warnings
 from dataclasses import dataclass, field
@@ -76,6 +77,8 @@ CASES = {
     "full-resumed": Case("full", start="full"),
     "sharded": Case("sharded", arguments={"save_strategy": "steps"}),
     "sharded-resumed": Case("sharded", start="sharded"),
+    "killed": Case("sharded", arguments={"save_strategy": "steps"}),
+    "killed-resumed": Case("sharded", start="killed"),
     "bf16": Case("full", **_BF16 | {"arguments": {"bf16": True, "save_strategy": "steps"}}),
     "bf16-resumed": Case("full", **_BF16, start="bf16"),
 }
@@ -84,8 +87,14 @@ CASES = {
 class History(TrainerCallback):
     """The ranks after every change of them, and the budget after every step."""
 
-    def __init__(self, callback: drlora.DrLoraCallback) -> None:
+    def __init__(self, callback: drlora.DrLoraCallback, is_killed: bool) -> None:
         self.callback, self.ranks, self.budgets = callback, [], []
+        self.is_killed = is_killed
+
+    def on_substep_end(self, args: Any, state: Any, *others: Any, **kwargs: Any) -> None:
+        """In the middle of a step one process may end without a word."""
+        if self.is_killed and state.global_step == CUT + 2 and dist.get_rank() == 1:
+            os._exit(9)
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         """Note them."""
@@ -131,7 +140,7 @@ def train(folder: Path, name: str, world: int) -> dict[str, Any]:
             "state_dict_type": f"{case.engine.upper()}_STATE_DICT"}}  # fmt: skip
     place = folder / (case.start or name)
     callback = drlora.DrLoraCallback()
-    history = History(callback)
+    history = History(callback, name == "killed")
     # Not Adam's 1e-8: it would turn a gradient that is mere rounding into a full step.
     defaults: dict[str, Any] = dict(
         adam_epsilon=1e-6,

@@ -7,6 +7,7 @@ accelerate's FSDP2 goes through tests/accelerate_double.py.
 from __future__ import annotations
 
 import socket
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,18 @@ SCRIPT = str(Path(__file__).parents[1] / "fsdp_processes.py")
 
 
 def run_processes(folder: Path, count: int, cases: list[str]) -> None:
-    """The script in `count` processes, as torchrun would start it."""
+    """The script in `count` processes, which must end well."""
+    for rank, job in enumerate(start_processes(folder, count, cases)):
+        finish(job, folder / f"printed-{rank}")
+
+
+def start_processes(folder: Path, count: int, cases: list[str]) -> list[BaseProcess]:
+    """It, as torchrun would start it."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     size = str(count)
-    jobs = [
+    return [
         start_python(
             [SCRIPT, str(folder), *cases],
             folder / f"printed-{rank}",
@@ -42,14 +49,13 @@ def run_processes(folder: Path, count: int, cases: list[str]) -> None:
         )
         for rank in range(count)
     ]
-    for rank, job in enumerate(jobs):
-        finish(job, folder / f"printed-{rank}")
 
 
 @pytest.fixture(scope="module")
 def two(once) -> Path:
     """All cases in two processes; DDP first, for FSDP's settings stay in the environment."""
     names = sorted(CASES, key=lambda name: CASES[name].engine in ("full", "sharded"))
+    names = [name for name in names if not name.startswith("killed")]
     return once("fsdp-two", lambda folder: run_processes(folder, 2, [*names, "own-loop"]))
 
 
@@ -118,6 +124,19 @@ def test_fsdp2_resumes_to_the_bit(two, name):
     for part in ("adapter", "state"):
         for key, value in straight[part].items():
             assert torch.equal(resumed[part][key], value), key
+
+
+def test_a_process_that_is_killed_ends_the_others_and_the_run_resumes(two, tmp_path):
+    """In the middle of a step, two steps after a checkpoint."""
+    jobs = start_processes(tmp_path, 2, ["killed"])
+    for job in jobs:
+        job.join(120)
+    assert [job.exitcode for job in jobs] == [1, 9]
+    # What gloo says differs with the moment, but for this.
+    assert "logs of the remote worker" in (tmp_path / "printed-0").read_text("utf-8")
+    run_processes(tmp_path, 2, ["killed-resumed"])
+    resumed, wanted = found(tmp_path, "killed-resumed"), found(two, "sharded")
+    assert all(torch.equal(resumed["adapter"][key], v) for key, v in wanted["adapter"].items())
 
 
 @pytest.mark.parametrize("name", ["ep-olmoe", "loaded-olmoe", "full", "bf16"])
