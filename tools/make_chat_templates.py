@@ -2,9 +2,10 @@
 
     python tools/make_chat_templates.py          # with --check, only say whether it is there
 
-Each template that TRL ships, and that of the embedded model, encodes six kinds of conversation
-whose texts are words found nowhere else. What is trained is decoded again: every word of the
-assistant and a token that ends each of its turns must be in it, and no word of anybody else.
+Each template that TRL ships, that of the embedded model, and three whose form is public and whose
+text no package has, encode six kinds of conversation whose texts are words found nowhere else.
+What is trained is decoded again: every word of the assistant and a token that ends each of its
+turns must be in it, and no word of anybody else.
 """
 
 from __future__ import annotations
@@ -56,6 +57,26 @@ CASES: dict[str, dict[str, Any]] = {
         "messages": [("user", "QQQ"), ("assistant", "AAA", {"reasoning_content": "HHH"})]
     },
 }
+# Forms of chats as their model cards show them, in words of our own.
+FORMS = {
+    "Mixtral's form": (
+        "{{ bos_token }}{% for m in messages %}"
+        "{% if m.role != ['user', 'assistant'][loop.index0 % 2] %}"
+        "{{ raise_exception('user and assistant take turns, beginning with user') }}{% endif %}"
+        "{% if m.role == 'user' %}{{ ' [INST] ' + m.content + ' [/INST]' }}"
+        "{% else %}{{ ' ' + m.content + eos_token }}{% endif %}{% endfor %}"
+    ),
+    "Llama 4's form": (
+        "{{ bos_token }}{% for m in messages %}"
+        "{{ '<|header_start|>' + m.role + '<|header_end|>\n\n' + m.content + '<|eot|>' }}"
+        "{% endfor %}{% if add_generation_prompt %}"
+        "{{ '<|header_start|>assistant<|header_end|>\n\n' }}{% endif %}"
+    ),
+    "Phi-3.5-MoE's form": (
+        "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + '<|end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"
+    ),
+}
 _OURS = ("AAA", "BBB", "HHH", "CCC")  # words of the assistant
 _OTHERS = ("QQQ", "RRR", "SSS", "TTT", "DDD")
 _SPECIAL = re.compile(
@@ -68,7 +89,7 @@ def templates() -> dict[str, str]:
     """Name -> text."""
     found = {path.stem: path.read_text(encoding="utf-8") for path in sorted(FOLDER.glob("*.jinja"))}
     own = AutoTokenizer.from_pretrained(model_folder()).get_chat_template()
-    return {"embedded (OLMoE's)": own, **found}
+    return {"embedded (OLMoE's)": own, **FORMS, **found}
 
 
 def tokenizer_with(template: str) -> PreTrainedTokenizerBase:

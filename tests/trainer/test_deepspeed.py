@@ -103,6 +103,13 @@ def test_zero_trains_what_data_parallelism_does(folder, name, twin):
     assert any(value.abs().max() > 1e-3 for k, value in wanted["final"].items() if "lora_B" in k)
 
 
+def test_a_model_that_was_loaded_in_parts_trains_as_one_that_was_split_later(folder):
+    """zero.Init changes nothing, to the bit."""
+    early, late = result(folder, "z3-init"), result(folder, "z3")
+    assert torch.equal(early["losses"], late["losses"])
+    assert all(torch.equal(early["final"][key], value) for key, value in late["final"].items())
+
+
 @pytest.mark.parametrize("name", RUNS)
 def test_the_runs_are_what_they_are_meant_to_be(folder, name):
     """Clipped in every step, all of the budget spent, ranks moved."""

@@ -5,14 +5,18 @@ DeepSpeed is not needed: its configuration is a dictionary, as the Trainer has r
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from tiny_trainer import make_trainer
+from transformers import TrainingArguments
 
 import drlora
+from drlora.runs.arguments import _refuse_arguments
 from drlora.trainer.deepspeed import refuse_unfit_deepspeed
+from drlora.trainer.objectives import OwnSettings
 
 
 def arguments(compiled: bool = False, **config: Any) -> Any:
@@ -58,6 +62,16 @@ def test_refused(asked, said):
 )
 def test_not_refused(asked):
     refuse_unfit_deepspeed(asked)
+
+
+def test_a_recipe_may_not_ask_for_zero_3(tmp_path):
+    """A run measures its model outside of the engine."""
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, max_steps=1, report_to=[])
+    for is_stage_3 in (False, True):
+        arguments.hf_deepspeed_config = SimpleNamespace(is_zero3=lambda asked=is_stage_3: asked)
+        with pytest.raises(drlora.ConfigError) if is_stage_3 else nullcontext() as said:
+            _refuse_arguments(arguments, OwnSettings.of({}))
+    assert "asks for ZeRO-3" in str(said.value) and "Set the stage to 2" in str(said.value)
 
 
 def test_the_callback_asks(tmp_path):

@@ -69,6 +69,13 @@ def _refuse_arguments(arguments: TrainingArguments, own: OwnSettings) -> None:
             "training.auto_find_batch_size=true: each process would find a batch of its own; set "
             "training.per_device_train_batch_size."
         )
+    read: Any = getattr(arguments, "hf_deepspeed_config", None)
+    if read is not None and read.is_zero3():
+        raise ConfigError(
+            "training.deepspeed asks for ZeRO-3: a run measures its model before and after "
+            "training, by itself, and cannot while ZeRO has the weights. Set the stage to 2, or "
+            "write a script with transformers' Trainer (docs/many-processes.md)."
+        )
     if arguments.n_gpu > 1:
         raise ConfigError(
             f"{arguments.n_gpu} GPUs are visible to one process, which TRL does not train on; "

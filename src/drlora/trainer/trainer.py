@@ -61,6 +61,8 @@ def rehearse(arguments: TrainingArguments, total_steps: int) -> None:
             "training.use_liger_kernel=true needs the package liger-kernel: pip install "
             "liger-kernel, or leave it out."
         )
+    if arguments.deepspeed:  # whose plugin belongs to the first Accelerator of a process
+        return
     with tempfile.TemporaryDirectory() as folder:
         tried = copy.copy(arguments)
         tried.output_dir, tried.push_to_hub = folder, False
