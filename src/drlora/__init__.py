@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from drlora.runs.recipe import load_recipe
     from drlora.runs.train import train
     from drlora.trainer.callback import DrLoraCallback
+    from drlora.verification.verify import Verification, verify
 
 # Module -> the public names that it defines.
 _NAMES = {
@@ -78,6 +79,7 @@ _NAMES = {
     "runs.recipe": ("load_recipe",),
     "runs.train": ("train",),
     "trainer.callback": ("DrLoraCallback",),
+    "verification.verify": ("Verification", "verify"),
 }
 _HOMES = {name: module for module, names in _NAMES.items() for name in names}
 
@@ -94,6 +96,7 @@ __all__ = [
     "RunDiverged",
     "RunInterrupted",
     "SyncError",
+    "Verification",
     "__version__",
     "adapter_state",
     "chat",
@@ -114,6 +117,7 @@ __all__ = [
     "run_comparison",
     "start_ranks",
     "train",
+    "verify",
     "write_checkpoint",
     "write_recipe",
     "write_report",

@@ -119,7 +119,7 @@ def test_names(deltas, tmp_path, monkeypatch):
 
     Of what comes with drlora each file gives the format of its name, with all that is asked of it.
     """
-    assert list(FORMATS) == ["merged", "peft", "per-expert", "deltas"] and len(FORMATS) == 4
+    assert list(FORMATS) == ["merged", "mlx", "peft", "per-expert", "deltas"] and len(FORMATS) == 5
     for name in FORMATS:
         format = FORMATS[name]
         assert format.name == name
@@ -132,5 +132,5 @@ def test_names(deltas, tmp_path, monkeypatch):
     (tmp_path / "of_mine.py").write_text("from test_formats import Deltas\nFORMAT = Deltas()\n")
     monkeypatch.setattr(formats, "__path__", [*formats.__path__, str(tmp_path)])
     monkeypatch.setattr(formats, "FORMATS", found := formats._Formats())
-    assert list(found) == ["merged", "peft", "per-expert", "of-mine"]
+    assert list(found) == ["merged", "mlx", "peft", "per-expert", "of-mine"]
     assert found["of-mine"].name == "deltas"

@@ -25,6 +25,7 @@ NAMES = {
     "RunDiverged",
     "RunInterrupted",
     "SyncError",
+    "Verification",
     "__version__",
     "adapter_state",
     "chat",
@@ -46,6 +47,7 @@ NAMES = {
     "run_comparison",
     "start_ranks",
     "train",
+    "verify",
     "write_checkpoint",
     "write_recipe",
     "write_report",
@@ -130,7 +132,7 @@ def test_command_line_verbs():
     (verbs,) = [a for a in make_parser()._actions if isinstance(a, argparse._SubParsersAction)]
     assert set(verbs.choices) == {
         "init", "data", "train", "eval", "generate", "chat", "inspect", "export", "compare",
-        "report", "env",
+        "report", "verify", "env",
     }  # fmt: skip
 
 
@@ -152,8 +154,9 @@ VERBS = {
     "inspect": ["model", "config", "steps", "dtype", "tokens", "quantise", "optim"],
     "export_adapter": [
         "folder", "format", "output", "rank", "dry_run", "model", "data", "trust_remote_code",
-        "max_shard_size", "rounding", "seed", "merge_into",
+        "max_shard_size", "rounding", "seed", "merge_into", "routers",
     ],
+    "verify": ["folder", "base", "merged"],
     "write_report": ["folders", "output", "format"],
     "run_comparison": [
         "path", "overrides", "jobs", "threads", "dry_run", "only_page", "retry_failed", "progress",

@@ -10,7 +10,7 @@ import difflib
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from drlora.export.choices import MERGE_INTO, RANKS, ROUNDINGS
+from drlora.export.choices import MERGE_INTO, RANKS, ROUNDINGS, ROUTERS
 from drlora.export.formats import FORMATS
 from drlora.io.files import home
 from drlora.report import FORMATS as REPORT_FORMATS
@@ -53,6 +53,10 @@ INSPECT = """examples:
 EXPORT = """examples:
   drlora export runs/own-data --format peft -o out/peft --dry-run
   drlora export runs/own-data --format merged -o out/merged --max-shard-size 5GB
+"""
+VERIFY = """examples:
+  drlora verify path/to/adapter
+  drlora verify path/to/adapter --base path/to/model --merged path/to/merged --json
 """
 COMPARE = """examples:
   drlora compare experiments/quick.yaml --dry-run
@@ -237,6 +241,12 @@ def _export(verb: argparse.ArgumentParser) -> None:
         "-o", "--output", required=True, metavar="DIR", type=home, help="a new or empty folder"
     )
     verb.add_argument("--rank", default="padded", choices=RANKS, help="auto: as small as it gets")
+    verb.add_argument(
+        "--routers",
+        default=ROUTERS[0],
+        choices=ROUTERS,
+        help="trained ones as LoRA (exact: at a rank that holds them; lora: without) or full",
+    )
     _dry_run(verb, "print the plan, write nothing")
     verb.add_argument("--data", metavar="FILE", type=home, help="examples to compare logits on")
     verb.add_argument("--max-shard-size", metavar="5GB", help="of one file of merged weights")
@@ -254,6 +264,14 @@ def _export(verb: argparse.ArgumentParser) -> None:
         help="of a base that was quantised in training: the numbers it stood for, or the original",
     )
     _base_model(verb)
+
+
+def _verify(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("adapter", metavar="ADAPTER", type=home, help="a folder with an adapter")
+    verb.add_argument("--base", metavar="MODEL", type=home, help="default: what the adapter names")
+    verb.add_argument(
+        "--merged", metavar="DIR", type=home, help="the base with the adapter merged into it"
+    )
 
 
 def _compare(verb: argparse.ArgumentParser) -> None:
@@ -303,6 +321,7 @@ VERBS: dict[str, tuple[str, str, Callable[[Any], None]]] = {
     "chat": ("talk to a run, an export or a model", CHAT, _chat),
     "inspect": ("blocks, experts, memory and growth plan of a model", INSPECT, _inspect),
     "export": ("write an adapter for PEFT, serving engines or as a model", EXPORT, _export),
+    "verify": ("check anybody's LoRA on the experts of a model", VERIFY, _verify),
     "compare": ("run a plan of models, tasks, methods and seeds", COMPARE, _compare),
     "report": ("write a page on one or several runs, to look at", REPORT, _report),
     "env": ("what a report of a fault needs: versions, machine, devices", ENV, _env),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 FAILED_CELL = 1
+UNSOUND = 1
 BAD_INPUT = 2
 DIVERGED = 3
 INTERRUPTED = 130

@@ -18,6 +18,8 @@ def print_export(result: ExportResult, output: str | Path, console: Console) -> 
     console.print(f"ranks    {low} to {high} (mean {mean:.4g}) in the adapter{padded}")
     console.print(f"weights  {plan.weight_bytes / 2**20:.2f} MiB")
     console.print(f"files    {', '.join(plan.files)}")
+    for reading in plan.readings:
+        console.print(f"engine   {reading}")
     for note in (*plan.notes, *result.notes):
         console.print(f"note     {note}")
     if result.difference is None:

@@ -7,7 +7,8 @@
     drlora generate RUN|EXPORT --prompts FILE [key=value ...] [--compare]
     drlora chat RUN|EXPORT [key=value ...] [--compare] [--system TEXT]
     drlora inspect MODEL [key=value ...] [--steps N] [--tokens N]
-    drlora export RUN --format peft|per-expert|merged -o DIR [--rank auto] [--dry-run]
+    drlora export RUN --format peft|per-expert|mlx|merged -o DIR [--rank auto] [--dry-run]
+    drlora verify ADAPTER [--base MODEL] [--merged DIR]
     drlora report RUN [RUN ...] [-o FILE] [--format html|png|svg|md]
     drlora compare PLAN.yaml [key=value ...] [--jobs N] [--dry-run] [--retry-failed]
     drlora env
@@ -15,8 +16,9 @@
 Every verb takes --json, --plugin FILE and --help (with examples). `drlora --print-completion bash`
 writes a completion script, where shtab is installed.
 
-Exit codes: 0 done, 1 a run of a comparison failed, 2 something to put right (one message on
-standard error), 3 a run that diverged, 130 interrupted, 143 terminated (SIGTERM).
+Exit codes: 0 done, 1 a run of a comparison failed or an adapter has a fault, 2 something to put
+right (one message on standard error), 3 a run that diverged, 130 interrupted, 143 terminated
+(SIGTERM).
 """
 
 from __future__ import annotations

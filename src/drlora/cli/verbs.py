@@ -25,6 +25,7 @@ from drlora.cli.notes import notes_once
 from drlora.cli.progress import ConsoleProgress
 from drlora.cli.summary import print_summary
 from drlora.cli.talk import print_answer, print_end, talk
+from drlora.cli.verification import print_verification
 from drlora.compare.comparison import run_comparison
 from drlora.errors import CheckpointError, ConfigError, Terminated
 from drlora.io.settings import set_in, split_override
@@ -46,6 +47,7 @@ from drlora.runs.recipe import load_recipe, make_adapter_config, quantise_sectio
 from drlora.runs.rundir import RunDir
 from drlora.runs.sampling import check_settings, settings_from
 from drlora.runs.train import train
+from drlora.verification.verify import verify
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -239,12 +241,22 @@ def _export(arguments: argparse.Namespace) -> int:
         rounding=arguments.rounding,
         seed=arguments.seed,
         merge_into=arguments.merge_into,
+        routers=arguments.routers,
     )
     if arguments.json:
         print(json.dumps(result.to_dict(), indent=2))
         return 0
     print_export(result, arguments.output, Console(highlight=False, soft_wrap=True, markup=False))
     return 0
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    found = verify(arguments.adapter, arguments.base, arguments.merged)
+    if arguments.json:
+        print(json.dumps(found.to_dict(), indent=2))
+    else:
+        print_verification(found, Console(highlight=False, soft_wrap=True, markup=False))
+    return 0 if found.is_sound else exits.UNSOUND
 
 
 def _compare(arguments: argparse.Namespace) -> int:
@@ -280,6 +292,7 @@ ACTIONS: dict[str, Callable[[argparse.Namespace], int]] = {
     "chat": _chat,
     "inspect": _inspect,
     "export": _export,
+    "verify": _verify,
     "compare": _compare,
     "report": _report,
     "env": _env,

@@ -2,5 +2,6 @@
 
 peft         plain PEFT LoRA on target_parameters: PEFT, SGLang, vLLM
 per-expert   2-D keys of each expert: vLLM, SGLang, llama.cpp's converter
+mlx          stacked tensors: mlx-lm
 merged       full weights in the model's own checkpoint format
 """

@@ -3,5 +3,7 @@
 from __future__ import annotations
 
 RANKS = ("padded", "auto")
+# auto: as the readers of the format take them, with nothing lost.
+ROUTERS = ("auto", "lora", "exact", "full")
 ROUNDINGS = ("stochastic", "nearest")
 MERGE_INTO = ("trained", "original")

@@ -22,6 +22,7 @@ from drlora.export.attached import compare_attached
 from drlora.export.check import Batch
 from drlora.export.make import Made, measured
 from drlora.export.reference import compare_trained
+from drlora.export.routers import can_be_lora, note_on, routers_as_lora
 from drlora.export.updates import Updates, base_of, collect_updates
 from drlora.io.places import from_root
 from drlora.io.run_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, EXPORT_RECORD, README
@@ -60,16 +61,18 @@ class Format(ABC):
     files: ClassVar[tuple[str, ...]]
 
     @abstractmethod
-    def plan(self, model: PeftModel, adapter: str, rank: str) -> Contents:
+    def plan(self, model: PeftModel, adapter: str, rank: str, routers: str = "auto") -> Contents:
         """What an export will write.
 
         Args:
             model: carries the adapter; its base weights may be on the meta device.
             adapter: its name.
             rank: `padded` or `auto`, see `make_plan`.
+            routers: one of `choices.ROUTERS`, see `make_plan`.
 
         Raises:
-            ConfigError: if the format has no place for the adapter, or none for `rank`.
+            ConfigError: if the format has no place for the adapter, or none for `rank` or
+                `routers`.
             CheckpointError: if what would be written could not be read back.
         """
 
@@ -115,14 +118,20 @@ class LoraFormat(Format):
 
     Attributes:
         all_matrices: whether a matrix of the experts that is not adapted is written at rank 0.
+        routers: what `auto` stands for: how its readers take trained routers.
     """
 
     files = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, EXPORT_RECORD, README)
     all_matrices: ClassVar[bool] = False
+    routers: ClassVar[str] = "full"
 
     @abstractmethod
     def attach(self, base: PreTrainedModel, updates: Updates) -> PeftModel:
         """`base` with what PEFT makes of the export, as the adapter `default`."""
+
+    def peft_loads(self, base: PreTrainedModel) -> bool:
+        """Whether PEFT itself loads such a folder."""
+        return True
 
     @abstractmethod
     def size_bytes(self, base: PreTrainedModel, updates: Updates) -> int:
@@ -132,7 +141,7 @@ class LoraFormat(Format):
         """What the user of such an export should know."""
         return []
 
-    def plan(self, model: PeftModel, adapter: str, rank: str) -> Contents:
+    def plan(self, model: PeftModel, adapter: str, rank: str, routers: str = "auto") -> Contents:
         """All updates at one rank."""
         base: Any = model.get_base_model()
         updates = collect_updates(model, adapter, self.all_matrices)
@@ -145,7 +154,18 @@ class LoraFormat(Format):
             smaller = updates.shrunk()
             notes.append(f"rank auto: padded to {smaller.rank} instead of {updates.rank}")
             updates = smaller
-        notes += self.notes(base, updates)
+        kind = routers
+        if kind == "auto":
+            kind = self.routers if can_be_lora(updates, model, adapter) else "full"
+        if kind != "full":
+            before = updates.rank
+            updates = routers_as_lora(updates, model, adapter, exact=kind == "exact")
+            if updates.rank > before:
+                notes.append(
+                    f"the rank is raised from {before} to {updates.rank} for the routers; "
+                    f"--routers lora keeps it, and leaves a part of them out"
+                )
+        notes += [*note_on(updates), *self.notes(base, updates)]
         return Contents(updates, self.size_bytes(base, updates), tuple(notes))
 
     def make(
@@ -157,7 +177,7 @@ class LoraFormat(Format):
     ) -> Made:
         """The base with the LoRA that PEFT reads, each weight compared."""
         assert updates is not None
-        known = measured(model, batches, NEAREST, merged=False)
+        known = measured(model, batches, NEAREST, merged=False, updates=updates)
         base = base_of(model, known.adapter)
         result = self.attach(base, updates)
         weights = compare_attached(result, known.reference)
@@ -165,10 +185,13 @@ class LoraFormat(Format):
         compare_trained(weights, lambda n: copies(n).modules_to_save["default"], known.reference)
         notes = []
         if known.cost:
-            notes.append(
-                f"trained routers are in {known.dtype} beside this base; that rounding moves "
-                f"logits by {known.cost:.1%} of what the adapter does to them"
+            cause = (
+                "what is left out of the routers"
+                if any(updates.routers.values())
+                else f"trained routers are in {known.dtype} beside this base; that rounding"
             )
+            effect = "of what the adapter does to them"
+            notes.append(f"{cause} moves logits by {known.cost:.1%} {effect}")
         return Made(result, known.compared(result, weights), None, notes)
 
 

@@ -21,9 +21,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from drlora.export.check import Batch, Difference, Gap, difference, logits_of, ratio
+from drlora.export.factors import Factors
 from drlora.export.float32 import NARROW, can_be_widened
 from drlora.export.merging import as_if_merged, round_trained, untie
 from drlora.export.reference import Deviation, Reference
+from drlora.export.updates import Updates
 from drlora.ops.merge import Rounding
 
 ROUNDING = Rounding("stochastic")
@@ -78,7 +80,11 @@ class Measured:
 
 
 def measured(
-    model: PeftModel, batches: Sequence[Batch], rounding: Rounding, merged: bool
+    model: PeftModel,
+    batches: Sequence[Batch],
+    rounding: Rounding,
+    merged: bool,
+    updates: Updates | None = None,
 ) -> Measured:
     """Measure the active adapter of `model`, and prepare its modules for what will be exported.
 
@@ -87,6 +93,7 @@ def measured(
         batches: `input_ids` and `attention_mask`, int64 (B, L).
         rounding: of the export.
         merged: whether it is the base with the adapter in its weights.
+        updates: of the export, for the routers that leave as LoRA; None if it has none.
     """
     adapter, dtype = model.active_adapter, cast(PreTrainedModel, model.get_base_model()).dtype
     with model.disable_adapter():
@@ -94,14 +101,28 @@ def measured(
     adapted = logits_of(model, batches)
     effect = Gap(adapted, plain)
     del plain
-    is_rounded = round_trained(model, adapter, rounding)
-    reference, wanted = Reference.of(model, adapter), adapted
+    routers = updates.routers if updates else {}
+    is_changed = round_trained(model, adapter, rounding, besides=routers)
+    for name in (name for name, lost in routers.items() if lost):
+        assert updates is not None
+        _cut_router(model, adapter, name, updates.linears[name])
+        is_changed = True
+    reference, wanted = Reference.of(model, adapter).with_routers_as_lora(routers), adapted
     if merged:
         untie(model, reference)
     if merged and dtype in NARROW and can_be_widened(model):
         with as_if_merged(model, reference, rounding) as prepare:
             wanted = logits_of(model, batches, prepare)
-    elif is_rounded:
+    elif is_changed:
         wanted = logits_of(model, batches)
     cost = ratio(Gap(wanted, adapted).trimmed, effect.root_mean_square)
     return Measured(adapter, reference, dtype, batches, effect, wanted, cost)
+
+
+@torch.no_grad()
+def _cut_router(model: PeftModel, adapter: str, name: str, factors: Factors) -> None:
+    """Leave of a trained router what the export's LoRA holds of it."""
+    wrapper: Any = model.get_base_model().get_submodule(name)
+    weight, before_EH = wrapper.modules_to_save[adapter].weight, wrapper.original_module.weight
+    update_EH = factors.b[0].double() @ factors.a[0].double()
+    weight.copy_(before_EH.double() + update_EH.to(weight.device))

@@ -7,7 +7,7 @@ What rounding to the stored dtype must do is known to the bit, so it is told fro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -60,15 +60,20 @@ class Kept:
         return self._along / self._effect if self._effect else 1.0
 
 
-def round_trained(model: PeftModel, adapter: str, rounding: Rounding) -> bool:
+def round_trained(
+    model: PeftModel, adapter: str, rounding: Rounding, besides: Collection[str] = ()
+) -> bool:
     """Bring modules trained in full to the dtype that the base keeps them in, still in float32.
+
+    `besides`: names of those that are left as they are.
 
     Returns:
         Whether that changed anything. Only trained routers are kept wider than the base.
     """
     changed = False
     for name, module in model.get_base_model().named_modules():
-        if isinstance(module, ModulesToSaveWrapper) and adapter in module.modules_to_save:
+        is_trained = isinstance(module, ModulesToSaveWrapper) and adapter in module.modules_to_save
+        if is_trained and name not in besides:
             dtypes = {k: p.dtype for k, p in module.original_module.named_parameters()}
             for key, parameter in module.modules_to_save[adapter].named_parameters():
                 dtype = dtypes[key]

@@ -36,6 +36,7 @@ def make_config(updates: Updates, base: PreTrainedModel) -> LoraConfig:
     """PEFT's configuration of the export."""
     rank = updates.rank
     clashing = {n for n in updates.linears if n.rpartition(".")[2] in _NAMES_OF_EXPERTS}
+    clashing |= set(updates.routers)  # modules of their own, not Linear layers
     parameters = _short(list(updates.experts), base) + [f"{n}.weight" for n in sorted(clashing)]
     return LoraConfig(
         r=rank,

@@ -16,21 +16,23 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import peft
 import torch
 import transformers
 from peft import PeftModel
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from drlora.adapter.inject import adapted_layers
 from drlora.errors import CheckpointError, ConfigError
 from drlora.export.check import Batch, refuse_if_different
-from drlora.export.choices import RANKS
+from drlora.export.choices import RANKS, ROUTERS
+from drlora.export.engines import LAYOUTS, Facts, Reading, readings
+from drlora.export.format import Contents, Format, LoraFormat
 from drlora.export.formats import FORMATS
 from drlora.export.make import ROUNDING, Made
 from drlora.export.readme import readme
@@ -55,6 +57,7 @@ class ExportPlan:
         files: names of the files to be written.
         notes: what the user should know.
         updates: the contents; None if merged.
+        readings: what each engine does with it; none for a format of a program's own.
     """
 
     format: str
@@ -65,6 +68,7 @@ class ExportPlan:
     files: tuple[str, ...]
     notes: tuple[str, ...]
     updates: Updates | None
+    readings: tuple[Reading, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -76,10 +80,14 @@ class ExportPlan:
             "weight_bytes": self.weight_bytes,
             "files": list(self.files),
             "notes": list(self.notes),
+            "engines": [reading.to_dict() for reading in self.readings],
+            **({"routers_as_lora": self.updates.routers} if self.updates else {}),
         }
 
 
-def make_plan(model: PeftModel, format: str, rank: str = "padded") -> ExportPlan:
+def make_plan(
+    model: PeftModel, format: str, rank: str = "padded", routers: str = "auto"
+) -> ExportPlan:
     """The plan for the active adapter of `model`, whose base weights may be on the meta device.
 
     Args:
@@ -87,17 +95,24 @@ def make_plan(model: PeftModel, format: str, rank: str = "padded") -> ExportPlan
         format: a name of `drlora.export.formats.FORMATS`.
         rank: `padded`: all ranks are filled up to the largest; `auto`: each update is first brought
             to its numerical rank, which changes nothing but may be smaller.
+        routers: how trained routers leave. `lora`: as LoRA of the export's rank, which loses a part
+            where that is less than the number of experts; `exact`: as LoRA, and the rank of all is
+            raised where it is less; `full`: as weights, which engines refuse and PEFT reads;
+            `auto`: `exact` for per-expert, `full` for peft.
 
     Raises:
-        ConfigError: if the format or the rank is not known, or the model cannot have the format.
+        ConfigError: if the format, the rank or the form of routers is not known, or the model
+            cannot have it.
         CheckpointError: if the adapter holds NaN or infinite weights, or PEFT would not read its
             own LoRA on this model back.
     """
     if rank not in RANKS:
         raise ConfigError(f"rank={rank!r} is not known; choose one of {list(RANKS)}.")
+    if routers not in ROUTERS:
+        raise ConfigError(f"routers={routers!r} is not known; choose one of {list(ROUTERS)}.")
     kind, adapter, base = FORMATS[format], model.active_adapter, model.get_base_model()
     _refuse_not_finite(base, adapter)
-    found = kind.plan(model, adapter, rank)
+    found = kind.plan(model, adapter, rank, routers)
     written_at = found.updates.rank if found.updates else None
     return ExportPlan(
         format,
@@ -108,6 +123,7 @@ def make_plan(model: PeftModel, format: str, rank: str = "padded") -> ExportPlan
         kind.files,
         found.notes,
         found.updates,
+        _readings(kind, found, cast(PreTrainedModel, base)),
     )
 
 
@@ -137,10 +153,15 @@ def apply_plan(
         The export, how far it is off, and what rounding did.
 
     Raises:
-        ConfigError: if `folder` holds something.
+        ConfigError: if `folder` holds something, or the plan lacks routers.
         CheckpointError: if the export does not do what the adapter does; nothing is written then.
     """
     refuse_full_folder(folder)
+    if plan.updates and plan.updates.is_sketch:
+        raise ConfigError(
+            "the plan was made on a model without weights, so it has no trained routers to write; "
+            "make it on the model that is exported."
+        )
     kind = FORMATS[plan.format]
     is_nothing = Reference.of(model, model.active_adapter).is_nothing
     made = kind.make(plan.updates, model, batches, rounding)
@@ -179,6 +200,22 @@ def _refuse_not_finite(base: nn.Module, adapter: str) -> None:
                     f"the adapter has NaN or infinite weights in {name} ({key}); it cannot be "
                     f"exported. Go back to a checkpoint from before its loss became NaN."
                 )
+
+
+def _readings(kind: Format, found: Contents, base: PreTrainedModel) -> tuple[Reading, ...]:
+    if kind.name not in LAYOUTS:
+        return ()
+    updates = found.updates
+    loads = kind.peft_loads(base) if isinstance(kind, LoraFormat) else True
+    facts = Facts(kind.name, base.config.model_type, peft_loads=loads)
+    if updates is not None:
+        facts = replace(
+            facts,
+            rank=updates.rank,
+            has_modules=bool(updates.modules),
+            has_router_lora=bool(updates.routers),
+        )
+    return tuple(readings(facts))
 
 
 def _owned_ranks(base: nn.Module, adapter: str) -> tuple[int, float, int]:

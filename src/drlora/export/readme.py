@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from drlora.export.engines import Reading
 from drlora.export.format import Format
 from drlora.io.run_files import EXPORT_RECORD
 
@@ -25,7 +26,21 @@ def readme(format: Format, record: dict[str, Any], difference: str) -> str:
         f"{ranks['mean']:.4g})",
         f"- checked before writing: {difference}",
         *(f"- {note}" for note in record["notes"]),
+        *_engines(record["engines"], base),
         "",
         f"`{EXPORT_RECORD}` holds the same for programs, and where adapter and base model were.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _engines(readings: list[dict[str, Any]], base: str) -> list[str]:
+    """Who reads this folder, and by which command; THIS_FOLDER stands for it."""
+    if not readings:
+        return []
+    lines = ["", "## Engines", ""]
+    for reading in map(lambda found: Reading(**found), readings):
+        lines.append(f"- {reading} ({reading.seen})")
+        if reading.reads is not False and reading.command:
+            commands = reading.command.replace("BASE_MODEL", base).split("; ")
+            lines += ["", *(f"      {command}" for command in commands), ""]
+    return lines

@@ -7,8 +7,8 @@ the factors that exports are made of, so that an error in those does not compare
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
 
 import torch
 from peft import PeftModel
@@ -93,6 +93,16 @@ class Reference:
             {name: _copied(m.modules_to_save[adapter]) for name, m in copies.items()},
             {name: _copied(m.original_module) for name, m in copies.items()},
         )
+
+    def with_routers_as_lora(self, names: Collection[str]) -> Reference:
+        """The same, where these of the modules trained in full are LoRA in the export."""
+        linears = dict(self.linears)
+        for name in names:
+            before_EH = self.originals[name]["weight"].double()
+            update_EH = self.trained[name]["weight"].double() - before_EH
+            linears[name] = Factors((update_EH,), (torch.eye(len(update_EH)),))
+        trained = {name: state for name, state in self.trained.items() if name not in names}
+        return replace(self, linears=linears, trained=trained)
 
     def linear_update(self, name: str) -> Tensor:
         """(O, I) float64: what is added to a linear layer's weight."""

@@ -38,6 +38,10 @@ class Updates:
         embeddings: key -> tensor of the base model's own embeddings, where they were resized: what
             a base model as it is published does not have.
         task_type: PEFT's, of the adapter.
+        routers: full name of a trained router that is among the linears -> the share of its update
+            that the rank has no room for.
+        is_sketch: whether base weights were not there to be read, so that routers among the
+            linears have their shapes alone.
     """
 
     experts: dict[str, Factors]
@@ -45,6 +49,8 @@ class Updates:
     modules: dict[str, dict[str, Tensor]]
     embeddings: dict[str, Tensor] = field(default_factory=dict)
     task_type: str | None = None
+    routers: dict[str, float] = field(default_factory=dict)
+    is_sketch: bool = False
 
     @property
     def rank(self) -> int:

@@ -26,7 +26,7 @@ from drlora.data import encode_examples, pad_token_id
 from drlora.distributed import best_device
 from drlora.errors import CheckpointError, ConfigError, DrLoraError
 from drlora.export.check import Difference, Gap, logits_of
-from drlora.export.choices import MERGE_INTO, ROUNDINGS
+from drlora.export.choices import MERGE_INTO, ROUNDINGS, ROUTERS
 from drlora.export.make import ROUNDING
 from drlora.export.plan import ExportPlan, apply_plan, make_plan, refuse_full_folder
 from drlora.io.files import home, read_json
@@ -89,12 +89,13 @@ def export_adapter(
     rounding: RoundingMode = ROUNDING.mode,
     seed: int = ROUNDING.seed,
     merge_into: str = MERGE_INTO[0],
+    routers: str = ROUTERS[0],
 ) -> ExportResult:
     """Export the adapter in `folder` to `output`; a dry run reads no weights but the adapter's.
 
     Args:
         folder: a run directory, or a folder with a saved DR-LoRA adapter.
-        format: `peft`, `per-expert`, `merged`, or what `register_format` added.
+        format: `peft`, `per-expert`, `mlx`, `merged`, or what `register_format` added.
         output: must not exist or be empty.
         rank: `padded` or `auto`.
         dry_run: make the plan and stop.
@@ -108,6 +109,8 @@ def export_adapter(
         merge_into: of a run whose base was quantised, what the adapter is merged into: `trained`,
             the numbers that the quantised base stands for, or the `original`; how much that moves
             the logits is in the notes.
+        routers: how trained routers leave in a format of LoRA: `auto`, `lora`, `exact` or `full`,
+            see `drlora.export.plan.make_plan`.
 
     Raises:
         ConfigError: if the format does not fit the model, or `output` is not empty.
@@ -126,7 +129,7 @@ def export_adapter(
     output = home(str(output))
     refuse_full_folder(output)
     if dry_run:
-        return ExportResult(make_plan(_adapter_without_base(source), format, rank))
+        return ExportResult(make_plan(_adapter_without_base(source), format, rank, routers))
     is_quantised = source.quantise.experts is not None
     if merge_into != MERGE_INTO[0] and not (is_quantised and format == "merged"):
         raise ConfigError(
@@ -145,7 +148,7 @@ def export_adapter(
     if merge_into == "original":
         adapted, said = _on_the_original(source, adapted, batches)
         base, notes = adapted.get_base_model(), [said]
-    plan = make_plan(adapted, format, rank)
+    plan = make_plan(adapted, format, rank, routers)
     record = {
         "adapter": from_root(str(folder)),
         "base_model": from_root(source.model),

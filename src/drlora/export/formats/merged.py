@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from drlora.adapter.embeddings import has_tied_embeddings
 from drlora.adapter.inject import refuse_fixed_weights
 from drlora.errors import ConfigError
+from drlora.export.base_files import own_config, write_config, write_tokenizer
 from drlora.export.check import Batch
 from drlora.export.float32 import NARROW
 from drlora.export.format import Contents, Format
@@ -32,11 +33,16 @@ class _Merged(Format):
     files = ("config.json", "generation_config.json", "model*.safetensors",
              "the tokenizer's files", EXPORT_RECORD, README)  # fmt: skip
 
-    def plan(self, model: PeftModel, adapter: str, rank: str) -> Contents:
+    def plan(self, model: PeftModel, adapter: str, rank: str, routers: str = "auto") -> Contents:
         if rank != "padded":
             raise ConfigError(
                 f"rank={rank!r} is for formats of LoRA, such as peft; merged weights have no rank; "
                 f"leave it out."
+            )
+        if routers != "auto":
+            raise ConfigError(
+                f"routers={routers!r} is for formats of LoRA, such as per-expert; merged weights "
+                f"have their routers in them; leave it out."
             )
         refuse_fixed_weights(model)
         return Contents(None, _bytes(cast(PreTrainedModel, model.get_base_model())))
@@ -54,8 +60,10 @@ class _Merged(Format):
         base, weights, kept = merge(model, known.adapter, known.reference, rounding)
         compare_trained(weights, base.get_submodule, known.reference)
         found = known.compared(base, weights)
+        _, note = own_config(base)
+        own = [note] if note else []
         if known.dtype not in NARROW:
-            return Made(base, found)
+            return Made(base, found, notes=own)
         said = {
             "mode": rounding.mode,
             "seed": rounding.seed if rounding.mode == "stochastic" else None,
@@ -64,7 +72,7 @@ class _Merged(Format):
             "of_effect": known.cost,
         }
         notes = [_in_words(said, found.dtype)] if kept.entries else []
-        return Made(base, found, said, notes)
+        return Made(base, found, said, notes + own)
 
     def write(
         self,
@@ -76,8 +84,9 @@ class _Merged(Format):
     ) -> None:
         size = {"max_shard_size": max_shard_size} if max_shard_size else {}
         made.result.save_pretrained(folder, **size)
+        write_config(made.result, folder)
         if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
+            write_tokenizer(tokenizer, made.result.config._name_or_path, folder)
 
 
 def _bytes(base: PreTrainedModel) -> int:

@@ -32,6 +32,7 @@ from drlora.export.updates import Updates, base_of, unread_keys
 from drlora.io.run_files import ADAPTER_WEIGHTS
 
 _ROOT = "base_model.model."
+_GATE = "gate"
 _EXPERT_KEY = re.compile(r"\.experts\.\d+\.\w+\.weight$")
 _LORA_KEY = re.compile(r"\.experts\.\d+\.(\w+)\.lora_[AB]\.weight$")
 
@@ -39,8 +40,11 @@ _LORA_KEY = re.compile(r"\.experts\.\d+\.(\w+)\.lora_[AB]\.weight$")
 def make_config(updates: Updates, base: PreTrainedModel, tensors: dict[str, Tensor]) -> LoraConfig:
     """PEFT's configuration of the export, which names layers as the checkpoint does."""
     config = make_peft_config(updates, base)
-    config.target_parameters = _linear_parameters(config) or None
+    named = {f"{name}.weight" for name in updates.routers if name.endswith(f".{_GATE}")}
+    kept = [name for name in _linear_parameters(config) if name not in named]
+    config.target_parameters = kept or None
     leaves = {match[1] for match in map(_LORA_KEY.search, tensors) if match}
+    leaves |= _router_leaves(updates)
     config.target_modules = sorted({*(config.target_modules or ()), *leaves})
     return config
 
@@ -70,8 +74,9 @@ def make_tensors(updates: Updates, base: PreTrainedModel) -> dict[str, Tensor]:
                 tensors[_ROOT + lora_key] = tensor.contiguous()
     for name, factors in updates.linears.items():
         a_ErI, b_EOr = factors.padded(rank)
-        tensors[f"{_ROOT}{name}.lora_A.weight"] = a_ErI[0]
-        tensors[f"{_ROOT}{name}.lora_B.weight"] = b_EOr[0]
+        stored = _name_in_checkpoint(base, name) if name in updates.routers else name
+        tensors[f"{_ROOT}{stored}.lora_A.weight"] = a_ErI[0]
+        tensors[f"{_ROOT}{stored}.lora_B.weight"] = b_EOr[0]
     for name, state in updates.modules.items():
         tensors |= {f"{_ROOT}{name}.{key}": value for key, value in state.items()}
     return tensors | {f"{_ROOT}{key}": value for key, value in updates.embeddings.items()}
@@ -90,6 +95,18 @@ def _split(base: PreTrainedModel, name: str, stacked: Tensor) -> dict[str, Tenso
             f"use the format peft or merged."
         )
     return apart
+
+
+def _name_in_checkpoint(base: PreTrainedModel, name: str) -> str:
+    """What the checkpoint calls a module with one weight; its own name where it is not told."""
+    weight = {f"{name}.weight": torch.zeros(1, 1)}
+    stored = list(revert_weight_conversion(base, weight))
+    return stored[0].removesuffix(".weight") if len(stored) == 1 else name
+
+
+def _router_leaves(updates: Updates) -> set[str]:
+    """`gate` if routers of that name leave as LoRA; PEFT makes a parameter of it by itself."""
+    return {_GATE} & {name.rpartition(".")[2] for name in updates.routers}
 
 
 def read_back(base: PreTrainedModel, updates: Updates) -> PeftModel:
@@ -123,8 +140,8 @@ def _notes(updates: Updates, base: PreTrainedModel) -> list[str]:
         )
     if not _peft_converts_configs(base):
         found.append(
-            f"for serving engines: PEFT does not load per-expert adapters of model type "
-            f"{base.config.model_type!r} from a folder; use the format peft there"
+            f"this export is for serving engines: PEFT does not load per-expert adapters of "
+            f"model type {base.config.model_type!r} from a folder"
         )
     return found
 
@@ -147,13 +164,16 @@ def _linear_parameters(config: LoraConfig) -> list[str]:
     return sorted(name for name in config.target_parameters or () if name.endswith(".weight"))
 
 
-class _PerExpert(LoraFormat):
+class PerExpert(LoraFormat):
+    """For engines that keep experts apart."""
+
     name = "per-expert"
     summary = (
         "A DR-LoRA adapter as LoRA of rank {rank} on the gate, up and down projection of every "
         "expert, in 2-D tensors, for engines that keep experts apart."
     )
     all_matrices = True
+    routers = "exact"
 
     def size_bytes(self, base: PreTrainedModel, updates: Updates) -> int:
         tensors = make_tensors(updates, base)
@@ -161,6 +181,9 @@ class _PerExpert(LoraFormat):
 
     def notes(self, base: PreTrainedModel, updates: Updates) -> list[str]:
         return _notes(updates, base)
+
+    def peft_loads(self, base: PreTrainedModel) -> bool:
+        return _peft_converts_configs(base)
 
     def attach(self, base: PreTrainedModel, updates: Updates) -> PeftModel:
         return read_back(base, updates)
@@ -184,4 +207,4 @@ class _PerExpert(LoraFormat):
         save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
 
 
-FORMAT = _PerExpert()
+FORMAT = PerExpert()
