@@ -1,4 +1,4 @@
-"""The memory table of docs/many-processes.md: `python tools/make_memory.py [--check]`.
+"""The memory tables of docs/many-processes.md: `python tools/make_memory.py [--check]`.
 
 Parameters are counted on the models themselves, made from their published configurations without
 memory for weights, as `drlora inspect` does.
@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 from made_pages import write_or_check
-from transformers import OlmoeConfig, PreTrainedConfig, Qwen3MoeConfig
+from transformers import GptOssConfig, OlmoeConfig, PreTrainedConfig, Qwen3MoeConfig
 
 from drlora import DrLoraConfig
 from drlora.runs.inspect import inspect
@@ -22,8 +22,10 @@ PAGE = Path(__file__).parents[1] / "docs" / "many-processes.md"
 BEGIN, END = "<!-- make_memory.py: begin -->\n", "<!-- make_memory.py: end -->\n"
 RANK, GB = 16, 1e9
 WEIGHT_BYTES = 2  # bfloat16
+PACKED_BYTES = 0.5 + 4 / 64  # NF4: half a byte, and a float32 scale for 64
 TRAINED_BYTES = 4 * (1 + 1 + 2)  # float32: the number, its gradient, Adam's two moments
-GPUS = (1, 8, 64)
+GPUS = (8, 64)
+EXPERT_PROCESSES = 8  # ep_size: the GPUs of one machine
 
 
 def models() -> dict[str, PreTrainedConfig]:
@@ -39,6 +41,7 @@ def models() -> dict[str, PreTrainedConfig]:
             hidden_size=2048, moe_intermediate_size=768, num_hidden_layers=48,
             num_attention_heads=32, **qwen3,
         ),
+        "GPT-OSS-120B": GptOssConfig(),
         "Qwen3-235B-A22B": Qwen3MoeConfig(
             hidden_size=4096, moe_intermediate_size=1536, num_hidden_layers=94,
             num_attention_heads=64, **qwen3,
@@ -47,7 +50,7 @@ def models() -> dict[str, PreTrainedConfig]:
 
 
 def sizes(config: PreTrainedConfig) -> dict[str, float]:
-    """Bytes of the weights, of all that is trained, and of the largest decoder layer."""
+    """Bytes of the weights, of all that is trained, and of what a layer gathers."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "config.json"
         path.write_text(json.dumps({**config.to_dict(), "architectures": None}))
@@ -55,16 +58,41 @@ def sizes(config: PreTrainedConfig) -> dict[str, float]:
         found = inspect(str(path), settings)
         skeleton = model_on_meta(load_architecture(str(path)))
     layers = skeleton.get_submodule("model.layers")
-    layer = max(sum(p.numel() for p in one.parameters()) for one in layers.children())
+    count = len(list(layers.children()))
+    layer, experts_of_layer = max(
+        (
+            sum(p.numel() for p in one.parameters()),
+            sum(p.numel() for name, p in one.named_parameters() if ".experts." in name),
+        )
+        for one in layers.children()
+    )
     trained = found.adapter.r_target.parameters
+    experts = experts_of_layer * count  # every layer of these models has as many
     return {
         "parameters": found.parameters.total,
         "trained": trained,
         "weights": found.parameters.total * WEIGHT_BYTES,
         "state": trained * TRAINED_BYTES,
+        "packed": (found.parameters.total - experts) * WEIGHT_BYTES + experts * PACKED_BYTES,
         # Gathered while it computes: base weights, and the adapter's share in float32.
-        "gathered": layer * WEIGHT_BYTES + trained / len(list(layers.children())) * 4,
+        "gathered": layer * WEIGHT_BYTES + trained / count * 4,
+        "gathered dense": (layer - experts_of_layer) * WEIGHT_BYTES + trained / count * 4,
+        "gathered experts": experts_of_layer * WEIGHT_BYTES,
     }
+
+
+def shared(s: dict[str, float], gpus: int) -> float:
+    """Bytes on each GPU under FSDP2."""
+    # Two layers are there at once: the one that computes, and the next one on its way.
+    return (s["weights"] + s["state"]) / gpus + 2 * s["gathered"]
+
+
+def spread(s: dict[str, float], gpus: int) -> float:
+    """Bytes on each GPU under FSDP2 with experts spread over `EXPERT_PROCESSES`."""
+    # Where each expert has one process, its weights are there already and are not gathered.
+    copies = gpus // EXPERT_PROCESSES
+    experts = s["gathered experts"] / EXPERT_PROCESSES if copies > 1 else 0.0
+    return (s["weights"] + s["state"]) / gpus + 2 * (s["gathered dense"] + experts)
 
 
 def table(*names: str) -> str:
@@ -82,14 +110,16 @@ def table(*names: str) -> str:
             for name, s in found.items()
         ),
         "",
-        "| model | DDP, each GPU | " + " | ".join(f"FSDP2 on {n}, each" for n in GPUS[1:]) + " |",
-        "|---|---|" + "---|" * len(GPUS[1:]),
+        "| each GPU | DDP | DDP, experts in NF4 | "
+        + " | ".join(f"FSDP2 on {n} | FSDP2 and EP on {n}" for n in GPUS)
+        + " |",
+        "|---|---|---|" + "---|---|" * len(GPUS),
     ]
     for name, s in found.items():
-        whole = s["weights"] + s["state"]
-        # Two layers are there at once: the one that computes, and the next one on its way.
-        shared = [f"{(whole / n + 2 * s['gathered']) / GB:.1f} GB" for n in GPUS[1:]]
-        lines.append(f"| {name} | {whole / GB:.1f} GB | " + " | ".join(shared) + " |")
+        columns = [s["weights"] + s["state"], s["packed"] + s["state"]]
+        for gpus in GPUS:
+            columns += [shared(s, gpus), spread(s, gpus)]
+        lines.append(f"| {name} | " + " | ".join(f"{c / GB:.1f} GB" for c in columns) + " |")
     return "\n".join(lines) + "\n"
 
 

@@ -10,7 +10,9 @@ from peft import get_peft_model
 from tiny import checkpoint_activations, make_batch, make_model
 
 import drlora
+from drlora.adapter import observe
 from drlora.adapter.inject import adapted_layers
+from drlora.adapter.observe import _warn_of_uncut_mask, real_tokens
 
 
 def start(**changes):
@@ -226,6 +228,19 @@ def test_a_copy_made_in_the_middle_of_a_pass_is_in_none():
     copies[0].get_base_model().model.layers[1]._forward_hooks.clear()
     past_the_head(copies[0], make_batch()).backward()
     assert sums(copies[0])[0][1] == 24
+
+
+def test_a_mask_that_sequence_parallelism_left_whole_is_warned_of(monkeypatch, recwarn):
+    """Once; and of none that fits, nor in one process, where such input is packed."""
+    _warn_of_uncut_mask.cache_clear()
+    whole, own = torch.ones(2, 12), torch.tensor([[1, 1, 0], [1, 0, 0]])
+    assert real_tokens((whole,), 6) is None and not recwarn.list
+    monkeypatch.setattr(observe, "are_several", lambda: True)
+    assert real_tokens((whole, own), 6).tolist() == [1, 1, 0, 1, 0, 0]
+    assert real_tokens((whole,), 7) is None and not recwarn.list
+    with pytest.warns(UserWarning, match="4 times as long.*padding.*Pack"):
+        assert real_tokens((whole,), 6) is None
+    assert real_tokens((whole,), 6) is None and not recwarn.list
 
 
 def test_no_hook_stays_after_unloading():

@@ -12,11 +12,12 @@ import torch
 import torch.distributed as dist
 from accelerate import cpu_offload
 from peft import PeftModel, get_peft_model
-from tiny import make_batch, make_model
+from tiny import make_batch, make_class, make_model
 from tiny_adapter import logits, make_settings, trained
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from transformers.distributed import DistributedConfig
 
 import drlora
 from drlora.adapter.inject import adapted_layers
@@ -202,6 +203,26 @@ def test_a_skeleton_is_not_refused():
     adapted = get_peft_model(model, make_settings(), low_cpu_mem_usage=True)
     adapted.add_adapter("second", make_settings())
     assert len(adapted_layers(adapted, "second")) == 2
+
+
+def spread(model, **changes):
+    """A model that looks as transformers leaves it with its experts spread over processes."""
+    model._mesh_manager = object()
+    model.config.distributed_config = DistributedConfig(fsdp_size=2, ep_size=2, **changes)
+    for module in model.modules():
+        if type(module).__name__.endswith("Experts"):
+            module._is_expert_parallel = True
+    return model
+
+
+def test_spread_experts_that_could_not_be_computed():
+    """Of another family, packed, or by a kernel without a backward pass."""
+    refused(spread(make_class("DbrxForCausalLM")), "DbrxExperts.*interface.*without ep_size")
+    packed = make_model()
+    drlora.quantise_experts(packed, "int8")
+    refused(spread(packed), "expert-parallel and packed.*bfloat16")
+    megamoe = spread(make_model(), ep_implementation="deepgemm_megamoe")
+    refused(megamoe, "no backward pass.*ep_implementation='auto'")
 
 
 def test_fsdp_that_leaves_buffers_on_one_process(monkeypatch):

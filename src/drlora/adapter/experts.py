@@ -88,18 +88,27 @@ class ExpertsAdapter(nn.Module):
         """Projection -> pool."""
         return cast("dict[str, RankPool]", dict(self.pools.items()))
 
-    def pieces(self, dtype: torch.dtype) -> list[LoraPiece]:
-        """What the engines need of each pool."""
+    def pieces(self, dtype: torch.dtype, experts: range | None = None) -> list[LoraPiece]:
+        """What the engines need of each pool.
+
+        Args:
+            dtype: of the rows.
+            experts: those that are computed here, numbered from 0 in the result; by default all.
+        """
         result = []
         for projection, pool in self.rank_pools.items():
             matrix, start, step = self.block.place_of(projection)
-            a_RI, b_RO = pool(dtype)
-            offsets, scaling = pool.offsets, self.config.scaling
+            a_RI, b_RO = pool(dtype, experts)
+            offsets, scaling = _of_experts(pool.offsets, experts), self.config.scaling
             result.append(LoraPiece(matrix, start, a_RI, b_RO, offsets, scaling, step))
         for projection, probe in self.probes.items():
             matrix, start, step = self.block.place_of(projection)
-            a_RI, b_RO = probe.a_RI.to(dtype), probe.b_RO.to(dtype)
-            result.append(LoraPiece(matrix, start, a_RI, b_RO, probe.offsets, 1.0, step))
+            offsets = _of_experts(probe.offsets, experts)
+            first = probe.offsets[experts.start] if experts is not None else 0
+            a_RI, b_RO = (
+                rows[first : first + offsets[-1]].to(dtype) for rows in (probe.a_RI, probe.b_RO)
+            )
+            result.append(LoraPiece(matrix, start, a_RI, b_RO, offsets, 1.0, step))
         return result
 
     def traced_pieces(self, dtype: torch.dtype) -> list[TracedPiece]:
@@ -127,3 +136,11 @@ class ExpertsAdapter(nn.Module):
     def ranks(self) -> dict[str, list[int]]:
         """Projection -> rank of each expert."""
         return {name: pool.book.ranks().tolist() for name, pool in self.rank_pools.items()}
+
+
+def _of_experts(offsets: tuple[int, ...], experts: range | None) -> tuple[int, ...]:
+    """Where the rows of some experts begin, counted from the first of these rows."""
+    if experts is None:
+        return offsets
+    first = offsets[experts.start]
+    return tuple(offset - first for offset in offsets[experts.start : experts.stop + 1])

@@ -8,7 +8,12 @@ from dataclasses import replace
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
+from torch.distributed.tensor import DTensor
 
+from drlora.adapter.expert_parallel import (
+    exchange_for,
+    refuse_unfit_experts,
+)
 from drlora.adapter.layer import DrLoraExperts
 from drlora.adapter.observe import watch_tokens
 from drlora.config.adapter import DrLoraConfig
@@ -45,7 +50,8 @@ def _prepare(model: nn.Module, config: DrLoraConfig) -> list[MoEBlock]:
     _refuse_other_layout(config, blocks)
     _tell_of_other_numbers(config, model, blocks)
     for block in blocks:
-        _, base = _experts_of(model, block)
+        family, base = _experts_of(model, block)
+        refuse_unfit_experts(block.experts_name, base, family, model)
         _refuse_mixed_dtypes(block.experts_name, base)
         _try_engine(config, base)
         _tell_of_other_storage(config, block.experts_name, base)
@@ -117,6 +123,12 @@ def _refuse_unfit_router(model: nn.Module, name: str) -> None:
     router = model.get_submodule(name)
     if isinstance(router, ModulesToSaveWrapper):
         router = router.original_module
+    if any(isinstance(weight, DTensor) for weight in router.parameters()):
+        raise ConfigError(
+            f"router='train' cannot work for {name}: its weights are sharded already, and a copy "
+            f"of shards cannot be trained. Use router='frozen', or load the model whole and have "
+            f"accelerate shard it with the adapter in."
+        )
     refuse_unfit_weights(model, name, router)
 
 
@@ -142,6 +154,7 @@ def wrap_experts(
     wrapped = DrLoraExperts(target, block)
     wrapped.family.prepare(parent)
     wrapped.train(target.training)
+    wrapped.exchange = exchange_for(target, model)
     setattr(parent, child_name, wrapped)
     wrapped.tokens = watch_tokens(model, block.experts_name)
     return wrapped

@@ -8,12 +8,14 @@ DrLoraExperts                 wraps the model's experts module, same call
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
+from drlora.adapter.expert_parallel import Exchange
 from drlora.adapter.experts import ExpertsAdapter
 from drlora.adapter.observe import (
     FirstPasses,
@@ -58,6 +60,8 @@ class DrLoraExperts(nn.Module, BaseTunerLayer):
         # PEFT's wrappers of routers and other modules that an adapter trains in full.
         self.trained_in_full: Sequence[nn.Module] = ()
         self.rounding: Rounding = NEAREST  # of merged weights
+        # Where transformers has spread the experts over processes.
+        self.exchange: Exchange | None = None
         self._disable_adapters = False
         self._unmerged: list[Any] = []
 
@@ -152,7 +156,10 @@ class DrLoraExperts(nn.Module, BaseTunerLayer):
         dropout = adapters[0].config.lora_dropout if self.training and adapters else 0.0
         engine = adapters[0].config.engine if adapters else AUTO
         routed = x_TH, top_k_index, top_k_weights, base
-        if torch.compiler.is_compiling() and base.is_traceable:
+        if self.exchange is not None and adapters:
+            compute = partial(self._run_here, adapters, dropout=dropout, engine=engine)
+            out_TH = self.exchange(x_TH, top_k_index, top_k_weights, compute)
+        elif torch.compiler.is_compiling() and base.is_traceable:
             traced = [piece for adapter in adapters for piece in adapter.traced_pieces(x_TH.dtype)]
             out_TH = traced_experts(*routed, traced, dropout=dropout, engine=engine)
         else:
@@ -167,6 +174,19 @@ class DrLoraExperts(nn.Module, BaseTunerLayer):
             for adapter in adapters:
                 out_TH = self._observe(adapter, out_TH, *counted, logits_TE, real_T)
         return out_TH.to(hidden_states.dtype)
+
+    def _run_here(
+        self,
+        adapters: list[ExpertsAdapter],
+        x_nH: Tensor,
+        index_nK: Tensor,
+        weight_nK: Tensor,
+        experts: range,
+        **settings: Any,
+    ) -> Tensor:
+        """The part of an exchange: `experts` alone, for the tokens that came to this process."""
+        pieces = [piece for a in adapters for piece in a.pieces(x_nH.dtype, experts)]
+        return adapted_experts(x_nH, index_nK, weight_nK, self.base_weights, pieces, **settings)
 
     def _masks_of_recomputed(self, index_TK: Tensor) -> Masks:
         is_known = not torch.compiler.is_compiling() and in_backward()
@@ -219,6 +239,12 @@ class DrLoraExperts(nn.Module, BaseTunerLayer):
             "an adapter cannot be merged into them there. Save it, and merge it into the model as "
             "it is loaded without DeepSpeed.",
         )
+        if self.exchange is not None:
+            raise ConfigError(
+                f"an adapter cannot be merged into {self.block.experts_name}: it is "
+                f"expert-parallel, and the other experts are in other processes. Save the adapter, "
+                f"and merge it into the model as one process loads it."
+            )
         if (reason := self.base_weights.fixed) is not None:
             raise ConfigError(
                 f"an adapter cannot be merged into {self.block.experts_name}: {reason}. Keep it "
@@ -240,6 +266,8 @@ class DrLoraExperts(nn.Module, BaseTunerLayer):
         if merge:
             self.refuse_fixed_weights()
             self._merge_in_place(check_adapters_to_merge(self, adapter_names), safe_merge)
+        if self.exchange is not None:
+            self.exchange.take_off()
         return self.get_base_layer()
 
     @torch.no_grad()

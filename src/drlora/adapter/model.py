@@ -40,8 +40,14 @@ from drlora.adapter.layer import DrLoraExperts
 from drlora.adapter.linear import choose_targets, lora_config, refuse_endless
 from drlora.adapter.observe import forget_tokens
 from drlora.adapter.router import TrainedRouters, forget_router_logits, note_router_logits
+from drlora.adapter.sharded import (
+    put_shards_back,
+    share_out,
+    was_sharded_at_load,
+)
 from drlora.config.adapter import DrLoraConfig
 from drlora.config.peft_type import DRLORA
+from drlora.distributed.held import whole_weights
 from drlora.errors import ConfigError
 
 # In the keys of pools, "drlora_adapters", as in those of ordinary LoRA, "lora_A". transformers'
@@ -55,6 +61,9 @@ class DrLoraModel(LoraModel):
     prefix = _PREFIX
     tuner_layer_cls: Any = BaseTunerLayer  # both kinds of layers
     target_module_mapping: dict[str, Sequence[str]] = {}
+    # Of a model that transformers sharded, PEFT would gather the whole base to save an adapter.
+    # Where there is tensor parallelism, adapters are refused.
+    _tp_size = None
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
         # Of a copy: what is refused leaves the configuration as it was, to be used again.
@@ -118,6 +127,7 @@ class DrLoraModel(LoraModel):
         config = self.peft_config[adapter_name]
         assert isinstance(config, DrLoraConfig)
         refuse_endless(config.target_modules, [name for name, _ in model.named_modules()])
+        put_shards_back(model)
         # The copy that PEFT makes of a trained router must not copy its hook, and what that holds.
         forget_router_logits(model)
         try:
@@ -129,6 +139,9 @@ class DrLoraModel(LoraModel):
             layer.trained_in_full = in_full
         if autocast_adapter_dtype:
             TrainedRouters(self.model, adapter_name).train_in_float32()
+        layers = adapted_layers(self.model, adapter_name).values()
+        pools = [p for layer in layers for p in layer.adapter(adapter_name).rank_pools.values()]
+        share_out(self.model, adapter_name, pools)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
@@ -204,6 +217,14 @@ class DrLoraModel(LoraModel):
         if named in key:
             return key.replace(named, CONTAINER, 1)
         return super()._remove_adapter_name_from_key(key, adapter_name)
+
+    @classmethod
+    def _get_adapter_state_dict(cls, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """As in PEFT; of a model that was sharded when it was loaded, in full: a collective."""
+        found: dict[str, Tensor] = super()._get_adapter_state_dict(model, *args, **kwargs)
+        if not was_sharded_at_load(model):
+            return found
+        return {key: whole_weights(value).cpu() for key, value in found.items()}
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

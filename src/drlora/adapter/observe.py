@@ -11,11 +11,15 @@ up is autograd's work, and neither torch.compile nor checkpointing sees a side e
 
 from __future__ import annotations
 
+import functools
 import inspect
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from drlora.distributed import are_several
 
 _HOLDER = "_drlora_token_mask"
 _MOST_PASSES = 8
@@ -102,12 +106,28 @@ def in_backward() -> bool:
 def real_tokens(masks: Masks, num_tokens: int) -> Tensor | None:
     """(T,) float32, 1 for a real token and 0 for padding; None if all are real.
 
-    A mask that does not match the tokens (packed or cached input) is ignored.
+    A mask that does not match the tokens (packed or cached input) is ignored; one that is longer
+    than this process's part of the sequences, with a warning.
     """
     for mask in reversed(masks):
         if mask is not None and mask.numel() == num_tokens:
             return (mask.reshape(-1) != 0).to(torch.float32)
+    if not torch.compiler.is_compiling() and are_several():
+        for mask in masks:
+            if mask is not None and mask.numel() > num_tokens and not mask.numel() % num_tokens:
+                _warn_of_uncut_mask(mask.numel() // num_tokens)
     return None
+
+
+@functools.cache
+def _warn_of_uncut_mask(times: int) -> None:
+    """Once; to look for padding in it would make the host wait in every step."""
+    warnings.warn(
+        f"the attention mask is {times} times as long as the tokens of this process: sequence "
+        f"parallelism cuts the tokens and not the mask, so padding cannot be told from them and "
+        f"counts in the routing statistics. Pack the examples, or take batches without padding.",
+        stacklevel=2,
+    )
 
 
 def watch_tokens(model: nn.Module, experts_name: str) -> TokenMask:

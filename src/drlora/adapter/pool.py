@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from drlora.adapter.row_book import FREE, IntArray, RankBook
 from drlora.distributed.held import write_rows
@@ -100,15 +102,22 @@ class RankPool(nn.Module):
         owned = self.offsets[-1]
         return self.row_order[:owned]
 
-    def forward(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def forward(self, dtype: torch.dtype, experts: range | None = None) -> tuple[Tensor, Tensor]:
         """The owned rows of (lora_A, lora_B) in `dtype`, ordered by expert.
 
         Free rows are not read, so their gradient is exactly zero.
+
+        Args:
+            dtype: of what is returned.
+            experts: whose rows alone; by default those of all.
         """
         self._follow_owners()
-        if self._all_in_order:
+        # As a unit of FSDP2 the parameters are gathered for this call only: rows are copied then.
+        if self._all_in_order and experts is None and not isinstance(self, FSDPModule):
             return self.lora_A.to(dtype), self.lora_B.to(dtype)
         rows = self.packed_index
+        if experts is not None:
+            rows = rows[self._offsets[experts.start] : self._offsets[experts.stop]]
         return self.lora_A.index_select(0, rows).to(dtype), self.lora_B.index_select(0, rows).to(
             dtype
         )
@@ -236,6 +245,10 @@ class RankPool(nn.Module):
         return self
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        for key in ("lora_A", "lora_B"):
+            found, here = state_dict.get(prefix + key), getattr(self, key)
+            if found is not None and isinstance(found, DTensor) != isinstance(here, DTensor):
+                state_dict = {**state_dict, prefix + key: _placed_as(here, found)}
         super()._load_from_state_dict(state_dict, prefix, *args)
         if prefix + "owner" in state_dict:
             self._read_owners()
@@ -259,6 +272,16 @@ class RankPool(nn.Module):
             raise CheckpointError(f"the adapter's rank map is damaged: {error}") from error
         self._owner_read = self.owner
         self._index_rows()
+
+
+def _placed_as(here: Tensor, found: Tensor) -> Tensor:
+    """A tensor in full where a parameter is whole, and in shards where it is sharded."""
+    if isinstance(found, DTensor):
+        return found.full_tensor()
+    assert isinstance(here, DTensor)
+    # Every process has read the whole tensor, so nothing need be sent.
+    whole = found.to(here.device)
+    return distribute_tensor(whole, here.device_mesh, here.placements, src_data_rank=None)
 
 
 def in_float32(moved: Tensor, before: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate
 
 from drlora.errors import ConfigError
 from drlora.ops.storage import has_own_storage
@@ -78,6 +78,11 @@ def refuse_unfit_weights(model: nn.Module, name: str, module: nn.Module) -> None
         )
 
 
+def is_expert_parallel(module: nn.Module) -> bool:
+    """Whether transformers gave this process a part of the module's experts."""
+    return bool(getattr(module, "_is_expert_parallel", False))
+
+
 def is_plain(weight: Tensor) -> bool:
     """Whether a weight is an ordinary tensor, or shards of one; a subclass may lie of its dtype."""
     if isinstance(weight, DTensor):
@@ -93,7 +98,10 @@ def _class_of(weight: Tensor) -> str:
 def _is_split_inside(weight: Tensor) -> bool:
     if not isinstance(weight, DTensor):
         return False
-    return any(not (isinstance(p, Replicate) or p == Shard(0)) for p in weight.placements)
+    # A dimension that is sharded twice has a class of its own there, which is no Shard.
+    by_experts = (getattr(p, "dim", None) == 0 for p in weight.placements)
+    replicated = (isinstance(p, Replicate) for p in weight.placements)
+    return not all(a or b for a, b in zip(by_experts, replicated, strict=True))
 
 
 def _placed(weight: Any) -> list[str]:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from drlora.adapter.experts import ExpertsAdapter
@@ -18,6 +19,7 @@ from drlora.adapter.pool import RankPool
 from drlora.config.adapter import DrLoraConfig
 from drlora.config.registry import ALLOCATIONS
 from drlora.distributed import add_up
+from drlora.distributed.held import add_up_rows, blocks_of
 from drlora.distributed.zero import is_partitioned
 from drlora.errors import ConfigError
 from drlora.ranks.saliency import RANK_IMPORTANCES, RowSums, ema, routed_share, row_sums
@@ -58,7 +60,8 @@ def update_importances(
         found = [(pool, sums) for pool in pools if (sums := _sums_of(pool)) is not None]
     else:
         found = list(zip(pools, watched, strict=True)) if watched else []
-    measured = [(pool, _in_full(measure(sums))) for pool, sums in found]
+    importances = _in_full([measure(sums) for _, sums in found])
+    measured = [(pool, s_R) for (pool, _), s_R in zip(found, importances, strict=True)]
     if not measured and watched is None:
         _refuse_hidden_gradients(pools, config)
     if not measured:
@@ -80,9 +83,22 @@ def _sums_of(pool: RankPool) -> RowSums | None:
     return RowSums(a_R, b_R, pool.in_features, pool.out_features)
 
 
-def _in_full(importance_R: Tensor) -> Tensor:
-    """Also where parameters are sharded (FSDP2)."""
-    return importance_R.full_tensor() if isinstance(importance_R, DTensor) else importance_R
+def _in_full(importances: Sequence[Tensor]) -> list[Tensor]:
+    """Those of all rows where parameters are sharded (FSDP2): one collective for all pools."""
+    sharded = [s_R for s_R in importances if isinstance(s_R, DTensor)]
+    together: dict[DeviceMesh, list[DTensor]] = {}
+    for s_R in sharded:
+        together.setdefault(s_R.device_mesh, []).append(s_R)
+    whole: dict[int, Tensor] = {}
+    for parts in together.values():
+        # Zeros for the rows of other processes: their sum is each row's number, to the bit.
+        sums = parts[0].to_local().new_zeros(sum(len(s_R) for s_R in parts))
+        for mine, s_R in zip(sums.split([len(s_R) for s_R in parts]), parts, strict=True):
+            (block,) = blocks_of(s_R)
+            mine[block.first : block.end] = s_R.to_local()
+            whole[id(s_R)] = mine
+        add_up_rows(parts[0], sums)
+    return [whole.get(id(s_R), s_R) for s_R in importances]
 
 
 def _update_importance(pool: RankPool, importance_R: Tensor, beta: float) -> None:

@@ -58,10 +58,13 @@ class Family(ABC):
         wraps_block: whether the adapter takes the place of the whole MoE block, router included,
             and not of a module inside it that holds the experts alone.
         left_alone: names of classes whose experts are of another kind and stay as they are.
+        can_be_spread: whether they compute with a part of the experts, numbered from 0, where
+            transformers has left this process no more (expert parallelism).
     """
 
     wraps_block: ClassVar[bool] = False
     left_alone: ClassVar[tuple[str, ...]] = ()
+    can_be_spread: ClassVar[bool] = False
 
     @abstractmethod
     def recognises(self, module: nn.Module) -> bool:

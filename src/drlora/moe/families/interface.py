@@ -26,17 +26,13 @@ FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
 class InterfaceExperts(Family):
     """Described by the module's own flags."""
 
+    can_be_spread = True
+
     def recognises(self, module: nn.Module) -> bool:
         # Those in FP8 have the flags too, and scales beside their parameters.
         return type(module).__name__ != "FP8Experts" and all(hasattr(module, f) for f in FLAGS)
 
     def missing(self, module: Any) -> str | None:
-        if getattr(module, "_is_expert_parallel", False):
-            return (
-                "it is expert-parallel, so each process holds other experts and would train "
-                "another adapter; load the model without expert parallelism (data parallelism "
-                "and FSDP2 work)"
-            )
         names = _parameter_names(module)
         absent = [name for name in names if storage_of(getattr(module, name, None)) is None]
         return f"its flags promise {' and '.join(absent)}, which it has not" if absent else None

@@ -1,0 +1,196 @@
+"""One of several gloo processes on FSDP2 or spread experts: `fsdp_processes.py FOLDER CASE...`
+
+Used by tests/trainer/test_fsdp.py, which compares what the cases found. torchrun's variables say
+which process this is. A case is one run with transformers' Trainer; `own-loop`: see own_loops.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import transformers
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate_double import fsdp_on_a_cpu
+from datasets import Dataset
+from own_loops import compare
+from peft import PeftModel, get_peft_model
+from tiny import checkpointing_arguments, make_batch, make_class, make_model
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.distributed import DistributedConfig
+
+import drlora
+
+STEPS, CUT = 16, 8  # ranks change after steps 4, 6, 8, 10, 12
+CLASSES = {"olmoe": "OlmoeForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM",
+           "gpt_oss": "GptOssForCausalLM"}  # fmt: skip
+SETTINGS: dict[str, Any] = dict(
+    r_init=2, r_target=6, r_max=16, p_grow=0.2, grow_every=2, warmup_steps=3, settle_steps=3,
+    lora_alpha=8.0, router="frozen", young_rows="own", options={"move_share": 0.2},
+)  # fmt: skip
+ROWS = [{k: v[0] for k, v in make_batch(1000 + n, rows=1).items()} for n in range(128)]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run.
+
+    Attributes:
+        engine: `ddp`, `ep`, `loaded` (FSDP2 when the model is loaded), `full` or `sharded` (FSDP2
+            through accelerate, by the kind of its state).
+        family: of the model.
+        settings: of the adapter, beside SETTINGS.
+        arguments: of the Trainer.
+        dtype: of the model.
+        start: a case whose last checkpoint this one goes on from.
+    """
+
+    engine: str
+    family: str = "olmoe"
+    settings: dict[str, Any] = field(default_factory=dict)
+    arguments: dict[str, Any] = field(default_factory=dict)
+    dtype: torch.dtype = torch.float32
+    start: str = ""
+
+
+_BF16 = dict(settings={"router": "train"}, arguments={"bf16": True}, dtype=torch.bfloat16)
+CASES = {
+    "ddp-olmoe": Case("ddp"),
+    "ep-olmoe": Case("ep", arguments={"save_strategy": "steps", "save_only_model": True}),
+    "ddp-qwen3_moe": Case("ddp", "qwen3_moe"),
+    "ep-qwen3_moe": Case("ep", "qwen3_moe"),
+    "ddp-gpt_oss": Case("ddp", "gpt_oss"),
+    "ep-gpt_oss": Case("ep", "gpt_oss"),
+    "ep-again": Case("ep", arguments=checkpointing_arguments()),
+    "loaded-olmoe": Case("loaded"),
+    "loaded-q_proj": Case("loaded", settings={"target_modules": ["q_proj"]}),
+    "ep-q_proj": Case("ep", settings={"target_modules": ["q_proj"]}),
+    "ddp-q_proj": Case("ddp", settings={"target_modules": ["q_proj"]}),
+    "full": Case("full", arguments={"save_strategy": "steps"}),
+    "full-resumed": Case("full", start="full"),
+    "sharded": Case("sharded", arguments={"save_strategy": "steps"}),
+    "sharded-resumed": Case("sharded", start="sharded"),
+    "killed": Case("sharded", arguments={"save_strategy": "steps"}),
+    "killed-resumed": Case("sharded", start="killed"),
+    "bf16": Case("full", **_BF16 | {"arguments": {"bf16": True, "save_strategy": "steps"}}),
+    "bf16-resumed": Case("full", **_BF16, start="bf16"),
+}
+
+
+class History(TrainerCallback):
+    """The ranks after every change of them, and the budget after every step."""
+
+    def __init__(self, callback: drlora.DrLoraCallback, is_killed: bool) -> None:
+        self.callback, self.ranks, self.budgets = callback, [], []
+        self.is_killed = is_killed
+
+    def on_substep_end(self, args: Any, state: Any, *others: Any, **kwargs: Any) -> None:
+        """In the middle of a step one process may end without a word."""
+        if self.is_killed and state.global_step == CUT + 2 and dist.get_rank() == 1:
+            os._exit(9)
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        """Note them."""
+        dynamics = self.callback.dynamics
+        ranks = json.loads(json.dumps(dynamics.ranks()))
+        if self.ranks[-1:] != [ranks]:
+            self.ranks.append(ranks)
+        self.budgets.append(dynamics.budget())
+
+
+def base_model(folder: Path, case: Case, world: int) -> transformers.PreTrainedModel:
+    """The case's model; the first process has saved it."""
+    place = folder / f"model-{case.family}"
+    if dist.get_rank() == 0 and not place.exists():
+        is_other = case.family == "gpt_oss"
+        make = make_class(CLASSES[case.family]) if is_other else make_model(case.family)
+        make.save_pretrained(place)
+    dist.barrier()
+    spread: dict[str, Any] = {}
+    if case.engine in ("ep", "loaded"):
+        experts = {"ep_size": 2} if case.engine == "ep" else {}
+        spread["distributed_config"] = DistributedConfig(fsdp_size=world, **experts)
+    load = getattr(transformers, CLASSES[case.family]).from_pretrained
+    return load(place, dtype=case.dtype, **spread)
+
+
+def adapted(folder: Path, case: Case, world: int) -> PeftModel:
+    """It, with a new adapter."""
+    base = base_model(folder, case, world)
+    torch.manual_seed(1)
+    return get_peft_model(base, drlora.DrLoraConfig(**SETTINGS | case.settings)).train()
+
+
+def train(folder: Path, name: str, world: int) -> dict[str, Any]:
+    """A run with transformers' Trainer: what it found."""
+    case = CASES[name]
+    fsdp: dict[str, Any] = {}
+    if case.engine in ("full", "sharded"):
+        fsdp = {"fsdp": True, "fsdp_config": {
+            "version": 2, "reshard_after_forward": True, "cpu_ram_efficient_loading": False,
+            "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+            "transformer_layer_cls_to_wrap": ["OlmoeDecoderLayer"],
+            "state_dict_type": f"{case.engine.upper()}_STATE_DICT"}}  # fmt: skip
+    place = folder / (case.start or name)
+    callback = drlora.DrLoraCallback()
+    history = History(callback, name == "killed")
+    # Not Adam's 1e-8: it would turn a gradient that is mere rounding into a full step.
+    defaults: dict[str, Any] = dict(
+        adam_epsilon=1e-6,
+        per_device_train_batch_size=4 // world, gradient_accumulation_steps=2, max_steps=STEPS,
+        use_cpu=True, seed=3, report_to=[], logging_steps=1, save_steps=CUT, save_strategy="no",
+        learning_rate=3e-3, weight_decay=0.1, max_grad_norm=0.04, optim="adamw_torch",
+        disable_tqdm=True, dataloader_pin_memory=False, ddp_find_unused_parameters=False,
+    )  # fmt: skip
+    with fsdp_on_a_cpu():
+        trainer = Trainer(
+            adapted(folder, case, world),
+            TrainingArguments(str(place), **defaults | case.arguments | fsdp),
+            train_dataset=Dataset.from_list(ROWS),
+            callbacks=[callback, history],
+        )
+        assert trainer.is_fsdp_enabled == bool(fsdp)
+        start = str(place / f"checkpoint-{CUT}") if case.start else None
+        trainer.train(resume_from_checkpoint=start)
+    logs = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
+    found = result(trainer.model, callback.dynamics)
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+    return found | {
+        "ranks": history.ranks,
+        "budgets": history.budgets,
+        "losses": [float(entry["loss"]) for entry in logs],
+        "norms": [float(entry["grad_norm"]) for entry in logs],
+    }
+
+
+def result(model: PeftModel, dynamics: drlora.RankDynamics) -> dict[str, Any]:
+    """The adapter in full, and the state of growth."""
+    return {
+        "adapter": {k: v.clone() for k, v in drlora.adapter_state(model).items()},
+        "state": dynamics.state_dict(),
+    }
+
+
+def main() -> None:
+    """All cases that are asked for, one file each."""
+    warnings.simplefilter("ignore")
+    folder, names = Path(sys.argv[1]), sys.argv[2:]
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    rank, world = dist.get_rank(), dist.get_world_size()
+    for name in names:
+        found = compare(folder) if name == "own-loop" else train(folder, name, world)
+        torch.save(found, folder / f"{name}.{rank}")
+        print(name, flush=True)
+
+
+if __name__ == "__main__":
+    main()
