@@ -2,8 +2,8 @@
 
 Implementations: 16-bit (or float32) experts, then each storage, with the same adapter, routing and
 engine (`loop`). Forward and backward. Before timing, a packed layer's output and gradients must be,
-to the bit, those of the layer over the numbers that its experts stand for; INT8's within the bounds of
-engines. bitsandbytes reads NF4 where it is installed, and rows say so.
+to the bit, those of the layer over the numbers that its experts stand for; INT8 is held within the
+bounds of engines. bitsandbytes reads NF4 where it is installed, and rows say so.
 """
 
 from __future__ import annotations
