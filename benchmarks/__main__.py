@@ -11,7 +11,16 @@ import argparse
 import sys
 import time
 
-from benchmarks import dynamics, experts_layer, memory, scaling, table, train_step
+from benchmarks import (
+    dynamics,
+    experts_layer,
+    memory,
+    quantised,
+    quantised_loading,
+    scaling,
+    table,
+    train_step,
+)
 from benchmarks.harness import RESULTS, add_names
 
 PARTS = {
@@ -22,6 +31,8 @@ PARTS = {
     "dynamics": lambda: dynamics.main(["--rounds", "11"]),
     "memory": lambda: memory.main([]),
     "scaling": lambda: scaling.main(["--short", "--rounds", "5"]),
+    "quantised": lambda: quantised.main(["0", "--rounds", "5", "--seconds", "20"]),
+    "loading": lambda: quantised_loading.main(["bfloat16", "nf4-nested", "int8"]),
 }
 
 

@@ -130,8 +130,10 @@ def masked(experts: nn.Module, shape: Shape, ranks: list[int], **settings: Any) 
         live = live.to(pool.lora_A)
         plain = pool.forward
 
-        def forward(dtype: torch.dtype, plain=plain, live=live) -> tuple[Tensor, Tensor]:
-            a, b = plain(dtype)
+        def forward(
+            dtype: torch.dtype, experts: range | None = None, plain=plain, live=live
+        ) -> tuple[Tensor, Tensor]:
+            a, b = plain(dtype, experts)
             return a * live.to(dtype), b * live.to(dtype)
 
         pool.forward = forward

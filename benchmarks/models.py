@@ -133,8 +133,8 @@ def _mask(pool: RankPool, rank: int, r_max: int) -> None:
     live = (torch.arange(len(pool.owner)) % r_max < rank).float()[:, None].to(pool.lora_A.device)
     plain = pool.forward
 
-    def forward(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        a, b = plain(dtype)
+    def forward(dtype: torch.dtype, experts: range | None = None) -> tuple[Tensor, Tensor]:
+        a, b = plain(dtype, experts)
         return a * live.to(dtype), b * live.to(dtype)
 
     pool.forward = forward  # type: ignore[method-assign]
