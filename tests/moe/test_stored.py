@@ -19,6 +19,7 @@ from drlora.moe.stored.refused import REFUSED
 from drlora.ops.storage import as_matrix, nf4
 from drlora.ops.storage.arranged import PackedPair, is_in_place
 from drlora.ops.storage.packed import Packed
+from drlora.runs.export import export_adapter
 
 WIDE = dict(hidden_size=64, intermediate_size=64, moe_intermediate_size=64)
 LATENT = dict(q_lora_rank=64, kv_lora_rank=64)
@@ -257,6 +258,31 @@ def test_an_adapter_on_it_is_saved_and_loaded(family, kind, tmp_path):
         load(name).save_pretrained(tmp_path / "packed")
     with pytest.raises(drlora.ConfigError, match="is packed already"):
         drlora.quantise_experts(load(name), "int8")
+
+
+@pytest.mark.filterwarnings(NO_BNB)
+@pytest.mark.parametrize(("family", "kind", "form"), [
+    ("olmoe", "nested", "merged"), ("gpt_oss", "mxfp4", "merged"), ("deepseek_v3", "fp8", "merged"),
+    ("qwen3_moe", "nf4", "per-expert"), ("mixtral", "fp8", "peft")])  # fmt: skip
+def test_an_adapter_on_it_is_exported(family, kind, form, tmp_path):
+    """Also where nothing but the checkpoint says that it is quantised."""
+    name, _ = checkpoint(tmp_path / "base", family, kind)
+    model = train(get_peft_model(load(name, dtype=torch.float32), make_settings()))
+    model.save_pretrained(tmp_path / "adapter")
+    config = tmp_path / "adapter" / "adapter_config.json"
+    said = json.loads(config.read_text())
+    config.write_text(json.dumps({**said, "record": {**said["record"], "storage": None}}))
+    found = export_adapter(tmp_path / "adapter", form, tmp_path / "out", model=name)
+    assert found.difference.is_rounding
+    if form == "merged":
+        assert "quantization_config" not in json.loads((tmp_path / "out/config.json").read_text())
+        _, report = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+        assert not report["missing_keys"] and not report["unexpected_keys"]
+    config.write_text(json.dumps(said))
+    with pytest.raises(drlora.ConfigError, match="is quantised itself|for the format merged"):
+        export_adapter(
+            tmp_path / "adapter", form, tmp_path / "other", model=name, merge_into="original"
+        )
 
 
 @pytest.mark.parametrize(("family", "kind"), [("gpt_oss", "mxfp4"), ("qwen3_moe", "fp8")])

@@ -181,7 +181,7 @@ class ChatTemplate:
                     opening = text[: max(text.find(one.turns[0]["content"].strip()), 0)]
                 whole = next(throughs) if n + 1 < len(one.turns) else text
                 if not text.startswith(whole):  # some end a conversation, and so each part of it
-                    whole = whole.removesuffix(str(self.tokenizer.eos_token))
+                    whole = whole.removesuffix(str(self.tokenizer.eos_token or ""))
                 if not text.startswith(whole):
                     raise DataError(
                         "it changes earlier turns, so the assistant's cannot be told apart; mark "

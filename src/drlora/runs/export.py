@@ -32,6 +32,8 @@ from drlora.export.plan import ExportPlan, apply_plan, make_plan, refuse_full_fo
 from drlora.io.files import home, read_json
 from drlora.io.places import from_root
 from drlora.io.run_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from drlora.moe.packing import is_packed
+from drlora.moe.stored.config import stored_settings
 from drlora.ops.merge import Rounding, RoundingMode
 from drlora.runs.data_section import default_split
 from drlora.runs.loading import (
@@ -130,21 +132,20 @@ def export_adapter(
     refuse_full_folder(output)
     if dry_run:
         return ExportResult(make_plan(_adapter_without_base(source), format, rank, routers))
-    is_quantised = source.quantise.experts is not None
-    if merge_into != MERGE_INTO[0] and not (is_quantised and format == "merged"):
-        raise ConfigError(
-            f"merge_into={merge_into!r} is for the format merged and an adapter that was trained "
-            f"on a quantised base; leave it out."
-        )
+    if merge_into != MERGE_INTO[0]:
+        _refuse_original(source, format)
     base: Any = load_base_model(source)
-    if is_quantised:
+    # Also a checkpoint that is quantised already, of which a recipe need not say anything.
+    was_packed = any(is_packed(module) for module in base.modules())
+    if was_packed:
         base = base.dequantize()  # the same numbers, that PEFT and transformers can compute with
     adapted = _quietly_on(base, source)
     vocab_size = vocabulary_size(base)
     tokenizer = _tokenizer(source, vocab_size, needed=data is not None)
     what, batches = _batches(source, data, tokenizer, vocab_size)
-    if is_quantised and format == "merged":
-        notes = [f"merged into the numbers that the base stood for in training ({source.quantise})"]
+    if was_packed and format == "merged":
+        kept = source.quantise if source.quantise.experts else "as in its checkpoint"
+        notes = [f"merged into the numbers that the base stood for in training ({kept})"]
     if merge_into == "original":
         adapted, said = _on_the_original(source, adapted, batches)
         base, notes = adapted.get_base_model(), [said]
@@ -160,6 +161,22 @@ def export_adapter(
     adapted.to(_device_for(base))
     written = apply_plan(plan, adapted, batches, output, tokenizer, record, max_shard_size, how)
     return ExportResult(plan, Path(output), written.difference, (*notes, *written.notes))
+
+
+def _refuse_original(source: Source, format: str) -> None:
+    """Raises:
+    ConfigError: if there is no other base than the one of training.
+    """
+    if format != "merged" or source.quantise.experts is None:
+        raise ConfigError(
+            "merge_into='original' is for the format merged and an adapter that was trained on a "
+            "quantised base; leave it out."
+        )
+    if stored_settings(load_architecture(source.model, source.trust_remote_code)) is not None:
+        raise ConfigError(
+            f"merge_into='original': the checkpoint {source.model} is quantised itself; name the "
+            f"16-bit one as the model, or leave merge_into out."
+        )
 
 
 def _on_the_original(

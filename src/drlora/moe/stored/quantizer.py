@@ -7,6 +7,7 @@ decoded to 16 bits, attention among them.
 
 from __future__ import annotations
 
+import copy
 import warnings
 from typing import Any
 
@@ -48,6 +49,8 @@ class StoredQuantizer(ExpertsQuantizer):
         self.plain: set[str] = set()  # matrices of experts that are in 16 bits in the checkpoint
         self.widened_bytes = 0  # of other layers, decoded
         self.refusal: ConfigError | None = None
+        # Those of a checkpoint that is not quantised, each with what it has become here.
+        self.conversions: list[tuple[Any, Any]] = []
 
     def keep(self, name: str, matrix: InPlace) -> dict[str, Tensor]:
         """Take a matrix of experts; what is left in its place until all is loaded."""
@@ -84,10 +87,13 @@ class StoredQuantizer(ExpertsQuantizer):
 
     def update_weight_conversions(self, weight_conversions: Any, model: Any) -> Any:
         """How tensors of the file become parameters: ours for experts and for what is decoded."""
+        plain = copy.deepcopy(weight_conversions)
         if self.form.is_decoded:
+            self.conversions = [(conversion, None) for conversion in plain]
             found = self.of_transformers.update_weight_conversions(weight_conversions, model)
             return [self._packed_again(conversion) for conversion in found]
         own = [self._kept(conversion) for conversion in weight_conversions]
+        self.conversions = list(zip(plain, own, strict=True))
         for key in _MATRICES if self.form.fused_ends else ():
             patterns = {rf"experts\.{key}{_escaped(end)}$": end for end in self.form.fused_ends}
             own.append(
@@ -139,6 +145,14 @@ class StoredQuantizer(ExpertsQuantizer):
                     f"the checkpoint has no experts for {name}, or under names that are not "
                     f"known: it would be random numbers."
                 )
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        """Also names its tensors as a checkpoint does that is not quantised, when it is saved."""
+        model = super()._dequantize(model, dtype)
+        model._weight_conversions = [
+            plain for plain, own in self.conversions if own is None or own.was_used()
+        ]
+        return model
 
     def _tell(self) -> None:
         own = self.form.storage
