@@ -9,6 +9,7 @@ from __future__ import annotations
 import multiprocessing.forkserver
 import os
 import runpy
+import socket
 import sys
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -31,6 +32,28 @@ def start_python(command: list[str], printed: Path, folder: Path | None = None,
     process = _context.Process(target=_run, args=(command, printed, folder, environment))
     process.start()
     return process
+
+
+def start_together(commands: list[list[str]], printed: list[Path],
+                   **environment: str) -> list[BaseProcess]:  # fmt: skip
+    """Start programs that find each other, as torchrun and accelerate launch start them.
+
+    Args:
+        commands: of each process, as for `start_python`.
+        printed: of each, the file that both output streams go to.
+        environment: variables to set in all of them.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port, size = str(free.getsockname()[1]), str(len(commands))
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    sizes = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+    return [
+        start_python(
+            command, file, RANK=str(rank), LOCAL_RANK=str(rank), **sizes, **place, **environment
+        )
+        for rank, (command, file) in enumerate(zip(commands, printed, strict=True))
+    ]
 
 
 def use_own_server() -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import socket
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ import torch
 import yaml
 from accelerate import FullyShardedDataParallelPlugin
 from accelerate.commands.config.config_args import load_config_from_file
-from new_process import finish, start_python
+from new_process import finish, start_python, start_together
 from safetensors.torch import load_file
 from tiny_run import save_all
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeDecoderLayer
@@ -120,23 +119,8 @@ def test_processes_that_come_apart_are_stopped(folder):
 
 def in_two_processes(folder: Path, *arguments: str) -> list[Path]:
     """`drlora ARGUMENTS` as torchrun and accelerate launch start it; the files with its output."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
     printed = [folder / f"printed-{rank}" for rank in range(2)]
-    jobs = [
-        start_python(
-            ["-m", "drlora", *arguments],
-            printed[rank],
-            RANK=str(rank),
-            LOCAL_RANK=str(rank),
-            WORLD_SIZE="2",
-            LOCAL_WORLD_SIZE="2",
-            MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=port,
-        )  # fmt: skip
-        for rank in range(2)
-    ]
+    jobs = start_together([["-m", "drlora", *arguments]] * 2, printed)
     for job, file in zip(jobs, printed, strict=True):
         finish(job, file)
     return printed

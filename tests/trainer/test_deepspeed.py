@@ -7,14 +7,13 @@ configurations (engine_processes). What it cannot show: NCCL, GPUs, DeepSpeed's 
 from __future__ import annotations
 
 import os
-import socket
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from new_process import finish, start_python
+from new_process import finish, start_together
 from peft import PeftModel
 from safetensors.torch import load_file
 from tiny import make_model
@@ -44,25 +43,10 @@ def folder(once) -> Path:
     """What two processes have left."""
 
     def make(folder: Path) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
         printed = [folder / f"printed-{rank}" for rank in range(2)]
         script = str(HERE / "engine_processes.py")
-        jobs = [
-            start_python(
-                [script, str(folder), str(rank)],
-                printed[rank],
-                DS_ACCELERATOR="cpu",
-                RANK=str(rank),
-                LOCAL_RANK=str(rank),
-                WORLD_SIZE="2",
-                LOCAL_WORLD_SIZE="2",
-                MASTER_ADDR="127.0.0.1",
-                MASTER_PORT=port,
-            )
-            for rank in range(2)
-        ]
+        commands = [[script, str(folder), str(rank)] for rank in range(2)]
+        jobs = start_together(commands, printed, DS_ACCELERATOR="cpu")
         for job, file in zip(jobs, printed, strict=True):
             finish(job, file, timeout=540)
 

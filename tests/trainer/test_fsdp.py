@@ -6,7 +6,6 @@ accelerate's FSDP2 goes through tests/accelerate_double.py.
 
 from __future__ import annotations
 
-import socket
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from fsdp_processes import CASES, CUT, STEPS
-from new_process import finish, start_python
+from new_process import finish, start_together
 from peft import PeftModel
 from safetensors.torch import load_file
 from tiny import make_model
@@ -32,23 +31,8 @@ def run_processes(folder: Path, count: int, cases: list[str]) -> None:
 
 def start_processes(folder: Path, count: int, cases: list[str]) -> list[BaseProcess]:
     """It, as torchrun would start it."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    size = str(count)
-    return [
-        start_python(
-            [SCRIPT, str(folder), *cases],
-            folder / f"printed-{rank}",
-            RANK=str(rank),
-            LOCAL_RANK=str(rank),
-            WORLD_SIZE=size,
-            LOCAL_WORLD_SIZE=size,
-            MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=port,
-        )
-        for rank in range(count)
-    ]
+    printed = [folder / f"printed-{rank}" for rank in range(count)]
+    return start_together([[SCRIPT, str(folder), *cases]] * count, printed)
 
 
 @pytest.fixture(scope="module")
