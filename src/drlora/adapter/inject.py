@@ -16,6 +16,7 @@ from drlora.adapter.expert_parallel import (
 )
 from drlora.adapter.layer import DrLoraExperts
 from drlora.adapter.observe import watch_tokens
+from drlora.adapter.sharded import was_sharded_at_load
 from drlora.config.adapter import DrLoraConfig
 from drlora.distributed.zero import whole_shapes
 from drlora.errors import ConfigError
@@ -123,7 +124,8 @@ def _refuse_unfit_router(model: nn.Module, name: str) -> None:
     router = model.get_submodule(name)
     if isinstance(router, ModulesToSaveWrapper):
         router = router.original_module
-    if any(isinstance(weight, DTensor) for weight in router.parameters()):
+    is_sharded = any(isinstance(weight, DTensor) for weight in router.parameters())
+    if is_sharded and not was_sharded_at_load(model):
         raise ConfigError(
             f"router='train' cannot work for {name}: its weights are sharded already, and a copy "
             f"of shards cannot be trained. Use router='frozen', or load the model whole and have "

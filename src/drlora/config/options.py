@@ -116,6 +116,11 @@ GENERAL: dict[str, Option] = {
     "b_lr_ratio": Option(
         1.0, "learning rate of B over that of A (LoRA+); `drlora train` sets it up", above=0
     ),
+    "share_rows": Option(
+        True,
+        "on a model that transformers shards when it is loaded: whether the processes share out "
+        "the rows of pools, or each has all of them (more memory, fewer collectives)",
+    ),
     "split_by_active": Option(
         False,
         "whether ranks and alpha are divided by the number of experts a token uses when the "
