@@ -12,6 +12,9 @@ import json
 import re
 import shlex
 import shutil
+import subprocess
+import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -237,7 +240,27 @@ def test_every_verb_has_a_section_and_every_page_is_in_the_site():
     page = (ROOT / "docs/command-line.md").read_text("utf-8")
     assert re.findall(r"^## drlora (\w+)$", page, re.M) == list(VERBS)
     nav = (ROOT / "mkdocs.yml").read_text("utf-8")
-    assert all(f": {name}" in nav for name in PAGES)
+    assert all(f": {name}" in nav or f"- {name}" in nav for name in PAGES)
+
+
+@pytest.mark.parametrize("tool", ["make_llms", "make_worked_runs"])
+def test_what_tools_make_of_other_files_is_as_they_make_it_now(tool):
+    done = subprocess.run([sys.executable, ROOT / f"tools/{tool}.py", "--check"], cwd=ROOT)
+    assert done.returncode == 0, f"run: python tools/{tool}.py"
+
+
+def test_extras_and_the_workflow_name_what_there_is():
+    """Every extra that a page names exists; the workflow calls verbs of the Makefile."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    pages = "".join((ROOT / f"docs/{name}").read_text("utf-8") for name in PAGES)
+    assert set(re.findall(r"drlora\[(\w+)\]", pages)) <= set(extras)
+    workflow = (ROOT / ".github/workflows/test.yml").read_text("utf-8")
+    jobs = yaml.safe_load(workflow)["jobs"]
+    assert jobs["gpu"]["if"] is False and set(jobs["test"]["strategy"]["matrix"]["python"]) == {
+        "3.11", "3.12", "3.13"}  # fmt: skip
+    verbs = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text("utf-8"), re.M)
+    assert set(re.findall(r"run: make ([a-z-]+)", workflow)) <= set(verbs)
 
 
 def test_code_is_found():
