@@ -2,8 +2,8 @@
 
     make docs && python tools/check_site.py --axe axe.min.js [--images FOLDER]
 
-Needs `pip install playwright` and a Chromium (Debian: apt-get install chromium); axe.min.js is of the
-npm package axe-core. Every page at 1280 and 390 pixels, in light and dark: no message on the
+Needs `pip install playwright` and a Chromium (Debian: apt-get install chromium); axe.min.js is of
+the npm package axe-core. Every page at 1280 and 390 pixels, in light and dark: no message on the
 console, nothing asked of another host, no scrolling sideways, axe-core finds no serious or critical
 fault. The search finds a word.
 """
@@ -50,7 +50,7 @@ def check(browser: Browser, site: str, page_name: str, width: int, scheme: Any,
     page.add_script_tag(path=str(options.axe))
     found = page.evaluate("axe.run(document, {resultTypes: ['violations']})")
     faults += [
-        f"{fault['impact']} {fault['id']}: {fault['nodes'][0]['html'][:140]} ({len(fault['nodes'])})"
+        f"{fault['impact']} {fault['id']}: {fault['nodes'][0]['html'][:140]}"
         for fault in found["violations"]
         if fault["impact"] in ("serious", "critical")
     ]

@@ -36,7 +36,8 @@ PAGES = sorted(path.name for path in (ROOT / "docs").glob("*.md"))
 # Fences of these languages are text; what is said in them is tested where the page says.
 TEXT = {"", "text", "diff", "yaml", "bibtex", "console"}
 # Code that other tests run.
-ELSEWHERE = {"README.md": "tests/project/test_readme.py", "tutorial.md": "test_the_tutorial"}
+ELSEWHERE = {"README.md": "tests/project/test_readme.py", "tutorial.md": "test_notebooks",
+             "free-gpu.md": "test_notebooks"}  # fmt: skip
 # Page -> how many of its blocks are marked as not run, with the reason beside them.
 NOT_RUN_HERE = {
     "many-processes.md": 4, "methods.md": 1, "quantised.md": 1, "serving.md": 2, "training.md": 1,
@@ -217,21 +218,28 @@ def fields_of(recipe_keys):
     yield from (f"adapter.{name}" for name in (*recipe_keys.adapter_settings(), "preset"))
 
 
-def test_the_tutorial():
-    """Its cells run, and the notebook is the page."""
+@pytest.mark.parametrize("name", ["tutorial", "free-gpu"])
+def test_notebooks(name, tmp_path, monkeypatch):
+    """The cells run, and the notebook is the page."""
     spec = importlib.util.spec_from_file_location("make_tutorial", ROOT / "tools/make_tutorial.py")
     assert spec is not None and spec.loader is not None
-    tutorial = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tutorial)
-    cells = tutorial.cells_of(tutorial.PAGE.read_text("utf-8"))
-    printed = tutorial.run(cells)
-    assert "mean 8.0" in printed[4] and "loaded: True\nmerged: True" in printed[5]
-    kept = json.loads(tutorial.NOTEBOOK.read_text("utf-8"))
+    maker = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(maker)
+    page = ROOT / f"docs/{name}.md"
+    assert page in maker.PAGES
+    cells = maker.cells_of(page.read_text("utf-8"))
+    monkeypatch.chdir(tmp_path)
+    printed = maker.run(cells)
+    if name == "tutorial":
+        assert "mean 8.0" in printed[4] and "loaded: True\nmerged: True" in printed[5]
+    else:
+        assert "The yellow dog is | an animal" in printed[4] and "own.html" in printed[5]
+    kept = json.loads(page.with_suffix(".ipynb").read_text("utf-8"))
     sources = [(cell["cell_type"], "".join(cell["source"])) for cell in kept["cells"]]
     assert sources == cells
     outputs = [cell["outputs"] for cell in kept["cells"] if cell["cell_type"] == "code"]
     shown = ["".join(out[0]["text"]) if out else "" for out in outputs]
-    assert shown[0] == printed[0] and "mean 8.0" in shown[4]
+    assert shown[0] == printed[0] and len(shown) == len(printed)
 
 
 def test_every_verb_has_a_section_and_every_page_is_in_the_site():
