@@ -97,7 +97,8 @@ def export_adapter(
 
     Args:
         folder: a run directory, or a folder with a saved DR-LoRA adapter.
-        format: `peft`, `per-expert`, `mlx`, `merged`, or what `register_format` added.
+        format: `peft`, `per-expert`, `mlx`, `gguf`, `sglang`, `merged`, or what
+            `register_format` added.
         output: must not exist or be empty.
         rank: `padded` or `auto`.
         dry_run: make the plan and stop.
