@@ -75,10 +75,10 @@ BASES: dict[str, PreTrainedConfig | None] = {
         **_SMALL, intermediate_size=256, moe_intermediate_size=128, num_experts=8,
         num_experts_per_tok=2, shared_expert_intermediate_size=128, decoder_sparse_step=1,
     ),
+    # As long as its scaled positions say: else readers disagree on their scale.
     "gpt_oss": GptOssConfig(
-        # As long as its scaled positions say: else readers disagree on their scale.
-        **{**_SMALL, "max_position_embeddings": 131072}, head_dim=64, intermediate_size=128, num_local_experts=4, num_experts_per_tok=2,
-        sliding_window=128,
+        **{**_SMALL, "max_position_embeddings": 131072}, head_dim=64, intermediate_size=128,
+        num_local_experts=4, num_experts_per_tok=2, sliding_window=128,
     ),
 }  # fmt: skip
 _ATTENTION = {

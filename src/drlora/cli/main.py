@@ -9,6 +9,7 @@
     drlora inspect MODEL [key=value ...] [--steps N] [--tokens N]
     drlora export RUN --format peft|per-expert|mlx|gguf|sglang|merged -o DIR [--dry-run]
     drlora verify ADAPTER [--base MODEL] [--merged DIR]
+    drlora serve RUN [--engine vllm|llama.cpp|transformers] [--port N] [--check] [--dry-run]
     drlora report RUN [RUN ...] [-o FILE] [--format html|png|svg|md]
     drlora compare PLAN.yaml [key=value ...] [--jobs N] [--dry-run] [--retry-failed]
     drlora env

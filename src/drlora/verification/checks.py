@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from drlora.verification.base import Base
+from drlora.export.base_weights import LEAVES, Base
 from drlora.verification.contents import Contents, Update
 from drlora.verification.findings import Finding, fault, warning
-from drlora.verification.keys import LEAVES, ROUTERS
+from drlora.verification.keys import ROUTERS
 from drlora.verification.packing import Likeness, Packing, alike, judge
 
 LARGE = 1.0  # of the weights' own norm

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from drlora.config.adapter import DrLoraConfig
 from drlora.errors import CheckpointError
+from drlora.export.base_weights import LEAVES, Base, Weights
 from drlora.io.files import read_json, read_shapes
 from drlora.io.run_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from drlora.verification.base import Base, Weights
-from drlora.verification.keys import LEAVES, Key, parse
+from drlora.verification.keys import Key, parse
 
 Pair = tuple[Tensor, Tensor]
 

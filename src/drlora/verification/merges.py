@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from drlora.export.base_weights import Base, Weights
 from drlora.moe.blocks import MoEBlock
-from drlora.verification.base import Base, Weights
 from drlora.verification.checks import few
 from drlora.verification.contents import Contents, Update
 from drlora.verification.findings import Finding, fault, warning

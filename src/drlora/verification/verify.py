@@ -19,11 +19,11 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 
 from drlora.errors import CheckpointError, ConfigError, first_line
+from drlora.export.base_weights import Base, find_base, other_weights
 from drlora.export.engines import VLLM_RANKS, Facts, Reading, readings
 from drlora.export.updates import unread_keys
 from drlora.io.files import home, local_path
 from drlora.io.run_files import ADAPTER_CONFIG
-from drlora.verification.base import Base, find_base, other_weights
 from drlora.verification.checks import few, fits, measure, relative, touched, whole
 from drlora.verification.contents import Contents, read_contents
 from drlora.verification.findings import Finding, fault, warning
