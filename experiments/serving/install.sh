@@ -29,8 +29,10 @@ llama() {
     src=$venv/src/llama.cpp
     cmake -S "$src" -B "$src/build" -DCMAKE_BUILD_TYPE=Release -DLLAMA_CURL=OFF \
         -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF
-    cmake --build "$src/build" --parallel 2 --target llama llama-server
+    cmake --build "$src/build" --parallel 2 --target llama
     llama_program
+    # For `drlora serve`; nothing else needs it.
+    cmake --build "$src/build" --parallel 2 --target llama-server
 }
 
 llama_program() {
@@ -38,6 +40,7 @@ llama_program() {
     c++ -std=c++17 -O2 experiments/serving/llama_logits.cpp -o "$venv/bin/llama_logits" \
         -I "$src/include" -I "$src/ggml/include" -L "$src/build/bin" -lllama -lggml -lggml-base \
         -Wl,-rpath,"$PWD/$src/build/bin"
+    # The converters are found from where this leads.
     ln -sf "$PWD/$src/build/bin/llama-server" "$venv/bin/llama-server"
 }
 

@@ -25,6 +25,7 @@ LEAVES = {
     "w2": "down", "gate_up_proj": "gate_up",
 }  # fmt: skip
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+OPEN = 2  # files at once
 EXPERT_KEY = re.compile(r"\.experts\.(\d+)\.(\w+)\.weight$")
 
 
@@ -53,6 +54,8 @@ class Weights:
     def _file(self, key: str) -> Any:
         path = self.files[key]
         if path not in self._open:
+            while len(self._open) >= OPEN:  # what is mapped of a file counts as memory
+                del self._open[next(iter(self._open))]
             self._open[path] = safe_open(path, "pt")
         return self._open[path]
 
@@ -126,6 +129,16 @@ class Base:
             return weight
         _, start, step = block.place_of(matrix)
         return weight[start : start + step * block.expert_width : step]
+
+    def stored_name(self, name: str) -> str:
+        """What the files call a parameter of one tensor, by the model's name or their own."""
+        if name in self.weights.files:
+            return name
+        try:
+            stored = list(revert_weight_conversion(self.model, {name: torch.zeros(1, 1)}))
+        except (AttributeError, KeyError, RuntimeError, ValueError, IndexError):
+            return name
+        return stored[0] if len(stored) == 1 else name
 
     def _keys(self, block: MoEBlock) -> dict[str, list[str]]:
         """Matrix -> its tensors in the files: one an expert, or one of all of them."""

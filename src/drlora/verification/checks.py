@@ -102,7 +102,7 @@ def whole(contents: Contents, base: Base | None) -> list[Finding]:
     usual = {update.matrix for update in contents.updates}
     wanted = {LEAVES[leaf] for name in _named(contents)
               if (leaf := name.rpartition(".")[2]) in LEAVES
-              and ("experts" in name or "." not in name)}  # fmt: skip
+              and ("experts" in name or "switch_mlp" in name or "." not in name)}  # fmt: skip
     if usual & {"gate", "up"}:
         wanted = wanted - {"gate_up"} | ({"gate", "up"} if "gate_up" in wanted else set())
     elif wanted & {"gate", "up"}:
@@ -195,6 +195,9 @@ def _named(contents: Contents) -> list[str]:
     for setting in ("target_modules", "target_parameters"):
         value = contents.config.get(setting)
         found += [str(name) for name in value] if isinstance(value, (list, tuple)) else []
+    if contents.is_mlx:
+        own = contents.config.get("lora_parameters") or {}
+        found += [str(name) for name in own.get("keys") or ()]
     return found
 
 
