@@ -15,7 +15,7 @@ TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 NUMEXPR_N
             TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
 .DEFAULT_GOAL := help
-.PHONY: help train compare test test-lowest test-engines check bench dist docs clean
+.PHONY: help train compare test test-lowest test-engines engines check bench dist docs clean
 
 help: ## list the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -54,6 +54,13 @@ $(ENGINES)/.ok: $(VENV)/.ok requirements/engines.txt
 	$(ENGINES)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
 		--no-build-isolation -r requirements/engines.txt
 	touch $@
+
+# Each in an environment of its own; one that cannot be had is said to be missing. llama.cpp is built
+# from source, with two jobs. ARGS="--engines llama.cpp" compares it alone; SERVING="llama" builds it alone.
+SERVING ?= llama vllm mlx mistral
+engines: $(VENV)/.ok ## compare exports in llama.cpp, vLLM, mlx-lm, mistral.rs with our logits (an hour, 8 GB)
+	for name in $(SERVING); do bash experiments/serving/install.sh $$name || true; done
+	$(TEST_ENV) $(BIN)/python experiments/serving/compare.py $(ARGS)
 
 check: $(VENV)/.ok ## lint, formatting, types
 	$(BIN)/ruff check .

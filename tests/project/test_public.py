@@ -132,7 +132,7 @@ def test_command_line_verbs():
     (verbs,) = [a for a in make_parser()._actions if isinstance(a, argparse._SubParsersAction)]
     assert set(verbs.choices) == {
         "init", "data", "train", "eval", "generate", "chat", "inspect", "export", "compare",
-        "report", "verify", "env",
+        "report", "verify", "serve", "env",
     }  # fmt: skip
 
 
@@ -154,7 +154,7 @@ VERBS = {
     "inspect": ["model", "config", "steps", "dtype", "tokens", "quantise", "optim"],
     "export_adapter": [
         "folder", "format", "output", "rank", "dry_run", "model", "data", "trust_remote_code",
-        "max_shard_size", "rounding", "seed", "merge_into", "routers",
+        "max_shard_size", "rounding", "seed", "merge_into", "routers", "by_shard",
     ],
     "verify": ["folder", "base", "merged"],
     "write_report": ["folders", "output", "format"],

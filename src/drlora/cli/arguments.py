@@ -10,7 +10,7 @@ import difflib
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from drlora.export.choices import MERGE_INTO, RANKS, ROUNDINGS, ROUTERS
+from drlora.export.choices import ENGINES, MERGE_INTO, RANKS, ROUNDINGS, ROUTERS
 from drlora.export.formats import FORMATS
 from drlora.io.files import home
 from drlora.report import FORMATS as REPORT_FORMATS
@@ -57,6 +57,11 @@ EXPORT = """examples:
 VERIFY = """examples:
   drlora verify path/to/adapter
   drlora verify path/to/adapter --base path/to/model --merged path/to/merged --json
+"""
+SERVE = """examples:
+  drlora serve runs/own-data --dry-run
+  drlora serve runs/own-data --engine vllm --port 8001
+  drlora serve out/per-expert --engine vllm --flags="--max-model-len 4096"
 """
 COMPARE = """examples:
   drlora compare experiments/quick.yaml --dry-run
@@ -251,6 +256,9 @@ def _export(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--data", metavar="FILE", type=home, help="examples to compare logits on")
     verb.add_argument("--max-shard-size", metavar="5GB", help="of one file of merged weights")
     verb.add_argument(
+        "--by-shard", action="store_true", help="merge in the memory of one file of weights"
+    )
+    verb.add_argument(
         "--rounding",
         default=ROUNDINGS[0],
         choices=ROUNDINGS,
@@ -271,6 +279,23 @@ def _verify(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--base", metavar="MODEL", type=home, help="default: what the adapter names")
     verb.add_argument(
         "--merged", metavar="DIR", type=home, help="the base with the adapter merged into it"
+    )
+
+
+def _serve(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("run", metavar="RUN", type=home, help="a run, or an export of one")
+    verb.add_argument("--engine", choices=ENGINES, help="default: the first that is on PATH")
+    verb.add_argument("--host", default="127.0.0.1", help="that it listens on")
+    verb.add_argument("--port", type=int, default=8000, metavar="N", help="that it listens on")
+    verb.add_argument(
+        "-o", "--output", metavar="DIR", type=home, help="of exports; default: served in the run"
+    )
+    verb.add_argument("--prompt", metavar="TEXT", help="asked once it runs; default: held out")
+    verb.add_argument("--flags", default="", metavar="WORDS", help="handed on to the engine")
+    verb.add_argument("--check", action="store_true", help="end it when it has answered")
+    _dry_run(verb, "print the command, start nothing")
+    verb.add_argument(
+        "--model", type=home, help="the base model, where it is not where the adapter says"
     )
 
 
@@ -322,6 +347,7 @@ VERBS: dict[str, tuple[str, str, Callable[[Any], None]]] = {
     "inspect": ("blocks, experts, memory and growth plan of a model", INSPECT, _inspect),
     "export": ("write an adapter for PEFT, serving engines or as a model", EXPORT, _export),
     "verify": ("check anybody's LoRA on the experts of a model", VERIFY, _verify),
+    "serve": ("start a serving engine that is installed, with the right export", SERVE, _serve),
     "compare": ("run a plan of models, tasks, methods and seeds", COMPARE, _compare),
     "report": ("write a page on one or several runs, to look at", REPORT, _report),
     "env": ("what a report of a fault needs: versions, machine, devices", ENV, _env),

@@ -7,8 +7,9 @@
     drlora generate RUN|EXPORT --prompts FILE [key=value ...] [--compare]
     drlora chat RUN|EXPORT [key=value ...] [--compare] [--system TEXT]
     drlora inspect MODEL [key=value ...] [--steps N] [--tokens N]
-    drlora export RUN --format peft|per-expert|mlx|merged -o DIR [--rank auto] [--dry-run]
+    drlora export RUN --format peft|per-expert|mlx|gguf|sglang|merged -o DIR [--dry-run]
     drlora verify ADAPTER [--base MODEL] [--merged DIR]
+    drlora serve RUN [--engine vllm|llama.cpp|transformers] [--port N] [--check] [--dry-run]
     drlora report RUN [RUN ...] [-o FILE] [--format html|png|svg|md]
     drlora compare PLAN.yaml [key=value ...] [--jobs N] [--dry-run] [--retry-failed]
     drlora env

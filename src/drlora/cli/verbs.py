@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import signal
 import warnings
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from drlora.cli.inspection import print_inspection
 from drlora.cli.look import print_data
 from drlora.cli.notes import notes_once
 from drlora.cli.progress import ConsoleProgress
+from drlora.cli.serve import print_plan, serve
 from drlora.cli.summary import print_summary
 from drlora.cli.talk import print_answer, print_end, talk
 from drlora.cli.verification import print_verification
@@ -46,6 +48,7 @@ from drlora.runs.prompts import read_prompts
 from drlora.runs.recipe import load_recipe, make_adapter_config, quantise_section
 from drlora.runs.rundir import RunDir
 from drlora.runs.sampling import check_settings, settings_from
+from drlora.runs.serving import plan_serving
 from drlora.runs.train import train
 from drlora.verification.verify import verify
 
@@ -242,6 +245,7 @@ def _export(arguments: argparse.Namespace) -> int:
         seed=arguments.seed,
         merge_into=arguments.merge_into,
         routers=arguments.routers,
+        by_shard=arguments.by_shard,
     )
     if arguments.json:
         print(json.dumps(result.to_dict(), indent=2))
@@ -257,6 +261,26 @@ def _verify(arguments: argparse.Namespace) -> int:
     else:
         print_verification(found, Console(highlight=False, soft_wrap=True, markup=False))
     return 0 if found.is_sound else exits.UNSOUND
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    plan = plan_serving(
+        arguments.run,
+        arguments.engine,
+        host=arguments.host,
+        port=arguments.port,
+        output=arguments.output,
+        model=arguments.model,
+        prompt=arguments.prompt,
+        more=tuple(shlex.split(arguments.flags)),
+    )
+    console = Console(highlight=False, soft_wrap=True, markup=False, stderr=arguments.json)
+    print_plan(plan, console)
+    if arguments.dry_run:
+        if arguments.json:
+            print(json.dumps(plan.to_dict(), indent=2))
+        return 0
+    return serve(plan, console, arguments.json, arguments.check)
 
 
 def _compare(arguments: argparse.Namespace) -> int:
@@ -293,6 +317,7 @@ ACTIONS: dict[str, Callable[[argparse.Namespace], int]] = {
     "inspect": _inspect,
     "export": _export,
     "verify": _verify,
+    "serve": _serve,
     "compare": _compare,
     "report": _report,
     "env": _env,

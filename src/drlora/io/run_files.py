@@ -17,6 +17,7 @@ LOCK = ".lock"  # held by the process that trains, and gone with it
 ADAPTER_CONFIG = "adapter_config.json"  # PEFT's, of an adapter; these two as well
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 MLX_WEIGHTS = "adapters.safetensors"  # mlx-lm's, of an adapter
+GGUF_ADAPTER = "adapter.gguf"  # llama.cpp's
 README = "README.md"  # the card of an adapter, what is said of an export, the page of a comparison
 
 EXPORT_RECORD = "drlora_export.json"
