@@ -25,7 +25,7 @@ ORDER: tuple[frozenset[str], ...] = (
     frozenset({"data", "moe"}),
     frozenset({"evaluation", "adapter"}),
     frozenset({"export", "ranks"}),
-    frozenset({"report", "trainer", "testing", "verification"}),
+    frozenset({"forecast", "report", "trainer", "testing", "verification"}),
     frozenset({"runs", "registration"}),
     frozenset({"compare"}),
     frozenset({"cli"}),
