@@ -115,6 +115,8 @@ def _run(job: Job, model: PeftModel, progress: Progress) -> TrainResult:
         progress.say(f"before: {before}")
     if job.checkpoint:
         progress.say(f"continuing from {job.checkpoint}")
+    for note in training.beginning():
+        progress.say(note)
     set_seed(job.arguments.seed)
     training.fit()
     is_short = training.steps < training.due
