@@ -24,6 +24,7 @@ from drlora.evaluation.measure import Measurement, measure, measurement_from
 from drlora.io.checkpoint import checkpoint_step
 from drlora.io.jsonl import append_lines, forget_kind, read_lines
 from drlora.io.plugins import plugins_for_the_record
+from drlora.ops.trial import found
 from drlora.ranks.dynamics import RankDynamics
 from drlora.ranks.rank_map import budget_of, free_parameters, rank_map
 from drlora.ranks.starts import needs_ranks
@@ -117,6 +118,8 @@ def _run(job: Job, model: PeftModel, progress: Progress, forecast: dict[str, Any
         progress.say(f"before: {before}")
     if job.checkpoint:
         progress.say(f"continuing from {job.checkpoint}")
+    for note in training.beginning():
+        progress.say(note)
     set_seed(job.arguments.seed)
     training.fit()
     is_short = training.steps < training.due
@@ -252,6 +255,7 @@ def _to_json(result: TrainResult, job: Job, model: PeftModel, training: Training
         "device": str(job.arguments.device),
         **peak_memory(),
         "threads": torch.get_num_threads(),
+        **({"engines": engines} if (engines := found()) else {}),
         "versions": versions(),
         "plugins": plugins_for_the_record(),
         "config": job.recipe.to_dict(),

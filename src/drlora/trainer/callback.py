@@ -7,7 +7,7 @@ grant, and `events.jsonl` (see drlora.trainer.event_log) into the output directo
 statistics are buffers of the adapter, so the Trainer's own checkpoints carry them and
 `resume_from_checkpoint` continues them; the step count, which a GradScaler can leave behind the
 Trainer's, and the length that growth is planned for are kept in the checkpoint's
-`trainer_state.json`.
+`trainer_state.json`, with the engines that were found by trial.
 
 Where `train()` is called again, by the user or because auto_find_batch_size tries a smaller batch,
 transformers counts steps from 0 again and goes on with the weights, and so do ranks and logs: the
@@ -39,6 +39,7 @@ from drlora.io.checkpoint import seal
 from drlora.io.jsonl import append_lines, forget_after, set_aside
 from drlora.io.run_files import EVENT_LOG, GROWTH_LOG
 from drlora.io.writing import sync
+from drlora.ops.trial import found, remember
 from drlora.ranks.dynamics import RankDynamics
 from drlora.ranks.event import Grant
 from drlora.ranks.optimizer_rows import unwrap_optimizer
@@ -96,6 +97,7 @@ class DrLoraCallback(TrainerCallback, ExportableState):
         """
         refuse_unfit_deepspeed(args)
         saved = self._saved(state)
+        remember(saved.get("engines", {}))
         is_new = self.dynamics is None
         if self.dynamics is not None:
             if not self._ended and args.auto_find_batch_size:
@@ -225,6 +227,8 @@ class DrLoraCallback(TrainerCallback, ExportableState):
         kept = {} if known is None else {"step": known.step, "schedule": asdict(known.schedule)}
         log_dir = None if self.log_dir is None else os.fspath(self.log_dir)
         arguments = {"adapter": self.adapter, "log_dir": log_dir}
+        if engines := found():
+            kept["engines"] = engines
         return {"args": arguments, "attributes": kept and {**kept, "log_start": self.log_start}}
 
     def _save_as_trained(self, model: Any, folder: Path, state: TrainerState) -> None:
