@@ -17,6 +17,7 @@ from drlora.adapter.expert_parallel import (
 from drlora.adapter.layer import DrLoraExperts
 from drlora.adapter.observe import watch_tokens
 from drlora.adapter.sharded import was_sharded_at_load
+from drlora.adapter.shared_rows import raise_ranks
 from drlora.config.adapter import DrLoraConfig
 from drlora.distributed.zero import whole_shapes
 from drlora.errors import ConfigError
@@ -61,6 +62,7 @@ def _prepare(model: nn.Module, config: DrLoraConfig) -> list[MoEBlock]:
     keep_trainable(model)
     config.experts = [block.experts_name for block in blocks]
     _split_by_active(model, config, blocks)
+    raise_ranks(config, blocks)
     if config.router == "train":
         # By full name: PEFT matches endings, and "gate" is also one of "shared_expert_gate".
         routers = [block.router_name for block in blocks if block.router_name]
