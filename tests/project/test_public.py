@@ -131,8 +131,8 @@ def test_signatures_of_imports():
 def test_command_line_verbs():
     (verbs,) = [a for a in make_parser()._actions if isinstance(a, argparse._SubParsersAction)]
     assert set(verbs.choices) == {
-        "init", "data", "train", "eval", "generate", "chat", "inspect", "export", "compare",
-        "report", "verify", "env",
+        "init", "plan", "data", "train", "eval", "generate", "chat", "inspect", "export", "compare",
+        "report", "verify", "doctor", "env",
     }  # fmt: skip
 
 
