@@ -5,8 +5,8 @@ is the most that the process had resident, against forecast.json of that run; ti
 processor's of a step, the first left out, against what `measure_pace` finds on a few layers, in
 another process.
 
-With --budget `drlora plan` is given so much memory that half of the step's does not fit, and what it
-writes is run: the peak must stay below what was given.
+With --budget `drlora plan` is given so much memory that half of the step's does not fit, and what
+it writes is run: the peak must stay below what was given.
 
 Rows are appended to benchmarks/results/plan.jsonl.
 """

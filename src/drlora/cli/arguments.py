@@ -79,6 +79,7 @@ REPORT = """examples:
   drlora report runs/own-data
   drlora report runs/one runs/two -o both.html
   drlora report runs/own-data --format md
+  drlora report runs/own-data --follow
 """
 
 
@@ -318,6 +319,10 @@ def _report(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--format", choices=REPORT_FORMATS, help="default: what FILE ends in, else html"
     )
+    verb.add_argument(
+        "--follow", action="store_true", help="write the page again and again until the run is over"
+    )
+    verb.add_argument("--every", type=float, default=10, metavar="S", help="seconds, of --follow")
 
 
 def _doctor(verb: argparse.ArgumentParser) -> None:

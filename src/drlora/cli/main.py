@@ -10,7 +10,7 @@
     drlora inspect MODEL [key=value ...] [--steps N] [--tokens N]
     drlora export RUN --format peft|per-expert|mlx|merged -o DIR [--rank auto] [--dry-run]
     drlora verify ADAPTER [--base MODEL] [--merged DIR]
-    drlora report RUN [RUN ...] [-o FILE] [--format html|png|svg|md]
+    drlora report RUN [RUN ...] [-o FILE] [--format html|png|svg|md] [--follow]
     drlora compare PLAN.yaml [key=value ...] [--jobs N] [--dry-run] [--retry-failed]
     drlora doctor
     drlora env

@@ -34,6 +34,7 @@ from drlora.errors import CheckpointError, ConfigError, Terminated
 from drlora.io.settings import set_in, split_override
 from drlora.planning.plan import plan
 from drlora.recipes import about, recipe_names
+from drlora.report.follow import follow_report
 from drlora.report.write import write_report
 from drlora.runs.chat import chat
 from drlora.runs.dry_run import dry_run
@@ -311,8 +312,21 @@ def _compare(arguments: argparse.Namespace) -> int:
 
 
 def _report(arguments: argparse.Namespace) -> int:
+    if arguments.follow:
+        return _follow(arguments)
     path = write_report(arguments.runs, arguments.output, arguments.format)
     print(json.dumps({"report": str(path)}) if arguments.json else path)
+    return 0
+
+
+def _follow(arguments: argparse.Namespace) -> int:
+    if arguments.format not in (None, "html"):
+        raise ConfigError(f"--follow writes a page, not {arguments.format}; leave --format out.")
+    told = None
+    for path in follow_report(arguments.runs, arguments.output, arguments.every):
+        if path != told:
+            print(json.dumps({"report": str(path)}) if arguments.json else path, flush=True)
+        told = path
     return 0
 
 
