@@ -27,7 +27,7 @@ ORDER: tuple[frozenset[str], ...] = (
     frozenset({"export", "ranks"}),
     frozenset({"forecast", "report", "trainer", "testing", "verification"}),
     frozenset({"runs", "registration"}),
-    frozenset({"compare"}),
+    frozenset({"compare", "doctor", "planning"}),
     frozenset({"cli"}),
 )
 # They depend on the package; the package never depends on them.

@@ -211,7 +211,9 @@ def _original_dtypes(copies: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
         return _call_original(copies, args, kwargs)
     given = [v for v in tree_leaves((args, kwargs)) if isinstance(v, Tensor)]
     device = given[0].device.type if given else "cpu"
-    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    can_cast = torch.amp.is_autocast_available(device)  # not on paper, on the device `meta`
+    is_cast = can_cast and torch.is_autocast_enabled(device)
+    autocast = torch.get_autocast_dtype(device) if is_cast else None
     key = (copies.training, autocast, _dtype_of(copies.original_module), *(v.dtype for v in given))
     known: dict[Any, Any] = copies.__dict__.setdefault(_KNOWN, {})
     if key not in known:

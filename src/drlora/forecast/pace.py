@@ -91,6 +91,7 @@ def measure_pace(
     dtype: torch.dtype,
     storage: str | None = None,
     trust_remote_code: bool = False,
+    device: torch.device | None = None,
 ) -> Pace:
     """Try a few layers of the model on this machine.
 
@@ -101,6 +102,7 @@ def measure_pace(
         dtype: of the weights.
         storage: of experts in few bits, as `drlora.quantise_experts` takes it.
         trust_remote_code: whether code that comes with a model of the hub may run.
+        device: that it is tried on; by default the CPU.
 
     Raises:
         RuntimeError: if the model cannot be made with fewer layers.
@@ -122,7 +124,8 @@ def measure_pace(
         )
         if storage is not None:
             quantise_experts(model, storage)
-        return _seconds(get_peft_model(model, copy.deepcopy(config)), batch)
+        adapted = get_peft_model(model.to(device or "cpu"), copy.deepcopy(config))
+        return _seconds(adapted, batch)
 
     taken = [on_machine(depth) for depth in depths]
     work = [on_paper(depth) for depth in depths]
@@ -167,13 +170,17 @@ def _seconds(model: Any, batch: Batch) -> float:
         model.gradient_checkpointing_enable()
         model.enable_input_require_grads()
     embedding: Any = model.get_input_embeddings()
-    ids_BL = torch.randint(embedding.weight.shape[0], (batch.examples, batch.length))
+    weight = embedding.weight
+    shape = (batch.examples, batch.length)
+    ids_BL = torch.randint(weight.shape[0], shape, device=weight.device)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-9)
 
     def step() -> None:
         model(input_ids=ids_BL, labels=ids_BL, use_cache=False).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+        if weight.device.type == "cuda":
+            torch.cuda.synchronize()
 
     return min([timed(step) for _ in range(1 + STEPS)][1:])
 

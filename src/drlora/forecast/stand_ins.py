@@ -6,7 +6,7 @@ how much it would compute.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,12 +18,14 @@ from transformers.masking_utils import AttentionMaskInterface
 from drlora.adapter.layer import DrLoraExperts
 from drlora.adapter.pool import RankPool
 from drlora.forecast.counting import Counting
+from drlora.ops.loop.tasks import FEWEST_ROWS, MOST_ROWS, TASKS_PER_THREAD
 from drlora.ops.scratch import LARGEST_KEPT
 from drlora.ops.weights import MATRICES, ExpertWeights
 
 ATTENTION = "drlora_on_paper"
 WITHOUT_MATRIX = ("sdpa", "flash_attention_2", "flash_attention_3")
 _counting: list[Counting] = []
+_kept: dict[str, Tensor] = {}  # scratch of the pass under way
 
 
 class _Attention(torch.autograd.Function):
@@ -82,7 +84,8 @@ class _Loop(torch.autograd.Function):
         gate_up_SG = x_TH.new_empty(rows, shape.gate_up)
         wide_x_TH = x_TH.to(shape.dtype)
         sum_dtype = promote_types(shape.dtype, weight_TK.dtype)
-        y_SH = _scratch(x_TH, rows * x_TH.shape[1], sum_dtype)
+        y_SH = _scratch("routed rows", x_TH, rows, x_TH.shape[1], sum_dtype)
+        _work_in(x_TH, shape, rows, ("x", "h") if sum_dtype == shape.dtype else ("x", "h", "y"))
         shrunk = [x_TH.new_empty(round(rows * rank), dtype=shape.dtype) for rank in shape.ranks]
         wide = [factor.to(shape.dtype) for factor in factors]
         out_TH = x_TH.new_empty(x_TH.shape, dtype=sum_dtype)
@@ -98,7 +101,9 @@ class _Loop(torch.autograd.Function):
         x_TH, weight_TK, _, _, *rest = ctx.saved_tensors
         shrunk, factors = rest[: len(shape.ranks)], rest[len(shape.ranks) :]
         wide = [x_TH.to(shape.dtype), grads[0].to(shape.dtype)]
-        grad_x_SH = _scratch(x_TH, weight_TK.numel() * x_TH.shape[1], x_TH.dtype)
+        rows = weight_TK.numel()
+        grad_x_SH = _scratch("routed rows", x_TH, rows, x_TH.shape[1], x_TH.dtype)
+        _work_in(x_TH, shape, rows, ("g", "h", "act", "dh", "dgate_up"))
         made = [torch.empty_like(factor, dtype=shape.dtype) for factor in factors]
         kept = [torch.empty_like(z) for z in shrunk]
         del wide, kept
@@ -109,18 +114,30 @@ class _Loop(torch.autograd.Function):
         return None, grad_x_TH, torch.empty_like(weight_TK), None, *out
 
 
-def _scratch(like: Tensor, numbers: int, dtype: torch.dtype) -> Tensor | None:
-    """Memory of a call; what is small is kept by the thread, and next to nothing."""
-    is_large = numbers * dtype.itemsize > LARGEST_KEPT
-    return like.new_empty(numbers, dtype=dtype) if is_large else None
+def _scratch(name: str, like: Tensor, rows: int, width: int, dtype: torch.dtype) -> Tensor | None:
+    """As `drlora.ops.scratch`: a thread keeps what is small and uses it again."""
+    size = rows * width * dtype.itemsize
+    if size > LARGEST_KEPT:
+        return like.new_empty(rows, width, dtype=dtype)
+    if name not in _kept or _kept[name].numel() < size:
+        _kept[name] = like.new_empty(size, dtype=torch.uint8)
+    return None
+
+
+def _work_in(x_TH: Tensor, shape: _Shape, rows: int, names: Iterable[str]) -> None:
+    """The buffers for the rows of a task."""
+    widths = {"x": x_TH.shape[1], "g": x_TH.shape[1], "y": x_TH.shape[1], "dgate_up": shape.gate_up}
+    at_once = min(rows, shape.rows_at_once(rows))
+    for name in names:
+        _scratch(name, x_TH, at_once, widths.get(name, shape.width), shape.dtype)
 
 
 class _Shape:
     """What of the experts and their adapters decides over memory and work."""
 
     def __init__(self, base: ExpertWeights, pools: list[RankPool], dtype: torch.dtype) -> None:
-        self.gate_up = base.out_features("gate_up")
-        self.dtype = dtype
+        self.gate_up, self.width = base.out_features("gate_up"), base.width
+        self.dtype, self.experts = dtype, base.num_experts
         self.ranks = [pool.lora_A.shape[0] / base.num_experts for pool in pools]
         self.of_base = sum(base.in_features(m) * base.out_features(m) for m in MATRICES)
         self.of_pieces = sum(
@@ -128,6 +145,12 @@ class _Shape:
             for rank, pool in zip(self.ranks, pools, strict=True)
         )
         self.moved = 3 * self.gate_up * dtype.itemsize
+
+    def rows_at_once(self, rows: int) -> int:
+        """The largest task: an expert's rows come to what is enough already, or are cut."""
+        share = rows // (TASKS_PER_THREAD * torch.get_num_threads())
+        enough = min(max(share, FEWEST_ROWS), MOST_ROWS)
+        return enough + min(enough, rows // self.experts)
 
     def work(self, rows: int, of_base: float, of_pieces: float) -> None:
         """Of so many rows, in multiples of one product with each."""
@@ -180,4 +203,5 @@ def on_paper(model: nn.Module, counting: Counting, dtype: torch.dtype) -> Iterat
         for layer in layers:
             del layer.__dict__["_run"]
         _counting.pop()
+        _kept.clear()
         config._attn_implementation = before

@@ -256,6 +256,10 @@ SUMMARY: Facts = {
     "Gini coefficient of ranks": _mean_gini,
     "Gini coefficient of routing": _routing,
     "Top tenth's share of ranks": _mean_top_share,
+    "Evenness of the load of experts": _last("router_entropy", lambda value: f"{value:.3f}"),
+    "Load of the busiest expert": _last("router_load_max", lambda value: f"{value:.1f} x even"),
+    "Experts without load": _last("router_dead", lambda value: f"{value:.1%}"),
+    "Trained routers moved by": _last("router_drift", lambda value: f"{value:.2%}"),
 }
 
 COST: Facts = {

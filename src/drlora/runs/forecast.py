@@ -7,7 +7,7 @@ not run on paper, it says so.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -47,18 +47,21 @@ class RunOnPaper:
     dtype: torch.dtype
 
 
-def run_on_paper(recipe: Recipe, job: Job, on_cpu: bool | None = None) -> RunOnPaper:
+def run_on_paper(
+    recipe: Recipe, largest: Batch, usual: Batch, optim: str, on_cpu: bool
+) -> RunOnPaper:
     """Count what a step takes.
 
     Args:
         recipe: of the run.
-        job: the same with its data.
-        on_cpu: whether it is to run on a CPU; by default as the job says.
+        largest: batch that there can be.
+        usual: batch in the mean.
+        optim: the optimizer, by transformers' name.
+        on_cpu: whether it is to run on a CPU.
 
     Raises:
         RuntimeError: what a model says that cannot run without numbers.
     """
-    on_cpu = job.arguments.device.type == "cpu" if on_cpu is None else on_cpu
     architecture = load_architecture(recipe.model, recipe.trust_remote_code)
     skeleton = model_on_meta(architecture, recipe.trust_remote_code)
     stored = architecture.dtype if isinstance(architecture.dtype, torch.dtype) else torch.float32
@@ -71,11 +74,9 @@ def run_on_paper(recipe: Recipe, job: Job, on_cpu: bool | None = None) -> RunOnP
         shapes = dict(skeleton.named_parameters())
         mapped = mapped_bytes(folder, shapes, recipe.quantise.experts is not None)
     model = adapted_on_paper(skeleton, recipe.adapter_config(), dtype)
-    largest, usual = batches(job, on_cpu)
     works_in = working_dtype(torch.empty(0, dtype=dtype)) if on_cpu else dtype
     peak = _peak(model, largest, recipe.evaluation, works_in)
     passed = pass_on_paper(model, usual, works_in)
-    optim = str(getattr(job.arguments.optim, "value", job.arguments.optim))
     memory = memory_forecast(model, weight_bytes, peak, optim, mapped, on_cpu)
     return RunOnPaper(memory, largest, usual, passed, dtype)
 
@@ -94,20 +95,28 @@ def batches(job: Job, on_cpu: bool) -> tuple[Batch, Batch]:
     settings = cast(Any, job.arguments)
     lengths = row_lengths(job)
     per_batch = job.batch_size
-    how: dict[str, Any] = {
-        "checkpoints": bool(settings.gradient_checkpointing),
-        "fuses_head": not on_cpu,
-        "autocast": torch.bfloat16 if settings.bf16 else torch.float16 if settings.fp16 else None,
-    }
+    one = Batch(
+        examples=1,
+        length=job.longest,
+        checkpoints=bool(settings.gradient_checkpointing),
+        fuses_head=not on_cpu,
+        autocast=torch.bfloat16 if settings.bf16 else torch.float16 if settings.fp16 else None,
+    )
     if "seq_lengths" in job.train.tokens.column_names or getattr(settings, "padding_free", False):
         most, mean = max(lengths), sum(lengths) / len(lengths)
-        return Batch(1, most * per_batch, **how), Batch(1, round(mean * per_batch), **how)
+        return replace(one, length=most * per_batch), replace(one, length=round(mean * per_batch))
     # Of each draw the longest decides; draws are neighbours in an order by chance.
     order = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(0)).tolist()
     drawn = [lengths[row] for row in order]
     longest = [max(drawn[at : at + per_batch]) for at in range(0, len(drawn), per_batch)]
     usual = round(sum(longest) / len(longest))
-    return Batch(per_batch, job.longest, **how), Batch(per_batch, usual, **how)
+    largest = replace(one, examples=per_batch)
+    return largest, replace(largest, length=usual)
+
+
+def optimizer_of(job: Job) -> str:
+    """Its name, as transformers has it."""
+    return str(getattr(job.arguments.optim, "value", job.arguments.optim))
 
 
 def row_lengths(job: Job) -> list[int]:
@@ -124,7 +133,8 @@ def forecast_for_the_record(job: Job) -> dict[str, Any]:
     if recipe.objective != "sft":
         return found | {"said": f"objective={recipe.objective} is not forecast"}
     try:
-        paper = run_on_paper(recipe, job)
+        on_cpu = job.arguments.device.type == "cpu"
+        paper = run_on_paper(recipe, *batches(job, on_cpu), optimizer_of(job), on_cpu)
     except Exception as error:  # whatever a model makes of tensors without numbers
         return found | {"said": f"the model does not run on paper: {first_line(error)}"}
     return found | {"memory_bytes": paper.memory.to_dict(), "batch": _plain(paper.largest)}
