@@ -45,7 +45,7 @@ def test_what_was_seen_is_what_is_said():
 @pytest.mark.parametrize(
     ("facts", "engine", "said"),
     [
-        (dict(layout="peft", model_type="mixtral"), "vLLM", "serves the base model"),
+        (dict(layout="peft", model_type="mixtral"), "vLLM", "leaves the experts"),
         (dict(layout="per-expert", model_type="olmoe", has_modules=True), "vLLM", "in full"),
         (dict(layout="per-expert", model_type="olmoe", has_modules=True), "llama.cpp", "in full"),
         (dict(layout="per-expert", model_type="olmoe", rank=513), "vLLM", "largest rank is 512"),

@@ -93,6 +93,9 @@ def _peft(facts: Facts) -> _Verdict:
 def _llama_cpp(facts: Facts) -> _Verdict:
     needs = "its converter needs sentencepiece" if facts.model_type == "mixtral" else ""
     base = "python convert_hf_to_gguf.py {model} --outfile base.gguf"
+    if facts.layout == "merged" and facts.model_type == "gpt_oss":
+        why = "serves it, with logits that are off as they are of the base"
+        return None, why, base.format(model="THIS_FOLDER")
     if facts.layout == "merged":
         return True, needs, base.format(model="THIS_FOLDER")
     if facts.layout == "peft":
@@ -120,7 +123,7 @@ def _vllm(facts: Facts) -> _Verdict:
     if facts.model_type == "gpt_oss":
         return True, f"--max-lora-rank {rank}", f"{serve} --lora-modules a=THIS_FOLDER"
     if facts.model_type in RENAMED:
-        ignored = "accepts it and serves the base model: its experts have other names"
+        ignored = "accepts it and leaves the experts as the base has them: they have other names"
         return False, f"{ignored}; use per-expert", ""
     flag, module = (
         "--enable-mixed-moe-lora-format",
@@ -151,12 +154,14 @@ def _mistral_rs(facts: Facts) -> _Verdict:
         return True, "where config.json is in the form of the hub (rope_theta)", ""
     if facts.layout == "peft":
         return False, "refuses empty target_modules: use per-expert", ""
-    if facts.has_modules or facts.has_router_lora:
-        return None, "routers were not tried", ""
+    if facts.has_modules:
+        return False, _REFUSED_MODULES, ""
     return True, "", ""
 
 
 def _mlx(facts: Facts) -> _Verdict:
+    if facts.layout == "merged" and facts.model_type == "gpt_oss":
+        return False, "does not read its experts in 16 or 32 bits, the base's neither", ""
     if facts.layout == "merged":
         return (
             True,
