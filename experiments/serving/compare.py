@@ -166,7 +166,7 @@ def reason(log: str, work: Path) -> str:
     found = [
         line
         for line in lines
-        if re.search(r"\w+(Error|Exception)\b.*: |^error|panicked|has no", line)
+        if re.search(r"\w+(Error|Exception)\b.*: |^error|^ERROR|panicked|has no", line)
         and "CalledProcessError" not in line
     ]
     line = (found or lines or ["no word"])[-1]

@@ -153,7 +153,7 @@ def _mistral_rs(facts: Facts) -> _Verdict:
     if facts.layout == "merged":
         return True, "where config.json is in the form of the hub (rope_theta)", ""
     if facts.layout == "peft":
-        return False, "refuses empty target_modules: use per-expert", ""
+        return False, "refuses it, or leaves the experts out beside other LoRA: use per-expert", ""
     if facts.has_modules:
         return False, _REFUSED_MODULES, ""
     return True, "", ""
