@@ -15,7 +15,7 @@ TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 NUMEXPR_N
             TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
 .DEFAULT_GOAL := help
-.PHONY: help train compare test test-lowest test-engines engines check bench docs clean
+.PHONY: help train compare test test-lowest test-engines engines check bench gpu dist docs clean
 
 help: ## list the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -69,6 +69,17 @@ check: $(VENV)/.ok ## lint, formatting, types
 
 bench: $(VENV)/.ok ## measure speed and memory on this machine
 	$(BIN)/python -m benchmarks $(ARGS)
+
+# The tools of a release live in an environment of their own.
+DIST := .venv-dist
+dist: ## build the wheel and the source archive into dist/, and try both in clean environments
+	test -x $(DIST)/bin/python || $(PYTHON) -m venv $(DIST)
+	$(DIST)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements/dist.txt
+	PATH="$(CURDIR)/$(DIST)/bin:$$PATH" $(DIST)/bin/python tools/release.py $(ARGS)
+
+# On a machine that brings its own torch, transformers, peft and triton: nothing is installed.
+gpu: ## measure what a GPU is to say, in eight minutes; goes on where it was cut (ARGS=--toy: on a CPU)
+	PYTHONPATH="src:$$PYTHONPATH" $(PYTHON) -m benchmarks.gpu $(ARGS)
 
 docs: $(VENV)/.docs-ok ## build the documentation into site/
 	$(BIN)/mkdocs build --strict $(ARGS)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.layers import Block, Inputs, Shape, ours
+from drlora.ops.trial import row_error
 
 FLOAT32_BOUND = 1e-4
 SLACK = 3.0
@@ -38,13 +39,6 @@ def results_of(module: nn.Module, inputs: Inputs) -> Results:
     # One row: a weight's gradient is an inner product that may cancel, alone it is mostly rounding.
     results["dweight"] = results["dweight"].reshape(1, -1)
     return results
-
-
-def row_error(got: Tensor, wanted: Tensor) -> float:
-    """The largest relative error of a row; rows much smaller than the mean count as such."""
-    size = wanted.norm(dim=-1)
-    error = (got.float() - wanted).norm(dim=-1) / size.clamp(min=0.01 * size.mean() + 1e-20)
-    return float(error.max())
 
 
 def in_float32(inputs: Inputs) -> Inputs:

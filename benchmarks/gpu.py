@@ -1,11 +1,18 @@
-"""Everything at real shapes on one GPU: `python -m benchmarks.gpu [CASE ...]`.
+"""Everything that a GPU is to say, in eight minutes: `make gpu`, or `python -m benchmarks.gpu`.
 
-    python -m benchmarks.gpu --minutes 9 --out rows.jsonl      on a GPU
-    python -m benchmarks.gpu --toy                             the same code on a CPU, tiny
+    make gpu                                       all cases on a GPU, into results/gpu.jsonl
+    python -m benchmarks.gpu CASE ... --out FILE   some of them
+    python -m benchmarks.gpu --toy                 the same code on a CPU, tiny, under two minutes
+    python -m benchmarks.gpu --verdicts            the bars, from the rows that are there
 
-Cases run in the order of their worth until the minutes are used up, and each row is written as soon
-as it is measured. What is wrong, does not fit in memory or fails gets a row that says so, and is
-not timed. Without --out rows go to benchmarks/results/gpu.jsonl, and nowhere with --toy.
+A bare machine with a torch, transformers, peft and triton of its own is enough: PYTHONPATH=src. A
+package that is missing or too old fails its case, with a row that says so, and no other.
+
+Cases run in the order of their worth until the minutes are used up. Each row is written as soon as
+it is measured, so a cut loses nothing, and `make gpu` again goes on after the last case that ended.
+A process computes; another watches it, and where a case outlasts its time, hangs or breaks the
+device, ends it, writes why, and starts one for the cases that are left. What is wrong, does not fit
+in memory or fails is not timed.
 
 With --toy, Triton's kernels run in Triton's interpreter, where triton is installed.
 """
@@ -13,21 +20,24 @@ With --toy, Triton's kernels run in Triton's interpreter, where triton is instal
 from __future__ import annotations
 
 import argparse
-import gc
 import importlib.util
 import json
 import os
+import queue
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from benchmarks import gpu_layers, gpu_models
+from benchmarks import gpu_layers, gpu_models, gpu_packed, gpu_runs, gpu_verdicts
 from benchmarks.gpu_layers import OutOfTimeError, Setting, failure
 from benchmarks.harness import RESULTS, Row, add_names, line_of, where
 from benchmarks.layers import Shape
@@ -35,23 +45,41 @@ from benchmarks.layers import Shape
 ROOT = Path(__file__).parent.parent
 OLMOE_LAYER = Shape(2048, 1024, 64, 8, 8192, torch.bfloat16)
 QWEN3_LAYER = Shape(2048, 768, 128, 8, 8192, torch.bfloat16)
-MEASURED = ("median_s", "seconds", "waits")
+# PEFT's own case, of which it published 2.56 ms and 1.30 GB on an H100 (its pull request 3577).
+PUBLISHED = replace(QWEN3_LAYER, tokens=4096)
+MEASURED = ("median_s", "seconds", "waits", "passed", "train_s", "chosen", "loss")
+BEGIN, END = "-- begin", "-- end"
+STARTUP_S, GRACE_S = 120.0, 20.0
 Measure = Callable[[Setting], Iterator[Row]]
 
 
 def cases(toy: bool) -> dict[str, tuple[float, Measure]]:
     """Name -> (seconds it may take, what it measures), the most valuable first."""
-    small, tiny = (gpu_layers.toy, gpu_models.toy) if toy else (lambda s: s, lambda s: s)
-    olmoe, qwen3 = small(OLMOE_LAYER), small(QWEN3_LAYER)
+
+    def plain(shape):
+        return shape
+
+    small, tiny = (gpu_layers.toy, gpu_models.toy) if toy else (plain, plain)
+    packed, packed_model = (gpu_packed.toy, gpu_packed.toy_model) if toy else (plain, plain)
+    olmoe, qwen3, published = small(OLMOE_LAYER), small(QWEN3_LAYER), small(PUBLISHED)
+    olmoe_model, qwen3_model = tiny(gpu_models.OLMOE), tiny(gpu_models.QWEN3)
+    few_tokens = replace(gpu_models.QWEN3, tokens=2048)
     return {
-        "layer-olmoe": (150, lambda s: gpu_layers.compare(olmoe, s)),
-        "synchronisation": (60, lambda s: gpu_layers.synchronisation(olmoe, s)),
-        "step-olmoe": (120, lambda s: gpu_models.training(tiny(gpu_models.OLMOE), 16, s)),
-        "growth-qwen3": (120, lambda s: gpu_models.growing(tiny(gpu_models.QWEN3), s)),
-        "layer-qwen3": (120, lambda s: gpu_layers.compare(qwen3, s)),
-        "scattermoe": (240, lambda s: gpu_layers.scattermoe(olmoe, s)),
-        "step-olmoe-r64": (120, lambda s: gpu_models.training(tiny(gpu_models.OLMOE), 64, s)),
-        "tiles": (240, lambda s: gpu_layers.tile_sweep(olmoe, s)),
+        "tests": (100, gpu_runs.tests),
+        "layer-published": (60, lambda s: gpu_layers.compare(published, s, 16)),
+        "layer-olmoe": (60, lambda s: gpu_layers.compare(olmoe, s)),
+        "step-olmoe": (90, lambda s: gpu_models.training(olmoe_model, 16, s)),
+        "layer-qwen3": (60, lambda s: gpu_layers.compare(qwen3, s)),
+        "trial": (30, lambda s: gpu_layers.by_trial(published, s)),
+        "packed-layer": (60, lambda s: gpu_packed.layer(packed(PUBLISHED), s)),
+        "packed-qwen3": (75, lambda s: gpu_packed.model(packed_model(few_tokens), s)),
+        "growth-qwen3": (75, lambda s: gpu_models.growing(qwen3_model, s)),
+        "synchronisation": (30, lambda s: gpu_layers.synchronisation(olmoe, s)),
+        "head": (20, gpu_runs.head_loss),
+        "fine-tune": (120, gpu_runs.fine_tunes),
+        "scattermoe": (90, lambda s: gpu_layers.scattermoe(published, s)),
+        "step-olmoe-r64": (90, lambda s: gpu_models.training(olmoe_model, 64, s)),
+        "tiles": (120, lambda s: gpu_layers.tile_sweep(olmoe, s)),
     }
 
 
@@ -71,98 +99,193 @@ def deadline(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, previous)
 
 
-def run_case(
-    name: str, seconds: float, measure: Measure, setting: Setting, out: Path | None
-) -> int:
-    """Write the rows of one case, or why it stopped; returns how many hold a measurement."""
-    measured = 0
+def run_case(name: str, seconds: float, measure: Measure, setting: Setting, out: Path) -> None:
+    """Write the rows of one case, or why it stopped."""
     try:
         with deadline(seconds):
             for row in measure(setting):
                 write(row, out)
-                measured += any(key in row for key in MEASURED)
     except OutOfTimeError as error:
-        write({"case": name, "implementation": None, "error": str(error), **where()}, out)
+        write(gave_up(name, str(error)), out)
     except Exception as error:
         write(failure(name, None, error), out)
-    return measured
 
 
-def device_is_lost() -> bool:
-    """Whether the GPU's context broke (an illegal access), so that this process can do no more."""
-    if not torch.cuda.is_available():
-        return False
-    gc.collect()
-    try:
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-    except RuntimeError:
-        return True
-    return False
+def gave_up(name: str, why: str) -> Row:
+    """The row of a case that has no measurement."""
+    return {"case": name, "implementation": None, "error": why, **where()}
 
 
-def write(row: Row, out: Path | None) -> None:
+def write(row: Row, out: Path) -> None:
     """Print a row, and append it."""
-    known = "median_s" in row
+    known = "median_s" in row and "to_frozen" in row
     text = line_of(row) if known else json.dumps({k: v for k, v in row.items() if k not in where()})
     print(text, flush=True)
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with out.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with out.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
 
 
-def in_the_interpreter(argv: list[str]) -> int:
-    """This command again, in a process where Triton interprets its kernels."""
-    command = [sys.executable, "-m", "benchmarks.gpu", *argv]
-    return subprocess.call(command, cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1"})
+def rows_in(out: Path) -> list[Row]:
+    """What was written so far; a line that was cut off is none."""
+    found = []
+    for line in out.read_text("utf-8").splitlines() if out.exists() else []:
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return found
+
+
+def ended(out: Path) -> set[str]:
+    """Names of cases that came to their end."""
+    return {row["ended_case"] for row in rows_in(out) if "ended_case" in row}
+
+
+def compute(names: list[str], toy: bool, seconds: float, scattermoe: str | None, out: Path) -> int:
+    """Run cases in this process; another one watches what it says."""
+    size = ("cpu", 1, 0, 1) if toy else ("cuda", 30, 3, 5)
+    setting, end = Setting(*size, scattermoe=scattermoe), time.monotonic() + seconds
+    for name in names:
+        limit, measure = cases(toy)[name]
+        left = end - time.monotonic()
+        if left < min(limit, 30):
+            write(gave_up(name, f"not started: {left:.0f} s were left"), out)
+            continue
+        limit = min(limit, left)
+        print(f"{BEGIN} {name} {limit:.0f}, {left:.0f} s left", flush=True)
+        began = time.monotonic()
+        run_case(name, limit, measure, setting, out)
+        if setting.on_gpu:
+            torch.cuda.empty_cache()
+            torch.cuda.synchronize()  # raises where the device is lost
+        mark_ended(name, time.monotonic() - began, out)
+        print(f"{END} {name}", flush=True)
+    return 0
+
+
+def mark_ended(name: str, seconds: float, out: Path) -> None:
+    """A row that says that the case need not run again."""
+    with out.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"ended_case": name, "case_s": round(seconds, 1)}) + "\n")
+
+
+def watch(command: list[str], env: dict[str, str], out: Path) -> str | None:
+    """Run a process that computes; the name of the case that it broke off at, or None.
+
+    Why is in a row then, and the case counts as ended.
+    """
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, start_new_session=True
+    )
+    lines: queue.Queue[str | None] = queue.Queue()
+
+    def read() -> None:
+        assert process.stdout is not None
+        with process.stdout as said:
+            for line in said:
+                lines.put(line.rstrip("\n"))
+        lines.put(None)
+
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    current, limit, began = "startup", STARTUP_S, time.monotonic()
+    try:
+        while True:
+            try:
+                line = lines.get(timeout=max(0.1, began + limit - time.monotonic()))
+            except queue.Empty:
+                if time.monotonic() < began + limit:
+                    continue
+                return broke_off(current, f"no end after {limit:.0f} s: killed", began, out)
+            if line is None:
+                code = process.wait()
+                said = f"the process ended with {code}"
+                return broke_off(current, said, began, out) if code else None
+            print(line, flush=True)
+            if line.startswith(BEGIN):
+                current, seconds = line.removeprefix(BEGIN).split(",")[0].split()
+                limit, began = float(seconds) + GRACE_S, time.monotonic()
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        reader.join(timeout=10)
+
+
+def broke_off(name: str, why: str, began: float, out: Path) -> str:
+    """Write it down."""
+    with out.open("a", encoding="utf-8") as file:  # this process may not touch the device
+        row = {
+            "case": name,
+            "implementation": None,
+            "error": why,
+            "date": time.strftime("%Y-%m-%d"),
+        }
+        file.write(json.dumps(row) + "\n")
+    print(f"{name}: {why}", flush=True)
+    mark_ended(name, time.monotonic() - began, out)
+    return name
+
+
+def run(names: list[str], toy: bool, minutes: float, scattermoe: str | None, out: Path) -> int:
+    """Run cases, with as many processes as it takes; 1 where nothing was measured."""
+    end, before = time.monotonic() + 60 * minutes, len(rows_in(out))
+    env = dict(os.environ, PYTHONPATH=paths())
+    if toy and importlib.util.find_spec("triton") is not None:
+        env["TRITON_INTERPRET"] = "1"
+    left = list(names)
+    while left and time.monotonic() < end:
+        seconds = end - time.monotonic()
+        command = [sys.executable, "-m", "benchmarks.gpu", *left, "--out", str(out)]
+        command += ["--compute", str(seconds), *(["--toy"] if toy else [])]
+        command += ["--scattermoe", scattermoe] if scattermoe else []
+        broken = watch(command, env, out)
+        if broken is None or broken not in left:
+            break
+        left = left[left.index(broken) + 1 :]
+    measured = [row for row in rows_in(out)[before:] if any(key in row for key in MEASURED)]
+    return 0 if measured else 1
+
+
+def paths() -> str:
+    """Where a process of ours finds the package and the benchmarks."""
+    given = os.environ.get("PYTHONPATH", "")
+    return os.pathsep.join(filter(None, [str(ROOT / "src"), str(ROOT), given]))
 
 
 def main(argv: list[str] | None = None) -> int:
     """Measure the chosen cases within the minutes given."""
-    argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_names(parser, cases(toy=True))
-    parser.add_argument("--minutes", type=float, default=9.0, help="in all, 9 by default")
+    parser.add_argument("--minutes", type=float, default=8.0, help="in all, 8 by default")
     parser.add_argument("--toy", action="store_true", help="tiny sizes, on the CPU")
     parser.add_argument("--out", type=Path, help="file to append rows to")
     parser.add_argument("--scattermoe", help="folder that holds axolotl's scattermoe_lora")
+    parser.add_argument("--verdicts", action="store_true", help="measure nothing")
+    parser.add_argument("--compute", type=float, metavar="SECONDS", help=argparse.SUPPRESS)
     chosen = parser.parse_args(argv)
-    has_triton = importlib.util.find_spec("triton") is not None
-    if chosen.toy and has_triton and os.environ.get("TRITON_INTERPRET") != "1":
-        return in_the_interpreter(argv)
+    out = chosen.out or RESULTS / "gpu.jsonl"
+    if chosen.verdicts:
+        print(gpu_verdicts.report(rows_in(out)))
+        return 0
     if not chosen.toy and not torch.cuda.is_available():
         parser.error("there is no GPU; --toy runs the same code on the CPU")
-    out = chosen.out or (None if chosen.toy else RESULTS / "gpu.jsonl")
-    size = ("cpu", 1, 0, 1) if chosen.toy else ("cuda", 30, 3, 5)
-    setting = Setting(*size, scattermoe=chosen.scattermoe)
-    end = time.monotonic() + 60 * chosen.minutes
-    measured = 0
-    for number, name in enumerate(chosen.names):
-        seconds, measure = cases(chosen.toy)[name]
-        left = end - time.monotonic()
-        if left < min(seconds, 30):
-            reason = f"not started: {left:.0f} s were left"
-            write({"case": name, "implementation": None, "error": reason, **where()}, out)
-            continue
-        print(f"-- {name}, {left:.0f} s left", flush=True)
-        measured += run_case(name, min(seconds, left), measure, setting, out)
-        if device_is_lost():
-            remaining = chosen.names[number + 1 :]
-            return again(remaining, end - time.monotonic(), out, chosen.scattermoe)
-    return 0 if measured else 1
-
-
-def again(names: list[str], seconds: float, out: Path | None, scattermoe: str | None) -> int:
-    """The remaining cases in a process of their own."""
-    if not names:
-        return 1
-    command = [sys.executable, "-m", "benchmarks.gpu", *names, "--minutes", str(seconds / 60)]
-    command += ["--out", str(out)] if out else []
-    command += ["--scattermoe", scattermoe] if scattermoe else []
-    return subprocess.call(command, cwd=ROOT)
+    if chosen.compute is not None:
+        return compute(chosen.names, chosen.toy, chosen.compute, chosen.scattermoe, out)
+    with tempfile.TemporaryDirectory() as folder:
+        if chosen.toy and not chosen.out:
+            out = Path(folder) / "rows.jsonl"
+        is_all = chosen.names == list(cases(toy=True))
+        done = ended(out) if is_all else set()
+        names = [name for name in chosen.names if name not in done]
+        if done:
+            print(f"ended before: {', '.join(sorted(done))}", flush=True)
+        code = run(names, chosen.toy, chosen.minutes, chosen.scattermoe, out) if names else 0
+        print(gpu_verdicts.report(rows_in(out)))
+    return code
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import copy
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -55,16 +56,22 @@ def failure(case: str, implementation: str | None, error: Exception) -> Row:
 
 
 class Layer:
-    """One layer's shape with its inputs, frozen experts, and the ranks that are compared."""
+    """One layer's shape with its inputs, frozen experts, and the ranks that are compared.
 
-    def __init__(self, shape: Shape, setting: Setting) -> None:
+    Args:
+        shape: sizes of the layer.
+        setting: where it is.
+        uniform: the rank of all experts where they have one; unequal ones have a mean of 16.
+    """
+
+    def __init__(self, shape: Shape, setting: Setting, uniform: int = UNIFORM) -> None:
         torch.manual_seed(0)
-        self.shape, self.setting = shape, setting
+        self.shape, self.setting, self.uniform = shape, setting, uniform
         self.inputs: Inputs = make_inputs(shape, SKEW, setting.device)
         self.experts = make_experts(shape, setting.device)
         load_E = load_of(self.inputs, shape)
         self.ranks = {
-            f"r{UNIFORM}": [UNIFORM] * shape.experts,
+            f"r{uniform}": [uniform] * shape.experts,
             "independent": ranks_of("independent", load_E),
             "following": ranks_of("following", load_E),
         }
@@ -107,8 +114,8 @@ def checked(layer: Layer, case: str) -> Iterator[tuple[str, nn.Module | Row]]:
         return layer.experts
 
     def theirs() -> nn.Module:
-        model = peft(layer.experts, UNIFORM)
-        check_peft(model, layer.experts, layer.shape, layer.inputs, UNIFORM)
+        model = peft(layer.experts, layer.uniform)
+        check_peft(model, layer.experts, layer.shape, layer.inputs, layer.uniform)
         return model
 
     yield "hf_frozen", attempt("hf_frozen", frozen)
@@ -127,12 +134,13 @@ def checked(layer: Layer, case: str) -> Iterator[tuple[str, nn.Module | Row]]:
 
         for engine in ENGINES:
             yield f"{engine} {kind}", attempt(f"{engine} {kind}", lambda e=engine: mine(e))
-    yield f"peft r{UNIFORM}", attempt(f"peft r{UNIFORM}", theirs)
+    yield f"peft r{layer.uniform}", attempt(f"peft r{layer.uniform}", theirs)
 
 
-def compare(shape: Shape, setting: Setting) -> Iterator[Row]:
-    """(a) Engines at equal and unequal ranks beside the frozen layer and PEFT."""
-    case, layer, steps = f"gpu layer {shape.name}", Layer(shape, setting), {}
+def compare(shape: Shape, setting: Setting, uniform: int = UNIFORM) -> Iterator[Row]:
+    """Engines at equal and unequal ranks beside the frozen layer and PEFT."""
+    case, layer = f"gpu layer {shape.name} r{uniform}", Layer(shape, setting, uniform)
+    steps: dict[str, Callable[[], None]] = {}
     for name, module in checked(layer, case):
         if isinstance(module, nn.Module):
             steps[name] = step_of(module, layer.inputs)
@@ -147,7 +155,7 @@ def timed(case: str, layer: Layer, steps: dict[str, Callable[[], None]]) -> list
     timings = alternate(
         steps, layer.setting.rounds, layer.setting.warmup, calls=layer.setting.calls
     )
-    rows = rows_of(case, timings, "hf_frozen", f"peft r{UNIFORM}")
+    rows = rows_of(case, timings, "hf_frozen", f"peft r{layer.uniform}")
     for row in rows:
         row["peak_extra_bytes"] = peaks[row["implementation"]]
         kind = row["implementation"].partition(" ")[2]
@@ -157,7 +165,7 @@ def timed(case: str, layer: Layer, steps: dict[str, Callable[[], None]]) -> list
 
 
 def synchronisation(shape: Shape, setting: Setting) -> Iterator[Row]:
-    """(d) Whether a forward and backward pass makes the host wait for the device."""
+    """Whether a forward and backward pass makes the host wait for the device."""
     case, layer = f"gpu synchronisation {shape.name}", Layer(shape, setting)
     modules: dict[str, Callable[[], nn.Module]] = {
         "hf_frozen": lambda: layer.experts,
@@ -194,8 +202,29 @@ def first_wait(step: Callable[[], None], setting: Setting) -> str | None:
     return None
 
 
+def by_trial(shape: Shape, setting: Setting) -> Iterator[Row]:
+    """What `engine="auto"` chooses, at equal and unequal ranks, and what it says of it."""
+    from drlora.ops import trial
+
+    case, layer = f"gpu trial {shape.name}", Layer(shape, setting)
+    known = dict(trial.CANDIDATES)
+    trial.CANDIDATES.setdefault(setting.device, ENGINES)
+    try:
+        for kind in layer.ranks:
+            with warnings.catch_warnings(record=True) as told:
+                warnings.simplefilter("always")
+                before = trial.found()
+                step_of(layer.adapted(kind, engine="auto"), layer.inputs)()
+            chosen = {k: v for k, v in trial.found().items() if k not in before}
+            yield {"case": case, "implementation": f"auto {kind}", "chosen": chosen,
+                   "told": [str(w.message) for w in told], **where()}  # fmt: skip
+    finally:
+        trial.CANDIDATES.clear()
+        trial.CANDIDATES.update(known)
+
+
 def tile_sweep(shape: Shape, setting: Setting) -> Iterator[Row]:
-    """(e) Other tile sizes for the Triton kernels, each checked, beside the ones in use."""
+    """Other tile sizes for the Triton kernels, each checked, beside the ones in use."""
     from drlora.ops.triton import tiles
 
     case, layer = f"gpu tiles {shape.name}", Layer(shape, setting)
@@ -239,7 +268,7 @@ def tile_sweep(shape: Shape, setting: Setting) -> Iterator[Row]:
 
 
 def scattermoe(shape: Shape, setting: Setting) -> Iterator[Row]:
-    """(f) Axolotl's ScatterMoE-LoRA, as PEFT adapters reach it, beside our kernels at one rank."""
+    """Axolotl's ScatterMoE-LoRA, as PEFT adapters reach it, beside our kernels at one rank."""
     case, layer = f"gpu scattermoe {shape.name}", Layer(shape, setting)
     steps = {"hf_frozen": step_of(layer.experts, layer.inputs)}
     block = layer.adapted(f"r{UNIFORM}", engine="triton")

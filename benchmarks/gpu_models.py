@@ -45,16 +45,20 @@ def olmoe(shape: ModelShape, device: str) -> nn.Module:
     return random_model(OlmoeForCausalLM, config, shape.dtype, device)
 
 
-def qwen3(shape: ModelShape, device: str) -> nn.Module:
+def qwen3_config(shape: ModelShape) -> Qwen3MoeConfig:
     """Qwen3-30B-A3B's architecture at the given sizes."""
-    config = Qwen3MoeConfig(
+    return Qwen3MoeConfig(
         vocab_size=shape.vocab, hidden_size=shape.hidden, moe_intermediate_size=shape.width,
         num_hidden_layers=shape.layers, num_attention_heads=max(1, shape.hidden // 64),
         num_key_value_heads=max(1, shape.hidden // 512), head_dim=128,
         num_experts=shape.experts, num_experts_per_tok=shape.top_k, norm_topk_prob=True,
         eos_token_id=0, pad_token_id=0, bos_token_id=0,
     )  # fmt: skip
-    return random_model(Qwen3MoeForCausalLM, config, shape.dtype, device)
+
+
+def qwen3(shape: ModelShape, device: str) -> nn.Module:
+    """A frozen model of it."""
+    return random_model(Qwen3MoeForCausalLM, qwen3_config(shape), shape.dtype, device)
 
 
 class Peak:
@@ -76,7 +80,7 @@ class Peak:
 
 
 def training(shape: ModelShape, rank: int, setting: Setting) -> Iterator[Row]:
-    """(b) A training step of OLMoE-1B-7B with gradient checkpointing: tokens/s, and memory.
+    """A training step of OLMoE-1B-7B with gradient checkpointing: tokens/s, and memory.
 
     Memory is taken of each implementation alone, above the frozen weights: `peak_extra_bytes` is
     beyond what the frozen model's own step takes. Then all take turns.
@@ -142,7 +146,7 @@ def adapter_bytes(model: nn.Module) -> int:
 
 
 def growing(shape: ModelShape, setting: Setting) -> Iterator[Row]:
-    """(c) Steps of Qwen3-30B-A3B with a growth event, at the most tokens that fit on the card."""
+    """Steps of Qwen3-30B-A3B with a growth event, at the most tokens that fit on the card."""
     case = f"gpu growth {shape.name} r16 checkpointing"
     base = qwen3(shape, setting.device)
     weights_bytes = sum(p.numel() * p.element_size() for p in base.parameters())

@@ -83,26 +83,45 @@ def random_model(
 
 
 def random_packed_model(
-    model_class: type[PreTrainedModel], config: Any, dtype: torch.dtype, storage: str
+    model_class: type[PreTrainedModel],
+    config: Any,
+    dtype: torch.dtype,
+    storage: str,
+    device: str = "cpu",
+    repeats: bool = False,
 ) -> PreTrainedModel:
-    """The same on the CPU with experts packed: one matrix of one block is wide at a time."""
-    kind = packed_format(storage)
+    """The same with experts packed: one matrix of one block is wide at a time.
+
+    Args:
+        model_class, config, dtype: of the model.
+        storage: of the experts.
+        device: where it is made.
+        repeats: whether all blocks have the numbers of the first, which takes less time.
+    """
+    kind, first = packed_format(storage), {}
     with torch.device("meta"):
         model = model_class(config).to(dtype)
     for module in model.modules():
         if isinstance(family_of(module), InterfaceExperts):
             for place in places_of(module):
                 shape = parameter_at(module, place.path).shape
-                wide_EOI = torch.empty(shape, dtype=dtype).normal_(std=0.02)
-                put_in(module, {place.path: Packed.of(wide_EOI, kind)})
+                if place.path in first:
+                    packed = copy.deepcopy(first[place.path])
+                else:
+                    wide_EOI = torch.empty(shape, dtype=dtype, device=device).normal_(std=0.02)
+                    packed = Packed.of(wide_EOI, kind)
+                    del wide_EOI
+                if repeats:
+                    first[place.path] = packed
+                put_in(module, {place.path: packed})
     for module in model.modules():
         for name, weight in list(module.named_parameters(recurse=False)):
             if weight.is_meta:
-                made = torch.empty(weight.shape, dtype=dtype)
+                made = torch.empty(weight.shape, dtype=dtype, device=device)
                 is_norm = "norm" in type(module).__name__.lower()
                 made = made.fill_(1) if is_norm else made.normal_(std=0.02)
                 setattr(module, name, nn.Parameter(made, requires_grad=False))
-    model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
     return model.requires_grad_(False).train()
 
 

@@ -6,7 +6,6 @@ Run: make test ARGS=tests/project/test_benchmarks.py
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import sys
 import time
@@ -15,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import experts_layer, gpu, scaling, table, train_step
+from benchmarks import experts_layer, gpu, gpu_verdicts, scaling, table, train_step
 from benchmarks.checks import (
     Reference,
     WrongResultError,
@@ -197,32 +196,101 @@ def test_a_case_that_fails_says_why(tmp_path):
         time.sleep(5)
         yield {}
 
-    assert gpu.run_case("large", 9, too_large, setting, out) == 1
+    gpu.run_case("large", 9, too_large, setting, out)
     started = time.monotonic()
-    assert gpu.run_case("long", 0.05, too_long, setting, out) == 0
+    gpu.run_case("long", 0.05, too_long, setting, out)
     assert time.monotonic() - started < 2
-    rows = [json.loads(line) for line in out.read_text("utf-8").splitlines()]
+    rows = gpu.rows_in(out)
     assert rows[0]["implementation"] == "first"
     assert rows[1]["error"].startswith("out of memory: tried to allocate 99 GiB")
     assert rows[2]["case"] == "long" and "stopped after" in rows[2]["error"]
 
 
+@pytest.mark.parametrize(
+    ("ending", "said", "name"),
+    [
+        ("import time; time.sleep(60)", "no end after 0 s: killed", "second"),
+        ("import os; os.abort()", "the process ended with -6", "second"),
+        ("raise SystemExit(3)", "the process ended with 3", "second"),
+        ("print('-- end second')", None, None),
+    ],
+)
+def test_a_case_that_hangs_or_breaks_its_process_ends_alone(
+    tmp_path, monkeypatch, ending, said, name
+):
+    monkeypatch.setattr(gpu, "GRACE_S", 0.3 if "sleep" in ending else 60.0)
+    out = tmp_path / "rows.jsonl"
+    script = f"print('-- begin second 0, 9 s left', flush=True)\n{ending}"
+    started = time.monotonic()
+    assert gpu.watch([sys.executable, "-c", script], dict(os.environ), out) == name
+    assert time.monotonic() - started < 30
+    errors = [row["error"] for row in gpu.rows_in(out) if "error" in row]
+    assert errors == ([said] if said else [])
+    assert gpu.ended(out) == ({name} if name else set())
+
+
+def test_cases_that_ended_are_not_run_again(tmp_path, monkeypatch, capsys):
+    out, started = tmp_path / "rows.jsonl", []
+    monkeypatch.setattr(gpu, "run", lambda names, *_: started.append(names) or 0)
+    for name in ("tests", "layer-olmoe"):
+        gpu.mark_ended(name, 1.0, out)
+    with out.open("a", encoding="utf-8") as file:
+        file.write('{"ended_case": "step-ol')  # cut off in the middle
+    assert gpu.main(["--toy", "--out", str(out)]) == 0
+    wanted = [name for name in gpu.cases(toy=True) if name not in ("tests", "layer-olmoe")]
+    assert gpu.main(["tests", "--toy", "--out", str(out)]) == 0  # asked for by name
+    assert started == [wanted, ["tests"]]
+    assert "ended before: layer-olmoe, tests" in capsys.readouterr().out
+
+
+def test_time_for_all_cases_that_matter():
+    """Before the minutes are up there is time for each case up to the tiles, if none is cut."""
+    limits = {name: limit for name, (limit, _) in gpu.cases(toy=False).items()}
+    assert list(limits)[:3] == ["tests", "layer-published", "layer-olmoe"]
+    assert sum(list(limits.values())[:5]) < 480
+
+
+def test_verdicts_of_a_gpu():
+    case = "gpu layer bfloat16 d2048 m768 E128 k8 T4096 r16"
+    rows = [
+        timed_row(case, "grouped r16", 1.4) | {"median_s": 2.0},
+        timed_row(case, "triton r16", 1.1) | {"median_s": 1.0},
+        timed_row(case, "triton following", 1.3) | {"median_s": 1.2},
+        {"case": case, "implementation": "grouped following", "error": "wrong"},
+        {"case": "gpu tests", "implementation": "pytest", "passed": 9, "failed": ["one"]},
+    ]
+    said = gpu_verdicts.report(rows)
+    assert (
+        "met           layer bfloat16 d2048 m768 E128 k8 T4096 r16: time over frozen: 1.1" in said
+    )
+    assert "unequal ranks over equal: 1.2 (at most 1.02)" in said
+    assert "MISSED        tests that failed: 1" in said
+    assert said.count("not measured") == len(gpu_verdicts.bars(rows)) - 4
+    assert gpu_verdicts.report([]).count("not measured") == len(gpu_verdicts.bars([]))
+
+
 def test_the_gpu_command_runs_at_toy_sizes(tmp_path, monkeypatch):
-    """All cases without Triton; with it, one of each kind, since its interpreter is slow."""
-    names = ["layer-olmoe", "growth-qwen3"] if HAS_TRITON else list(gpu.cases(toy=True))
+    """Cases of each kind; `make gpu ARGS=--toy` runs all."""
+    names = ["layer-published", "trial", "packed-layer", "packed-qwen3", "growth-qwen3", "head"]
     out = tmp_path / "rows.jsonl"
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
     assert gpu.main([*names, "--toy", "--out", str(out)]) == 0
-    rows = [json.loads(line) for line in out.read_text("utf-8").splitlines()]
+    rows = gpu.rows_in(out)
+    assert gpu.ended(out) == set(names)
     failed = {row["implementation"]: row["error"] for row in rows if "error" in row}
     if HAS_TRITON:
         assert not failed
     else:
         assert all("triton" in error for error in failed.values()), failed
-        seen = {row["case"].removeprefix("gpu ").split()[0] for row in rows}
-        assert seen >= {"layer", "synchronisation", "step", "growth", "scattermoe", "tiles"}
     timed = {row["implementation"] for row in rows if "median_s" in row}
-    assert timed >= {"hf_frozen", "grouped r64", "grouped independent", "grouped following"}
-    assert {f"triton {kind}" for kind in ("r64", "following")} <= timed | set(failed)
-    (grown,) = (row for row in rows if row["case"].startswith("gpu growth"))
-    assert grown["grants"] > 0 and grown["ranks_spent"] == grown["ranks_stored"]
+    assert timed >= {"hf_frozen", "grouped r16", "grouped independent", "grouped following"}
+    assert timed >= {"16-bit grouped r16", "nf4 grouped r16", "int8 grouped following"}
+    assert {f"triton {kind}" for kind in ("r16", "following")} <= timed | set(failed)
+    grown = [row for row in rows if row.get("grants")]
+    assert [row["case"].split()[1] for row in grown] == ["packed", "growth"]
+    (grew,) = (row for row in grown if "ranks_spent" in row)
+    assert grew["ranks_spent"] == grew["ranks_stored"]
+    chosen = [name for row in rows for name in row.get("chosen", {}).values()]
+    assert chosen and set(chosen) <= {"triton", "grouped"}
+    heads = [row for row in rows if row.get("case", "").startswith("gpu head")]
+    assert len(heads) == 4 and all(row["gradient_off"] < 1e-2 for row in heads)

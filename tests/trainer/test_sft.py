@@ -132,10 +132,12 @@ def loss_and_gradients(trainer, batch):
 
 
 @pytest.mark.parametrize("padding_free", [False, True], ids=["padded", "padding-free"])
-def test_three_ways_to_one_loss(tmp_path, padding_free):
-    """The model's head, TRL's without its metrics and TRL's own: the loss and every gradient."""
+def test_four_ways_to_one_loss(tmp_path, padding_free, monkeypatch):
+    """The model's head, the targets in chunks, TRL's head without its metrics and TRL's own."""
     found = {}
-    for way in ("model", "fused", "trl"):
+    for way in ("model", "fused", "trl", "targets"):
+        if way == "targets":
+            monkeypatch.setattr("drlora.evaluation.head.LEAST_VOCABULARY", 1)
         trainer = trainer_of(tmp_path, own=OwnSettings(token_metrics=way == "trl"),
                              padding_free=padding_free)  # fmt: skip
         if way == "fused":  # a CPU chooses it for no run
@@ -150,6 +152,38 @@ def test_three_ways_to_one_loss(tmp_path, padding_free):
         assert gradients and all(g.abs().max() > 0 for g in gradients.values())
         for name, gradient in gradients.items():
             torch.testing.assert_close(others[name], gradient, msg=name)
+
+
+def test_a_run_with_a_large_vocabulary_grows_as_without(tmp_path, monkeypatch, capsys):
+    """Losses of each step within rounding, and the same ranks; it is said once."""
+    found, ranks = by_command_line(tmp_path / "plain")
+    assert "targets alone" not in capsys.readouterr().out
+    monkeypatch.setattr("drlora.evaluation.head.LEAST_VOCABULARY", 1)
+    chunked, chunked_ranks = by_command_line(tmp_path / "chunked")
+    assert capsys.readouterr().out.count("the loss is computed at the targets alone") == 1
+    assert chunked_ranks == ranks and chunked.keys() == found.keys()
+    for step, loss in found.items():
+        assert chunked[step] == pytest.approx(loss, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "setting", [dict(label_smoothing_factor=0.1), dict(torch_compile=True)], ids=str
+)
+@pytest.mark.filterwarnings("ignore:.*label_smoothing_factor.*:FutureWarning")
+def test_what_chunks_do_not_know_is_left_to_the_model(tmp_path, monkeypatch, setting):
+    monkeypatch.setattr("drlora.evaluation.head.LEAST_VOCABULARY", 1)
+    assert trainer_of(tmp_path).way == "targets"
+    assert trainer_of(tmp_path, **setting).way == "model"
+
+
+def test_answers_are_generated_with_the_loss_of_targets_in(tmp_path, monkeypatch):
+    monkeypatch.setattr("drlora.evaluation.head.LEAST_VOCABULARY", 1)
+    model = trainer_of(tmp_path).model.eval()
+    given = dict(input_ids=torch.tensor([[5, 9, 11]]), max_new_tokens=4, do_sample=False)
+    given["attention_mask"] = torch.ones(1, 3, dtype=torch.int64)
+    found = model.generate(**given)
+    del model.get_base_model().forward
+    assert torch.equal(found, model.generate(**given))
 
 
 @pytest.mark.parametrize("setting", [dict(loss_type="dft"), dict(router_aux_loss_coef=0.01)])

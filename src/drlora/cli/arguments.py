@@ -21,6 +21,11 @@ INIT = """examples:
   drlora init embedded training.max_steps=400
   drlora init --list
 """
+PLAN = """examples:
+  drlora plan path/to/model train.jsonl -o own.yaml
+  drlora plan allenai/OLMoE-1B-7B-0924 train.jsonl --gpu 24GB
+  drlora plan embedded embedded:kinds --memory 2GB --range-test
+"""
 DATA = """examples:
   drlora data own-data.yaml
   drlora data embedded data.train=embedded:definitions --examples 5
@@ -67,6 +72,10 @@ COMPARE = """examples:
   drlora compare experiments/quick.yaml --dry-run
   drlora compare experiments/quick.yaml 'seeds=[1, 2]' --jobs 2
 """
+DOCTOR = """examples:
+  drlora doctor
+  drlora doctor --json
+"""
 ENV = """examples:
   drlora env
   drlora env --json
@@ -75,6 +84,7 @@ REPORT = """examples:
   drlora report runs/own-data
   drlora report runs/one runs/two -o both.html
   drlora report runs/own-data --format md
+  drlora report runs/own-data --follow
 """
 
 
@@ -159,6 +169,23 @@ def _init(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--list", action="store_true", help="the recipes that come with drlora")
     verb.add_argument(
         "-o", "--output", metavar="FILE", type=home, help="a new file; default: NAME.yaml"
+    )
+
+
+def _plan(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("model", metavar="MODEL", type=home, help="embedded, a folder, or a name")
+    verb.add_argument("data", metavar="DATA", type=home, help="a file, a folder, or a name")
+    verb.add_argument("overrides", nargs="*", metavar="key=value", help="data.eval=..., ...")
+    verb.add_argument(
+        "-o", "--output", metavar="FILE", type=home, default="plan.yaml", help="a new file"
+    )
+    where = verb.add_mutually_exclusive_group()
+    where.add_argument("--gpu", metavar="24GB", help="a size or a card (T4, RTX 4090, H100)")
+    where.add_argument("--machine", action="store_true", help="this machine, which is the default")
+    verb.add_argument("--memory", metavar="8GB", help="of this machine; default: what is free")
+    verb.add_argument("--no-timing", action="store_true", help="do not time layers of the model")
+    verb.add_argument(
+        "--range-test", action="store_true", help="short runs choose the learning rate"
     )
 
 
@@ -317,6 +344,14 @@ def _report(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--format", choices=REPORT_FORMATS, help="default: what FILE ends in, else html"
     )
+    verb.add_argument(
+        "--follow", action="store_true", help="write the page again and again until the run is over"
+    )
+    verb.add_argument("--every", type=float, default=10, metavar="S", help="seconds, of --follow")
+
+
+def _doctor(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--offline", action="store_true", help="do not ask the hub")
 
 
 def _env(verb: argparse.ArgumentParser) -> None:
@@ -339,6 +374,7 @@ def _base_model(verb: argparse.ArgumentParser) -> None:
 # Verb -> what it does, examples, its options.
 VERBS: dict[str, tuple[str, str, Callable[[Any], None]]] = {
     "init": ("write a commented recipe for a model and data", INIT, _init),
+    "plan": ("write a recipe that fits into the memory there is", PLAN, _plan),
     "data": ("show what a recipe would learn from, the trained part marked", DATA, _data),
     "train": ("fine-tune as a recipe says", TRAIN, _train),
     "eval": ("measure a run or an export on data", EVAL, _eval),
@@ -350,5 +386,6 @@ VERBS: dict[str, tuple[str, str, Callable[[Any], None]]] = {
     "serve": ("start a serving engine that is installed, with the right export", SERVE, _serve),
     "compare": ("run a plan of models, tasks, methods and seeds", COMPARE, _compare),
     "report": ("write a page on one or several runs, to look at", REPORT, _report),
+    "doctor": ("try what works here, and say how to mend what does not", DOCTOR, _doctor),
     "env": ("what a report of a fault needs: versions, machine, devices", ENV, _env),
 }

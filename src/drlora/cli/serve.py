@@ -16,7 +16,7 @@ from drlora.runs.serving import ServingPlan, prepare
 _ENDED = "the engine ended by itself, with code {code}"
 
 
-def print_plan(plan: ServingPlan, console: Console) -> None:
+def print_serving(plan: ServingPlan, console: Console) -> None:
     """What will be started, before anything is."""
     console.print(f"engine   {plan.engine}")
     there = "is there" if plan.is_there else "will be made"

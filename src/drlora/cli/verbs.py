@@ -17,21 +17,26 @@ from rich.console import Console
 
 from drlora.cli import exits
 from drlora.cli.comparison import print_comparison
+from drlora.cli.doctor import print_health
 from drlora.cli.dry_run import print_dry_run
 from drlora.cli.exits import end
 from drlora.cli.export import print_export
 from drlora.cli.inspection import print_inspection
 from drlora.cli.look import print_data
 from drlora.cli.notes import notes_once
-from drlora.cli.progress import ConsoleProgress
-from drlora.cli.serve import print_plan, serve
+from drlora.cli.planning import print_plan
+from drlora.cli.progress import ConsoleProgress, say
+from drlora.cli.serve import print_serving, serve
 from drlora.cli.summary import print_summary
 from drlora.cli.talk import print_answer, print_end, talk
 from drlora.cli.verification import print_verification
 from drlora.compare.comparison import run_comparison
+from drlora.doctor.examine import examine
 from drlora.errors import CheckpointError, ConfigError, Terminated
 from drlora.io.settings import set_in, split_override
+from drlora.planning.plan import plan
 from drlora.recipes import about, recipe_names
+from drlora.report.follow import follow_report
 from drlora.report.write import write_report
 from drlora.runs.chat import chat
 from drlora.runs.dry_run import dry_run
@@ -88,6 +93,26 @@ def _init(arguments: argparse.Namespace) -> int:
         print(note)
     print(f"written  {made.path}\nnext     drlora train {made.path} --dry-run")
     return 0
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    console = Console(highlight=False, soft_wrap=True, markup=False, stderr=arguments.json)
+    made = plan(
+        arguments.model,
+        arguments.data,
+        arguments.output,
+        arguments.overrides,
+        gpu=arguments.gpu,
+        memory=arguments.memory,
+        measures=not arguments.no_timing,
+        tests_rates=arguments.range_test,
+        say=lambda text: say(console, text),
+    )
+    if arguments.json:
+        print(json.dumps(made.to_dict(), indent=2))
+    else:
+        print_plan(made, console)
+    return 0 if made.fits else exits.UNFIT
 
 
 def _data(arguments: argparse.Namespace) -> int:
@@ -176,6 +201,15 @@ def _way_on(run: RunDir, what: str) -> str:
     if not run.config.is_file():
         return f"{what} before the run began; nothing was written"
     return f"{what}. Continue with:\n  {run.resume_command}"
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    found = examine(asks_hub=not arguments.offline)
+    if arguments.json:
+        print(json.dumps(found.to_dict(), indent=2))
+    else:
+        print_health(found, Console(highlight=False, soft_wrap=True, markup=False))
+    return 0 if found.is_well else exits.UNSOUND
 
 
 def _env(arguments: argparse.Namespace) -> int:
@@ -275,7 +309,7 @@ def _serve(arguments: argparse.Namespace) -> int:
         more=tuple(shlex.split(arguments.flags)),
     )
     console = Console(highlight=False, soft_wrap=True, markup=False, stderr=arguments.json)
-    print_plan(plan, console)
+    print_serving(plan, console)
     if arguments.dry_run:
         if arguments.json:
             print(json.dumps(plan.to_dict(), indent=2))
@@ -302,13 +336,27 @@ def _compare(arguments: argparse.Namespace) -> int:
 
 
 def _report(arguments: argparse.Namespace) -> int:
+    if arguments.follow:
+        return _follow(arguments)
     path = write_report(arguments.runs, arguments.output, arguments.format)
     print(json.dumps({"report": str(path)}) if arguments.json else path)
     return 0
 
 
+def _follow(arguments: argparse.Namespace) -> int:
+    if arguments.format not in (None, "html"):
+        raise ConfigError(f"--follow writes a page, not {arguments.format}; leave --format out.")
+    told = None
+    for path in follow_report(arguments.runs, arguments.output, arguments.every):
+        if path != told:
+            print(json.dumps({"report": str(path)}) if arguments.json else path, flush=True)
+        told = path
+    return 0
+
+
 ACTIONS: dict[str, Callable[[argparse.Namespace], int]] = {
     "init": _init,
+    "plan": _plan,
     "data": _data,
     "train": _train,
     "eval": _eval,
@@ -320,5 +368,6 @@ ACTIONS: dict[str, Callable[[argparse.Namespace], int]] = {
     "serve": _serve,
     "compare": _compare,
     "report": _report,
+    "doctor": _doctor,
     "env": _env,
 }

@@ -110,8 +110,8 @@ class DrLoraConfig(SavedConfig):
             `inherit`: its second moment starts at the mean of its expert's older rows, which costs
             nothing between events; `shared`: nothing is done, as in a plain Adam (first steps up
             to 6.6 times larger). See docs/rank-pool.md.
-        engine: how the adapted experts are computed; `auto` chooses by device (`loop` or
-            `grouped`). `triton` needs a GPU and the triton package, and is not chosen by itself.
+        engine: how the adapted experts are computed; `auto` takes `loop` on a CPU and
+            tries `triton` and `grouped` on a GPU. `triton` needs a GPU and the triton package.
             What `drlora.ops.register_engine` was given can be named too.
         target_modules: further linear layers that get PEFT's ordinary LoRA in the same adapter,
             such as attention or shared experts: a list of names or endings of names, a regular

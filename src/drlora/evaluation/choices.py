@@ -13,8 +13,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from drlora.data import encode_completions, pad_token_id
 from drlora.errors import DataError
-
-IGNORED = -100
+from drlora.evaluation.head import IGNORED, has_plain_head, losses_at_targets
 
 
 def choose(
@@ -71,16 +70,25 @@ def refuse_single_choice(example: Mapping[str, Any]) -> None:
 def summed_losses(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Loss (nats) of each of B rows, summed over its target tokens, float64 (B,) on the CPU."""
     device = next(model.parameters()).device
-    logits_BLV = model(
-        input_ids=batch["input_ids"].to(device),
-        attention_mask=batch["attention_mask"].to(device),
-        use_cache=False,
-    ).logits
-    targets_BL = batch["labels"][:, 1:].to(logits_BLV.device)
+    inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
+    targets_BL = batch["labels"][:, 1:]
     is_target_BL = targets_BL != IGNORED
-    losses_N = F.cross_entropy(
+    losses_N = _target_losses(model, batch["labels"], inputs)
+    losses_BL = torch.zeros(targets_BL.shape, dtype=torch.float64)
+    losses_BL[is_target_BL] = losses_N.cpu().double()
+    return losses_BL.sum(dim=1)
+
+
+def _target_losses(
+    model: Any, labels_BL: torch.Tensor, inputs: Mapping[str, torch.Tensor]
+) -> torch.Tensor:
+    """Of each target token, float32, in the order of the positions."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if has_plain_head(base):
+        return losses_at_targets(base, labels_BL, **inputs)
+    logits_BLV = model(**inputs, use_cache=False).logits
+    targets_BL = labels_BL[:, 1:].to(logits_BLV.device)
+    is_target_BL = targets_BL != IGNORED
+    return F.cross_entropy(
         logits_BLV[:, :-1][is_target_BL].float(), targets_BL[is_target_BL], reduction="none"
     )
-    losses_BL = torch.zeros(targets_BL.shape, dtype=torch.float64, device=losses_N.device)
-    losses_BL[is_target_BL] = losses_N.double()
-    return losses_BL.sum(dim=1).cpu()

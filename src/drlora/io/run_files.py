@@ -2,6 +2,7 @@
 
 CONFIG = "config.yaml"  # the resolved recipe; the mark of a run
 RECORD = "run.json"  # what the run holds fast when it begins
+FORECAST = "forecast.json"  # memory and time as they were said before
 METRICS = "metrics.jsonl"  # one line a log entry or evaluation
 GROWTH_LOG = "growth.jsonl"  # one line a grant
 EVENT_LOG = "events.jsonl"  # what each event knew of every expert

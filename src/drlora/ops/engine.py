@@ -66,6 +66,8 @@ def register_engine(engine: Engine) -> Engine:
 def choose_engine(name: str, base: ExpertWeights) -> Engine:
     """The engine called `name`; `auto` takes `loop` on the CPU and `grouped` elsewhere.
 
+    Elsewhere that is until a training pass has tried what there is (`drlora.ops.trial`).
+
     Where an engine refuses the experts the first of its stand-ins that does not takes its place. Of
     one that was asked for by name that is said once.
 

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from drlora.ops.compiled import TracedPiece, experts_traced
-from drlora.ops.engine import choose_engine
+from drlora.ops.engine import AUTO, choose_engine
 from drlora.ops.parts import LoraPiece, draw_dropout
 from drlora.ops.routing import sort_by_expert
+from drlora.ops.trial import Call, engine_by_trial
 from drlora.ops.weights import ExpertWeights
 
 
@@ -45,7 +46,9 @@ def adapted_experts(
             )
     routing = sort_by_expert(index_TK, base.num_experts)
     masks = draw_dropout(pieces, routing.order_S.numel(), dropout, x_TH)
-    return choose_engine(engine, base).run(x_TH, weight_TK, routing, base, pieces, masks)
+    call = Call(x_TH, weight_TK, routing, base, pieces, masks)
+    tried = engine_by_trial(call) if engine == AUTO else None
+    return (tried or choose_engine(engine, base)).run(*call)
 
 
 def traced_experts(

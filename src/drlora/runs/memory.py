@@ -7,6 +7,9 @@ backward pass, in the dtype of the weights, with fused attention and the grouped
     its experts                 K (2 H + 4 I + rank of the adapter for each projection)
     logits                      vocabulary x (dtype + 2 x 4 bytes), as the loss is in float32
 
+Of a large vocabulary `drlora train` never holds all logits (`drlora.evaluation.head`; TRL's head
+on a GPU); a model that scales or caps its logits holds them on a CPU all the same.
+
 The loop engine of the CPU keeps less. With gradient checkpointing H of each layer is kept, and all
 of one layer.
 """
@@ -19,26 +22,13 @@ import torch
 from transformers import PreTrainedConfig
 
 from drlora.config.adapter import DrLoraConfig
+from drlora.evaluation.head import CHUNK_BYTES, LEAST_VOCABULARY
+from drlora.forecast.memory import optimizer_bytes
 from drlora.moe.blocks import MoEBlock
 from drlora.runs.inspection import Beside, BlockShape, Memory, MemoryAtTarget, TrainedParts
 
 GB = 1e9
 NUMBER_BYTES = 4  # adapters are trained in float32
-EIGHT_BITS = 1 + 4 / 256  # bytes of a number, of 256 that share a float32
-# Bytes that an optimizer keeps for a trained number, by the first words of its name that fit;
-# float32 moments of Adam are assumed of all others.
-OPTIMIZER_BYTES = {
-    "sgd": 0.0,
-    "adafactor": 0.0,  # of rows and columns alone
-    "adamw_8bit": 2 * EIGHT_BITS,
-    "adamw_bnb_8bit": 2 * EIGHT_BITS,
-    "adamw_torch_8bit": 2 * EIGHT_BITS,
-    "paged_adamw_8bit": 0.0,  # may be in the host's memory
-    "paged": 0.0,
-    "lion_8bit": EIGHT_BITS,
-    "lion": 4.0,
-    "": 8.0,
-}
 TOKENS = 4096
 SCALES = (0.25, 0.5, 1, 2, 4)
 
@@ -83,7 +73,7 @@ def memory_plan(
         quantised: what of the base is, in words.
         optim: the optimizer, by transformers' name.
     """
-    kept_bytes = next(size for name, size in OPTIMIZER_BYTES.items() if optim.startswith(name))
+    kept_bytes = optimizer_bytes(optim)
 
     def trained(rank: float) -> float:
         return (
@@ -142,6 +132,9 @@ def _activations(
     hidden, width = described[0].hidden_size, described[0].expert_width
     experts = active * (2 * hidden + 4 * width + len(config.projections) * config.r_target)
     a_layer = (8 * hidden + experts) * dtype.itemsize
-    logits = getattr(text, "vocab_size", 0) * (dtype.itemsize + 2 * NUMBER_BYTES)
+    vocabulary, each = getattr(text, "vocab_size", 0), dtype.itemsize + 2 * NUMBER_BYTES
+    logits = tokens * vocabulary * each
+    if vocabulary >= LEAST_VOCABULARY:
+        logits = min(logits, CHUNK_BYTES["cpu"] // NUMBER_BYTES * each)
     checkpointed = layers * hidden * dtype.itemsize + a_layer
-    return tokens * (layers * a_layer + logits), tokens * (checkpointed + logits)
+    return tokens * layers * a_layer + logits, tokens * checkpointed + logits

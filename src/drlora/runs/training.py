@@ -24,6 +24,7 @@ from drlora.trainer.callback import DrLoraCallback
 from drlora.trainer.objectives import OwnSettings, make_trainer, objective_of
 from drlora.trainer.patience import Patience
 from drlora.trainer.preferences import PreferenceTrainer
+from drlora.trainer.sft import SftTrainer
 from drlora.trainer.trainer import Clock, NewSchedule, RunTrainer, StopWhenLost
 
 
@@ -68,6 +69,14 @@ class Training:
         with self.stop:
             self.trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         self.steps, self.due = self.trainer.state.global_step, self.trainer.state.max_steps
+
+    def beginning(self) -> Iterator[str]:
+        """What it does otherwise than a script would."""
+        if isinstance(self.trainer, SftTrainer) and self.trainer.way == "targets":
+            yield (
+                "the loss is computed at the targets alone, in chunks, for the vocabulary is large "
+                "(training.token_metrics=true: as TRL does)"
+            )
 
     def ending(self) -> Iterator[str]:
         """How the run came to its end, where that was not its last step with its last weights."""

@@ -7,7 +7,7 @@ grant, and `events.jsonl` (see drlora.trainer.event_log) into the output directo
 statistics are buffers of the adapter, so the Trainer's own checkpoints carry them and
 `resume_from_checkpoint` continues them; the step count, which a GradScaler can leave behind the
 Trainer's, and the length that growth is planned for are kept in the checkpoint's
-`trainer_state.json`.
+`trainer_state.json`, with the engines that were found by trial.
 
 Where `train()` is called again, by the user or because auto_find_batch_size tries a smaller batch,
 transformers counts steps from 0 again and goes on with the weights, and so do ranks and logs: the
@@ -39,6 +39,7 @@ from drlora.io.checkpoint import seal
 from drlora.io.jsonl import append_lines, forget_after, set_aside
 from drlora.io.run_files import EVENT_LOG, GROWTH_LOG
 from drlora.io.writing import sync
+from drlora.ops.trial import found, remember
 from drlora.ranks.dynamics import RankDynamics
 from drlora.ranks.event import Grant
 from drlora.ranks.optimizer_rows import unwrap_optimizer
@@ -48,6 +49,7 @@ from drlora.trainer.best_model import load_best, refuse_mixed_up
 from drlora.trainer.deepspeed import refuse_unfit_deepspeed
 from drlora.trainer.event_log import EventLog
 from drlora.trainer.rank_log import RankLog
+from drlora.trainer.router_log import RouterLog
 
 
 class DrLoraCallback(TrainerCallback, ExportableState):
@@ -96,6 +98,7 @@ class DrLoraCallback(TrainerCallback, ExportableState):
         """
         refuse_unfit_deepspeed(args)
         saved = self._saved(state)
+        remember(saved.get("engines", {}))
         is_new = self.dynamics is None
         if self.dynamics is not None:
             if not self._ended and args.auto_find_batch_size:
@@ -121,6 +124,7 @@ class DrLoraCallback(TrainerCallback, ExportableState):
         self._log = Path(self.log_dir or args.output_dir or ".") / GROWTH_LOG
         self._events = EventLog(self._log.with_name(EVENT_LOG), self.dynamics, self.log_start)
         self._rank_log = RankLog(self.dynamics)
+        self._router_log = RouterLog(self.dynamics, model)
         if state.is_world_process_zero:
             for log in (self._log, self._events.path):
                 if is_new and not state.global_step:
@@ -141,6 +145,7 @@ class DrLoraCallback(TrainerCallback, ExportableState):
         assert self.dynamics is not None
         self._scale = _unscale(kwargs.get("optimizer"))
         self._rank_log.count_tokens()
+        self._router_log.count()
         with self._rank_log.timed():
             self.dynamics.before_optimizer_step()
 
@@ -193,7 +198,7 @@ class DrLoraCallback(TrainerCallback, ExportableState):
             }
             logs.update({name: count for name, count in counts.items() if count})
             if "loss" in logs:
-                logs.update(self._rank_log.entries())
+                logs.update(self._rank_log.entries() | self._router_log.entries())
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -225,6 +230,8 @@ class DrLoraCallback(TrainerCallback, ExportableState):
         kept = {} if known is None else {"step": known.step, "schedule": asdict(known.schedule)}
         log_dir = None if self.log_dir is None else os.fspath(self.log_dir)
         arguments = {"adapter": self.adapter, "log_dir": log_dir}
+        if engines := found():
+            kept["engines"] = engines
         return {"args": arguments, "attributes": kept and {**kept, "log_start": self.log_start}}
 
     def _save_as_trained(self, model: Any, folder: Path, state: TrainerState) -> None:

@@ -2,10 +2,12 @@
 
 TRL forms the loss in an LM head of its own, which computes log-probabilities in chunks and never
 holds all logits, and computes each token's entropy and whether it was the likeliest with it. On a
-CPU that head takes three times as long as the model's own. So there are three ways to the same
+CPU that head takes three times as long as the model's own. So there are four ways to the same
 loss:
 
     model   the logits of the model, as transformers' Trainer: on a CPU
+    targets the same products at the targets alone, in chunks (`drlora.evaluation.head`): on a CPU,
+            where the vocabulary is large and the model's head and loss are plain ones
     fused   TRL's head, without entropy and accuracy: where it has kernels
     trl     TRL's own computation as it is: where its metrics are asked for, and where the loss is
             another than the likelihood (loss_type=dft, a router's auxiliary loss)
@@ -13,20 +15,26 @@ loss:
 
 from __future__ import annotations
 
+import functools
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal
+from types import MethodType
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 from transformers import Trainer
+from transformers.modeling_outputs import CausalLMOutputWithPast
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import add_fused_lm_head
 
+from drlora.evaluation.head import has_plain_head, losses_at_targets
 from drlora.trainer.documents import apart, can_attend_apart
 from drlora.trainer.trainer import RunTrainer
 
 FUSED_DEVICES = ("cuda", "xpu")  # where TRL's head runs in Triton
-Way = Literal["model", "fused", "trl"]
+Way = Literal["model", "targets", "fused", "trl"]
+# What asks the model's forward for its loss in that way.
+_FLAGS = {"fused": "fused_lm_head", "targets": "loss_of_targets"}
 
 
 class SftTrainer(RunTrainer, SFTTrainer):
@@ -48,23 +56,32 @@ class SftTrainer(RunTrainer, SFTTrainer):
         self.attends_apart = bool(self.padding_free) and can_attend_apart(
             self._adapted, self.data_collator
         )
-        self.way: Way = self._choose_way(token_metrics)
-        if self.way == "trl":
-            return
-        del base.forward  # TRL's head
+        patched = base.forward  # TRL's head
+        del base.forward
         if forward is not None:
             base.forward = forward
+        self.way: Way = self._choose_way(token_metrics, base)
+        if self.way == "trl":
+            base.forward = patched
         if self.way == "fused":
             add_fused_lm_head(base)
+        if self.way == "targets":
+            _add_loss_of_targets(base)
 
-    def _choose_way(self, token_metrics: bool) -> Way:
+    def _choose_way(self, token_metrics: bool, base: Any) -> Way:
         assert isinstance(self.args, SFTConfig)
         parallel = self.accelerator.parallelism_config
         is_split = parallel is not None and parallel.sp_enabled
         if token_metrics or self.aux_loss_enabled or self.args.loss_type != "nll" or is_split:
             return "trl"
-        on_device = self.args.device.type in FUSED_DEVICES and self.label_smoother is None
-        return "fused" if on_device else "model"
+        if self.label_smoother is not None:
+            return "model"
+        if self.args.device.type in FUSED_DEVICES:
+            return "fused"
+        # Elsewhere the head may be in parts, or its hooks those of a wrapper around the model.
+        is_whole = not (self.is_fsdp_enabled or self.is_deepspeed_enabled or parallel is not None)
+        is_own = "forward" not in vars(base) and not self.args.torch_compile
+        return "targets" if is_whole and is_own and has_plain_head(base) else "model"
 
     def training_step(
         self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any
@@ -92,9 +109,37 @@ class SftTrainer(RunTrainer, SFTTrainer):
         """Mean negative log-likelihood over the labels of the step, a scalar."""
         if self.way == "trl":
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        if self.way == "fused":
-            inputs = {**inputs, "fused_lm_head": True}
+        if self.way in _FLAGS:
+            inputs = {**inputs, _FLAGS[self.way]: True}
         return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
+
+
+def _add_loss_of_targets(base: Any) -> None:
+    """Let `base(..., labels=..., loss_of_targets=True)` give the loss without logits.
+
+    In the model's forward, as TRL's head, so that what wraps the model wraps it too.
+    """
+    plain = type(base).forward
+
+    @functools.wraps(plain)  # `generate` looks at the arguments
+    def forward(
+        self: Any,
+        *args: Any,
+        loss_of_targets: bool = False,
+        labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **inputs: Any,
+    ) -> Any:
+        if not loss_of_targets or labels is None:
+            given = {"labels": labels, "num_items_in_batch": num_items_in_batch}
+            known = {name: value for name, value in given.items() if value is not None}
+            return plain(self, *args, **known, **inputs)
+        inputs.update(zip(("input_ids", "attention_mask"), args, strict=False))
+        losses_N = losses_at_targets(self, labels, **inputs)
+        count = len(losses_N) if num_items_in_batch is None else num_items_in_batch
+        return CausalLMOutputWithPast(loss=cast(Any, losses_N.sum() / count))
+
+    base.forward = MethodType(forward, base)
 
 
 def sees_other_documents(model: Any, collator: Any) -> bool:
