@@ -52,6 +52,11 @@ def test_what_was_seen_is_what_is_said():
         (dict(layout="per-expert", model_type="mixtral", rank=8), "SGLang", "use sglang"),
         (dict(layout="per-expert", model_type="olmoe", has_router_lora=True), "SGLang", "routers"),
         (dict(layout="per-expert", model_type="qwen2_moe", peft_loads=False), "PEFT", "not load"),
+        (
+            dict(layout="per-expert", model_type="qwen3_moe", has_router_lora=True),
+            "vLLM",
+            "routers",
+        ),
     ],
 )
 def test_refusals_say_why(facts, engine, said):

@@ -15,6 +15,8 @@ from drlora.io.run_files import GGUF_ADAPTER
 LAYOUTS = ("peft", "per-expert", "mlx", "gguf", "sglang", "merged")
 # What vLLM takes for --max-lora-rank.
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+# Model types whose router vLLM computes inside the experts, where LoRA on it is not found.
+VLLM_ROUTERS = ("qwen3_moe",)
 # Families of which an engine was given adapters of ours.
 TRIED = ("olmoe", "qwen3_moe", "mixtral", "qwen2_moe", "gpt_oss")
 # Model types whose checkpoint calls the experts otherwise than transformers' modules.
@@ -115,6 +117,8 @@ def _vllm(facts: Facts) -> _Verdict:
     rank = vllm_rank(facts.rank)
     if facts.has_modules:
         return False, _REFUSED_MODULES, ""
+    if facts.has_router_lora and facts.model_type in VLLM_ROUTERS:
+        return False, "leaves LoRA on routers of this model out without a word: use merged", ""
     if rank is None:
         return False, f"its largest rank is {VLLM_RANKS[-1]}, and this has {facts.rank}", ""
     serve = f"vllm serve BASE_MODEL --enable-lora --max-lora-rank {rank}"
