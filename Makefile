@@ -15,7 +15,7 @@ TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 NUMEXPR_N
             TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
 .DEFAULT_GOAL := help
-.PHONY: help train compare test test-lowest test-engines check bench gpu docs clean
+.PHONY: help train compare test test-lowest test-engines engines check bench gpu dist docs clean
 
 help: ## list the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -55,6 +55,13 @@ $(ENGINES)/.ok: $(VENV)/.ok requirements/engines.txt
 		--no-build-isolation -r requirements/engines.txt
 	touch $@
 
+# Each in an environment of its own; one that cannot be had is said to be missing. llama.cpp is built
+# from source, with two jobs. ARGS="--engines llama.cpp" compares it alone; SERVING="llama" builds it alone.
+SERVING ?= llama vllm mlx mistral
+engines: $(VENV)/.ok ## compare exports in llama.cpp, vLLM, mlx-lm, mistral.rs with our logits (an hour, 8 GB)
+	for name in $(SERVING); do bash experiments/serving/install.sh $$name || true; done
+	$(TEST_ENV) $(BIN)/python experiments/serving/compare.py $(ARGS)
+
 check: $(VENV)/.ok ## lint, formatting, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -63,8 +70,15 @@ check: $(VENV)/.ok ## lint, formatting, types
 bench: $(VENV)/.ok ## measure speed and memory on this machine
 	$(BIN)/python -m benchmarks $(ARGS)
 
+# The tools of a release live in an environment of their own.
+DIST := .venv-dist
+dist: ## build the wheel and the source archive into dist/, and try both in clean environments
+	test -x $(DIST)/bin/python || $(PYTHON) -m venv $(DIST)
+	$(DIST)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements/dist.txt
+	PATH="$(CURDIR)/$(DIST)/bin:$$PATH" $(DIST)/bin/python tools/release.py $(ARGS)
+
 # On a machine that brings its own torch, transformers, peft and triton: nothing is installed.
-gpu: ## measure all that a GPU is to say, in eight minutes; goes on where it was cut (ARGS=--toy: on a CPU)
+gpu: ## measure what a GPU is to say, in eight minutes; goes on where it was cut (ARGS=--toy: on a CPU)
 	PYTHONPATH="src:$$PYTHONPATH" $(PYTHON) -m benchmarks.gpu $(ARGS)
 
 docs: $(VENV)/.docs-ok ## build the documentation into site/

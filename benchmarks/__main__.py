@@ -1,6 +1,6 @@
 """All CPU benchmarks, the table and the chart: `make bench`, under ten minutes on two cores.
 
-Writes benchmarks/results/table.md (what the README shows) and benchmarks/results/chart.svg. Cases
+Writes benchmarks/results/table.md (what docs/benchmarks.md shows) and chart.svg beside it. Cases
 that take long get fewer rounds here, and bfloat16 layers are skipped, with a word, on a processor
 that has no products for them; each benchmark alone runs all of its cases.
 """

@@ -1,8 +1,8 @@
 """The table and the chart of the CPU results: benchmarks/results/table.md and chart.svg.
 
 Made from the newest row of each case in benchmarks/results/*.jsonl, by `python -m benchmarks`. The
-table also goes into README.md and docs/benchmarks.md, and what the other benchmarks measured into
-details.md and docs/benchmarks.md.
+table also goes into docs/benchmarks.md, and what the other benchmarks measured into details.md and
+docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ HEAD = [
     "|---|---|---|---|---|---|",
 ]
 ROOT = RESULTS.parents[1]
-PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
+PAGES = (ROOT / "docs" / "benchmarks.md",)
 BEGIN, END = "<!-- benchmarks -->", "<!-- end of benchmarks -->"
 DETAILS, END_DETAILS = "<!-- details -->", "<!-- end of details -->"
 Newest = dict[tuple[str, str], Row]

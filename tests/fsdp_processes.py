@@ -43,8 +43,9 @@ class Case:
     """One run.
 
     Attributes:
-        engine: `ddp`, `ep`, `loaded` (FSDP2 when the model is loaded), `full` or `sharded` (FSDP2
-            through accelerate, by the kind of its state).
+        engine: `ddp`, `ep`, `loaded` (FSDP2 when the model is loaded), `hybrid` (the same in two
+            groups that hold all of it, HSDP), `full` or `sharded` (FSDP2 through accelerate, by the
+            kind of its state).
         family: of the model.
         settings: of the adapter, beside SETTINGS.
         arguments: of the Trainer.
@@ -73,6 +74,12 @@ CASES = {
     "loaded-q_proj": Case("loaded", settings={"target_modules": ["q_proj"]}),
     "ep-q_proj": Case("ep", settings={"target_modules": ["q_proj"]}),
     "ddp-q_proj": Case("ddp", settings={"target_modules": ["q_proj"]}),
+    "ddp-router": Case("ddp", settings={"router": "train"}),
+    "full-router": Case("full", settings={"router": "train"}),
+    "hybrid-router": Case("hybrid", settings={"router": "train"}),
+    "loaded-router": Case("loaded", settings={"router": "train"}),
+    "ep-router": Case("ep", settings={"router": "train"}),
+    "ep-whole": Case("ep", settings={"options": {"move_share": 0.2, "share_rows": False}}),
     "full": Case("full", arguments={"save_strategy": "steps"}),
     "full-resumed": Case("full", start="full"),
     "sharded": Case("sharded", arguments={"save_strategy": "steps"}),
@@ -114,9 +121,13 @@ def base_model(folder: Path, case: Case, world: int) -> transformers.PreTrainedM
         make.save_pretrained(place)
     dist.barrier()
     spread: dict[str, Any] = {}
-    if case.engine in ("ep", "loaded"):
-        experts = {"ep_size": 2} if case.engine == "ep" else {}
-        spread["distributed_config"] = DistributedConfig(fsdp_size=world, **experts)
+    sizes = {
+        "ep": {"fsdp_size": world, "ep_size": 2},
+        "loaded": {"fsdp_size": world},
+        "hybrid": {"fsdp_size": world // 2, "dp_replicate_size": 2},
+    }
+    if case.engine in sizes:
+        spread["distributed_config"] = DistributedConfig(**sizes[case.engine])
     load = getattr(transformers, CLASSES[case.family]).from_pretrained
     return load(place, dtype=case.dtype, **spread)
 

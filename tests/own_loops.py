@@ -26,7 +26,7 @@ from drlora.adapter.inject import adapted_layers
 STEPS = 12
 SETTINGS: dict[str, Any] = dict(
     r_init=2, r_target=6, r_max=16, p_grow=0.2, grow_every=2, warmup_steps=2, settle_steps=2,
-    lora_alpha=8.0, router="frozen", young_rows="inherit",
+    lora_alpha=8.0, router="train", young_rows="inherit",
     options={"move_share": 0.2, "young_a": "gradient"},
 )  # fmt: skip
 
@@ -88,8 +88,8 @@ def largest_difference(found: list[Tensor], wanted: list[Tensor]) -> float:
 
 
 def adapter_of(model: PeftModel) -> list[Tensor]:
-    """A and B, in full."""
-    return [v.clone() for k, v in drlora.adapter_state(model).items() if "lora_" in k]
+    """A, B and routers, in full."""
+    return [v.clone() for k, v in drlora.adapter_state(model).items() if v.is_floating_point()]
 
 
 def refusals(model: PeftModel, folder: Path) -> list[str]:
@@ -103,7 +103,6 @@ def refusals(model: PeftModel, folder: Path) -> list[str]:
     attempts = (
         model.merge_adapter,
         model.merge_and_unload,
-        lambda: new_model(folder, True, router="train"),
         lambda: PeftModel.from_pretrained(
             base_model(folder, True), folder / "loop-adapter", low_cpu_mem_usage=True
         ),

@@ -1,9 +1,10 @@
-"""Make docs/tutorial.ipynb of docs/tutorial.md: its text, its code, and what the code prints.
+"""Make the notebooks of their pages: the text, the code, and what the code prints.
 
 python tools/make_tutorial.py
 
-The cells run in this process, one after the other, in one namespace.
-tests/project/test_docs.py runs them too and holds the notebook's sources against the page.
+docs/tutorial.md and docs/free-gpu.md. The cells of a page run in this process, one after the other,
+in one namespace and a folder of their own. tests/project/test_docs.py runs them too and holds the
+notebooks' sources against the pages.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ import contextlib
 import io
 import json
 import re
+import tempfile
 from pathlib import Path
 from typing import Any
 
-PAGE = Path(__file__).parents[1] / "docs" / "tutorial.md"
-NOTEBOOK = PAGE.with_suffix(".ipynb")
+DOCS = Path(__file__).parents[1] / "docs"
+PAGES = (DOCS / "tutorial.md", DOCS / "free-gpu.md")
 
 
 def cells_of(page: str) -> list[tuple[str, str]]:
@@ -37,7 +39,7 @@ def run(cells: list[tuple[str, str]]) -> list[str]:
     for kind, source in cells:
         if kind == "code":
             with contextlib.redirect_stdout(io.StringIO()) as out:
-                exec(compile(source, PAGE.name, "exec"), names)
+                exec(compile(source, "page", "exec"), names)
             printed.append(out.getvalue())
     return printed
 
@@ -60,11 +62,14 @@ def notebook(cells: list[tuple[str, str]], printed: list[str]) -> dict[str, Any]
 
 
 def main() -> None:
-    """Run the page's cells and write the notebook."""
-    cells = cells_of(PAGE.read_text("utf-8"))
-    text = json.dumps(notebook(cells, run(cells)), indent=1, ensure_ascii=False)
-    NOTEBOOK.write_text(text + "\n", "utf-8")
-    print(NOTEBOOK)
+    """Run the pages' cells and write the notebooks."""
+    for page in PAGES:
+        cells = cells_of(page.read_text("utf-8"))
+        with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+            printed = run(cells)
+        text = json.dumps(notebook(cells, printed), indent=1, ensure_ascii=False)
+        page.with_suffix(".ipynb").write_text(text + "\n", "utf-8")
+        print(page.with_suffix(".ipynb"))
 
 
 if __name__ == "__main__":

@@ -37,6 +37,12 @@ ARCHITECTURES: dict[str, tuple[type[PreTrainedModel], type[PreTrainedConfig], di
         OlmoeConfig,
         {"intermediate_size": 192, "num_experts": 16, "num_experts_per_tok": 2},
     ),
+    # Fine experts, 64 with top-8 as OLMoE-1B-7B has: the same weights and work a token as `olmoe`.
+    "olmoe_fine": (
+        OlmoeForCausalLM,
+        OlmoeConfig,
+        {"intermediate_size": 48, "num_experts": 64, "num_experts_per_tok": 8},
+    ),
     # Many narrow experts and a shared one, as Qwen1.5-MoE-A2.7B (60 experts, top-4) has.
     "qwen2_moe": (
         Qwen2MoeForCausalLM,

@@ -34,11 +34,13 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 TARGETS = {
     "olmoe": Path("src/drlora/embedded/olmoe-tiny"),
+    "olmoe_fine": Path("experiments/models/olmoe-fine-tiny"),
     "qwen2_moe": Path("experiments/models/qwen2-moe-tiny"),
     "llama_moe": Path("experiments/models/llama-moe-tiny"),
 }
 ORIGINS = {
     "olmoe": "It was trained from random weights.",
+    "olmoe_fine": "It was trained from random weights.",
     "qwen2_moe": "It was trained from random weights.",
     "llama_moe": (
         "It was made as LLaMA-MoE was. First a dense `LlamaForCausalLM` was trained from random "

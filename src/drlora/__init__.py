@@ -6,9 +6,9 @@
     model = get_peft_model(base_model, drlora.DrLoraConfig(r_init=8, r_target=16, r_max=32))
     trainer = Trainer(model=model, ..., callbacks=[drlora.DrLoraCallback()])
 
-Every verb of the command line is a function here too: `write_recipe`, `load_recipe`, `look_at_data`
-and `train`, `evaluate`, `generate`, `chat`, `inspect`, `export_adapter`, `write_report`,
-`run_comparison`.
+Every verb of the command line is a function here too: `plan`, `write_recipe`, `load_recipe`,
+`look_at_data` and `train`, `evaluate`, `generate`, `chat`, `inspect`, `export_adapter`,
+`write_report`, `run_comparison`.
 
 Importing drlora registers the method with PEFT (see `registration`). The names below are imported
 from where they are defined when they are first used. The method: arXiv 2601.04823.
@@ -28,11 +28,13 @@ if TYPE_CHECKING:
     from drlora.adapter.state import adapter_state
     from drlora.compare.comparison import run_comparison
     from drlora.config.adapter import DrLoraConfig
+    from drlora.doctor.examine import examine
     from drlora.export.import_lora import load_peft_lora
     from drlora.io.checkpoint import newest_checkpoint, write_checkpoint
     from drlora.moe.loading import QuantisedExperts
     from drlora.moe.quantise import quantise_experts
     from drlora.moe.stored.config import packed_config
+    from drlora.planning.plan import plan
     from drlora.ranks.continue_adapter import continue_adapter
     from drlora.ranks.dynamics import RankDynamics
     from drlora.ranks.event import Grant
@@ -57,11 +59,13 @@ _NAMES = {
     "adapter.state": ("adapter_state",),
     "compare.comparison": ("run_comparison",),
     "config.adapter": ("DrLoraConfig",),
+    "doctor.examine": ("examine",),
     "export.import_lora": ("load_peft_lora",),
     "io.checkpoint": ("newest_checkpoint", "write_checkpoint"),
     "moe.loading": ("QuantisedExperts",),
     "moe.quantise": ("quantise_experts",),
     "moe.stored.config": ("packed_config",),
+    "planning.plan": ("plan",),
     "ranks.continue_adapter": ("continue_adapter",),
     "ranks.dynamics": ("RankDynamics",),
     "ranks.event": ("Grant",),
@@ -102,6 +106,7 @@ __all__ = [
     "chat",
     "continue_adapter",
     "evaluate",
+    "examine",
     "export_adapter",
     "generate",
     "inspect",
@@ -111,6 +116,7 @@ __all__ = [
     "newest_checkpoint",
     "packed_config",
     "place_ranks",
+    "plan",
     "quantise_experts",
     "rank_map",
     "ranks_from_routing",

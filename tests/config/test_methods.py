@@ -16,10 +16,12 @@ from tiny_run import save_all
 import drlora
 from drlora import ConfigError, DrLoraConfig
 from drlora.adapter.inject import adapted_layers
+from drlora.adapter.pool import RankPool
 from drlora.config.methods import METHODS
 from drlora.config.options import GENERAL
 from drlora.config.registry import SALIENCIES, STARTS
-from drlora.ranks.saliency import RANK_IMPORTANCES, Signals
+from drlora.ranks.rank_map import free_parameters
+from drlora.ranks.saliency import RANK_IMPORTANCES, RowSums, Signals, row_sums
 from drlora.runs.recipe import load_recipe
 from drlora.runs.train import train
 
@@ -27,6 +29,7 @@ SETTINGS = dict(r_init=2, r_target=4, r_max=8, p_grow=0.5, grow_every=2, warmup_
                 settle_steps=1, lora_alpha=8.0)  # fmt: skip
 TOTAL = 9  # events after steps 3, 5 and 7
 EXPERTS, LAYERS = 6, 2
+SHARED_RANK = 7  # 4 x 6 (24 + 24) / (24 + 6 x 24), rounded: two widths of 12, three of 8
 
 
 def start(method, seed=0, base=None, **changes):
@@ -79,7 +82,7 @@ def test_every_method_trains_at_the_budget_resumes_exactly_and_loads(method, tmp
     torch.save(moments, tmp_path / "optimizer.pt")
     losses = plain_loop(model, dynamics, optimizer, range(5, TOTAL))
     assert all(torch.isfinite(torch.tensor([*first, *losses])))
-    rank = 2 if method == "lora-active" else 4
+    rank = {"lora-active": 2, "lora-shared-outer": SHARED_RANK}.get(method, 4)
     assert dynamics.budget()[0] == LAYERS * 2 * EXPERTS * rank
 
     again = PeftModel.from_pretrained(make_model(), tmp_path, is_trainable=True)
@@ -303,6 +306,97 @@ def test_random_growth_ignores_statistics_and_follows_the_seed():
     assert grown(0, data=0) == grown(0, data=50) != grown(1, data=0)
     blocks = list(grown(0, data=0).values())
     assert blocks[0] != blocks[1], "each block draws for itself"
+
+
+def test_shared_outer_factors_are_one_matrix():
+    """Five clipped AdamW steps of a pool end where those of one matrix for all experts do."""
+    torch.manual_seed(0)
+    experts, rank = 3, 2
+    for shared in ("lora_A", "lora_B"):
+        pool = RankPool(experts, 5, 4, rank, experts * rank, shared=shared)
+        with torch.no_grad():  # B is zero at the start, and what is equal is no test
+            pool.lora_B.copy_(torch.randn(rank, 4).repeat(experts, 1))
+        own = {name: getattr(pool, name).detach().clone() for name in ("lora_A", "lora_B")}
+        own[shared] = own[shared][:rank]
+        twin = {name: torch.nn.Parameter(value) for name, value in own.items()}
+        targets = [torch.randn(experts * rank, 4) for _ in range(5)]
+        x_NI = torch.randn(experts * rank, 5)
+
+        def loss(a_RI, b_RO, target, x=x_NI):
+            return ((x * a_RI).sum(1, keepdim=True) * b_RO - target).square().sum()
+
+        def step(parameters, optimizer, value):
+            value.backward()
+            norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            return norm
+
+        of_pool = [pool.lora_A, pool.lora_B]
+        optimizers = [torch.optim.AdamW(p, lr=1e-2, eps=1e-20, weight_decay=0.1)
+                      for p in (of_pool, list(twin.values()))]  # fmt: skip
+        for target in targets:
+            whole = {n: p.repeat(experts, 1) if n == shared else p for n, p in twin.items()}
+            norms = [
+                step(of_pool, optimizers[0], loss(*pool(torch.float32), target)),
+                step(list(twin.values()), optimizers[1], loss(*whole.values(), target)),
+            ]
+            torch.testing.assert_close(norms[0], norms[1])
+        for name, value in twin.items():
+            wanted = value.repeat(experts, 1) if name == shared else value
+            torch.testing.assert_close(getattr(pool, name).data, wanted.data)
+        assert pool.spare_numbers == (experts - 1) * rank * twin[shared].shape[1]
+
+
+def test_shared_outer_has_lora_s_numbers_and_is_refused_with_unequal_ranks():
+    model, _, _ = start("lora-shared-outer")
+    pools = [p for layer in adapted_layers(model, "default").values()
+             for p in layer.adapter("default").rank_pools.values()]  # fmt: skip
+    assert {pool.book.ranks().max() for pool in pools} == {SHARED_RANK}
+    assert model.peft_config["default"].scaling == 8 / 4
+    trained = sum(p.numel() for p in trainable(model)) - free_parameters(model)
+    lora = sum(p.numel() for p in trainable(start("lora")[0]))
+    assert abs(trained / lora - 1) < 0.04
+    with pytest.raises(ConfigError, match="rows in common need one rank"):
+        get_peft_model(make_model(), DrLoraConfig(**SETTINGS, options={"shared_outer": True}))
+
+
+def test_epng_moves_ranks_at_the_budget_to_rows_apart_from_the_others():
+    model, dynamics, optimizer = start("epng")
+    before = dynamics.ranks()
+    pools = [p for layer in adapted_layers(model, "default").values()
+             for p in layer.adapter("default").rank_pools.values()]  # fmt: skip
+    plain_loop(model, dynamics, optimizer, range(3))
+    after = dynamics.ranks()
+    assert before != after and dynamics.budget()[0] == LAYERS * 2 * EXPERTS * 4
+    grown = 0
+    for pool in pools:
+        for expert in range(EXPERTS):
+            own = pool.owner == expert
+            young, old = own & (pool.birth == pool.birth.max()), own & (pool.birth == 0)
+            if pool.birth.max() and young.any() and own.sum() <= pool.in_features:
+                a_RI = pool.lora_A.detach()
+                cosines = torch.nn.functional.normalize(a_RI[young]) @ a_RI[old].T
+                assert cosines.abs().max() < 1e-5 * pool.row_norm
+                grown += 1
+    assert grown
+
+
+def test_what_the_released_script_computes():
+    weight, grad = torch.tensor([[1.0, -2.0]]), torch.tensor([[3.0, 4.0]])
+    a_R, b_R = row_sums(weight, grad, is_signed=True), row_sums(2 * weight, grad, is_signed=True)
+    assert a_R.tolist() == [-5.0] and row_sums(weight, grad).tolist() == [11.0]
+    rule = RANK_IMPORTANCES["released"]
+    assert rule.is_signed and rule.of(RowSums(a_R, b_R, 2, 2)).tolist() == [15.0]
+    config = DrLoraConfig.for_method("drlora-released", **SETTINGS, router="train")
+    assert (config.router, config.young_rows) == ("frozen", "shared")
+    assert config.option("routing_signal") == "count"
+
+
+def test_informed_growth_starts_with_three_quarters_of_the_budget():
+    before, after = run("drlora-informed")
+    assert sum(map(sum, (b["down"] for b in before.values()))) == LAYERS * EXPERTS * 3
+    assert sum(map(sum, (b["down"] for b in after.values()))) == LAYERS * EXPERTS * 4
 
 
 def test_rules_and_their_names():

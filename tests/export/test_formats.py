@@ -24,6 +24,7 @@ from drlora.runs.export import export_adapter
 
 IDS = make_batch(7)["input_ids"]
 BATCHES = [{"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}]
+OWN = ["gguf", "merged", "mlx", "peft", "per-expert", "sglang"]
 
 
 class Deltas(LoraFormat):
@@ -119,7 +120,7 @@ def test_names(deltas, tmp_path, monkeypatch):
 
     Of what comes with drlora each file gives the format of its name, with all that is asked of it.
     """
-    assert list(FORMATS) == ["merged", "mlx", "peft", "per-expert", "deltas"] and len(FORMATS) == 5
+    assert list(FORMATS) == [*OWN, "deltas"] and len(FORMATS) == len(OWN) + 1
     for name in FORMATS:
         format = FORMATS[name]
         assert format.name == name
@@ -132,5 +133,5 @@ def test_names(deltas, tmp_path, monkeypatch):
     (tmp_path / "of_mine.py").write_text("from test_formats import Deltas\nFORMAT = Deltas()\n")
     monkeypatch.setattr(formats, "__path__", [*formats.__path__, str(tmp_path)])
     monkeypatch.setattr(formats, "FORMATS", found := formats._Formats())
-    assert list(found) == ["merged", "mlx", "peft", "per-expert", "of-mine"]
+    assert list(found) == [*OWN, "of-mine"]
     assert found["of-mine"].name == "deltas"

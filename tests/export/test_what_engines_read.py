@@ -31,6 +31,10 @@ def test_what_was_seen_is_what_is_said():
         ("peft", "mixtral"): "PEFT",
         ("peft", "gpt_oss"): "PEFT vLLM",
         ("merged", "olmoe"): "PEFT llama.cpp vLLM mlx-lm transformers serve",
+        ("sglang", "mixtral"): "SGLang",
+        ("sglang", "gpt_oss"): "SGLang",
+        ("gguf", "qwen3_moe"): "llama.cpp",
+        ("mlx", "qwen3_moe"): "mlx-lm",
     }
     for (layout, family), names in wanted.items():
         found = verdicts(layout=layout, model_type=family, rank=16)
@@ -45,7 +49,7 @@ def test_what_was_seen_is_what_is_said():
         (dict(layout="per-expert", model_type="olmoe", has_modules=True), "vLLM", "in full"),
         (dict(layout="per-expert", model_type="olmoe", has_modules=True), "llama.cpp", "in full"),
         (dict(layout="per-expert", model_type="olmoe", rank=513), "vLLM", "largest rank is 512"),
-        (dict(layout="per-expert", model_type="mixtral", rank=8), "SGLang", "target_modules"),
+        (dict(layout="per-expert", model_type="mixtral", rank=8), "SGLang", "use sglang"),
         (dict(layout="per-expert", model_type="olmoe", has_router_lora=True), "SGLang", "routers"),
         (dict(layout="per-expert", model_type="qwen2_moe", peft_loads=False), "PEFT", "not load"),
     ],
@@ -67,7 +71,8 @@ def test_ranks_of_vllm():
     assert [vllm_rank(rank) for rank in (1, 2, 16, 65, 512, 513)] == [1, 8, 16, 128, 512, None]
 
 
-@pytest.mark.parametrize("format", LAYOUTS)
+# What converts to gguf is not here; test_gguf.py has one.
+@pytest.mark.parametrize("format", [name for name in LAYOUTS if name != "gguf"])
 def test_the_plan_and_the_readme_say_it(tmp_path, format):
     model = trained()
     plan = make_plan(model, format)

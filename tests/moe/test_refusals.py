@@ -125,6 +125,9 @@ def test_tensor_parallelism(two_ranks):
     model = make_model()
     model._tp_size = 2
     refused(model, r"OlmoeForCausalLM is tensor-parallel \(tp_size=2\).*without tp_size")
+    model._tp_size = 1
+    model.config.distributed_config = DistributedConfig(pp_size=2)
+    refused(model, r"OlmoeForCausalLM is pipeline-parallel \(pp_size=2\).*without pp_size")
 
 
 @pytest.mark.parametrize("dim", [1, 2])

@@ -12,6 +12,9 @@ import json
 import re
 import shlex
 import shutil
+import subprocess
+import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -33,7 +36,8 @@ PAGES = sorted(path.name for path in (ROOT / "docs").glob("*.md"))
 # Fences of these languages are text; what is said in them is tested where the page says.
 TEXT = {"", "text", "diff", "yaml", "bibtex", "console"}
 # Code that other tests run.
-ELSEWHERE = {"README.md": "tests/project/test_readme.py", "tutorial.md": "test_the_tutorial"}
+ELSEWHERE = {"README.md": "tests/project/test_readme.py", "tutorial.md": "test_notebooks",
+             "free-gpu.md": "test_notebooks"}  # fmt: skip
 # Page -> how many of its blocks are marked as not run, with the reason beside them.
 NOT_RUN_HERE = {
     "many-processes.md": 4, "methods.md": 1, "quantised.md": 1, "serving.md": 2, "training.md": 1,
@@ -127,6 +131,12 @@ def test_commands(page, world, tmp_path, monkeypatch, capsys):
             assert main(words) == 2  # the world's runs are finished
             assert "finished" in capsys.readouterr().err
             continue
+        if verb == "serve":  # no engine is started, and none need be here
+            engine = tmp_path / "bin" / "vllm"
+            engine.parent.mkdir(exist_ok=True)
+            engine.touch(mode=0o755)
+            monkeypatch.setenv("PATH", str(engine.parent))
+            words = [word for word in words if word != "--dry-run"] + ["--dry-run"]
         if verb == "export":
             words[words.index("-o") + 1] = str(tmp_path / str(len(list(tmp_path.iterdir()))))
         assert main(words) == 0, (line, capsys.readouterr().err)
@@ -214,21 +224,28 @@ def fields_of(recipe_keys):
     yield from (f"adapter.{name}" for name in (*recipe_keys.adapter_settings(), "preset"))
 
 
-def test_the_tutorial():
-    """Its cells run, and the notebook is the page."""
+@pytest.mark.parametrize("name", ["tutorial", "free-gpu"])
+def test_notebooks(name, tmp_path, monkeypatch):
+    """The cells run, and the notebook is the page."""
     spec = importlib.util.spec_from_file_location("make_tutorial", ROOT / "tools/make_tutorial.py")
     assert spec is not None and spec.loader is not None
-    tutorial = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tutorial)
-    cells = tutorial.cells_of(tutorial.PAGE.read_text("utf-8"))
-    printed = tutorial.run(cells)
-    assert "mean 8.0" in printed[4] and "loaded: True\nmerged: True" in printed[5]
-    kept = json.loads(tutorial.NOTEBOOK.read_text("utf-8"))
+    maker = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(maker)
+    page = ROOT / f"docs/{name}.md"
+    assert page in maker.PAGES
+    cells = maker.cells_of(page.read_text("utf-8"))
+    monkeypatch.chdir(tmp_path)
+    printed = maker.run(cells)
+    if name == "tutorial":
+        assert "mean 8.0" in printed[4] and "loaded: True\nmerged: True" in printed[5]
+    else:
+        assert "The yellow dog is | an animal" in printed[4] and "own.html" in printed[5]
+    kept = json.loads(page.with_suffix(".ipynb").read_text("utf-8"))
     sources = [(cell["cell_type"], "".join(cell["source"])) for cell in kept["cells"]]
     assert sources == cells
     outputs = [cell["outputs"] for cell in kept["cells"] if cell["cell_type"] == "code"]
     shown = ["".join(out[0]["text"]) if out else "" for out in outputs]
-    assert shown[0] == printed[0] and "mean 8.0" in shown[4]
+    assert shown[0] == printed[0] and len(shown) == len(printed)
 
 
 def test_every_verb_has_a_section_and_every_page_is_in_the_site():
@@ -237,7 +254,27 @@ def test_every_verb_has_a_section_and_every_page_is_in_the_site():
     page = (ROOT / "docs/command-line.md").read_text("utf-8")
     assert re.findall(r"^## drlora (\w+)$", page, re.M) == list(VERBS)
     nav = (ROOT / "mkdocs.yml").read_text("utf-8")
-    assert all(f": {name}" in nav for name in PAGES)
+    assert all(f": {name}" in nav or f"- {name}" in nav for name in PAGES)
+
+
+@pytest.mark.parametrize("tool", ["make_llms", "make_worked_runs"])
+def test_what_tools_make_of_other_files_is_as_they_make_it_now(tool):
+    done = subprocess.run([sys.executable, ROOT / f"tools/{tool}.py", "--check"], cwd=ROOT)
+    assert done.returncode == 0, f"run: python tools/{tool}.py"
+
+
+def test_extras_and_the_workflow_name_what_there_is():
+    """Every extra that a page names exists; the workflow calls verbs of the Makefile."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    pages = "".join((ROOT / f"docs/{name}").read_text("utf-8") for name in PAGES)
+    assert set(re.findall(r"drlora\[(\w+)\]", pages)) <= set(extras)
+    workflow = (ROOT / ".github/workflows/test.yml").read_text("utf-8")
+    jobs = yaml.safe_load(workflow)["jobs"]
+    assert jobs["gpu"]["if"] is False and set(jobs["test"]["strategy"]["matrix"]["python"]) == {
+        "3.11", "3.12", "3.13"}  # fmt: skip
+    verbs = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text("utf-8"), re.M)
+    assert set(re.findall(r"run: make ([a-z-]+)", workflow)) <= set(verbs)
 
 
 def test_code_is_found():

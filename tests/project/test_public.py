@@ -31,6 +31,7 @@ NAMES = {
     "chat",
     "continue_adapter",
     "evaluate",
+    "examine",
     "export_adapter",
     "generate",
     "inspect",
@@ -41,6 +42,7 @@ NAMES = {
     "packed_config",
     "QuantisedExperts",
     "place_ranks",
+    "plan",
     "quantise_experts",
     "rank_map",
     "ranks_from_routing",
@@ -131,8 +133,8 @@ def test_signatures_of_imports():
 def test_command_line_verbs():
     (verbs,) = [a for a in make_parser()._actions if isinstance(a, argparse._SubParsersAction)]
     assert set(verbs.choices) == {
-        "init", "data", "train", "eval", "generate", "chat", "inspect", "export", "compare",
-        "report", "verify", "env",
+        "init", "plan", "data", "train", "eval", "generate", "chat", "inspect", "export", "compare",
+        "report", "verify", "serve", "doctor", "env",
     }  # fmt: skip
 
 
@@ -154,10 +156,14 @@ VERBS = {
     "inspect": ["model", "config", "steps", "dtype", "tokens", "quantise", "optim"],
     "export_adapter": [
         "folder", "format", "output", "rank", "dry_run", "model", "data", "trust_remote_code",
-        "max_shard_size", "rounding", "seed", "merge_into", "routers",
+        "max_shard_size", "rounding", "seed", "merge_into", "routers", "by_shard",
     ],
     "verify": ["folder", "base", "merged"],
-    "write_report": ["folders", "output", "format"],
+    "write_report": ["folders", "output", "format", "refresh"],
+    "plan": [
+        "model", "data", "output", "overrides", "gpu", "memory", "measures", "tests_rates", "say",
+    ],
+    "examine": ["folder", "asks_hub"],
     "run_comparison": [
         "path", "overrides", "jobs", "threads", "dry_run", "only_page", "retry_failed", "progress",
     ],

@@ -25,9 +25,9 @@ ORDER: tuple[frozenset[str], ...] = (
     frozenset({"data", "moe"}),
     frozenset({"evaluation", "adapter"}),
     frozenset({"export", "ranks"}),
-    frozenset({"report", "trainer", "testing", "verification"}),
+    frozenset({"forecast", "report", "trainer", "testing", "verification"}),
     frozenset({"runs", "registration"}),
-    frozenset({"compare"}),
+    frozenset({"compare", "doctor", "planning"}),
     frozenset({"cli"}),
 )
 # They depend on the package; the package never depends on them.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ from drlora.cli.main import main
 from drlora.errors import CheckpointError, ConfigError
 from drlora.export.plan import apply_plan, make_plan
 from drlora.ops.merge import Rounding
-from drlora.verification.findings import NAMES
+from drlora.verification.findings import NAMES, WARNINGS
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 LAYOUTS = ["ours", "peft", "per-expert", "stacked", "bare", "by-peft"]
@@ -82,6 +84,28 @@ class TestSound:
         assert found.is_sound, [str(finding) for finding in found.findings]
         assert found.merged and all(m.share == pytest.approx(1, abs=1e-3) for m in found.merged)
 
+    @pytest.mark.parametrize("family", ["olmoe", "mixtral", "qwen2_moe", "qwen3_moe"])
+    def test_folders_of_mlx_lm(self, tmp_path, family):
+        """Routers and attention too, and their merge."""
+        out = beside_experts(family, tmp_path, "mlx", router="train")
+        found = drlora.verify(out, str(tmp_path / "base"), tmp_path / "merged")
+        assert found.is_sound, [str(finding) for finding in found.findings]
+        assert found.type == "MLX" and found.layouts == ("stacked",)
+        compared = {one.name for one in found.merged}
+        assert sum(name.endswith(".gate") and "experts" not in name for name in compared) >= 2
+        assert sum(name.endswith("q_proj") for name in compared) == 2
+        assert all(one.share == pytest.approx(1, abs=1e-3) for one in found.merged)
+        reads = {reading.engine: reading.reads for reading in found.engines}
+        assert reads["mlx-lm"] and not reads["vLLM"]
+
+    @pytest.mark.parametrize("class_name", ["MixtralForCausalLM", "GptOssForCausalLM"])
+    def test_stacked_tensors_as_sglang_reads_them(self, tmp_path, class_name):
+        out = beside_experts(class_name, tmp_path, "sglang")
+        found = drlora.verify(out, str(tmp_path / "base"), tmp_path / "merged")
+        assert found.is_sound, [str(finding) for finding in found.findings]
+        assert all(one.share == pytest.approx(1, abs=1e-3) for one in found.merged)
+        assert {reading.engine: reading.reads for reading in found.engines}["SGLang"]
+
     def test_packing_is_told_by_what_training_leaves(self, made):
         found = drlora.verify(made("olmoe") / "by-peft")
         assert found.packing == "right"
@@ -93,6 +117,19 @@ class TestSound:
         assert {r.engine: r.reads for r in found.engines}["llama.cpp"] is True
         found = drlora.verify(folder / "peft", base)  # routers in full
         assert {r.engine: r.reads for r in found.engines}["vLLM"] is False
+
+
+def beside_experts(family, folder, format, **changes):
+    """An adapter with LoRA on attention too, in a format, with its base and its merge."""
+    made = {f: train(get_peft_model(
+        make_class(family) if family.endswith("LM") else make_model(family),
+        make_settings(target_modules=["q_proj"], target_rank=3, **changes),
+    )) for f in (format, "merged")}  # fmt: skip
+    base = make_class(family) if family.endswith("LM") else make_model(family)
+    base.save_pretrained(folder / "base")
+    for name, model in made.items():
+        apply_plan(make_plan(model, name), model, BATCHES, folder / name)
+    return folder / format
 
 
 def repack(tensors, config):
@@ -312,6 +349,36 @@ class TestMerges:
         assert faults(found) == {"dropped-in-merge"}
         assert all("down" in f.where for f in found.findings if f.is_fault)
 
+    @pytest.mark.parametrize("layout", ["ours", "peft", "per-expert"])
+    @pytest.mark.parametrize(("part", "name"), [(0.0, "dropped-in-merge"), (2.0, "scale")])
+    def test_a_router_is_not_merged_or_twice(self, made, tmp_path, layout, part, name):
+        """Whether it was trained in full or left as LoRA."""
+        before = load_file(made("olmoe") / "base" / "model.safetensors")
+
+        def change(tensors):
+            key = "model.layers.1.mlp.gate.weight"
+            tensors[key] = before[key] + part * (tensors[key] - before[key])
+
+        out = spoil_model(made("olmoe") / "merged", tmp_path / "m", change)
+        found = self.verify(made, out, layout)
+        assert faults(found) == {name}, [str(f) for f in found.findings]
+        assert all("layers.1.mlp.gate" in f.where for f in found.findings if f.is_fault)
+
+    def test_a_layer_of_attention_is_not_merged(self, tmp_path):
+        out = beside_experts("olmoe", tmp_path, "per-expert")
+        before = load_file(tmp_path / "base" / "model.safetensors")
+
+        def forget(tensors):
+            key = "model.layers.0.self_attn.q_proj.weight"
+            tensors[key] = before[key]
+
+        merged = spoil_model(tmp_path / "merged", tmp_path / "m", forget)
+        found = drlora.verify(out, str(tmp_path / "base"), merged)
+        assert faults(found) == {"dropped-in-merge"}
+        assert [f.where for f in found.findings if f.is_fault] == [
+            "model.layers.0.self_attn.q_proj"
+        ]
+
     def test_rounding_to_the_nearest_swallowed_the_update(self, made, tmp_path):
         """In bfloat16, of an update that is small beside the weights."""
         base = make_model().to(torch.bfloat16)
@@ -378,6 +445,17 @@ class TestMerges:
                     tensors[key] += 0.1
 
         assert "wrong-base" in faults(self.spoilt(made, tmp_path, other))
+
+
+def test_the_page_says_what_is_a_warning():
+    """docs/serving.md: names of findings, and which of them leave the exit code at 0."""
+    page = (Path(__file__).parents[2] / "docs" / "serving.md").read_text("utf-8")
+    part = page.partition("## A check of anybody's adapter")[2].partition("\n## ")[0]
+    table = [line for line in part.splitlines() if line.startswith("| `")]
+    said = {name for line in table for name in re.findall(r"`([a-z0-9-]+)`", line.split("|")[1])}
+    assert said == set(NAMES)
+    listed = part.partition("Warnings, which leave the exit code at 0:")[2].partition("\n\n")[0]
+    assert set(re.findall(r"`([a-z0-9-]+)`", listed)) == set(WARNINGS)
 
 
 class TestCommandLine:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from drlora.adapter.observe import RoutingMeter
 from drlora.adapter.pool import RankPool, in_float32
+from drlora.adapter.shared_rows import shared_factor
 from drlora.config.adapter import DrLoraConfig
 from drlora.moe.blocks import MoEBlock
 from drlora.ops import LoraPiece, TracedPiece
@@ -74,6 +75,7 @@ class ExpertsAdapter(nn.Module):
                     rank,
                     config.pool_rows(block.num_experts),
                     tracks_uncertainty=config.option("rank_importance") == "sensitivity",
+                    shared=shared_factor(projection) if config.option("shared_outer") else "",
                 )
                 for projection in config.projections
             }

@@ -16,6 +16,8 @@ from drlora.adapter.expert_parallel import (
 )
 from drlora.adapter.layer import DrLoraExperts
 from drlora.adapter.observe import watch_tokens
+from drlora.adapter.sharded import was_sharded_at_load
+from drlora.adapter.shared_rows import raise_ranks
 from drlora.config.adapter import DrLoraConfig
 from drlora.distributed.zero import whole_shapes
 from drlora.errors import ConfigError
@@ -60,6 +62,7 @@ def _prepare(model: nn.Module, config: DrLoraConfig) -> list[MoEBlock]:
     keep_trainable(model)
     config.experts = [block.experts_name for block in blocks]
     _split_by_active(model, config, blocks)
+    raise_ranks(config, blocks)
     if config.router == "train":
         # By full name: PEFT matches endings, and "gate" is also one of "shared_expert_gate".
         routers = [block.router_name for block in blocks if block.router_name]
@@ -123,7 +126,8 @@ def _refuse_unfit_router(model: nn.Module, name: str) -> None:
     router = model.get_submodule(name)
     if isinstance(router, ModulesToSaveWrapper):
         router = router.original_module
-    if any(isinstance(weight, DTensor) for weight in router.parameters()):
+    is_sharded = any(isinstance(weight, DTensor) for weight in router.parameters())
+    if is_sharded and not was_sharded_at_load(model):
         raise ConfigError(
             f"router='train' cannot work for {name}: its weights are sharded already, and a copy "
             f"of shards cannot be trained. Use router='frozen', or load the model whole and have "

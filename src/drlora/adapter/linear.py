@@ -129,10 +129,30 @@ def lora_config(config: DrLoraConfig, target: nn.Module) -> LoraConfig:
 
 
 class ExactLinear(LoraLinear):
-    """PEFT's LoRA on a plain linear; `unmerge` restores the base weight to the bit.
+    """PEFT's LoRA on a plain linear that loses no bits where PEFT's does.
 
-    PEFT subtracts what it added, which leaves a rounding error behind.
+    - `unmerge` restores the base weight; PEFT subtracts what it added, with a rounding error.
+    - What is read from a file into an adapter that was made without memory (`low_cpu_mem_usage`)
+      stays as it is; PEFT rounds it to the base's dtype, and has it wide again afterwards.
     """
+
+    _made_without_memory: frozenset[str] = frozenset()
+
+    def _move_adapter_to_device_of_base_layer(
+        self, adapter_name: str, device: torch.device | None = None
+    ) -> None:
+        factors = [
+            part[adapter_name].get_parameter("weight")
+            for part in (self.lora_A, self.lora_B)
+            if adapter_name in part
+        ]
+        if any(weight.device.type == "meta" for weight in factors):
+            self._made_without_memory |= {adapter_name}
+        kept = factors if adapter_name in self._made_without_memory else []
+        wide = [(weight, weight.data) for weight in kept if weight.device.type != "meta"]
+        super()._move_adapter_to_device_of_base_layer(adapter_name, device)
+        for weight, data in wide:
+            weight.data = data.to(weight.device)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """As in PEFT; keeps a copy of the base weight meanwhile."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, NoReturn
 
 from peft import PeftConfig
@@ -44,6 +44,7 @@ from drlora.adapter.sharded import (
     put_shards_back,
     share_out,
     was_sharded_at_load,
+    whole_while_copied,
 )
 from drlora.config.adapter import DrLoraConfig
 from drlora.config.peft_type import DRLORA
@@ -77,7 +78,9 @@ class DrLoraModel(LoraModel):
         return resolved
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
-        """Nothing to do: LoRA's layer replication is no setting of ours."""
+        """What is trained in full can be copied until the injection is over."""
+        whole = whole_while_copied(self.model, peft_config.modules_to_save or [])
+        self._while_injecting.enter_context(whole)
 
     @staticmethod
     def _check_target_module_exists(peft_config: PeftConfig, key: str) -> bool:
@@ -131,7 +134,10 @@ class DrLoraModel(LoraModel):
         # The copy that PEFT makes of a trained router must not copy its hook, and what that holds.
         forget_router_logits(model)
         try:
-            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+            with ExitStack() as self._while_injecting:
+                super().inject_adapter(
+                    model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage
+                )
         finally:  # those of other adapters also where this one is refused
             self._note_routers()
         in_full = [m for m in self.model.modules() if isinstance(m, AuxiliaryTrainingWrapper)]
@@ -141,7 +147,7 @@ class DrLoraModel(LoraModel):
             TrainedRouters(self.model, adapter_name).train_in_float32()
         layers = adapted_layers(self.model, adapter_name).values()
         pools = [p for layer in layers for p in layer.adapter(adapter_name).rank_pools.values()]
-        share_out(self.model, adapter_name, pools)
+        share_out(self.model, adapter_name, pools if config.option("share_rows") else ())
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
@@ -224,6 +230,11 @@ class DrLoraModel(LoraModel):
         found: dict[str, Tensor] = super()._get_adapter_state_dict(model, *args, **kwargs)
         if not was_sharded_at_load(model):
             return found
+        # Where PEFT looks next for what is trained in full.
+        everything: dict[str, Tensor] = kwargs["state_dict"]
+        copies = f".modules_to_save.{kwargs['adapter_name']}."
+        for key in [key for key in everything if copies in key]:
+            everything[key] = whole_weights(everything[key]).cpu()
         return {key: whole_weights(value).cpu() for key, value in found.items()}
 
     @classmethod

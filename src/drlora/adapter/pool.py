@@ -17,6 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from drlora.adapter.row_book import FREE, IntArray, RankBook
+from drlora.adapter.shared_rows import in_common
 from drlora.distributed.held import write_rows
 from drlora.errors import CheckpointError
 
@@ -30,6 +31,7 @@ class RankPool(nn.Module):
         rank: rows that each expert owns at the start.
         num_rows: R; E * r_target, the budget, unless the settings need more.
         tracks_uncertainty: whether `uncertainty` is kept, as AdaLoRA's importance needs it.
+        shared: `lora_A` or `lora_B` where all experts have that factor in common, else empty.
 
     Attributes:
         lora_A: (R, in-features) parameter. Random in every row, owned or free.
@@ -58,6 +60,7 @@ class RankPool(nn.Module):
         rank: int,
         num_rows: int,
         tracks_uncertainty: bool = False,
+        shared: str = "",
     ) -> None:
         super().__init__()
         rows = num_rows
@@ -67,6 +70,9 @@ class RankPool(nn.Module):
         self.lora_B = nn.Parameter(torch.zeros(rows, out_features))
         self._init_bound = 1 / math.sqrt(in_features)  # LoRA's kaiming_uniform with a = sqrt(5)
         nn.init.uniform_(self.lora_A, -self._init_bound, self._init_bound)
+        self.shared = shared
+        if shared == "lora_A":  # copies that begin equal
+            self.lora_A.data.copy_(self.lora_A.data[:rank].repeat(num_experts, 1))
         self.register_buffer("owner", torch.from_numpy(self._book.owner_R).to(torch.int32))
         self.register_buffer("importance", torch.zeros(rows))
         self.register_buffer("uncertainty", torch.zeros(rows) if tracks_uncertainty else None)
@@ -113,22 +119,37 @@ class RankPool(nn.Module):
         """
         self._follow_owners()
         # As a unit of FSDP2 the parameters are gathered for this call only: rows are copied then.
+        a_RI, b_RO = self._factors()
         if self._all_in_order and experts is None and not isinstance(self, FSDPModule):
-            return self.lora_A.to(dtype), self.lora_B.to(dtype)
+            return a_RI.to(dtype), b_RO.to(dtype)
         rows = self.packed_index
         if experts is not None:
             rows = rows[self._offsets[experts.start] : self._offsets[experts.stop]]
-        return self.lora_A.index_select(0, rows).to(dtype), self.lora_B.index_select(0, rows).to(
-            dtype
-        )
+        return a_RI.index_select(0, rows).to(dtype), b_RO.index_select(0, rows).to(dtype)
+
+    def _factors(self) -> tuple[Tensor, Tensor]:
+        """lora_A and lora_B, one of them tied where it is common to all experts."""
+        a_RI, b_RO, experts = self.lora_A, self.lora_B, self._book.num_experts
+        if self.shared == "lora_A":
+            return in_common(a_RI, experts), b_RO
+        return a_RI, in_common(b_RO, experts) if self.shared else b_RO
+
+    @property
+    def spare_numbers(self) -> int:
+        """Numbers that are trained only in copies of others, or not at all: rows nobody owns."""
+        widths = {"lora_A": self.lora_A.shape[1], "lora_B": self.lora_B.shape[1]}
+        free, copies = self.book.free, 0
+        if self.shared:
+            rows = len(self.owner)
+            copies = (rows - rows // self._book.num_experts) * widths[self.shared]
+        return free * sum(widths.values()) + copies
 
     def all_rows(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """As `forward`, but the free rows follow: no shape and no Python value depends on ranks."""
         self._follow_owners()
         rows = self.row_order
-        return self.lora_A.index_select(0, rows).to(dtype), self.lora_B.index_select(0, rows).to(
-            dtype
-        )
+        a_RI, b_RO = self._factors()
+        return a_RI.index_select(0, rows).to(dtype), b_RO.index_select(0, rows).to(dtype)
 
     def set_ranks(self, ranks_E: Sequence[int] | IntArray) -> None:
         """Give every expert its rank, whoever owned the rows: from the first row on, in order.

@@ -14,6 +14,7 @@ import torch
 from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.hooks import RemovableHandle
 
@@ -111,8 +112,15 @@ class TrainedRouters:
         """
         self.let_go()
         self._is_over = until
-        trained = [parameter for parameter in self.parameters if parameter.requires_grad]
-        self._hooks = [parameter.register_hook(self._held_gradient) for parameter in trained]
+        for copies in self.copies:
+            for module in copies.modules_to_save[self.adapter].modules():
+                own = list(module.parameters(recurse=False))
+                # FSDP2 computes with others than those that it shows.
+                if any(isinstance(parameter, DTensor) for parameter in own):
+                    self._hooks += self._hold_in_calls(module)
+                else:
+                    trained = [parameter for parameter in own if parameter.requires_grad]
+                    self._hooks += [p.register_hook(self._held_gradient) for p in trained]
 
     @property
     def are_held(self) -> bool:
@@ -135,6 +143,38 @@ class TrainedRouters:
 
     def _held_gradient(self, grad: Tensor) -> Tensor:
         return grad if self._is_over() else torch.zeros_like(grad)
+
+    def _hold_in_calls(self, module: nn.Module) -> list[RemovableHandle]:
+        """While it is called, a held module computes with its weights without their gradients."""
+        kept: dict[str, nn.Parameter | None] = {}
+
+        def take(module: nn.Module, args: Any) -> None:
+            if self.are_held:
+                kept.update(module._parameters)
+                for name, weight in kept.items():
+                    if weight is not None:
+                        module._parameters[name] = _WithoutGradient.apply(weight)
+
+        def put_back(module: nn.Module, args: Any, output: Any) -> None:
+            module._parameters.update(kept)
+            kept.clear()
+
+        return [
+            module.register_forward_pre_hook(take),
+            module.register_forward_hook(put_back, always_call=True),
+        ]
+
+
+class _WithoutGradient(torch.autograd.Function):
+    """A tensor as it is, whose gradient is zero: engines still wait for one."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor) -> Tensor:
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return torch.zeros_like(grad)
 
 
 def _dtype_of(module: nn.Module) -> torch.dtype:
@@ -171,7 +211,9 @@ def _original_dtypes(copies: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
         return _call_original(copies, args, kwargs)
     given = [v for v in tree_leaves((args, kwargs)) if isinstance(v, Tensor)]
     device = given[0].device.type if given else "cpu"
-    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    can_cast = torch.amp.is_autocast_available(device)  # not on paper, on the device `meta`
+    is_cast = can_cast and torch.is_autocast_enabled(device)
+    autocast = torch.get_autocast_dtype(device) if is_cast else None
     key = (copies.training, autocast, _dtype_of(copies.original_module), *(v.dtype for v in given))
     known: dict[Any, Any] = copies.__dict__.setdefault(_KNOWN, {})
     if key not in known:

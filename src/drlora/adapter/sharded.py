@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
@@ -38,11 +40,40 @@ def put_shards_back(model: nn.Module) -> None:
             module.reshard()
 
 
+@contextmanager
+def whole_while_copied(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
+    """Have PEFT copy modules that are trained in full (routers) with whole weights: a collective.
+
+    A copy of shards cannot be computed with, and no engine would bring it together.
+
+    Args:
+        model: the whole model; weights that are not sharded are left alone.
+        names: of modules, or ends of them, as in `modules_to_save`.
+    """
+    ends = tuple(f".{name}" for name in names)
+    sharded: list[tuple[nn.Module, str, DTensor]] = [
+        (owner, key, weight)
+        for name, module in model.named_modules()
+        if f".{name}".endswith(ends) and not isinstance(module, FSDPModule)
+        for owner in module.modules()
+        for key, weight in owner._parameters.items()
+        if isinstance(weight, DTensor)
+    ]
+    for owner, key, weight in sharded:
+        owner._parameters[key] = nn.Parameter(weight.full_tensor().detach(), weight.requires_grad)
+    try:
+        yield
+    finally:
+        for owner, key, weight in sharded:
+            weight.requires_grad_(False)
+            owner._parameters[key] = weight  # type: ignore[assignment]  # a parameter, as it was
+
+
 def share_out(model: nn.Module, adapter: str, pools: Iterable[nn.Module]) -> None:
     """Share out what an adapter trains on a model that transformers sharded when it was loaded.
 
     Each of these is a unit of FSDP2 of its own over the data-parallel processes, so its gradient is
-    averaged under the Trainer and in a loop of one's own: pools, and ordinary LoRA.
+    averaged under the Trainer and in a loop of one's own: pools, ordinary LoRA, trained routers.
 
     Args:
         model: the whole model; one that was not sharded then is left alone.
@@ -57,7 +88,8 @@ def share_out(model: nn.Module, adapter: str, pools: Iterable[nn.Module]) -> Non
     meshes, settings = meshes_of(model), settings_of(model)
     replicas = settings.dp_replicate_size > 1
     mesh = meshes.get_mesh(("dp_replicate", "fsdp") if replicas else "fsdp")
-    for unit in [*([pool] for pool in pools), *_ordinary_lora(model, adapter)]:
+    copies = ([copy] for copy in _trained_copies(model, adapter))
+    for unit in [*([pool] for pool in pools), *_ordinary_lora(model, adapter), *copies]:
         if any(parameter.is_meta for module in unit for parameter in module.parameters()):
             raise ConfigError(
                 "low_cpu_mem_usage=True cannot work on a model that was sharded when it was "
@@ -83,6 +115,11 @@ def _ordinary_lora(model: nn.Module, adapter: str) -> Iterator[list[nn.Module]]:
     for module in model.modules():
         if isinstance(module, LoraLayer) and adapter in module.lora_A:
             yield [module.lora_A[adapter], module.lora_B[adapter]]
+
+
+def _trained_copies(model: nn.Module, adapter: str) -> list[nn.Module]:
+    wrappers = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
+    return [w.modules_to_save[adapter] for w in wrappers if adapter in w.modules_to_save]
 
 
 def _is_shared(parameter: Tensor) -> bool:

@@ -10,7 +10,7 @@ import difflib
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from drlora.export.choices import MERGE_INTO, RANKS, ROUNDINGS, ROUTERS
+from drlora.export.choices import ENGINES, MERGE_INTO, RANKS, ROUNDINGS, ROUTERS
 from drlora.export.formats import FORMATS
 from drlora.io.files import home
 from drlora.report import FORMATS as REPORT_FORMATS
@@ -20,6 +20,11 @@ INIT = """examples:
   drlora init model=path/to/model data.train=path/to/train.jsonl -o own-data.yaml
   drlora init embedded training.max_steps=400
   drlora init --list
+"""
+PLAN = """examples:
+  drlora plan path/to/model train.jsonl -o own.yaml
+  drlora plan allenai/OLMoE-1B-7B-0924 train.jsonl --gpu 24GB
+  drlora plan embedded embedded:kinds --memory 2GB --range-test
 """
 DATA = """examples:
   drlora data own-data.yaml
@@ -58,9 +63,18 @@ VERIFY = """examples:
   drlora verify path/to/adapter
   drlora verify path/to/adapter --base path/to/model --merged path/to/merged --json
 """
+SERVE = """examples:
+  drlora serve runs/own-data --dry-run
+  drlora serve runs/own-data --engine vllm --port 8001
+  drlora serve out/per-expert --engine vllm --flags="--max-model-len 4096"
+"""
 COMPARE = """examples:
   drlora compare experiments/quick.yaml --dry-run
   drlora compare experiments/quick.yaml 'seeds=[1, 2]' --jobs 2
+"""
+DOCTOR = """examples:
+  drlora doctor
+  drlora doctor --json
 """
 ENV = """examples:
   drlora env
@@ -70,6 +84,7 @@ REPORT = """examples:
   drlora report runs/own-data
   drlora report runs/one runs/two -o both.html
   drlora report runs/own-data --format md
+  drlora report runs/own-data --follow
 """
 
 
@@ -154,6 +169,23 @@ def _init(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--list", action="store_true", help="the recipes that come with drlora")
     verb.add_argument(
         "-o", "--output", metavar="FILE", type=home, help="a new file; default: NAME.yaml"
+    )
+
+
+def _plan(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("model", metavar="MODEL", type=home, help="embedded, a folder, or a name")
+    verb.add_argument("data", metavar="DATA", type=home, help="a file, a folder, or a name")
+    verb.add_argument("overrides", nargs="*", metavar="key=value", help="data.eval=..., ...")
+    verb.add_argument(
+        "-o", "--output", metavar="FILE", type=home, default="plan.yaml", help="a new file"
+    )
+    where = verb.add_mutually_exclusive_group()
+    where.add_argument("--gpu", metavar="24GB", help="a size or a card (T4, RTX 4090, H100)")
+    where.add_argument("--machine", action="store_true", help="this machine, which is the default")
+    verb.add_argument("--memory", metavar="8GB", help="of this machine; default: what is free")
+    verb.add_argument("--no-timing", action="store_true", help="do not time layers of the model")
+    verb.add_argument(
+        "--range-test", action="store_true", help="short runs choose the learning rate"
     )
 
 
@@ -251,6 +283,9 @@ def _export(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--data", metavar="FILE", type=home, help="examples to compare logits on")
     verb.add_argument("--max-shard-size", metavar="5GB", help="of one file of merged weights")
     verb.add_argument(
+        "--by-shard", action="store_true", help="merge in the memory of one file of weights"
+    )
+    verb.add_argument(
         "--rounding",
         default=ROUNDINGS[0],
         choices=ROUNDINGS,
@@ -274,6 +309,23 @@ def _verify(verb: argparse.ArgumentParser) -> None:
     )
 
 
+def _serve(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("run", metavar="RUN", type=home, help="a run, or an export of one")
+    verb.add_argument("--engine", choices=ENGINES, help="default: the first that is on PATH")
+    verb.add_argument("--host", default="127.0.0.1", help="that it listens on")
+    verb.add_argument("--port", type=int, default=8000, metavar="N", help="that it listens on")
+    verb.add_argument(
+        "-o", "--output", metavar="DIR", type=home, help="of exports; default: served in the run"
+    )
+    verb.add_argument("--prompt", metavar="TEXT", help="asked once it runs; default: held out")
+    verb.add_argument("--flags", default="", metavar="WORDS", help="handed on to the engine")
+    verb.add_argument("--check", action="store_true", help="end it when it has answered")
+    _dry_run(verb, "print the command, start nothing")
+    verb.add_argument(
+        "--model", type=home, help="the base model, where it is not where the adapter says"
+    )
+
+
 def _compare(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("plan", metavar="PLAN.yaml", type=home)
     verb.add_argument("overrides", nargs="*", metavar="key=value", help="seeds=[1,2]")
@@ -292,6 +344,14 @@ def _report(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--format", choices=REPORT_FORMATS, help="default: what FILE ends in, else html"
     )
+    verb.add_argument(
+        "--follow", action="store_true", help="write the page again and again until the run is over"
+    )
+    verb.add_argument("--every", type=float, default=10, metavar="S", help="seconds, of --follow")
+
+
+def _doctor(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--offline", action="store_true", help="do not ask the hub")
 
 
 def _env(verb: argparse.ArgumentParser) -> None:
@@ -314,6 +374,7 @@ def _base_model(verb: argparse.ArgumentParser) -> None:
 # Verb -> what it does, examples, its options.
 VERBS: dict[str, tuple[str, str, Callable[[Any], None]]] = {
     "init": ("write a commented recipe for a model and data", INIT, _init),
+    "plan": ("write a recipe that fits into the memory there is", PLAN, _plan),
     "data": ("show what a recipe would learn from, the trained part marked", DATA, _data),
     "train": ("fine-tune as a recipe says", TRAIN, _train),
     "eval": ("measure a run or an export on data", EVAL, _eval),
@@ -322,7 +383,9 @@ VERBS: dict[str, tuple[str, str, Callable[[Any], None]]] = {
     "inspect": ("blocks, experts, memory and growth plan of a model", INSPECT, _inspect),
     "export": ("write an adapter for PEFT, serving engines or as a model", EXPORT, _export),
     "verify": ("check anybody's LoRA on the experts of a model", VERIFY, _verify),
+    "serve": ("start a serving engine that is installed, with the right export", SERVE, _serve),
     "compare": ("run a plan of models, tasks, methods and seeds", COMPARE, _compare),
     "report": ("write a page on one or several runs, to look at", REPORT, _report),
+    "doctor": ("try what works here, and say how to mend what does not", DOCTOR, _doctor),
     "env": ("what a report of a fault needs: versions, machine, devices", ENV, _env),
 }

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from drlora.runs.export import ExportResult
+from drlora.runs.export_source import ExportResult
 
 
 def print_export(result: ExportResult, output: str | Path, console: Console) -> None:
@@ -22,8 +22,8 @@ def print_export(result: ExportResult, output: str | Path, console: Console) -> 
         console.print(f"engine   {reading}")
     for note in (*plan.notes, *result.notes):
         console.print(f"note     {note}")
-    if result.difference is None:
+    if result.output is None:
         console.print(f"dry run: nothing was written to {output}")
     else:
-        console.print(f"checked  {result.difference}")
+        console.print(f"checked  {result.checked}")
         console.print(f"written  {output}")

@@ -1,22 +1,26 @@
 """The command line: verbs, arguments, and errors as one message.
 
     drlora init [NAME] [key=value ...] [-o FILE] | --list
+    drlora plan MODEL DATA [key=value ...] [--gpu 24GB | --memory 8GB] [-o FILE] [--range-test]
     drlora data RECIPE [key=value ...] [--examples N]
     drlora train RECIPE [key=value ...] [--resume | --overwrite] [--dry-run]
     drlora eval RUN|EXPORT [--split SPLIT] [--data FILE]
     drlora generate RUN|EXPORT --prompts FILE [key=value ...] [--compare]
     drlora chat RUN|EXPORT [key=value ...] [--compare] [--system TEXT]
     drlora inspect MODEL [key=value ...] [--steps N] [--tokens N]
-    drlora export RUN --format peft|per-expert|mlx|merged -o DIR [--rank auto] [--dry-run]
+    drlora export RUN --format peft|per-expert|mlx|gguf|sglang|merged -o DIR [--dry-run]
     drlora verify ADAPTER [--base MODEL] [--merged DIR]
-    drlora report RUN [RUN ...] [-o FILE] [--format html|png|svg|md]
+    drlora serve RUN [--engine vllm|llama.cpp|transformers] [--port N] [--check] [--dry-run]
+    drlora report RUN [RUN ...] [-o FILE] [--format html|png|svg|md] [--follow]
     drlora compare PLAN.yaml [key=value ...] [--jobs N] [--dry-run] [--retry-failed]
+    drlora doctor
     drlora env
 
 Every verb takes --json, --plugin FILE and --help (with examples). `drlora --print-completion bash`
 writes a completion script, where shtab is installed.
 
-Exit codes: 0 done, 1 a run of a comparison failed or an adapter has a fault, 2 something to put
+Exit codes: 0 done, 1 a run of a comparison failed, an adapter has a fault, a plan does not fit or
+something here does not work, 2 something to put
 right (one message on standard error), 3 a run that diverged, 130 interrupted, 143 terminated
 (SIGTERM).
 """

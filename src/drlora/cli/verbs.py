@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import signal
 import warnings
 from collections.abc import Callable
@@ -16,20 +17,26 @@ from rich.console import Console
 
 from drlora.cli import exits
 from drlora.cli.comparison import print_comparison
+from drlora.cli.doctor import print_health
 from drlora.cli.dry_run import print_dry_run
 from drlora.cli.exits import end
 from drlora.cli.export import print_export
 from drlora.cli.inspection import print_inspection
 from drlora.cli.look import print_data
 from drlora.cli.notes import notes_once
-from drlora.cli.progress import ConsoleProgress
+from drlora.cli.planning import print_plan
+from drlora.cli.progress import ConsoleProgress, say
+from drlora.cli.serve import print_serving, serve
 from drlora.cli.summary import print_summary
 from drlora.cli.talk import print_answer, print_end, talk
 from drlora.cli.verification import print_verification
 from drlora.compare.comparison import run_comparison
+from drlora.doctor.examine import examine
 from drlora.errors import CheckpointError, ConfigError, Terminated
 from drlora.io.settings import set_in, split_override
+from drlora.planning.plan import plan
 from drlora.recipes import about, recipe_names
+from drlora.report.follow import follow_report
 from drlora.report.write import write_report
 from drlora.runs.chat import chat
 from drlora.runs.dry_run import dry_run
@@ -46,6 +53,7 @@ from drlora.runs.prompts import read_prompts
 from drlora.runs.recipe import load_recipe, make_adapter_config, quantise_section
 from drlora.runs.rundir import RunDir
 from drlora.runs.sampling import check_settings, settings_from
+from drlora.runs.serving import plan_serving
 from drlora.runs.train import train
 from drlora.verification.verify import verify
 
@@ -85,6 +93,26 @@ def _init(arguments: argparse.Namespace) -> int:
         print(note)
     print(f"written  {made.path}\nnext     drlora train {made.path} --dry-run")
     return 0
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    console = Console(highlight=False, soft_wrap=True, markup=False, stderr=arguments.json)
+    made = plan(
+        arguments.model,
+        arguments.data,
+        arguments.output,
+        arguments.overrides,
+        gpu=arguments.gpu,
+        memory=arguments.memory,
+        measures=not arguments.no_timing,
+        tests_rates=arguments.range_test,
+        say=lambda text: say(console, text),
+    )
+    if arguments.json:
+        print(json.dumps(made.to_dict(), indent=2))
+    else:
+        print_plan(made, console)
+    return 0 if made.fits else exits.UNFIT
 
 
 def _data(arguments: argparse.Namespace) -> int:
@@ -175,6 +203,15 @@ def _way_on(run: RunDir, what: str) -> str:
     return f"{what}. Continue with:\n  {run.resume_command}"
 
 
+def _doctor(arguments: argparse.Namespace) -> int:
+    found = examine(asks_hub=not arguments.offline)
+    if arguments.json:
+        print(json.dumps(found.to_dict(), indent=2))
+    else:
+        print_health(found, Console(highlight=False, soft_wrap=True, markup=False))
+    return 0 if found.is_well else exits.UNSOUND
+
+
 def _env(arguments: argparse.Namespace) -> int:
     found = describe().to_dict()
     if arguments.json:
@@ -242,6 +279,7 @@ def _export(arguments: argparse.Namespace) -> int:
         seed=arguments.seed,
         merge_into=arguments.merge_into,
         routers=arguments.routers,
+        by_shard=arguments.by_shard,
     )
     if arguments.json:
         print(json.dumps(result.to_dict(), indent=2))
@@ -257,6 +295,26 @@ def _verify(arguments: argparse.Namespace) -> int:
     else:
         print_verification(found, Console(highlight=False, soft_wrap=True, markup=False))
     return 0 if found.is_sound else exits.UNSOUND
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    plan = plan_serving(
+        arguments.run,
+        arguments.engine,
+        host=arguments.host,
+        port=arguments.port,
+        output=arguments.output,
+        model=arguments.model,
+        prompt=arguments.prompt,
+        more=tuple(shlex.split(arguments.flags)),
+    )
+    console = Console(highlight=False, soft_wrap=True, markup=False, stderr=arguments.json)
+    print_serving(plan, console)
+    if arguments.dry_run:
+        if arguments.json:
+            print(json.dumps(plan.to_dict(), indent=2))
+        return 0
+    return serve(plan, console, arguments.json, arguments.check)
 
 
 def _compare(arguments: argparse.Namespace) -> int:
@@ -278,13 +336,27 @@ def _compare(arguments: argparse.Namespace) -> int:
 
 
 def _report(arguments: argparse.Namespace) -> int:
+    if arguments.follow:
+        return _follow(arguments)
     path = write_report(arguments.runs, arguments.output, arguments.format)
     print(json.dumps({"report": str(path)}) if arguments.json else path)
     return 0
 
 
+def _follow(arguments: argparse.Namespace) -> int:
+    if arguments.format not in (None, "html"):
+        raise ConfigError(f"--follow writes a page, not {arguments.format}; leave --format out.")
+    told = None
+    for path in follow_report(arguments.runs, arguments.output, arguments.every):
+        if path != told:
+            print(json.dumps({"report": str(path)}) if arguments.json else path, flush=True)
+        told = path
+    return 0
+
+
 ACTIONS: dict[str, Callable[[argparse.Namespace], int]] = {
     "init": _init,
+    "plan": _plan,
     "data": _data,
     "train": _train,
     "eval": _eval,
@@ -293,7 +365,9 @@ ACTIONS: dict[str, Callable[[argparse.Namespace], int]] = {
     "inspect": _inspect,
     "export": _export,
     "verify": _verify,
+    "serve": _serve,
     "compare": _compare,
     "report": _report,
+    "doctor": _doctor,
     "env": _env,
 }

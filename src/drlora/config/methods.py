@@ -82,6 +82,21 @@ def _adalora(given: Mapping[str, Any]) -> Settings:
     )
 
 
+def _epng(given: Mapping[str, Any]) -> Settings:
+    return _choices(
+        {"routing_signal": "probability", "move_share": 0.1, "young_a": "orthogonal"},
+        r_init=given["r_target"],
+        r_max=max(given["r_max"], given["r_target"] + 1),
+        saliency="routing",
+        gamma=0.0,
+    )
+
+
+def _informed(given: Mapping[str, Any]) -> Settings:
+    first = max(1, 3 * given["r_target"] // 4)
+    return _choices({**_ALONG_GRADIENT, "young_a": "gradient"}, r_init=first, young_rows="shared")
+
+
 def _dr_lora(**changes: Any) -> Callable[[Mapping[str, Any]], Settings]:
     return lambda given: _choices(**changes)
 
@@ -110,6 +125,14 @@ METHODS.add(
         "LoRA, A starts along the gradient that a few batches give each expert",
         "after arXiv 2407.05000 (LoRA-GA), by a probe",
         lambda given: _uniform(given, _ALONG_GRADIENT),
+    ),
+)
+METHODS.add(
+    "lora-shared-outer",
+    Method(
+        "LoRA, A of gate and up and B of down common to all experts, at a larger rank",
+        "the layout of Megatron-Bridge, SGLang and Tinker",
+        lambda given: _uniform(given, {"shared_outer": True}),
     ),
 )
 METHODS.add(
@@ -160,6 +183,14 @@ METHODS.add(
         _dr_lora(saliency="random"),
     ),
 )
+METHODS.add(
+    "epng",
+    Method(
+        "ranks move to experts of large router probability, new rows orthogonal",
+        "after arXiv 2607.01789 (EPnG)",
+        _epng,
+    ),
+)
 METHODS.add("drlora", Method("ranks grow by saliency f g / (r + 1) ** gamma", _PAPER, _dr_lora()))
 METHODS.add(
     "drlora-no-routing",
@@ -188,6 +219,28 @@ METHODS.add(
 METHODS.add(
     "drlora-trained-router",
     Method("DR-LoRA, router trained after the warm-up", _PAPER, _dr_lora(router="train")),
+)
+
+
+METHODS.add(
+    "drlora-released",
+    Method(
+        "DR-LoRA by its released script: counts, signed sums added, router never trained",
+        "github.com/gz-d/dr-lora",
+        lambda given: _choices(
+            {"routing_signal": "count", "rank_importance": "released"},
+            router="frozen",
+            young_rows="shared",
+        ),
+    ),
+)
+METHODS.add(
+    "drlora-informed",
+    Method(
+        "three quarters of the ranks start along the gradient, saliency places the rest",
+        "here",
+        _informed,
+    ),
 )
 
 

@@ -91,9 +91,10 @@ GENERAL: dict[str, Option] = {
     ),
     "rank_importance": Option(
         "product",
-        "importance of one rank: the paper's s_j, or AdaLoRA's sensitivity (a sum; rows are kept "
-        "by its average times how much it varies)",
-        choices=("product", "sensitivity"),
+        "importance of one rank: the paper's s_j, AdaLoRA's sensitivity (a sum; rows are kept by "
+        "its average times how much it varies), or what the paper's released script computes "
+        "(|sum of gradient times weight| of A plus that of B)",
+        choices=("product", "sensitivity", "released"),
     ),
     "rank_per": Option(
         "expert",
@@ -115,6 +116,16 @@ GENERAL: dict[str, Option] = {
     ),
     "b_lr_ratio": Option(
         1.0, "learning rate of B over that of A (LoRA+); `drlora train` sets it up", above=0
+    ),
+    "shared_outer": Option(
+        False,
+        "whether the factor at a block's input (A of gate and up) and the one at its output (B of "
+        "down) are common to all experts; ranks are raised to as many numbers, with equal ranks",
+    ),
+    "share_rows": Option(
+        True,
+        "on a model that transformers shards when it is loaded: whether the processes share out "
+        "the rows of pools, or each has all of them (more memory, fewer collectives)",
     ),
     "split_by_active": Option(
         False,

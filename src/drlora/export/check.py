@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from drlora.errors import CheckpointError
 from drlora.export.float32 import Prepare, in_float32
@@ -44,6 +45,7 @@ class Difference:
         dtype: that the weights are stored in.
         noise: what the dtype that is computed in, float32 if it can be had, may do to logits, in
             the measure of `error`.
+        loss: of `base`, `adapter` and `export` on the batches, where they have labels.
     """
 
     tokens: int
@@ -56,6 +58,7 @@ class Difference:
     of_weight_effect: float
     dtype: str
     noise: float = NOISE
+    loss: dict[str, float] | None = None
 
     @property
     def is_rounding(self) -> bool:
@@ -75,10 +78,17 @@ class Difference:
 
     def __str__(self) -> str:
         computed = "in float32" if self.noise == NOISE else "in their own dtype"
+        losses = ""
+        if self.loss is not None:
+            base, adapter, export = (self.loss[name] for name in ("base", "adapter", "export"))
+            losses = (
+                f"; their loss is {base:.4f} without the adapter, {adapter:.4f} with it, "
+                f"{export:.4f} exported"
+            )
         return (
             f"the adapter moves the logits by {self.effect:.2%}, the export is off by "
             f"{self.of_effect:.2g} of that, in its worst weight by {self.of_weight_effect:.2g} "
-            f"(allowed {ALLOWED:g}; {self.tokens} tokens, {self.dtype} weights, {computed})"
+            f"(allowed {ALLOWED:g}; {self.tokens} tokens, {self.dtype} weights, {computed}){losses}"
         )
 
 
@@ -103,6 +113,25 @@ def logits_of(
             logits = logits_BLV.float().cpu()  # (B, V) of a model that classifies whole texts
             found.append(logits[mask_BL.cpu() != 0] if logits.dim() == 3 else logits)
     return found
+
+
+def loss_of(logits: Sequence[Tensor], batches: Sequence[Batch]) -> float | None:
+    """Mean cross-entropy of the tokens that are learned; None without labels.
+
+    Args:
+        logits: from `logits_of` for these batches.
+        batches: with `labels`, int64 (B, L), -100 where nothing is learned.
+    """
+    total, count = 0.0, 0
+    for logits_NV, batch in zip(logits, batches, strict=True):
+        mask_BL = batch["attention_mask"].cpu() != 0
+        if batch.get("labels", mask_BL[0]).dim() != 2 or len(logits_NV) != int(mask_BL.sum()):
+            return None
+        next_BL = F.pad(batch["labels"].cpu()[:, 1:], (0, 1), value=-100)
+        targets_N = next_BL[mask_BL]
+        total += F.cross_entropy(logits_NV, targets_N, reduction="sum").item()
+        count += int((targets_N != -100).sum())
+    return total / count if count else None
 
 
 class Gap:
@@ -132,6 +161,7 @@ def difference(
     weights: Deviation,
     dtype: torch.dtype,
     widened: bool,
+    loss: dict[str, float] | None = None,
 ) -> Difference:
     """How far an export is from the adapter.
 
@@ -142,6 +172,7 @@ def difference(
         weights: from the comparison of its weights.
         dtype: that they are stored in.
         widened: whether logits were computed in float32.
+        loss: see `Difference`.
     """
     gap = Gap(got, wanted)
     scale = _root_mean_square(wanted)
@@ -156,6 +187,7 @@ def difference(
         of_weight_effect=weights.share,
         dtype=str(dtype).removeprefix("torch."),
         noise=NOISE if widened or dtype == torch.float32 else NOISE_16_BIT,
+        loss=loss,
     )
 
 

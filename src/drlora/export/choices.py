@@ -7,3 +7,5 @@ RANKS = ("padded", "auto")
 ROUTERS = ("auto", "lora", "exact", "full")
 ROUNDINGS = ("stochastic", "nearest")
 MERGE_INTO = ("trained", "original")
+# That can be started to serve, in the order in which they are looked for.
+ENGINES = ("vllm", "llama.cpp", "transformers")

@@ -10,9 +10,9 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from drlora.io.run_files import ADAPTER_CONFIG
+from drlora.io.run_files import GGUF_ADAPTER
 
-LAYOUTS = ("peft", "per-expert", "mlx", "merged")
+LAYOUTS = ("peft", "per-expert", "mlx", "gguf", "sglang", "merged")
 # What vLLM takes for --max-lora-rank.
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 # Families of which an engine was given adapters of ours.
@@ -26,8 +26,8 @@ class Facts:
     """What decides who reads an adapter or a model.
 
     Attributes:
-        layout: one of `LAYOUTS`: 3-D LoRA on target_parameters, 2-D keys, mlx-lm's
-            own, or whole weights.
+        layout: one of `LAYOUTS`: 3-D LoRA on target_parameters, 2-D keys, the own forms of mlx-lm,
+            llama.cpp and SGLang, or whole weights.
         model_type: of the base's configuration.
         rank: the one rank of all; 0 if merged.
         has_modules: whether modules were trained in full (`modules_to_save`).
@@ -99,9 +99,11 @@ def _llama_cpp(facts: Facts) -> _Verdict:
         return False, _NO_3D, ""
     if facts.has_modules:
         return False, _REFUSED_MODULES, ""
+    base = base.format(model="BASE_MODEL")
+    if facts.layout == "gguf":
+        return True, needs, f"{base}; llama-server -m base.gguf --lora THIS_FOLDER/{GGUF_ADAPTER}"
     convert = "python convert_lora_to_gguf.py --base BASE_MODEL --outfile a.gguf THIS_FOLDER"
-    serve = "llama-server -m base.gguf --lora a.gguf"
-    return True, needs, f"{base.format(model='BASE_MODEL')}; {convert}; {serve}"
+    return True, needs, f"{base}; {convert}; llama-server -m base.gguf --lora a.gguf"
 
 
 def _vllm(facts: Facts) -> _Verdict:
@@ -131,16 +133,14 @@ def _sglang(facts: Facts) -> _Verdict:
     if facts.layout == "merged":
         return None, "", "python -m sglang.launch_server --model-path THIS_FOLDER"
     if facts.layout == "peft":
-        return False, "finds no target_modules: use per-expert", ""
+        return False, "finds no target_modules: use sglang or per-expert", ""
     if facts.has_modules:
         return False, _REFUSED_MODULES, ""
     if facts.has_router_lora:
         return False, "has no LoRA on routers: use merged", ""
+    if facts.layout == "per-expert" and facts.model_type == "mixtral":
+        return False, "does not know the names w1, w2, w3 in target_modules: use sglang", ""
     serve = "python -m sglang.launch_server --model-path BASE_MODEL --lora-paths a=THIS_FOLDER"
-    if facts.model_type == "mixtral":
-        names = '["gate_proj", "up_proj", "down_proj"]'
-        why = f"with target_modules {names} in {ADAPTER_CONFIG}, which PEFT then refuses"
-        return False, f"reads it {why}", serve
     return True, "", serve
 
 
@@ -186,13 +186,17 @@ ENGINES: tuple[tuple[str, str, str, Callable[[Facts], _Verdict]], ...] = (
 )
 
 
+# Layouts that one engine reads.
+_OWN = {"mlx": "mlx-lm", "gguf": "llama.cpp", "sglang": "SGLang"}
+
+
 def readings(facts: Facts) -> list[Reading]:
     """What each engine does with an adapter or a model of which this is known."""
     found = []
     for engine, version, seen, rule in ENGINES:
         reads, why, command = rule(facts)
-        if facts.layout == "mlx" and rule is not _mlx:
-            reads, why, command = False, "this is mlx-lm's own format", ""
+        if _OWN.get(facts.layout, engine) != engine:
+            reads, why, command = False, f"this is a format of {_OWN[facts.layout]}'s own", ""
         if facts.model_type not in TRIED and engine != "PEFT":
             reads = None if reads else reads
             why = f"{why}{'; ' if why else ''}the rule of other families, not tried on this one"

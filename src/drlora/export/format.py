@@ -121,7 +121,7 @@ class LoraFormat(Format):
         routers: what `auto` stands for: how its readers take trained routers.
     """
 
-    files = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, EXPORT_RECORD, README)
+    files: ClassVar[tuple[str, ...]] = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, EXPORT_RECORD, README)
     all_matrices: ClassVar[bool] = False
     routers: ClassVar[str] = "full"
 

@@ -20,7 +20,15 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from drlora.export.check import Batch, Difference, Gap, difference, logits_of, ratio
+from drlora.export.check import (
+    Batch,
+    Difference,
+    Gap,
+    difference,
+    logits_of,
+    loss_of,
+    ratio,
+)
 from drlora.export.factors import Factors
 from drlora.export.float32 import NARROW, can_be_widened
 from drlora.export.merging import as_if_merged, round_trained, untie
@@ -62,6 +70,7 @@ class Measured:
         effect: between the logits of the adapter and of the base.
         wanted: logits that the export must give.
         cost: what rounding alone does to them, as a share of the effect.
+        loss: of the base and of the adapter on the batches; None where they have no labels.
     """
 
     adapter: str
@@ -71,12 +80,15 @@ class Measured:
     effect: Gap
     wanted: list[Tensor]
     cost: float
+    loss: dict[str, float] | None
 
     def compared(self, result: Any, weights: Deviation) -> Difference:
         """How far the export `result` is off, whose `weights` were compared already."""
         got = logits_of(result, self.batches)
-        wide = can_be_widened(result)
-        return difference(self.wanted, got, self.effect, weights, self.dtype, wide)
+        wide, loss = can_be_widened(result), None
+        if self.loss is not None and (own := loss_of(got, self.batches)) is not None:
+            loss = {**self.loss, "export": own}
+        return difference(self.wanted, got, self.effect, weights, self.dtype, wide, loss)
 
 
 def measured(
@@ -100,6 +112,8 @@ def measured(
         plain = logits_of(model, batches)
     adapted = logits_of(model, batches)
     effect = Gap(adapted, plain)
+    before, after = (loss_of(logits, batches) for logits in (plain, adapted))
+    loss = None if before is None or after is None else {"base": before, "adapter": after}
     del plain
     routers = updates.routers if updates else {}
     is_changed = round_trained(model, adapter, rounding, besides=routers)
@@ -116,7 +130,7 @@ def measured(
     elif is_changed:
         wanted = logits_of(model, batches)
     cost = ratio(Gap(wanted, adapted).trimmed, effect.root_mean_square)
-    return Measured(adapter, reference, dtype, batches, effect, wanted, cost)
+    return Measured(adapter, reference, dtype, batches, effect, wanted, cost, loss)
 
 
 @torch.no_grad()

@@ -32,11 +32,14 @@ class Kept:
     Attributes:
         entries: number of entries that the adapter changes.
         unmoved: of these, how many rounded back to what they were.
+        swallowed: how many rounding to the nearest would have rounded back.
     """
 
     entries: int = 0
     unmoved: int = 0
+    swallowed: int = 0
     _along: float = 0.0
+    _nearest_along: float = 0.0
     _effect: float = 0.0
 
     @torch.no_grad()
@@ -45,9 +48,11 @@ class Kept:
         is_updated = update != 0
         self.entries += int(is_updated.sum())
         self.unmoved += int((is_updated & (before == after)).sum())
-        moved = after.double() - before.double()
-        self._along += float((moved * update).sum())
         self._effect += float(update.square().sum())
+        self._along += float(((after.double() - before.double()) * update).sum())
+        nearest = (before.double() + update).to(before.dtype)
+        self.swallowed += int((is_updated & (before == nearest)).sum())
+        self._nearest_along += float(((nearest.double() - before.double()) * update).sum())
 
     @property
     def unmoved_share(self) -> float:
@@ -55,9 +60,19 @@ class Kept:
         return self.unmoved / max(self.entries, 1)
 
     @property
+    def swallowed_share(self) -> float:
+        """0 to 1: of rounding to the nearest."""
+        return self.swallowed / max(self.entries, 1)
+
+    @property
     def share(self) -> float:
         """The part of the update that is in the weights, along itself; 1 if nothing is lost."""
         return self._along / self._effect if self._effect else 1.0
+
+    @property
+    def nearest_share(self) -> float:
+        """The part of the update that rounding to the nearest would have left."""
+        return self._nearest_along / self._effect if self._effect else 1.0
 
 
 def round_trained(

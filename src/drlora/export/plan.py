@@ -169,18 +169,29 @@ def apply_plan(
         made.notes.append("the adapter changes nothing: every B is zero, as before training")
     refuse_if_different(made.difference, f"the export as {plan.format}")
     said = {
-        **plan.to_dict(),
         **(record or {}),
         "notes": [*plan.notes, *made.notes],
         "logits": made.difference.to_dict(),
         "rounding": made.rounding,
-        "versions": VERSIONS,
     }
-    with _written_at_once(Path(folder)) as temporary:
+    with written_at_once(Path(folder)) as temporary:
         kind.write(made, plan.updates, temporary, tokenizer, max_shard_size)
-        (temporary / EXPORT_RECORD).write_text(json.dumps(said, indent=2) + "\n", "utf-8")
-        (temporary / README).write_text(readme(kind, said, str(made.difference)), "utf-8")
+        write_about(temporary, plan, said, str(made.difference))
     return made
+
+
+def write_about(folder: Path, plan: ExportPlan, said: dict[str, Any], checked: str) -> None:
+    """The record and the README of an export.
+
+    Args:
+        folder: that it is in.
+        plan: of the export.
+        said: what the record has besides; its `notes` take the place of the plan's.
+        checked: what was found when it was checked, in words.
+    """
+    record = {**plan.to_dict(), **said, "versions": VERSIONS}
+    (folder / EXPORT_RECORD).write_text(json.dumps(record, indent=2) + "\n", "utf-8")
+    (folder / README).write_text(readme(FORMATS[plan.format], record, checked), "utf-8")
 
 
 def refuse_full_folder(folder: str | Path) -> None:
@@ -230,7 +241,7 @@ def _owned_ranks(base: nn.Module, adapter: str) -> tuple[int, float, int]:
 
 
 @contextmanager
-def _written_at_once(folder: Path) -> Iterator[Path]:
+def written_at_once(folder: Path) -> Iterator[Path]:
     """A folder to write into, which takes the place of `folder` when nothing went wrong."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))

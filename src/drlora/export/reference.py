@@ -85,7 +85,7 @@ class Reference:
         """Of the adapter of this name, whose tensors are shared, not copied."""
         inner = model.get_base_model()
         layers = adapted_layers(inner, adapter).values()
-        blocks = (_block(layer, adapter) for layer in layers)
+        blocks = (block_reference(layer, adapter) for layer in layers)
         copies = dict(_trained(inner, adapter))
         return cls(
             {block.name: block for block in blocks},
@@ -122,7 +122,8 @@ class Reference:
         return same and not any(bool(a.any()) and bool(b.any()) for a, b in products)
 
 
-def _block(layer: DrLoraExperts, adapter: str) -> BlockReference:
+def block_reference(layer: DrLoraExperts, adapter: str) -> BlockReference:
+    """Of one layer's adapter; its tensors are shared, not copied. Base weights are not read."""
     block = layer.block
     pieces = tuple(
         piece._replace(a_RI=piece.a_RI.detach().cpu(), b_RO=piece.b_RO.detach().cpu())

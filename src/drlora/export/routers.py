@@ -70,10 +70,7 @@ def note_on(updates: Updates) -> list[str]:
     if not updates.routers:
         return []
     widest = max(len(updates.linears[name].b[0]) for name in updates.routers)
-    found = [
-        f"{len(updates.routers)} trained routers leave as LoRA (A = W - W0, B = 1); SGLang has no "
-        f"LoRA on routers: use merged there"
-    ]
+    found = [f"{len(updates.routers)} trained routers leave as LoRA (A = W - W0, B = 1)"]
     if max(updates.routers.values()) > 0 or (updates.is_sketch and updates.rank < widest):
         share = "" if updates.is_sketch else f" ({max(updates.routers.values()):.2%} of the worst)"
         found.append(

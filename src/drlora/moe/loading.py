@@ -95,6 +95,7 @@ class ExpertsQuantizer(HfQuantizer):
         self.packed: dict[str, InPlace] = {}
         # Full name -> (of the experts module, what can be packed), once there is a model.
         self.places: dict[str, tuple[str, Place]] = {}
+        self.refusal: ConfigError | None = None  # the loader would swallow it
         self.rest: Any = None  # transformers' quantizer of the linear layers, once there is a model
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
@@ -154,7 +155,13 @@ class ExpertsQuantizer(HfQuantizer):
             self.rest._process_model_before_weight_loading(model, **kwargs)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        """Packed matrices take the places that were kept for them."""
+        """Packed matrices take the places that were kept for them.
+
+        Raises:
+            ConfigError: what was refused while they were read.
+        """
+        if self.refusal is not None:
+            raise self.refusal
         by_module: dict[str, dict[str, InPlace]] = {}
         for name, packed in self.packed.items():
             experts, place = self.places[name]
@@ -208,5 +215,8 @@ class _Pack(ConversionOps):
         (value,) = input_dict.values()
         weight = value[0] if isinstance(value, list) else value
         w_EOI = stacked(weight, self.quantizer.places[full_layer_name][1])
-        self.quantizer.packed[full_layer_name] = Packed.of(w_EOI, self.quantizer.kind)
+        try:
+            self.quantizer.packed[full_layer_name] = Packed.of(w_EOI, self.quantizer.kind)
+        except ConfigError as error:
+            self.quantizer.refusal = ConfigError(f"{full_layer_name}: {error}")
         return {full_layer_name: nn.Parameter(w_EOI.new_empty(0), requires_grad=False)}

@@ -18,7 +18,7 @@ from drlora.moe.families import Place, family_of
 from drlora.moe.refusals import is_plain
 from drlora.ops import adapted_experts
 from drlora.ops.storage.arranged import InPlace, as_parameter, is_in_place
-from drlora.ops.storage.packed import PackedFormat
+from drlora.ops.storage.packed import PackedFormat, refuse_infinite
 
 
 def put_in(experts: nn.Module, packed: Mapping[str, InPlace]) -> None:
@@ -75,6 +75,9 @@ def refuse_unfit(name: str, experts: nn.Module, kind: PackedFormat) -> None:
         reason = kind.refuses(*stacked(weight, place).shape[1:])
         if reason:
             raise ConfigError(f"{name}.{path} cannot be packed as {kind.name}: {reason}.")
+        if not weight.is_meta:
+            for expert, w_OI in enumerate(stacked(weight, place)):
+                refuse_infinite(w_OI, f"{name}.{path}, expert {expert}")
 
 
 def places_of(experts: nn.Module) -> list[Place]:

@@ -35,6 +35,14 @@ def refuse_unfit_model(model: nn.Module) -> None:
             f"part of every expert, and an adapter would be put on a part. Load it without "
             f"tp_size and tp_plan (data parallelism and FSDP2 work)."
         )
+    spread = getattr(getattr(model, "config", None), "distributed_config", None)
+    stages = getattr(spread, "pp_size", None) or 1
+    if stages > 1:
+        raise ConfigError(
+            f"{type(model).__name__} is pipeline-parallel (pp_size={stages}): each process has "
+            f"some of the layers, and ranks are decided over all of them. Load the model without "
+            f"pp_size (data parallelism and FSDP2 work)."
+        )
     # accelerate's launcher says so by these; transformers reads the same.
     if _is_on("ACCELERATE_USE_FSDP") and _is_on("FSDP_CPU_RAM_EFFICIENT_LOADING"):
         raise ConfigError(

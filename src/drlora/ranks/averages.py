@@ -55,9 +55,10 @@ def update_importances(
     Raises:
         ConfigError: if gradients are needed and DeepSpeed keeps them to itself.
     """
-    measure = RANK_IMPORTANCES[config.option("rank_importance")]
+    measure, is_signed = RANK_IMPORTANCES[config.option("rank_importance")]
     if watched is None:
-        found = [(pool, sums) for pool in pools if (sums := _sums_of(pool)) is not None]
+        sums_of = [(pool, _sums_of(pool, is_signed)) for pool in pools]
+        found = [(pool, sums) for pool, sums in sums_of if sums is not None]
     else:
         found = list(zip(pools, watched, strict=True)) if watched else []
     importances = _in_full([measure(sums) for _, sums in found])
@@ -75,11 +76,13 @@ def update_importances(
     return poisoned
 
 
-def _sums_of(pool: RankPool) -> RowSums | None:
+def _sums_of(pool: RankPool, is_signed: bool) -> RowSums | None:
     """Of this step's gradients; None without any."""
     if pool.lora_A.grad is None or pool.lora_B.grad is None:
         return None
-    a_R, b_R = (row_sums(p, p.grad) for p in (pool.lora_A, pool.lora_B) if p.grad is not None)
+    a_R, b_R = (
+        row_sums(p, p.grad, is_signed) for p in (pool.lora_A, pool.lora_B) if p.grad is not None
+    )
     return RowSums(a_R, b_R, pool.in_features, pool.out_features)
 
 

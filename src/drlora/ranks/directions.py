@@ -1,4 +1,4 @@
-"""Young rows of A that point where the gradient does, instead of at random.
+"""Young rows of A that point where the gradient does, or apart from the others, by choice.
 
 A claimed row has B = 0, so its row of A decides what it can learn first. The gradient of an
 expert's older rows, B^T G (G is that of the expert's whole weight), lies in the span of G's rows.
@@ -65,6 +65,32 @@ def point_along_gradient(
         found_NI = missing_directions(a_RI[old], grad_RI[old], len(new))
         wanted_RI[new[: len(found_NI)]] = found_NI * norm
     write_rows(lora_A, rows, wanted_RI[rows.cpu()])
+
+
+@torch.no_grad()
+def turn_apart(lora_A: Tensor, owner_R: Tensor, rows: Tensor, norm: float) -> None:
+    """Turn just claimed rows of `lora_A` until they are orthogonal to their expert's others.
+
+    As EPnG grows experts (arXiv 2607.01789). An expert with more rows than in-features, or with
+    rows that are not finite, keeps them as they are drawn.
+
+    Args:
+        lora_A: (R, I), as the engine has left it.
+        owner_R: (R,) the expert of each row; `rows` are owned already.
+        rows: the claimed rows, just drawn.
+        norm: length of a row.
+    """
+    a_RI = whole(lora_A, trained_tensor(lora_A)).detach().float().cpu()
+    young_R = torch.zeros(len(owner_R), dtype=torch.bool)
+    young_R[rows.cpu()] = True
+    owner_cpu_R = owner_R.cpu()
+    for expert in owner_cpu_R[young_R].unique().tolist():
+        own_R = owner_cpu_R == expert
+        old, new = (own_R & ~young_R).nonzero().squeeze(1), (own_R & young_R).nonzero().squeeze(1)
+        if len(old) + len(new) <= a_RI.shape[1] and a_RI[old].isfinite().all():
+            basis_IR = torch.linalg.qr(torch.cat([a_RI[old], a_RI[new]]).T).Q
+            a_RI[new] = basis_IR.T[len(old) :] * norm
+    write_rows(lora_A, rows, a_RI[rows.cpu()])
 
 
 @torch.no_grad()

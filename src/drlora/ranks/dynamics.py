@@ -40,6 +40,7 @@ from drlora.ranks.optimizer_rows import (
     steps_taken,
     unwrap_optimizer,
 )
+from drlora.ranks.saliency import RANK_IMPORTANCES
 from drlora.ranks.schedule import Schedule, StepCounts
 from drlora.ranks.young_rows import OwnClocks
 from drlora.ranks.zero import WatchedZero
@@ -164,6 +165,7 @@ class RankDynamics:
             self._pools(),
             self.routers,
             has_own_clocks=self.config.young_rows == "own",
+            is_signed=RANK_IMPORTANCES[self.config.option("rank_importance")].is_signed,
             count=lambda: self.step + 1 + (self._optimizer_start or 0),
             end_of_warmup=lambda: self.warmup_steps + (self._optimizer_start or 0),
         )

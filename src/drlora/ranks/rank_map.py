@@ -84,11 +84,8 @@ def budget_of(model: PeftModel) -> Budget:
 
 
 def free_parameters(model: PeftModel) -> int:
-    """Numbers in rows that no expert owns."""
-    return sum(
-        pool.book.free * (pool.lora_A.shape[1] + pool.lora_B.shape[1])
-        for pool in _pools(adapters_of(model))
-    )
+    """Numbers in rows that no expert owns, or that are copies of others."""
+    return sum(pool.spare_numbers for pool in _pools(adapters_of(model)))
 
 
 def _pools(adapters: Mapping[str, ExpertsAdapter]) -> list[RankPool]:

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from drlora.adapter.pool import RankPool
 from drlora.config.adapter import DrLoraConfig
 from drlora.distributed.held import trained_tensor
-from drlora.ranks.directions import point_along_gradient
+from drlora.ranks.directions import point_along_gradient, turn_apart
 from drlora.ranks.eight_bits import has_eight_bits
 from drlora.ranks.optimizer_rows import (
     decays_weights,
@@ -60,8 +60,12 @@ class RowStarter:
         states = [self._state_of(parameter) for parameter in (pool.lora_A, pool.lora_B)]
         if decays_weights(self.optimizer.param_groups) or any(map(has_eight_bits, states)):
             pool.redraw(rows, now.run)
-        if self.config.options.get("young_a") == "gradient":
+        young_a = self.config.options.get("young_a")
+        if young_a == "gradient":
             self._point_rows(pool, rows)
+        elif young_a == "orthogonal":
+            pool.redraw(rows, now.run)
+            turn_apart(pool.lora_A, pool.owner, rows, pool.row_norm)
 
     def forget(self, pool: RankPool, rows: Tensor) -> None:
         """Zero what the optimizer keeps of rows."""

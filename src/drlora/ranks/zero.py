@@ -41,6 +41,7 @@ class WatchedZero:
         pools: whose rows are measured, and corrected while they are young.
         routers: that are held during the warm-up.
         has_own_clocks: whether young rows step as an Adam of their own would (`young_rows`).
+        is_signed: whether importance is made of signed sums.
         count: the number of the step that is being taken, as the optimizer counts.
         end_of_warmup: the count after which routers train.
 
@@ -59,6 +60,7 @@ class WatchedZero:
         pools: Sequence[RankPool],
         routers: TrainedRouters,
         has_own_clocks: bool,
+        is_signed: bool,
         count: Callable[[], int],
         end_of_warmup: Callable[[], int],
     ) -> None:
@@ -66,6 +68,7 @@ class WatchedZero:
         self._pools = pools
         self._routers = routers
         self._has_own_clocks = has_own_clocks
+        self._is_signed = is_signed
         self._count = count
         self._end_of_warmup = end_of_warmup
         self._clocks = OwnClocks()
@@ -117,7 +120,7 @@ class WatchedZero:
             if flat is not None and flat in stepping and flat.grad is not None:
                 sums_R = torch.zeros(shape_of(parameter)[0], device=flat.device)
                 for block in blocks_of(parameter):
-                    of_block = row_sums(block.of(flat), block.of(flat.grad))
+                    of_block = row_sums(block.of(flat), block.of(flat.grad), self._is_signed)
                     sums_R[block.first : block.end] += of_block
                 self._sums.append((parameter, sums_R))
         self._held = []

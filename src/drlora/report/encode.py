@@ -28,6 +28,10 @@ CURVES = {
     "rank_mean": "mean rank",
     "rank_gini": "Gini coefficient of ranks",
     "budget_spent": "share of the budget spent",
+    "router_entropy": "evenness of the load of experts (1: even)",
+    "router_load_max": "load of the busiest expert (1: even)",
+    "router_dead": "share of experts without load",
+    "router_drift": "how far trained routers have moved",
     "dynamics_share": "share of time for observing and growing",
 }
 

@@ -195,6 +195,29 @@ def _speed(run: RunRecord) -> str:
     return f"{fmean(found):,.0f}" if found else NONE
 
 
+def _memory_said(run: RunRecord) -> str:
+    """What was forecast, with how far off it was where that is known."""
+    said = (run.forecast.get("memory_bytes") or {}).get("total")
+    if not said:
+        return NONE
+    key = "peak_gpu_memory_bytes" if "peak_gpu_memory_bytes" in run.result else "peak_memory_bytes"
+    return _mib(said) + _off(said, run.result.get(key))
+
+
+def _time_said(run: RunRecord) -> str:
+    said = (run.forecast.get("planned") or {}).get("step_seconds")
+    steps, seconds = run.result.get("steps"), run.result.get("seconds")
+    return f"{said:.3f} s" + _off(said, seconds / steps if steps else None) if said else NONE
+
+
+def _off(said: float, found: float | None) -> str:
+    """` (4% less than measured)`."""
+    if not found:
+        return ""
+    share = said / found - 1
+    return f" ({abs(share):.0%} {'more' if share > 0 else 'less'} than measured)"
+
+
 def _wrong(run: RunRecord) -> str:
     entry = run.logs[-1] if run.logs else {}
     found = [
@@ -233,6 +256,10 @@ SUMMARY: Facts = {
     "Gini coefficient of ranks": _mean_gini,
     "Gini coefficient of routing": _routing,
     "Top tenth's share of ranks": _mean_top_share,
+    "Evenness of the load of experts": _last("router_entropy", lambda value: f"{value:.3f}"),
+    "Load of the busiest expert": _last("router_load_max", lambda value: f"{value:.1f} x even"),
+    "Experts without load": _last("router_dead", lambda value: f"{value:.1%}"),
+    "Trained routers moved by": _last("router_drift", lambda value: f"{value:.2%}"),
 }
 
 COST: Facts = {
@@ -240,10 +267,12 @@ COST: Facts = {
     "Time a step": lambda run: (
         f"{run.result['seconds'] / run.result['steps']:.3f} s" if run.result.get("steps") else NONE
     ),
+    "Time a step, forecast": _time_said,
     "Tokens a second": _speed,
     "Observing and growing": _last("dynamics_share", lambda value: f"{value:.1%} of the time"),
     "Peak memory": _result("peak_memory_bytes", _mib),
     "Peak GPU memory": _result("peak_gpu_memory_bytes", _mib),
+    "Memory, forecast": _memory_said,
     "Trainable parameters": _result("trainable_parameters", _count),
     "Stored parameters": _result("stored_parameters", _count),
     "All parameters": _result("total_parameters", _count),

@@ -11,6 +11,7 @@ import hashlib
 from collections.abc import Sequence
 from html import escape
 from importlib.resources import files
+from typing import Any
 
 import yaml
 
@@ -19,8 +20,8 @@ from drlora.report.facts import COST, SETUP, SUMMARY, Row, lead, table, title
 from drlora.report.read import RunRecord
 
 
-def page(runs: Sequence[RunRecord]) -> str:
-    """The HTML of a report on these runs."""
+def page(runs: Sequence[RunRecord], refresh: int | None = None) -> str:
+    """The HTML of a report on these runs, which loads itself anew after `refresh` seconds."""
     drawn = [run for run in runs if run.maps]
     charts, own = _asset("vendor/echarts.min.js"), _asset("report.js")
     policy = (
@@ -32,7 +33,7 @@ def page(runs: Sequence[RunRecord]) -> str:
 <head>
 <meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="{policy}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
+{_refresh(refresh)}<meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
 <title>{escape(title(runs))}</title>
 <style>{_asset("report.css")}</style>
@@ -45,7 +46,7 @@ def page(runs: Sequence[RunRecord]) -> str:
 <main>
 <section aria-labelledby="h-result"><h2 id="h-result">Result</h2>
 {_table("Result", runs, table(runs, SUMMARY))}</section>
-{_charts(drawn)}
+{_answers(runs)}{_charts(drawn)}
 <section aria-labelledby="h-cost"><h2 id="h-cost">Cost</h2>
 {_table("Cost", runs, table(runs, COST))}</section>
 <section aria-labelledby="h-setup"><h2 id="h-setup">Settings</h2>
@@ -58,6 +59,34 @@ Apache ECharts (Apache License 2.0).</p></footer>
 {_scripts(drawn, charts, own)}</body>
 </html>
 """
+
+
+def _refresh(seconds: int | None) -> str:
+    return "" if seconds is None else f'<meta http-equiv="refresh" content="{seconds}">\n'
+
+
+def _answers(runs: Sequence[RunRecord]) -> str:
+    """What each run answered, as far as it was kept; folded up."""
+    found = []
+    for run in runs:
+        after = run.measured("after") or {}
+        samples = (after.get("match") or {}).get("samples") or after.get("samples") or []
+        rows = [(str(s.get("prompt")), [str(s.get("prediction")), _wanted(s)]) for s in samples]
+        if rows:
+            table = _columns(f"Answers of {run.name}", ("answered", "wanted"), rows)
+            found.append(
+                f"<details><summary>{escape(f'Answers of {run.name}')}</summary>{table}</details>"
+            )
+    if not found:
+        return ""
+    return (
+        '<section aria-labelledby="h-answers"><h2 id="h-answers">Answers</h2>\n'
+        f"{''.join(found)}</section>\n"
+    )
+
+
+def _wanted(sample: dict[str, Any]) -> str:
+    return " / ".join(map(str, sample.get("answers") or ()))
 
 
 def _charts(runs: Sequence[RunRecord]) -> str:
@@ -94,15 +123,20 @@ def _named(run: RunRecord, runs: Sequence[RunRecord]) -> str:
 
 def _table(caption: str, runs: Sequence[RunRecord], rows: Sequence[Row]) -> str:
     """One row a fact, one column a run; the header with names only where there are several."""
-    heads = "".join(f'<th scope="col">{escape(run.name)}</th>' for run in runs)
-    head = f'<thead><tr><th scope="col">run</th>{heads}</tr></thead>' if len(runs) > 1 else ""
+    names = [run.name for run in runs] if len(runs) > 1 else []
+    return _columns(caption, names, rows, "run")
+
+
+def _columns(caption: str, names: Sequence[str], rows: Sequence[Row], first: str = "prompt") -> str:
+    heads = "".join(f'<th scope="col">{escape(name)}</th>' for name in names)
+    head = f'<thead><tr><th scope="col">{first}</th>{heads}</tr></thead>' if names else ""
     body = "".join(
         f'<tr><th scope="row">{escape(name)}</th>'
         + "".join(f"<td>{escape(value)}</td>" for value in values)
         + "</tr>"
         for name, values in rows
     )
-    kind = "facts" if len(runs) == 1 else "facts several"
+    kind = "facts several" if names else "facts"
     return (
         f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(caption)}, table">'
         f'<table class="{kind}">{head}<tbody>{body}</tbody></table></div>'

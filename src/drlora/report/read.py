@@ -12,7 +12,7 @@ checkpoint.
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from drlora.io.run_files import (
     CHECKPOINT,
     CONFIG,
     EVENT_LOG,
+    FORECAST,
     GROWTH_LOG,
     METRICS,
     RESULT,
@@ -97,6 +98,7 @@ class RunRecord:
         adapter: settings of the adapter.
         metrics: entries of metrics.jsonl.
         result: result.json; {} of a run that is not finished.
+        forecast: forecast.json, what the run was said to take; {} where there is none.
         maps: one, or one a projection where these have ranks of their own; none before a run has
             written any ranks.
     """
@@ -107,6 +109,7 @@ class RunRecord:
     metrics: list[Entry]
     result: Entry
     maps: tuple[RankMap, ...]
+    forecast: Entry = field(default_factory=dict)
 
     @property
     def waits_for_growth(self) -> bool:
@@ -160,7 +163,8 @@ def read_run(folder: Path) -> RunRecord:
             f"the files of {folder} do not fit each other: {type(error).__name__}: {error}"
         ) from error
     metrics = list(read_lines(folder / METRICS))
-    return RunRecord(folder.resolve().name, recipe, adapter, metrics, result, maps)
+    forecast = _mapping(folder / FORECAST)
+    return RunRecord(folder.resolve().name, recipe, adapter, metrics, result, maps, forecast)
 
 
 def _mapping(path: Path) -> Entry:

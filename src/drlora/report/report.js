@@ -156,7 +156,7 @@
     const c = look(), series = [], many = data.runs.length > 1;
     data.runs.forEach((one, i) => {
       const look_ = { color: i % 2 ? c.second : c.first, type: DASHES[i % DASHES.length], width: 2 };
-      series.push(line(many ? one.name : "training loss", one.log.step.map((s, k) => [s, one.log.loss?.[k]]),
+      series.push(line(many ? one.name : "training loss", smoothed(one.log),
         { lineStyle: look_, itemStyle: { color: look_.color } }));
       series.push({ name: many ? `${one.name}, held out` : "held-out loss", type: "scatter",
         symbol: "diamond", symbolSize: 13, itemStyle: { color: look_.color, borderColor: c.ink },
@@ -174,6 +174,22 @@
       series: [...series, eventMarks(map())],
     }, first && last ? `Loss over steps. Held out: ${show(first[1])} at step ${first[0]}, ` +
       `${show(last[1])} at step ${last[0]}.` : "Loss over steps.");
+  }
+
+  // A running mean that forgets a tenth at each entry, where it is asked for.
+  function smooth(values) {
+    if (!values || !at("smooth").checked) return values;
+    let mean = null;
+    return values.map((value) => {
+      if (value === null) return null;
+      mean = mean === null ? value : 0.9 * mean + 0.1 * value;
+      return mean;
+    });
+  }
+
+  function smoothed(log) {
+    const values = smooth(log.loss);
+    return log.step.map((s, k) => [s, values?.[k]]);
   }
 
   function lowestLoss() {
@@ -514,6 +530,7 @@
     at("run").addEventListener("change", (e) => setRun(+e.target.value));
     at("map").addEventListener("change", (e) => { state.map = +e.target.value; setMap(); });
     at("curve").addEventListener("change", drawOther);
+    at("smooth").addEventListener("change", drawLoss);
     at("shown").addEventListener("change", (e) => { state.shown = e.target.value; drawMap(); });
     at("time").addEventListener("input", (e) => setTime(+e.target.value));
     at("layer").addEventListener("change", (e) => choose(+e.target.value, state.expert));

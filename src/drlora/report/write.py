@@ -21,6 +21,7 @@ def write_report(
     folders: Sequence[str | os.PathLike[str]],
     output: str | os.PathLike[str] | None = None,
     format: str | None = None,
+    refresh: int | None = None,
 ) -> Path:
     """Write the report of these runs; returns the file.
 
@@ -28,6 +29,7 @@ def write_report(
         folders: run directories, or folders with an adapter and its growth.jsonl.
         output: the file; by default `report` with the format's ending, in the first run's folder.
         format: one of FORMATS; by default what `output` ends in, else html.
+        refresh: seconds after which the page loads itself anew, of a run that is under way.
 
     Raises:
         ConfigError: if the format is not known.
@@ -48,7 +50,7 @@ def write_report(
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     try:
-        _write(runs, temporary, format)
+        _write(runs, temporary, format, refresh)
     except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
         temporary.unlink(missing_ok=True)
         raise CheckpointError(
@@ -76,10 +78,10 @@ def distinct_names(paths: Sequence[Path]) -> list[str]:
     ]
 
 
-def _write(runs: Sequence[RunRecord], path: Path, format: str) -> None:
+def _write(runs: Sequence[RunRecord], path: Path, format: str, refresh: int | None) -> None:
     if format in ("png", "svg"):
         from drlora.report.figures import draw_report  # matplotlib takes a second to import
 
         draw_report(runs, path, format)
     else:
-        path.write_text(page(runs) if format == "html" else markdown(runs), "utf-8")
+        path.write_text(page(runs, refresh) if format == "html" else markdown(runs), "utf-8")

@@ -4,77 +4,49 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, TaskType, get_peft_model, set_peft_model_state_dict
-from peft.tuners.lora import LoraLayer
-from peft.utils import ModulesToSaveWrapper
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from drlora.adapter.embeddings import fit_embeddings
-from drlora.adapter.layer import DrLoraExperts
-from drlora.config.adapter import DrLoraConfig
 from drlora.data import encode_examples, pad_token_id
 from drlora.distributed import best_device
-from drlora.errors import CheckpointError, ConfigError, DrLoraError
-from drlora.export.check import Difference, Gap, logits_of
+from drlora.errors import ConfigError
+from drlora.export.check import Gap, logits_of
 from drlora.export.choices import MERGE_INTO, ROUNDINGS, ROUTERS
 from drlora.export.make import ROUNDING
-from drlora.export.plan import ExportPlan, apply_plan, make_plan, refuse_full_folder
-from drlora.io.files import home, read_json
+from drlora.export.plan import apply_plan, make_plan, refuse_full_folder
+from drlora.io.files import home
 from drlora.io.places import from_root
-from drlora.io.run_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from drlora.moe.packing import is_packed
 from drlora.moe.stored.config import stored_settings
 from drlora.ops.merge import Rounding, RoundingMode
 from drlora.runs.data_section import default_split
+from drlora.runs.export_by_shard import export_by_shard
+from drlora.runs.export_source import (
+    ExportResult,
+    adapter_without_base,
+    find_adapter,
+    tokenizer_of,
+)
 from drlora.runs.loading import (
     load_adapter,
     load_architecture,
     load_base_model,
-    load_tokenizer,
-    model_on_meta,
     vocabulary_size,
 )
 from drlora.runs.quantise import QuantiseSection
 from drlora.runs.roles import load_source
-from drlora.runs.sources import Source, find_source
+from drlora.runs.sources import Source
 from drlora.trainer.preferences import wanted
 
 EXAMPLES, MAX_TOKENS = 8, 128
 ROOM = 0.8  # of a device's free memory, for weights
-
-
-@dataclass(frozen=True)
-class ExportResult:
-    """What came of an export.
-
-    Attributes:
-        plan: what is, or would be, written.
-        output: the folder with the export; None after a dry run.
-        difference: how far the export is from the adapter; None after a dry run.
-        notes: what was found when it was made.
-    """
-
-    plan: ExportPlan
-    output: Path | None = None
-    difference: Difference | None = None
-    notes: tuple[str, ...] = ()
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        found = self.plan.to_dict()
-        found["notes"] += self.notes
-        output = None if self.output is None else str(self.output)
-        return {**found, "output": output, "logits": self.difference and self.difference.to_dict()}
 
 
 def export_adapter(
@@ -92,12 +64,14 @@ def export_adapter(
     seed: int = ROUNDING.seed,
     merge_into: str = MERGE_INTO[0],
     routers: str = ROUTERS[0],
+    by_shard: bool = False,
 ) -> ExportResult:
     """Export the adapter in `folder` to `output`; a dry run reads no weights but the adapter's.
 
     Args:
         folder: a run directory, or a folder with a saved DR-LoRA adapter.
-        format: `peft`, `per-expert`, `mlx`, `merged`, or what `register_format` added.
+        format: `peft`, `per-expert`, `mlx`, `gguf`, `sglang`, `merged`, or what
+            `register_format` added.
         output: must not exist or be empty.
         rank: `padded` or `auto`.
         dry_run: make the plan and stop.
@@ -113,6 +87,8 @@ def export_adapter(
             the logits is in the notes.
         routers: how trained routers leave in a format of LoRA: `auto`, `lora`, `exact` or `full`,
             see `drlora.export.plan.make_plan`.
+        by_shard: of `merged`: read, merge and write in turn, in the memory of one file of weights;
+            logits are not compared then (see `drlora.runs.export_by_shard`).
 
     Raises:
         ConfigError: if the format does not fit the model, or `output` is not empty.
@@ -127,11 +103,21 @@ def export_adapter(
             f"merge_into={merge_into!r} is not known; choose one of {list(MERGE_INTO)}."
         )
     how, notes = Rounding(rounding, seed), list[str]()
-    source = _find_adapter(Path(folder), model, trust_remote_code)
+    if by_shard:
+        _refuse_by_shard(format, merge_into, data, trust_remote_code)
+        return export_by_shard(
+            folder,
+            home(str(output)),
+            how,
+            model=model,
+            max_shard_size=max_shard_size,
+            dry_run=dry_run,
+        )
+    source = find_adapter(Path(folder), model, trust_remote_code)
     output = home(str(output))
     refuse_full_folder(output)
     if dry_run:
-        return ExportResult(make_plan(_adapter_without_base(source), format, rank, routers))
+        return ExportResult(make_plan(adapter_without_base(source), format, rank, routers))
     if merge_into != MERGE_INTO[0]:
         _refuse_original(source, format)
     base: Any = load_base_model(source)
@@ -141,7 +127,7 @@ def export_adapter(
         base = base.dequantize()  # the same numbers, that PEFT and transformers can compute with
     adapted = _quietly_on(base, source)
     vocab_size = vocabulary_size(base)
-    tokenizer = _tokenizer(source, vocab_size, needed=data is not None)
+    tokenizer = tokenizer_of(source, vocab_size, needed=data is not None)
     what, batches = _batches(source, data, tokenizer, vocab_size)
     if was_packed and format == "merged":
         kept = source.quantise if source.quantise.experts else "as in its checkpoint"
@@ -160,7 +146,25 @@ def export_adapter(
     }
     adapted.to(_device_for(base))
     written = apply_plan(plan, adapted, batches, output, tokenizer, record, max_shard_size, how)
-    return ExportResult(plan, Path(output), written.difference, (*notes, *written.notes))
+    difference = written.difference
+    return ExportResult(plan, Path(output), difference, (*notes, *written.notes), str(difference))
+
+
+def _refuse_by_shard(
+    format: str, merge_into: str, data: str | None, trust_remote_code: bool
+) -> None:
+    """Raises:
+    ConfigError: if something is asked for that a merge file by file has no place for.
+    """
+    if format != "merged":
+        raise ConfigError(f"by_shard is for the format merged, not {format!r}; leave it out.")
+    asked = {
+        "merge_into": merge_into != MERGE_INTO[0],
+        "data": data is not None,
+        "trust_remote_code": trust_remote_code,
+    }
+    for name in (name for name, is_asked in asked.items() if is_asked):
+        raise ConfigError(f"{name} needs the whole model in memory; leave it or by_shard out.")
 
 
 def _refuse_original(source: Source, format: str) -> None:
@@ -211,74 +215,6 @@ def _quietly_on(base: Any, source: Source) -> PeftModel:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "the adapter was trained on experts stored as")
         return load_adapter(base, str(source.folder))
-
-
-def _find_adapter(folder: Path, model: str | None, trust_remote_code: bool) -> Source:
-    source = find_source(folder, model, trust_remote_code)
-    if source.adapter != "DRLORA":
-        what = f"the adapter in {folder} is of type {source.adapter!r}"
-        raise CheckpointError(
-            f"{what if source.adapter else f'{folder} holds a whole model'}; only DR-LoRA adapters "
-            f"are exported."
-        )
-    task = read_json(source.folder / ADAPTER_CONFIG).get("task_type")
-    if task not in (None, TaskType.CAUSAL_LM.value):
-        raise CheckpointError(
-            f"the adapter in {folder} is for task_type={task!r}, and this command loads causal "
-            f"language models. Export it from Python, with the model that it is on: "
-            f"drlora.export.plan.make_plan and apply_plan."
-        )
-    return source
-
-
-def _adapter_without_base(source: Source) -> PeftModel:
-    """The adapter with its weights, on a base that has none."""
-    base = model_on_meta(
-        load_architecture(source.model, source.trust_remote_code), source.trust_remote_code
-    )
-    try:
-        config = DrLoraConfig.from_pretrained(str(source.folder))
-        tensors = load_file(source.folder / ADAPTER_WEIGHTS)
-    except (SafetensorError, OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"the adapter in {source.folder} cannot be read: {error}") from error
-    fit_embeddings(base, source.folder)
-    config.base_model_name_or_path = None  # the base may be named otherwise by now
-    model = get_peft_model(base, config)
-    assert isinstance(model, PeftModel)
-    for part in _adapter_parts(model):
-        part.to_empty(device="cpu")
-    try:
-        with warnings.catch_warnings():
-            # Of resized embeddings, which have no memory here.
-            warnings.filterwarnings("ignore", ".*copying from a non-meta parameter")
-            set_peft_model_state_dict(model, tensors)
-    except DrLoraError:
-        raise
-    except (KeyError, RuntimeError) as error:
-        raise CheckpointError(
-            f"the adapter in {source.folder} does not fit {source.model!r}: {error}"
-        ) from error
-    return model
-
-
-def _adapter_parts(model: PeftModel) -> Iterator[nn.Module]:
-    for module in model.modules():
-        if isinstance(module, DrLoraExperts):
-            yield module.drlora_adapters
-        elif isinstance(module, ModulesToSaveWrapper):
-            yield module.modules_to_save
-        elif isinstance(module, LoraLayer):
-            yield from (module.lora_A, module.lora_B)
-
-
-def _tokenizer(source: Source, vocab_size: int, needed: bool) -> PreTrainedTokenizerBase | None:
-    """The model's tokenizer; an adapter without a run may go without."""
-    try:
-        return load_tokenizer(source, vocab_size)
-    except ConfigError:
-        if needed or source.data is not None:
-            raise
-        return None
 
 
 def _batches(

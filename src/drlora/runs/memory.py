@@ -23,26 +23,12 @@ from transformers import PreTrainedConfig
 
 from drlora.config.adapter import DrLoraConfig
 from drlora.evaluation.head import CHUNK_BYTES, LEAST_VOCABULARY
+from drlora.forecast.memory import optimizer_bytes
 from drlora.moe.blocks import MoEBlock
 from drlora.runs.inspection import Beside, BlockShape, Memory, MemoryAtTarget, TrainedParts
 
 GB = 1e9
 NUMBER_BYTES = 4  # adapters are trained in float32
-EIGHT_BITS = 1 + 4 / 256  # bytes of a number, of 256 that share a float32
-# Bytes that an optimizer keeps for a trained number, by the first words of its name that fit;
-# float32 moments of Adam are assumed of all others.
-OPTIMIZER_BYTES = {
-    "sgd": 0.0,
-    "adafactor": 0.0,  # of rows and columns alone
-    "adamw_8bit": 2 * EIGHT_BITS,
-    "adamw_bnb_8bit": 2 * EIGHT_BITS,
-    "adamw_torch_8bit": 2 * EIGHT_BITS,
-    "paged_adamw_8bit": 0.0,  # may be in the host's memory
-    "paged": 0.0,
-    "lion_8bit": EIGHT_BITS,
-    "lion": 4.0,
-    "": 8.0,
-}
 TOKENS = 4096
 SCALES = (0.25, 0.5, 1, 2, 4)
 
@@ -87,7 +73,7 @@ def memory_plan(
         quantised: what of the base is, in words.
         optim: the optimizer, by transformers' name.
     """
-    kept_bytes = next(size for name, size in OPTIMIZER_BYTES.items() if optim.startswith(name))
+    kept_bytes = optimizer_bytes(optim)
 
     def trained(rank: float) -> float:
         return (

@@ -84,10 +84,44 @@ def write_recipe(
         ConfigError: if there is no such recipe, the file is there, or a value is refused.
         DrLoraError: what `train` would refuse.
     """
-    text = recipe_text(name)
-    path = Path(home(str(output))) if output else Path(PurePath(name).name + ENDING)
+    path = new_file(output or PurePath(name).name + ENDING)
+    text, notes = draft_recipe(path, overrides, name)
+    recipe = load_recipe(parse_yaml(text, name))
+    if name == OWN_DATA or recipe.model in NO_PATHS or leads_somewhere(recipe.model):
+        notes += [" ".join(note.split()) for note in dry_run(recipe).notes]
+    else:
+        notes.append(f"{recipe.model} is on the hub: rehearse it with --dry-run where that is")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_at_once(path, text)
+    return NewRecipe(path, name, recipe, tuple(notes))
+
+
+def new_file(output: str | Path) -> Path:
+    """The path of a file that is not there yet.
+
+    Raises:
+        ConfigError: if it is.
+    """
+    path = Path(home(str(output)))
     if path.exists():
         raise ConfigError(f"{path} is there already; name another file with -o.")
+    return path
+
+
+def draft_recipe(
+    path: Path, overrides: Sequence[str], name: str = OWN_DATA
+) -> tuple[str, list[str]]:
+    """The text of a recipe that is to be written to `path`, and what was chosen, in sentences.
+
+    Args:
+        path: the file; the run's folder is called after it.
+        overrides: as `write_recipe` takes them.
+        name: likewise.
+
+    Raises:
+        ConfigError: if there is no such recipe, or a value is refused.
+    """
+    text = recipe_text(name)
     values = {".".join(key): value for key, value in map(split_override, overrides)}
     notes: list[str] = []
     values.setdefault("output_dir", f"runs/{path.stem}")
@@ -96,16 +130,9 @@ def write_recipe(
         text = _fitted(text, values, notes)
     for key, value in values.items():
         text = with_value(text, key.split("."), value)
-    recipe = load_recipe(parse_yaml(text, name))
     if name == OWN_DATA:
         text = _head(path) + text.partition("\n\n")[2]
-    if name == OWN_DATA or recipe.model in NO_PATHS or leads_somewhere(recipe.model):
-        notes += [" ".join(note.split()) for note in dry_run(recipe).notes]
-    else:
-        notes.append(f"{recipe.model} is on the hub: rehearse it with --dry-run where that is")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_at_once(path, text)
-    return NewRecipe(path, name, recipe, tuple(notes))
+    return text, notes
 
 
 def _without_other_length(text: str, values: dict[str, Any]) -> str:

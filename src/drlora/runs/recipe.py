@@ -81,6 +81,8 @@ class Recipe:
             of the hub whose tokenizer has it.
         dtype: of the model's weights; `auto` is what they are stored in.
         trust_remote_code: whether code that comes with a hub model may run.
+        forecast: what `drlora plan` said of the run (`memory_gb`, `step_seconds`, `on`); nothing is
+            done with it but to keep it beside what is measured.
     """
 
     model: str
@@ -100,6 +102,7 @@ class Recipe:
     chat_template: str | None = None
     dtype: str = "auto"
     trust_remote_code: bool = False
+    forecast: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:

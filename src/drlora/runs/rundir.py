@@ -36,6 +36,7 @@ from drlora.io.run_files import (
     CONFIG,
     EARLIER_RESULT,
     EVENT_LOG,
+    FORECAST,
     GROWTH_LOG,
     LOCK,
     METRICS,
@@ -58,6 +59,7 @@ _OWN = (
     f"{CHECKPOINTS}/runs",
     CHECKPOINTS,
     METRICS,
+    FORECAST,
     GROWTH_LOG,
     EVENT_LOG,
     "tokenizer.json",
@@ -90,6 +92,11 @@ class RunDir:
     def record(self) -> Path:
         """Length, batches and data of the run."""
         return self.path / RECORD
+
+    @property
+    def forecast(self) -> Path:
+        """What the run was said to take, before it began."""
+        return self.path / FORECAST
 
     @property
     def logs(self) -> list[Path]:

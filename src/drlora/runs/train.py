@@ -31,6 +31,7 @@ from drlora.ranks.starts import needs_ranks
 from drlora.report.card import write_card_if_possible
 from drlora.runs.arguments import training_arguments
 from drlora.runs.environment import peak_memory, versions
+from drlora.runs.forecast import forecast_for_the_record
 from drlora.runs.held_out import measured_on
 from drlora.runs.interrupt import StopOnInterrupt
 from drlora.runs.job import Job, prepare
@@ -82,13 +83,14 @@ def train(
         job = prepare(recipe, run, arguments, checkpoint, resume)
         for note in job.notes():
             told.say(note)
+        forecast = on_main(lambda: forecast_for_the_record(job))
         if recipe.method:
             told.say(f"method {recipe.method}: {METHODS[recipe.method].summary}")
         with told.at_work(f"loading {recipe.model}"):
             base = load_base_model(recipe)
         set_seed(job.arguments.seed)
         model = add_adapter(base, recipe, checkpoint).to(job.arguments.device)
-        result = _run(job, model, told)
+        result = _run(job, model, told, forecast)
     if result.interrupted:
         raise RunInterrupted(result)
     if result.diverged:
@@ -103,14 +105,14 @@ def _enter(run: RunDir, recipe: Recipe, resume: bool, overwrite: bool, stack: Ex
     run.refuse(recipe, resume, overwrite)  # another may have begun, or ended, meanwhile
 
 
-def _run(job: Job, model: PeftModel, progress: Progress) -> TrainResult:
+def _run(job: Job, model: PeftModel, progress: Progress, forecast: dict[str, Any]) -> TrainResult:
     """From a job with nothing left to refuse to its result."""
     stop = StopOnInterrupt(progress)
     training = Training(job, model, stop)
     if not job.checkpoint and not needs_ranks(model):
         # What it refuses, it is to refuse now.
         RankDynamics(model, job.plan_steps, step=0).release()
-    on_main(lambda: _begin(job))
+    on_main(lambda: _begin(job, forecast))
     before = _measure_before(job, training, progress)
     if before:
         progress.say(f"before: {before}")
@@ -159,7 +161,7 @@ def _result(
     )
 
 
-def _begin(job: Job) -> None:
+def _begin(job: Job, forecast: dict[str, Any]) -> None:
     """From here on the folder is that of this run."""
     if job.is_resumed:
         job.run.set_result_aside()
@@ -167,6 +169,7 @@ def _begin(job: Job) -> None:
         job.run.clear()
     job.run.start_logs_at(checkpoint_step(job.checkpoint) if job.checkpoint else 0)
     write_json(job.run.record, job.record)
+    write_json(job.run.forecast, forecast)
     write_yaml(job.run.config, job.recipe.resolved().to_dict())
 
 

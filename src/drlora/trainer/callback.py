@@ -49,6 +49,7 @@ from drlora.trainer.best_model import load_best, refuse_mixed_up
 from drlora.trainer.deepspeed import refuse_unfit_deepspeed
 from drlora.trainer.event_log import EventLog
 from drlora.trainer.rank_log import RankLog
+from drlora.trainer.router_log import RouterLog
 
 
 class DrLoraCallback(TrainerCallback, ExportableState):
@@ -123,6 +124,7 @@ class DrLoraCallback(TrainerCallback, ExportableState):
         self._log = Path(self.log_dir or args.output_dir or ".") / GROWTH_LOG
         self._events = EventLog(self._log.with_name(EVENT_LOG), self.dynamics, self.log_start)
         self._rank_log = RankLog(self.dynamics)
+        self._router_log = RouterLog(self.dynamics, model)
         if state.is_world_process_zero:
             for log in (self._log, self._events.path):
                 if is_new and not state.global_step:
@@ -143,6 +145,7 @@ class DrLoraCallback(TrainerCallback, ExportableState):
         assert self.dynamics is not None
         self._scale = _unscale(kwargs.get("optimizer"))
         self._rank_log.count_tokens()
+        self._router_log.count()
         with self._rank_log.timed():
             self.dynamics.before_optimizer_step()
 
@@ -195,7 +198,7 @@ class DrLoraCallback(TrainerCallback, ExportableState):
             }
             logs.update({name: count for name, count in counts.items() if count})
             if "loss" in logs:
-                logs.update(self._rank_log.entries())
+                logs.update(self._rank_log.entries() | self._router_log.entries())
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

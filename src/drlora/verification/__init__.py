@@ -2,7 +2,6 @@
 
 keys        what each name in an adapter's file stands for, in any tool's spelling
 contents    the adapter: settings, and each expert's factors, read when they are asked for
-base        the base model: its blocks, and weights read expert by expert
 findings    what can be wrong, by name
 checks      what the adapter alone, or with its base's configuration, shows
 packing     by which layout B is packed

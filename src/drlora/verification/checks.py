@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from drlora.verification.base import Base
+from drlora.export.base_weights import LEAVES, Base
 from drlora.verification.contents import Contents, Update
 from drlora.verification.findings import Finding, fault, warning
-from drlora.verification.keys import LEAVES, ROUTERS
+from drlora.verification.keys import ROUTERS
 from drlora.verification.packing import Likeness, Packing, alike, judge
 
 LARGE = 1.0  # of the weights' own norm
@@ -102,7 +102,7 @@ def whole(contents: Contents, base: Base | None) -> list[Finding]:
     usual = {update.matrix for update in contents.updates}
     wanted = {LEAVES[leaf] for name in _named(contents)
               if (leaf := name.rpartition(".")[2]) in LEAVES
-              and ("experts" in name or "." not in name)}  # fmt: skip
+              and ("experts" in name or "switch_mlp" in name or "." not in name)}  # fmt: skip
     if usual & {"gate", "up"}:
         wanted = wanted - {"gate_up"} | ({"gate", "up"} if "gate_up" in wanted else set())
     elif wanted & {"gate", "up"}:
@@ -195,6 +195,9 @@ def _named(contents: Contents) -> list[str]:
     for setting in ("target_modules", "target_parameters"):
         value = contents.config.get(setting)
         found += [str(name) for name in value] if isinstance(value, (list, tuple)) else []
+    if contents.is_mlx:
+        own = contents.config.get("lora_parameters") or {}
+        found += [str(name) for name in own.get("keys") or ()]
     return found
 
 

@@ -7,7 +7,7 @@ a_rI, b_Or = update.factors(7)      # scaling inside B; what is added is b_Or @ 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,10 @@ from torch import Tensor
 
 from drlora.config.adapter import DrLoraConfig
 from drlora.errors import CheckpointError
+from drlora.export.base_weights import LEAVES, Base, Weights
 from drlora.io.files import read_json, read_shapes
-from drlora.io.run_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from drlora.verification.base import Base, Weights
-from drlora.verification.keys import LEAVES, Key, parse
+from drlora.io.run_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MLX_WEIGHTS
+from drlora.verification.keys import Key, parse
 
 Pair = tuple[Tensor, Tensor]
 
@@ -83,6 +83,32 @@ class Contents:
     unpaired: list[str] = field(default_factory=list)
     odd_ranks: list[str] = field(default_factory=list)
 
+    def linears(self) -> Iterator[tuple[str, Callable[[], Pair]]]:
+        """Name of each other layer with LoRA, and what reads its factors, scaling inside B."""
+        pairs: dict[str, dict[str, str]] = {}
+        for key, name in self.keys.items():
+            if name.kind == "lora":
+                pairs.setdefault(name.module, {})[name.part] = key
+        for module, parts in pairs.items():
+            if len(parts) == 2:
+
+                def factors(module: str = module, parts: dict[str, str] = parts) -> Pair:
+                    a, b = (_float(self, parts[part]) for part in "AB")
+                    a, b = (a.T, b.T) if self.is_mlx else (a, b)
+                    return a, b * self.rank_and_scale(module)[1]
+
+                yield module, factors
+
+    @property
+    def is_mlx(self) -> bool:
+        """Whether it is of mlx-lm's form, where factors of linear layers lie turned."""
+        return "fine_tune_type" in self.config
+
+    @property
+    def type(self) -> str:
+        """PEFT's type of adapter, or `MLX`."""
+        return "MLX" if self.is_mlx else str(self.config.get("peft_type"))
+
     @property
     def kinds(self) -> set[str]:
         """Of the experts' updates."""
@@ -90,6 +116,12 @@ class Contents:
 
     def rank_and_scale(self, target: str) -> tuple[int, float]:
         """What the settings say of the layer or parameter `target`: r and alpha / r."""
+        if self.is_mlx:
+            own: dict[str, Any] = self.config.get("lora_parameters") or {}
+            return int(own.get("rank") or 0), float(own.get("scale") or 1.0)
+        if self.type == "DRLORA":
+            config = DrLoraConfig.from_pretrained(str(self.folder))
+            return int(config.target_rank or 0), config.scaling
         rank = int(self._setting("rank_pattern", "r", target) or 0)
         alpha = float(self._setting("alpha_pattern", "lora_alpha", target) or rank)
         root = math.sqrt(rank) if self.config.get("use_rslora") else rank
@@ -102,13 +134,14 @@ class Contents:
 
 
 def read_contents(folder: Path, base: Base | None) -> Contents:
-    """The adapter in `folder`.
+    """The adapter in `folder`, in PEFT's form or mlx-lm's.
 
     Raises:
         CheckpointError: if it has not both files, or one is damaged.
     """
     config = read_json(folder / ADAPTER_CONFIG)
-    path = folder / ADAPTER_WEIGHTS
+    is_mlx = "fine_tune_type" in config
+    path = folder / (MLX_WEIGHTS if is_mlx else ADAPTER_WEIGHTS)
     shapes = read_shapes(path)
     keys = {key: parse(key) for key in shapes}
     found = Contents(folder, config, shapes, keys, Weights(dict.fromkeys(shapes, path)))
@@ -187,9 +220,13 @@ def _outer(c: Contents, module: str, parts: Parts, base: Base | None) -> str:
 def _stacked(c: Contents, module: str, leaf: str, parts: Parts, base: Base | None) -> Update:
     _, scale = c.rank_and_scale(f"{module}.{leaf}")
     count, rank = c.shapes[parts[None, "A"]][:2]
+    block = base.block_of(module) if base else None
+    in_turns = leaf == "gate_up_proj" and block is not None and block.is_interleaved
 
     def factors(expert: int) -> Pair:
         a, b = (c.weights.read(parts[None, part], expert).float() for part in "AB")
+        if in_turns:  # gate first, then up, in such files; the model has them in turns
+            b = torch.stack(b.chunk(2), dim=1).flatten(0, 1)
         return a, b * scale
 
     return Update(module, LEAVES[leaf], "stacked", list(range(count)), rank, factors)

@@ -17,10 +17,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-LEAVES = {
-    "gate_proj": "gate", "w1": "gate", "up_proj": "up", "w3": "up", "down_proj": "down",
-    "w2": "down", "gate_up_proj": "gate_up",
-}  # fmt: skip
+from drlora.export.base_weights import LEAVES
+
 ROUTERS = ("gate", "router")
 _PREFIX = re.compile(r"^(base_model\.model\.)+")
 _NAMED = re.compile(r"\.lora_([AB])\.(?!weight$)[^.]+(\.weight)?$")
@@ -70,8 +68,3 @@ def parse(key: str) -> Key:
         return Key("lora", match[1], match[1].rpartition(".")[2], None, match[2])
     module, _, part = name.rpartition(".")
     return Key("whole", module, module.rpartition(".")[2], None, part)
-
-
-def numbers_in(name: str) -> tuple[int, ...]:
-    """The layer's number in a module's name, which every spelling of it has."""
-    return tuple(int(part) for part in name.split(".") if part.isdigit())

@@ -1,5 +1,7 @@
 """A merged model against its base and the adapter: what became of each update.
 
+Experts one by one, routers and other layers beside them.
+
     c = <W' - W, U> / <U, U>
 
 for the update U is the part of it that is in the merged weights, along itself: 1 if all of it is
@@ -11,14 +13,15 @@ experts.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from drlora.export.base_weights import Base, Weights
 from drlora.moe.blocks import MoEBlock
-from drlora.verification.base import Base, Weights
 from drlora.verification.checks import few
 from drlora.verification.contents import Contents, Update
 from drlora.verification.findings import Finding, fault, warning
@@ -59,6 +62,24 @@ class Merged:
     other: float = 0.0
     order: tuple[int, ...] = ()
 
+    def add(self, before_OI: Tensor, after_OI: Tensor, update_OI: Tensor) -> Tensor:
+        """Note one weight, before and after the merge; returns by how much it moved."""
+        moved_OI = after_OI.float() - before_OI.float()
+        nearest_OI = (before_OI.float() + update_OI).to(after_OI.dtype)
+        is_updated = update_OI != 0
+        self.along += float((moved_OI * update_OI).sum(dtype=torch.float64))
+        self.effect += float(update_OI.square().sum(dtype=torch.float64))
+        self.moved += float(moved_OI.square().sum(dtype=torch.float64))
+        spacing_OI = torch.finfo(after_OI.dtype).eps * after_OI.float().abs()
+        self.noise += float((update_OI * spacing_OI).square().sum(dtype=torch.float64)) / 4
+        self.entries += int(is_updated.sum())
+        self.unmoved += int((is_updated & (moved_OI == 0)).sum())
+        slack = 4.0 if after_OI.dtype == torch.float32 else 0.0  # spacings: sums differ in order
+        rounded = (nearest_OI, before_OI + update_OI.to(before_OI.dtype))  # as exact, and as PEFT
+        gaps = [(after_OI.float() - one.to(after_OI.dtype).float()).abs() for one in rounded]
+        self.off += int((torch.minimum(*gaps) > slack * spacing_OI).sum())
+        return moved_OI
+
     @property
     def share(self) -> float:
         """The part of the update that is in the weights, along itself."""
@@ -85,7 +106,30 @@ def compare_merged(contents: Contents, base: Base, merged: Weights) -> list[Merg
             continue
         found.append(_compare(update, block, base, merged))
         update.forget()
-    return found
+    return found + list(_others(contents, base, merged))
+
+
+def _others(contents: Contents, base: Base, merged: Weights) -> Iterator[Merged]:
+    """Layers beside the experts: LoRA, and what was trained in full, routers for one."""
+    for module, factors in contents.linears():
+        key = base.stored_name(f"{module}.weight")
+        if key in base.weights.files and key in merged.files:
+            before_OI = base.weights.read(key)
+            one = Merged(module)
+            one.add(before_OI, merged.read(key), _product(factors(), before_OI))
+            yield one
+    for key, name in contents.keys.items():
+        if name.kind != "whole" or not name.part:
+            continue
+        stored = base.stored_name(f"{name.module}.{name.part}")
+        if stored not in base.weights.files or stored not in merged.files:
+            continue
+        trained, before = contents.weights.read(key), base.weights.read(stored)
+        after = merged.read(stored)
+        if trained.shape == before.shape == after.shape and before.is_floating_point():
+            one = Merged(f"{name.module}.{name.part}")
+            one.add(before, after, trained.float() - before.float())
+            yield one
 
 
 def judge_merged(matrices: list[Merged], base: Base, merged: Weights) -> list[Finding]:
@@ -126,21 +170,8 @@ def _compare(update: Update, block: MoEBlock, base: Base, merged: Weights) -> Me
     for expert in update.experts:
         before_OI = base.read(block, update.matrix, expert, base.weights)
         after_OI = base.read(block, update.matrix, expert, merged)
-        moved_OI = after_OI.float() - before_OI.float()
-        update_OI = _product(update.factors(expert), moved_OI)
-        nearest_OI = (before_OI.float() + update_OI).to(after_OI.dtype)
-        is_updated = update_OI != 0
-        found.along += float((moved_OI * update_OI).sum(dtype=torch.float64))
-        found.effect += float(update_OI.square().sum(dtype=torch.float64))
-        found.moved += float(moved_OI.square().sum(dtype=torch.float64))
-        spacing_OI = torch.finfo(after_OI.dtype).eps * after_OI.float().abs()
-        found.noise += float((update_OI * spacing_OI).square().sum(dtype=torch.float64)) / 4
-        found.entries += int(is_updated.sum())
-        found.unmoved += int((is_updated & (moved_OI == 0)).sum())
-        slack = 4.0 if after_OI.dtype == torch.float32 else 0.0  # spacings: sums differ in order
-        rounded = (nearest_OI, before_OI + update_OI.to(before_OI.dtype))  # as exact, and as PEFT
-        gaps = [(after_OI.float() - one.to(after_OI.dtype).float()).abs() for one in rounded]
-        found.off += int((torch.minimum(*gaps) > slack * spacing_OI).sum())
+        update_OI = _product(update.factors(expert), before_OI)
+        moved_OI = found.add(before_OI, after_OI, update_OI)
         sketches.append((update_OI @ probes_KI[:, : update_OI.shape[1]].T).flatten())
         moves.append((moved_OI @ probes_KI[:, : update_OI.shape[1]].T).flatten())
         if update.packed is not None and update.rank:

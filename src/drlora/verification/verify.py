@@ -19,18 +19,18 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 
 from drlora.errors import CheckpointError, ConfigError, first_line
+from drlora.export.base_weights import Base, find_base, other_weights
 from drlora.export.engines import VLLM_RANKS, Facts, Reading, readings
 from drlora.export.updates import unread_keys
 from drlora.io.files import home, local_path
 from drlora.io.run_files import ADAPTER_CONFIG
-from drlora.verification.base import Base, find_base, other_weights
 from drlora.verification.checks import few, fits, measure, relative, touched, whole
 from drlora.verification.contents import Contents, read_contents
 from drlora.verification.findings import Finding, fault, warning
 from drlora.verification.keys import ROUTERS
 from drlora.verification.merges import Merged, compare_merged, judge_merged
 
-_LAYOUTS = {"packed": "peft", "apart": "per-expert"}
+_LAYOUTS = {"packed": "peft", "apart": "per-expert", "stacked": "sglang"}
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Verification:
     Attributes:
         adapter: its folder.
         base: the model that it was compared with; None if there was none.
-        type: PEFT's, of the adapter.
+        type: PEFT's, of the adapter, or `MLX`.
         layouts: how the experts' updates are stored: packed, stacked, apart, pool.
         blocks: number of blocks with an update.
         experts: number of experts in a block.
@@ -88,7 +88,8 @@ def verify(
     """Check the adapter in `folder`.
 
     Args:
-        folder: with adapter_config.json and adapter_model.safetensors.
+        folder: with adapter_config.json and adapter_model.safetensors, or mlx-lm's
+            adapters.safetensors.
         base: the model that it is for, a folder or `embedded`; by default the one that the adapter
             names, if it is on this machine.
         merged: a folder with the base that the adapter was merged into; needs the base's weights.
@@ -126,7 +127,7 @@ def verify(
     return Verification(
         str(folder),
         found_base.name if found_base else None,
-        str(contents.config.get("peft_type")),
+        contents.type,
         tuple(sorted(contents.kinds)),
         len({update.module for update in contents.updates}),
         max((len(update.experts) for update in contents.updates), default=0),
@@ -179,7 +180,7 @@ def _beyond(contents: Contents, ranks: tuple[int, int]) -> list[Finding]:
 
 def _read_by_peft(contents: Contents, base: Base) -> list[Finding]:
     """What PEFT itself finds of the file on a model without weights."""
-    if contents.kinds & {"pool", "stacked"} or contents.config.get("peft_type") != "LORA":
+    if contents.kinds & {"pool", "stacked"} or contents.type != "LORA":
         return []
     config = PeftConfig.from_pretrained(str(contents.folder))
     config.base_model_name_or_path = None
@@ -206,6 +207,8 @@ def _engines(
     layout = _LAYOUTS.get(next(iter(contents.kinds), "")) if len(contents.kinds) == 1 else None
     if layout is None or base is None:
         return []
+    if contents.is_mlx:
+        layout = "mlx"
     routers = [key for key in contents.keys.values() if key.leaf in ROUTERS]
     modules = any(key.kind == "whole" for key in contents.keys.values())
     facts = Facts(

@@ -17,7 +17,7 @@ from drlora.export.check import Batch
 from drlora.export.float32 import NARROW
 from drlora.export.format import Contents, Format
 from drlora.export.make import Made, measured
-from drlora.export.merging import merge
+from drlora.export.merging import Kept, merge
 from drlora.export.reference import compare_trained
 from drlora.export.updates import Updates
 from drlora.io.run_files import EXPORT_RECORD, README
@@ -64,14 +64,8 @@ class _Merged(Format):
         own = [note] if note else []
         if known.dtype not in NARROW:
             return Made(base, found, notes=own)
-        said = {
-            "mode": rounding.mode,
-            "seed": rounding.seed if rounding.mode == "stochastic" else None,
-            "unmoved": kept.unmoved_share,
-            "kept": kept.share,
-            "of_effect": known.cost,
-        }
-        notes = [_in_words(said, found.dtype)] if kept.entries else []
+        said = rounding_record(rounding, kept, known.cost)
+        notes = [in_words(said, found.dtype)] if kept.entries else []
         return Made(base, found, said, notes + own)
 
     def write(
@@ -102,12 +96,35 @@ def _bytes(base: PreTrainedModel) -> int:
     return size
 
 
-def _in_words(said: dict[str, Any], dtype: str) -> str:
+def rounding_record(rounding: Rounding, kept: Kept, cost: float | None) -> dict[str, Any]:
+    """What rounding did, for the record; `cost`: to the logits, where it is known."""
+    return {
+        "mode": rounding.mode,
+        "seed": rounding.seed if rounding.mode == "stochastic" else None,
+        "unmoved": kept.unmoved_share,
+        "kept": kept.share,
+        "nearest_would_keep": kept.nearest_share,
+        "nearest_would_lose_entries": kept.swallowed_share,
+        "of_effect": cost,
+    }
+
+
+def in_words(said: dict[str, Any], dtype: str) -> str:
+    """The same for people."""
     way_out = "; merge into a float32 base, or export as peft, to lose none of it"
-    return (
+    text = (
         f"rounding to {dtype} ({said['mode']}): {said['unmoved']:.1%} of the updated entries are "
-        f"as they were, {said['kept']:.1%} of the update is in the weights; logits move by "
-        f"{said['of_effect']:.1%} of what the adapter does to them"
+        f"as they were, {said['kept']:.1%} of the update is in the weights"
+    )
+    if said["mode"] != "nearest":
+        text += (
+            f"; nearest rounding would swallow {said['nearest_would_lose_entries']:.1%} of the "
+            f"entries and keep {said['nearest_would_keep']:.1%} of the update"
+        )
+    if said["of_effect"] is None:
+        return text
+    return (
+        f"{text}; logits move by {said['of_effect']:.1%} of what the adapter does to them"
         f"{way_out if said['of_effect'] > WORTH_SAYING else ''}"
     )
 

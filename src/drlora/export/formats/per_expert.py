@@ -138,6 +138,8 @@ def _notes(updates: Updates, base: PreTrainedModel) -> list[str]:
             f"{len(updates.modules)} modules were trained in full (such as "
             f"{next(iter(updates.modules))}); engines that take LoRA alone refuse them: use merged"
         )
+    if updates.routers:
+        found.append("SGLang has no LoRA on routers: use merged there")
     if not _peft_converts_configs(base):
         found.append(
             f"this export is for serving engines: PEFT does not load per-expert adapters of "

@@ -18,7 +18,7 @@ from drlora.errors import ConfigError
 from drlora.moe.stored.base import Kept
 from drlora.ops.storage.arranged import InPlace, PackedPair, Upright
 from drlora.ops.storage.fp8 import TILE
-from drlora.ops.storage.packed import Packed, PackedFormat
+from drlora.ops.storage.packed import Packed, PackedFormat, refuse_infinite
 
 if TYPE_CHECKING:
     from drlora.moe.stored.quantizer import StoredQuantizer
@@ -209,6 +209,7 @@ def _again(matrix: Packed, kind: PackedFormat) -> Packed:
     parts: dict[str, Tensor] = {}
     for expert in range(matrix.shape[0]):
         matrix.kind.decode(matrix.parts_of(expert), wide_OI)
+        refuse_infinite(wide_OI, f"expert {expert}")
         for name, part in kind.encode(wide_OI).items():
             if name not in parts:
                 parts[name] = part.new_empty(matrix.shape[0], *part.shape)

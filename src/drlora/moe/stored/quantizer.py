@@ -48,7 +48,6 @@ class StoredQuantizer(ExpertsQuantizer):
         self.routers: tuple[str, ...] = ()
         self.plain: set[str] = set()  # matrices of experts that are in 16 bits in the checkpoint
         self.widened_bytes = 0  # of other layers, decoded
-        self.refusal: ConfigError | None = None
         # Those of a checkpoint that is not quantised, each with what it has become here.
         self.conversions: list[tuple[Any, Any]] = []
 

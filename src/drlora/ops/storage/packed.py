@@ -90,6 +90,20 @@ class BlockFormat(PackedFormat):
         return None
 
 
+def refuse_infinite(w_OI: Tensor, name: str) -> None:
+    """A scale that is not finite would take its whole block, or row, along.
+
+    Raises:
+        ConfigError: if a number of the matrix called `name` is NaN or infinite.
+    """
+    least, most = w_OI.aminmax()  # NaN comes through
+    if not (least.isfinite() and most.isfinite()):
+        raise ConfigError(
+            f"{name}: a matrix has numbers that are NaN or infinite, which cannot be packed. The "
+            f"checkpoint is damaged, or overflowed in float16; get it anew."
+        )
+
+
 def row_tiles(out_OI: Tensor, multiple: int = 1) -> Iterator[tuple[slice, Tensor]]:
     """Rows of `out_OI`, and as many of float32 to compute them in before they are rounded.
 
@@ -147,13 +161,14 @@ class Packed(nn.Module):
         """The same matrices, packed one after the other.
 
         Raises:
-            ConfigError: if the format cannot take their shape.
+            ConfigError: if the format cannot take their shape, or a number is not finite.
         """
         reason = kind.refuses(*w_EOI.shape[1:])
         if reason:
             raise ConfigError(f"experts of shape {tuple(w_EOI.shape)} as {kind.name}: {reason}.")
         parts: dict[str, Tensor] = {}
         for expert, w_OI in enumerate(w_EOI):
+            refuse_infinite(w_OI, f"expert {expert}")
             for name, part in kind.encode(w_OI).items():
                 if name not in parts:
                     parts[name] = part.new_empty(len(w_EOI), *part.shape)

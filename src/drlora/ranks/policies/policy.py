@@ -23,9 +23,9 @@ ROW_OPTIONS: dict[str, Option] = {
     ),
     "young_a": Option(
         "random",
-        "rows of A that wake up late: random, or along the part of the gradient that their "
-        "expert's A does not reach yet",
-        choices=("random", "gradient"),
+        "rows of A that wake up late: random, along the part of the gradient that their expert's A "
+        "does not reach yet, or random and orthogonal to their expert's other rows",
+        choices=("random", "gradient", "orthogonal"),
     ),
 }
 

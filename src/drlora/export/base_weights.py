@@ -18,10 +18,15 @@ from drlora.errors import CheckpointError, ConfigError
 from drlora.export.base_files import CONFIG_NAME, base_file
 from drlora.io.files import read_json
 from drlora.moe.blocks import MoEBlock, find_blocks
-from drlora.verification.keys import LEAVES, numbers_in
 
-_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_EXPERT = re.compile(r"\.experts\.(\d+)\.(\w+)\.weight$")
+# What a projection is called in checkpoints.
+LEAVES = {
+    "gate_proj": "gate", "w1": "gate", "up_proj": "up", "w3": "up", "down_proj": "down",
+    "w2": "down", "gate_up_proj": "gate_up",
+}  # fmt: skip
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+OPEN = 2  # files at once
+EXPERT_KEY = re.compile(r"\.experts\.(\d+)\.(\w+)\.weight$")
 
 
 @dataclass
@@ -38,17 +43,19 @@ class Weights:
     @classmethod
     def of(cls, folder: Path) -> Weights:
         """Of a folder; without files if it holds none."""
-        if (folder / _INDEX).is_file():
-            names = read_json(folder / _INDEX).get("weight_map", {})
+        if (folder / INDEX).is_file():
+            names = read_json(folder / INDEX).get("weight_map", {})
             return cls({key: folder / file for key, file in names.items()})
-        if not (folder / _SINGLE).is_file():
+        if not (folder / SINGLE).is_file():
             return cls({})
-        with safe_open(folder / _SINGLE, "pt") as file:
-            return cls({key: folder / _SINGLE for key in file.keys()})  # noqa: SIM118
+        with safe_open(folder / SINGLE, "pt") as file:
+            return cls({key: folder / SINGLE for key in file.keys()})  # noqa: SIM118
 
     def _file(self, key: str) -> Any:
         path = self.files[key]
         if path not in self._open:
+            while len(self._open) >= OPEN:  # what is mapped of a file counts as memory
+                del self._open[next(iter(self._open))]
             self._open[path] = safe_open(path, "pt")
         return self._open[path]
 
@@ -123,6 +130,16 @@ class Base:
         _, start, step = block.place_of(matrix)
         return weight[start : start + step * block.expert_width : step]
 
+    def stored_name(self, name: str) -> str:
+        """What the files call a parameter of one tensor, by the model's name or their own."""
+        if name in self.weights.files:
+            return name
+        try:
+            stored = list(revert_weight_conversion(self.model, {name: torch.zeros(1, 1)}))
+        except (AttributeError, KeyError, RuntimeError, ValueError, IndexError):
+            return name
+        return stored[0] if len(stored) == 1 else name
+
     def _keys(self, block: MoEBlock) -> dict[str, list[str]]:
         """Matrix -> its tensors in the files: one an expert, or one of all of them."""
         if block.experts_name not in self._stored:
@@ -140,13 +157,18 @@ class Base:
                 stored = list(revert_weight_conversion(self.model, {name: parameter.data}))
             except (AttributeError, KeyError, RuntimeError, ValueError):
                 stored = [name]
-            numbered = [(key, _EXPERT.search(key)) for key in stored]
+            numbered = [(key, EXPERT_KEY.search(key)) for key in stored]
             if all(match for _, match in numbered):
                 for key, match in sorted(numbered, key=lambda pair: int(pair[1][1])):  # type: ignore[index]
                     found.setdefault(LEAVES.get(match[2], match[2]), []).append(key)  # type: ignore[index]
             else:
                 found["down" if leaf == "down_proj" else "gate_up"] = stored[:1]
         return found if "down" in found else {}
+
+
+def numbers_in(name: str) -> tuple[int, ...]:
+    """The layer's number in a module's name, which every spelling of it has."""
+    return tuple(int(part) for part in name.split(".") if part.isdigit())
 
 
 def find_base(name: str) -> Base:
@@ -175,5 +197,5 @@ def other_weights(folder: str | Path) -> Weights:
     """
     weights = Weights.of(Path(folder))
     if not weights.files:
-        raise CheckpointError(f"{folder} holds no {_SINGLE} and no {_INDEX}.")
+        raise CheckpointError(f"{folder} holds no {SINGLE} and no {INDEX}.")
     return weights

@@ -1,0 +1,1 @@
+"""What works here, tried rather than looked up, and how to mend what does not: `drlora doctor`."""

@@ -1,0 +1,145 @@
+"""What a run is going to take, said before its weights are loaded and kept beside it.
+
+Memory is counted on paper (`drlora.forecast`); how long a step takes is what `drlora plan` measured
+or estimated, where the recipe has it from there. A forecast never stops a run: where a model does
+not run on paper, it says so.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any, cast
+
+import torch
+from peft import PeftModel
+
+from drlora.embedded import resolve_model
+from drlora.errors import first_line
+from drlora.evaluation.measure import EvaluationSection
+from drlora.forecast.memory import MemoryForecast, mapped_bytes, memory_forecast
+from drlora.forecast.step import Batch, PassOnPaper, adapted_on_paper, pass_on_paper
+from drlora.io.places import from_root
+from drlora.moe.blocks import find_blocks
+from drlora.ops.loop.engine import working_dtype
+from drlora.runs.job import Job
+from drlora.runs.loading import load_architecture, model_on_meta
+from drlora.runs.recipe import Recipe
+
+LENGTHS_READ = 2000
+
+
+@dataclass(frozen=True)
+class RunOnPaper:
+    """A run as far as paper tells.
+
+    Attributes:
+        memory: at its peak.
+        largest: the batch with which that is.
+        usual: a batch as it is in the mean.
+        passed: what a pass with `usual` takes.
+        dtype: of the weights.
+    """
+
+    memory: MemoryForecast
+    largest: Batch
+    usual: Batch
+    passed: PassOnPaper
+    dtype: torch.dtype
+
+
+def run_on_paper(
+    recipe: Recipe, largest: Batch, usual: Batch, optim: str, on_cpu: bool
+) -> RunOnPaper:
+    """Count what a step takes.
+
+    Args:
+        recipe: of the run.
+        largest: batch that there can be.
+        usual: batch in the mean.
+        optim: the optimizer, by transformers' name.
+        on_cpu: whether it is to run on a CPU.
+
+    Raises:
+        RuntimeError: what a model says that cannot run without numbers.
+    """
+    architecture = load_architecture(recipe.model, recipe.trust_remote_code)
+    skeleton = model_on_meta(architecture, recipe.trust_remote_code)
+    stored = architecture.dtype if isinstance(architecture.dtype, torch.dtype) else torch.float32
+    dtype = stored if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
+    kept = recipe.quantise.of_checkpoint(architecture)
+    weight_bytes = kept.weight_bytes(skeleton, dtype, find_blocks(skeleton))
+    mapped = 0.0
+    if on_cpu and dtype == stored:
+        folder = from_root(resolve_model(recipe.model))
+        shapes = dict(skeleton.named_parameters())
+        mapped = mapped_bytes(folder, shapes, recipe.quantise.experts is not None)
+    model = adapted_on_paper(skeleton, recipe.adapter_config(), dtype)
+    works_in = working_dtype(torch.empty(0, dtype=dtype)) if on_cpu else dtype
+    peak = _peak(model, largest, recipe.evaluation, works_in)
+    passed = pass_on_paper(model, usual, works_in)
+    memory = memory_forecast(model, weight_bytes, peak, optim, mapped, on_cpu)
+    return RunOnPaper(memory, largest, usual, passed, dtype)
+
+
+def _peak(
+    model: PeftModel, largest: Batch, evaluation: EvaluationSection, dtype: torch.dtype
+) -> float:
+    """Of a step, or of a batch that is measured where that takes more."""
+    measured = Batch(evaluation.batch_size, largest.length)
+    alone = pass_on_paper(model, measured, dtype, trains=False).peak_bytes
+    return max(pass_on_paper(model, largest, dtype).peak_bytes, alone)
+
+
+def batches(job: Job, on_cpu: bool) -> tuple[Batch, Batch]:
+    """The largest batch that there can be, and the usual one."""
+    settings = cast(Any, job.arguments)
+    lengths = row_lengths(job)
+    per_batch = job.batch_size
+    one = Batch(
+        examples=1,
+        length=job.longest,
+        checkpoints=bool(settings.gradient_checkpointing),
+        fuses_head=not on_cpu,
+        autocast=torch.bfloat16 if settings.bf16 else torch.float16 if settings.fp16 else None,
+    )
+    if "seq_lengths" in job.train.tokens.column_names or getattr(settings, "padding_free", False):
+        most, mean = max(lengths), sum(lengths) / len(lengths)
+        return replace(one, length=most * per_batch), replace(one, length=round(mean * per_batch))
+    # Of each draw the longest decides; draws are neighbours in an order by chance.
+    order = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(0)).tolist()
+    drawn = [lengths[row] for row in order]
+    longest = [max(drawn[at : at + per_batch]) for at in range(0, len(drawn), per_batch)]
+    usual = round(sum(longest) / len(longest))
+    largest = replace(one, examples=per_batch)
+    return largest, replace(largest, length=usual)
+
+
+def optimizer_of(job: Job) -> str:
+    """Its name, as transformers has it."""
+    return str(getattr(job.arguments.optim, "value", job.arguments.optim))
+
+
+def row_lengths(job: Job) -> list[int]:
+    """Tokens of the first rows of the training data."""
+    tokens = job.train.tokens
+    count = min(len(tokens), LENGTHS_READ)
+    return [len(ids) for ids in tokens.select(range(count))["input_ids"]]
+
+
+def forecast_for_the_record(job: Job) -> dict[str, Any]:
+    """What is kept beside a run: bytes by part, the batch, and what was planned."""
+    recipe = job.recipe
+    found: dict[str, Any] = {"planned": recipe.forecast}
+    if recipe.objective != "sft":
+        return found | {"said": f"objective={recipe.objective} is not forecast"}
+    try:
+        on_cpu = job.arguments.device.type == "cpu"
+        paper = run_on_paper(recipe, *batches(job, on_cpu), optimizer_of(job), on_cpu)
+    except Exception as error:  # whatever a model makes of tensors without numbers
+        return found | {"said": f"the model does not run on paper: {first_line(error)}"}
+    return found | {"memory_bytes": paper.memory.to_dict(), "batch": _plain(paper.largest)}
+
+
+def _plain(batch: Batch) -> dict[str, Any]:
+    values = asdict(batch)
+    return values | {"autocast": str(batch.autocast) if batch.autocast else None}
