@@ -13,7 +13,9 @@ import time
 
 from benchmarks import (
     dynamics,
+    end_to_end,
     experts_layer,
+    head,
     memory,
     quantised,
     quantised_loading,
@@ -32,6 +34,8 @@ PARTS = {
     "memory": lambda: memory.main([]),
     "scaling": lambda: scaling.main(["--short", "--rounds", "5"]),
     "quantised": lambda: quantised.main(["0", "--rounds", "5", "--seconds", "20"]),
+    "head": lambda: head.main(["memory"]),
+    "end-to-end": lambda: end_to_end.main(["--rounds", "1"]),
     "loading": lambda: quantised_loading.main(["bfloat16", "nf4-nested", "int8"]),
 }
 

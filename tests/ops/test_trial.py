@@ -116,6 +116,13 @@ def test_where_none_is_right_the_definition_computes(candidates):
     assert all(torch.equal(a, b) for a, b in zip(found, run(case, "naive"), strict=True))
 
 
+def test_where_all_refuse_the_plain_choice_stands(candidates):
+    candidates(refusing=experts_grouped)
+    case = make_case(**CASE)
+    assert all(torch.equal(a, b) for a, b in zip(run(case), run(case, "loop"), strict=True))
+    assert not trial.found()
+
+
 def slowly(function):
     def run(*given):
         torch.randn(1200, 1200) @ torch.randn(1200, 1200)

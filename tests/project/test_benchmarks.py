@@ -14,7 +14,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import experts_layer, gpu, gpu_verdicts, scaling, table, train_step
+from benchmarks import (
+    end_to_end,
+    experts_layer,
+    gpu,
+    gpu_verdicts,
+    growth_of_cost,
+    scaling,
+    table,
+    train_step,
+)
 from benchmarks.checks import (
     Reference,
     WrongResultError,
@@ -294,3 +303,53 @@ def test_the_gpu_command_runs_at_toy_sizes(tmp_path, monkeypatch):
     assert chosen and set(chosen) <= {"triton", "grouped"}
     heads = [row for row in rows if row.get("case", "").startswith("gpu head")]
     assert len(heads) == 4 and all(row["gradient_off"] < 1e-2 for row in heads)
+
+
+def test_the_formula_of_cost_is_found_again():
+    sizes = [pair for sweep in growth_of_cost.SWEEPS.values() for pair in sweep]
+    terms = [growth_of_cost.counts(shape, rank) for shape, rank in sizes]
+    made = [0.01, 2e-11, 0.0, 1e-11, 3e-6, 2e-9]
+    seconds = [sum(c * t for c, t in zip(made, one, strict=True)) for one in terms]
+    found, error = growth_of_cost.fit(terms, seconds)
+    assert found == pytest.approx(made, rel=1e-4, abs=1e-12) and error < 1e-6
+    uneven = [s * (1.2 if n % 2 else 0.8) for n, s in enumerate(seconds)]
+    others, error = growth_of_cost.fit(terms, uneven)
+    assert min(others) >= 0 and 0.05 < error < 0.5
+
+
+def test_cost_on_paper_grows_with_what_it_says():
+    small, large = growth_of_cost.paper(16), growth_of_cost.paper(64)
+    assert large["gradients_s"] == pytest.approx(4 * small["gradients_s"])
+    assert large["weights_s"] == small["weights_s"] and large["products_s"] > small["products_s"]
+    assert set(small["assumed"]) == set(growth_of_cost.ASSUMED)
+    # Two orders of magnitude apart from 6 FLOP a weight that is active would be a slip.
+    flops = sum(growth_of_cost.counts(growth_of_cost.QWEN3_235B, 16)[1:4])
+    assert flops == pytest.approx(4 * 22e9 * 64 * 8192, rel=0.4)
+
+
+def test_a_sweep_of_cost_runs(monkeypatch):
+    tiny = ModelShape(32, 16, 4, 2, 1, 32, vocab=64, sequences=2)
+    monkeypatch.setattr(growth_of_cost, "SWEEPS", {"rank": [(tiny, 2), (tiny, 4)]})
+    rows = growth_of_cost.sweep("rank", rounds=1)
+    assert [row["cpu_s"] > 0 for row in rows] == [True, True]
+    assert growth_of_cost.report(rows) == "too few sizes for a fit"
+
+
+def test_figures_of_a_run_seen_from_outside():
+    marks = [[10.0, 1.0, 14.0, 4.0], [14.0, 4.0, 16.0, 5.0], [20.0, 5.0, 22.0, 6.5]]
+    notes = {"began": 3.0, "marks": marks, "losses": {"2": 3.0, "3": 2.5}, "peak": 9}
+    row = end_to_end.figures(notes, tokens=100)
+    assert row["wall_s_a_step"] == 2.0 and row["cpu_s_a_step"] == 1.25
+    assert row["tokens_per_s"] == 50 and row["startup_s"] == 7.0
+    assert end_to_end.until(row, 2.7) == 8.0 and end_to_end.until(row, 3.0) == 6.0
+    assert end_to_end.until(row, 1.0) is None
+
+
+def test_both_programs_are_given_the_same(tmp_path):
+    """Files, steps and settings come from one recipe; the programs can be read by Python."""
+    case = end_to_end.Case(None, "float32", 2, 3, 1e-3)
+    tokens = end_to_end.prepare(case, tmp_path)
+    assert tokens > 5 and len((tmp_path / "train.jsonl").read_text().splitlines()) == 6
+    given = dict(folder=str(tmp_path), here=".", threads=1, rank=16, length=64, began="0")
+    for program in end_to_end.PROGRAMS.values():
+        compile((end_to_end.NOTES + program).format(**given), "program", "exec")

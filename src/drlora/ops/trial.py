@@ -115,9 +115,12 @@ def engine_by_trial(call: Call) -> Engine | None:
     shape = call.shape
     if shape not in _FOUND:
         if not call.is_trained:
-            of_layer = (name for known, name in _FOUND.items() if known.startswith(call.layer))
+            layer = f"{call.layer}, "
+            of_layer = (name for known, name in _FOUND.items() if known.startswith(layer))
             return next((ENGINES[name] for name in of_layer), None)
         able = [name for name in names if _can(ENGINES[name], call.base)]
+        if not able:
+            return None
         _FOUND[shape] = _try_all(call, able)
     return ENGINES[_FOUND[shape]]
 
