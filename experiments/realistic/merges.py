@@ -3,12 +3,13 @@
     python experiments/realistic/build.py                                   # see there
     .cache/gym/bin/python experiments/realistic/problems.py                 # see there
     python experiments/realistic/merges.py --seeds 1 2 3 4 5
-    python experiments/realistic/merges.py --model embedded --seeds 1 2 3 4 5
+    python experiments/realistic/merges.py --model embedded --run runs/embedded --seeds 1 2 3 4 5
 
 For each seed a run is trained and merged into bfloat16 with both kinds of rounding. All losses are
 of the same held-out examples, computed in float32 from what is stored: `exact` is the adapter
 beside the weights, which is what a merge in float32 would be. A seed is of the data's order and of
-the adapter's start; rounding has the same number. merges.json keeps what is done, seed by seed.
+the adapter's start; rounding has the same number. With --run, a finished run is merged each time,
+and a seed is of rounding alone. merges.json keeps what is done, seed by seed.
 About ten minutes a seed on a core of its own, 7 GB of memory.
 """
 
@@ -42,11 +43,23 @@ def recipe(model: str, steps: int, seed: int, output: Path) -> Any:
     return drlora.load_recipe(HERE / "recipe.yaml", [*common, *few, small[1]])
 
 
-def of_seed(model: str, steps: int, seed: int, examples: int) -> dict[str, Any]:
+def in_bfloat16(run: Path, copy: Path) -> None:
+    """The same adapter, to be merged into the base as it is stored."""
+    shutil.copytree(run, copy, ignore=shutil.ignore_patterns("checkpoints"))
+    text = (copy / "config.yaml").read_text("utf-8")
+    (copy / "config.yaml").write_text(text.replace("dtype: float32", "dtype: bfloat16"), "utf-8")
+
+
+def of_seed(
+    model: str, steps: int, seed: int, examples: int, finished: Path | None
+) -> dict[str, Any]:
     """Losses of a seed, and what rounding did."""
     run = WORK / f"{model}-{seed}"
     shutil.rmtree(run, ignore_errors=True)
-    drlora.train(recipe(model, steps, seed, run))
+    if finished is None:
+        drlora.train(recipe(model, steps, seed, run))
+    else:
+        in_bfloat16(finished, run)
     found: dict[str, Any] = {}
     for mode in MODES:
         out = WORK / f"{model}-{seed}-{mode}"
@@ -72,13 +85,15 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--examples", type=int, default=48)
+    parser.add_argument("--run", type=Path, help="a finished one, instead of one each seed")
     parser.add_argument("--out", type=Path, default=HERE / "merges.json")
     asked = parser.parse_args()
     WORK.mkdir(parents=True, exist_ok=True)
     known = json.loads(asked.out.read_text("utf-8")) if asked.out.is_file() else {}
     for seed in asked.seeds:
-        found = of_seed(asked.model, asked.steps, seed, asked.examples)
-        how = {"steps": asked.steps, "examples": asked.examples, "torch": torch.__version__}
+        found = of_seed(asked.model, asked.steps, seed, asked.examples, asked.run)
+        steps = "a finished run" if asked.run else asked.steps
+        how = {"steps": steps, "examples": asked.examples, "torch": torch.__version__}
         known.setdefault(asked.model, {})[str(seed)] = {**how, **found}
         asked.out.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
         said = {mode: f"{found[f'{mode} off by']:+.3%}" for mode in MODES}

@@ -65,16 +65,21 @@ sglang() {
 }
 
 log=$(mktemp)
-if (case $name in
+set +e # inside a condition, `set -e` would have no effect
+(
+    set -e
+    case $name in
         llama | vllm | sglang) "$name" ;;
         mlx | mistral) wheels ;;
         *) echo "error: $name is not known; llama, vllm, sglang, mlx or mistral" && exit 2 ;;
-    esac) > "$log" 2>&1; then
-    mv "$log" "$venv/.log"
-    touch "$venv/.ok"
-else
-    mkdir -p "$venv"
-    mv "$log" "$venv/.log"
+    esac
+) > "$log" 2>&1
+status=$?
+set -e
+mkdir -p "$venv"
+mv "$log" "$venv/.log"
+if test $status -ne 0; then
     echo "$name is not installed; see $venv/.log" >&2
     exit 1
 fi
+touch "$venv/.ok"

@@ -12,7 +12,7 @@ import pytest
 import stored_checkpoints as files
 import torch
 from peft import get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import make_class, make_model
 from tiny_adapter import make_settings, train
 from tiny_run import make_tokenizer, save_all, save_model_folder
@@ -160,6 +160,19 @@ def test_what_needs_the_whole_model_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="tied to the embeddings"):
         export_adapter(tmp_path / "tied", "merged", tmp_path / "out", by_shard=True)
     assert not (tmp_path / "out").exists()
+
+
+def test_what_is_of_no_part_of_the_model_is_told(tmp_path):
+    """Such as layers that predict further tokens."""
+    adapter = save(tmp_path, make_model(), torch.float32)
+    tensors = tensors_in(tmp_path / "base")
+    for path in (tmp_path / "base").glob("model*"):
+        path.unlink()
+    more = {"model.mtp.weight": torch.ones(2), **tensors}
+    save_file(more, tmp_path / "base" / "model.safetensors", {"format": "pt"})
+    found = export_adapter(adapter, "merged", tmp_path / "out", by_shard=True)
+    assert any("1 tensor of no part" in note and "model.mtp.weight" in note for note in found.notes)
+    assert tensors_in(tmp_path / "out").keys() == tensors.keys()
 
 
 def test_a_dry_run_reads_no_weights(tmp_path):

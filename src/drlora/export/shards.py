@@ -54,6 +54,11 @@ class ShardWriter:
         self._held_bytes += size
         self.total_bytes += size
 
+    @property
+    def keys(self) -> set[str]:
+        """Of all tensors that were taken."""
+        return set(self._held).union(*self._files)
+
     def close(self) -> None:
         """Write the rest, and name the files as transformers does."""
         if self._held:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from drlora.embedded import resolve_model
-from drlora.errors import CheckpointError, ConfigError
+from drlora.errors import CheckpointError, ConfigError, counted
 from drlora.export.base_files import base_file, own_config, write_config, write_tokenizer
 from drlora.export.base_weights import Base, find_base
 from drlora.export.by_shard import FromFiles, FromPacked, Source, merge_by_shard
@@ -96,6 +96,8 @@ def export_by_shard(
             notes += [in_words(said["rounding"], said["dtype"])] if kept.entries else []
         if weights_kind := _kind_in_words(source, weights):
             notes.append(weights_kind)
+        if isinstance(weights, FromFiles):
+            notes += _left_out(set(base.weights.files) - writer.keys)
         notes += _write_beside(source, skeleton, temporary)
         said["notes"] = [*plan.notes, *notes]
         write_about(temporary, plan, said, checked)
@@ -155,6 +157,16 @@ def _checked(source: AdapterSource, merged: Path, rounding: Rounding) -> str:
     shares = sorted(one.share for one in found.merged)
     between = f"{shares[0]:.1%} to {shares[-1]:.1%}" if shares else "nothing"
     return f"the files were read again beside base and adapter: {between} of each update is there"
+
+
+def _left_out(keys: set[str]) -> list[str]:
+    """What the checkpoint has besides the model; a merge of the whole model leaves it out too."""
+    if not keys:
+        return []
+    return [
+        f"of the checkpoint {counted(len(keys), 'tensor')} of no part of the model are not in the "
+        f"export ({min(keys)} for one)"
+    ]
 
 
 def _write_beside(source: AdapterSource, skeleton: Any, folder: Path) -> list[str]:
