@@ -20,6 +20,7 @@ With --toy, Triton's kernels run in Triton's interpreter, where triton is instal
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib.util
 import json
 import os
@@ -157,6 +158,7 @@ def compute(names: list[str], toy: bool, seconds: float, scattermoe: str | None,
         began = time.monotonic()
         run_case(name, limit, measure, setting, out)
         if setting.on_gpu:
+            gc.collect()
             torch.cuda.empty_cache()
             torch.cuda.synchronize()  # raises where the device is lost
         mark_ended(name, time.monotonic() - began, out)

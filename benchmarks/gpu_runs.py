@@ -50,7 +50,7 @@ def tests(setting: Setting) -> Iterator[Row]:
         *which,
     ]
     if setting.on_gpu and importlib.util.find_spec("xdist"):
-        command += ["-n", "4"]  # kernels are compiled side by side
+        command += ["-n", "8"]  # kernels are compiled side by side
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     started, counts, failed, last = time.monotonic(), {"PASSED": 0, "FAILED": 0}, [], ""
     ended = "cut off"

@@ -295,6 +295,8 @@ def test_the_gpu_command_runs_at_toy_sizes(tmp_path, monkeypatch):
     assert timed >= {"hf_frozen", "grouped r16", "grouped independent", "grouped following"}
     assert timed >= {"16-bit grouped r16", "nf4 grouped r16", "int8 grouped following"}
     assert {f"triton {kind}" for kind in ("r16", "following")} <= timed | set(failed)
+    exact = {r["implementation"]: r["to_the_bit"] for r in rows if "to_the_bit" in r}
+    assert all(exact[f"nf4 grouped {kind}"] for kind in ("r16", "independent", "following"))
     grown = [row for row in rows if row.get("grants")]
     assert [row["case"].split()[1] for row in grown] == ["packed", "growth"]
     (grew,) = (row for row in grown if "ranks_spent" in row)
