@@ -13,8 +13,9 @@ from transformers import Qwen3MoeForCausalLM
 
 import drlora
 from benchmarks.checks import SLACK, WrongResultError, results_of
-from benchmarks.gpu_layers import ENGINES, INTERPRETER_SLACK, Layer, Setting, failure
-from benchmarks.gpu_models import Peak, qwen3_config
+from benchmarks.gpu_layers import ENGINES, INTERPRETER_SLACK, PUBLISHED, Layer
+from benchmarks.gpu_models import QWEN3, Peak, qwen3_config
+from benchmarks.gpu_setting import Setting, failure
 from benchmarks.harness import Row, alternate, rows_of, where
 from benchmarks.layers import Shape, ours, step_of
 from benchmarks.models import ModelShape, random_packed_model, with_checkpointing
@@ -143,3 +144,12 @@ def toy(shape: Shape) -> Shape:
 def toy_model(shape: ModelShape) -> ModelShape:
     """The same of a model."""
     return replace(shape, hidden=128, width=64, experts=4, top_k=2, layers=1, tokens=16, vocab=64)
+
+
+# Name -> (whether at toy sizes, where) -> rows.
+CASES: dict[str, Callable[[bool, Setting], Iterator[Row]]] = {
+    "packed-layer": lambda tiny, s: layer(toy(PUBLISHED) if tiny else PUBLISHED, s),
+    "packed-qwen3": lambda tiny, s: model(
+        toy_model(QWEN3) if tiny else replace(QWEN3, tokens=2048), s
+    ),
+}
