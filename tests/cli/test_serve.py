@@ -37,6 +37,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(json.dumps(found).encode())
     def do_GET(self):
+        if os.environ.get("ENGINE_LISTS_NOTHING") and self.path != "/health":
+            return self.send_error(500)
         self.answer({"data": [{"id": "base"}, {"id": "a"}]})
     def do_POST(self):
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -193,14 +195,20 @@ def test_llama_cpp_gets_the_base_and_the_adapter_as_gguf(run, install, port, tmp
                          str(served / "gguf" / "adapter.gguf")]  # fmt: skip
     assert (served / "base.gguf").read_text().endswith("/model")
     assert main(["serve", str(run), "--port", port, "--check"]) == 0  # nothing is made anew
+    plan = plan_serving(served / "gguf", "llama.cpp", output=str(served))
+    assert plan.is_there and plan.command[1:5] == tuple(words[:4])
 
 
-def test_transformers_gets_the_merged_model(run, install, port, tmp_path):
+def test_transformers_gets_the_merged_model(run, install, port, tmp_path, monkeypatch):
+    """It does not list models where there is no cache of the hub."""
     install("transformers")
+    monkeypatch.setenv("ENGINE_LISTS_NOTHING", "1")
     assert main(["serve", str(run), "--port", port, "--check", "-o", str(tmp_path / "there")]) == 0
     words = json.loads((tmp_path / "words.json").read_text())
     assert words[:2] == ["serve", str(tmp_path / "there" / "merged")]
     assert (tmp_path / "there" / "merged" / "model.safetensors").is_file()
+    asked = json.loads((tmp_path / "asked.json").read_text())
+    assert asked["model"] == str(tmp_path / "there" / "merged")
 
 
 def test_an_export_is_served_as_it_is(run, install, tmp_path):
@@ -215,6 +223,17 @@ def test_an_export_is_served_as_it_is(run, install, tmp_path):
     assert main(words) == 0
     with pytest.raises(ConfigError, match="vllm with peft: refuses modules trained in full"):
         plan_serving(full)
+
+
+def test_an_export_from_before_the_run_went_on_is_not_served(run, install):
+    install("vllm")
+    out = run / "served" / "per-expert"
+    assert main(["export", str(run), "--format", "per-expert", "-o", str(out)]) == 0
+    assert plan_serving(run).is_there
+    later = (out / "drlora_export.json").stat().st_mtime + 10
+    os.utime(run / "adapter_model.safetensors", (later, later))
+    with pytest.raises(ConfigError, match="is older than the adapter"):
+        plan_serving(run)
 
 
 def test_what_cannot_be_served_says_why(run, install, tmp_path):

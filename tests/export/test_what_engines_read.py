@@ -45,13 +45,18 @@ def test_what_was_seen_is_what_is_said():
 @pytest.mark.parametrize(
     ("facts", "engine", "said"),
     [
-        (dict(layout="peft", model_type="mixtral"), "vLLM", "serves the base model"),
+        (dict(layout="peft", model_type="mixtral"), "vLLM", "leaves the experts"),
         (dict(layout="per-expert", model_type="olmoe", has_modules=True), "vLLM", "in full"),
         (dict(layout="per-expert", model_type="olmoe", has_modules=True), "llama.cpp", "in full"),
         (dict(layout="per-expert", model_type="olmoe", rank=513), "vLLM", "largest rank is 512"),
         (dict(layout="per-expert", model_type="mixtral", rank=8), "SGLang", "use sglang"),
         (dict(layout="per-expert", model_type="olmoe", has_router_lora=True), "SGLang", "routers"),
         (dict(layout="per-expert", model_type="qwen2_moe", peft_loads=False), "PEFT", "not load"),
+        (
+            dict(layout="per-expert", model_type="qwen3_moe", has_router_lora=True),
+            "vLLM",
+            "routers",
+        ),
     ],
 )
 def test_refusals_say_why(facts, engine, said):

@@ -61,7 +61,8 @@ def test_nothing_is_claimed_that_was_not_compared():
     for row in ROWS:
         if row["outcome"] == "equal" and "effect" in row:
             assert row["effect"] > 100 * FOUND["tolerance"], row
-            assert row["argmax_equal"] == row["positions"] > 100
+            if "positions" in row:
+                assert row["argmax_equal"] == row["positions"] > 100
     for engine, said in FOUND["engines"].items():
         if said["installed"]:
             own = said["versions"][make_serving.PACKAGES[engine]]

@@ -8,6 +8,7 @@ import pytest
 from tiny_run import save_all
 
 from drlora.cli.main import main
+from drlora.compare.metrics import value_of
 from drlora.errors import ConfigError
 from drlora.runs.export import export_adapter
 
@@ -94,3 +95,24 @@ def test_training_says_it_too(run, tmp_path, capsys):
     assert main(["train", str(recipe)]) == 0
     (before,) = [w for w in capsys.readouterr().out.splitlines() if w.startswith("before: ")]
     assert before.endswith("; evaluation.loss_examples=200, but there are 6")
+
+
+def test_what_is_forgotten(tmp_path, capsys):
+    """Texts beside the task: their loss before and after, as `drlora eval` finds it on them."""
+    texts = tmp_path / "known.jsonl"
+    texts.write_text("".join(json.dumps({"text": f"a b {n} c d"}) + "\n" for n in range(9)))
+    section = dict(loss_examples=5, forgetting=str(texts))
+    recipe = save_all(tmp_path, dtype="float32", evaluation=section, **SHORT)
+    assert main(["train", str(recipe)]) == 0
+    said = capsys.readouterr().out
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    before, after = (result[when]["forgetting"] for when in ("before", "after"))
+    assert before["examples"] == after["examples"] == 5
+    assert f"on other data      {before['loss']:.4f} -> {after['loss']:.4f}" in said
+    assert before["loss"] != after["loss"] == value_of("forgetting", result["after"])
+    assert "example_nats" not in after
+    found, _ = evaluated(capsys, tmp_path / "run", "--data", str(texts))
+    assert found["loss"]["loss"] == pytest.approx(after["loss"], rel=1e-6)
+    refused = ["train", str(recipe), "--overwrite", "evaluation.forgetting=nowhere.jsonl"]
+    assert main(refused) == 2
+    assert "nowhere.jsonl" in capsys.readouterr().err

@@ -79,6 +79,9 @@ def compare(before: Measurement | None, after: Measurement) -> list[str]:
             f"exact match        {before.match.accuracy:.1%} -> {after.match.accuracy:.1%}   "
             f"({before.match.correct} -> {after.match.correct} of {after.match.total})"
         )
+    if before.forgetting is not None and after.forgetting is not None:
+        was, now = before.forgetting.loss, after.forgetting.loss
+        lines.append(f"on other data      {was:.4f} -> {now:.4f}   (what is forgotten)")
     return lines
 
 

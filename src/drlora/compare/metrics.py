@@ -28,6 +28,7 @@ class Metric:
 
 METRICS = {
     "loss": Metric("held-out loss (nats a token)", ("loss", "loss"), False),
+    "forgetting": Metric("loss on other data (nats a token)", ("forgetting", "loss"), False),
     "exact_match": Metric("exact match (%)", ("match", "accuracy"), True, 100.0, 2),
     "error_rate": Metric("word error rate (%)", ("match", "error_rate"), False, 100.0, 2),
 }

@@ -42,6 +42,8 @@ class EvaluationSection:
         samples: answers that are kept for people to read; 0 for none.
         draw: which examples are taken where there are more: a `random` draw, always the same of as
             many, or those from the `front`.
+        forgetting: further data, as `data.train` takes it, such as texts that the model knows: its
+            loss, of at most `loss_examples`, says what is forgotten while the task is learned.
     """
 
     loss_examples: int | None = None
@@ -52,6 +54,7 @@ class EvaluationSection:
     before: bool = True
     samples: int = SAMPLES
     draw: str = "random"
+    forgetting: str | None = None
 
     def __post_init__(self) -> None:
         if self.draw not in DRAWS:
@@ -73,7 +76,8 @@ class Measurement:
     `notes` say what was asked for and could not be had, and why there is no exact match. Of a run
     that learns from preferences, the loss is that of the answers that are wanted, and `objective`
     has its own loss (or the reward) and what its trainer measures beside, by TRL's names. `samples`
-    are answers of the model, where exact match has none of its own.
+    are answers of the model, where exact match has none of its own. `forgetting` is the loss on
+    other data, where the section names some.
     """
 
     loss: LossResult
@@ -81,6 +85,7 @@ class Measurement:
     notes: tuple[str, ...] = ()
     objective: dict[str, float] | None = None
     samples: tuple[Sample, ...] = ()
+    forgetting: LossResult | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, without those of each example; `measurement_from` reads them back."""
@@ -88,7 +93,9 @@ class Measurement:
         del values["loss"]["example_nats"]
         if values["match"]:
             del values["match"]["is_correct"]
-        for name in ("objective", "samples"):
+        if values["forgetting"]:
+            del values["forgetting"]["example_nats"]
+        for name in ("objective", "samples", "forgetting"):
             if not values[name]:
                 del values[name]
         return values
@@ -97,7 +104,8 @@ class Measurement:
         text = f"loss {self.loss.loss:.4f}, perplexity {self.loss.perplexity:.2f}"
         if self.loss.examples:
             text += f" on {self.loss.examples} examples"
-        return "; ".join([*self._objective_text(), text + self._match_text(), *self.notes])
+        other = [] if self.forgetting is None else [f"on other data {self.forgetting.loss:.4f}"]
+        return "; ".join([*self._objective_text(), text + self._match_text(), *other, *self.notes])
 
     def _objective_text(self) -> list[str]:
         if self.objective is None:
@@ -130,6 +138,7 @@ def measurement_from(values: dict[str, Any]) -> Measurement:
             MatchResult(**{**match, "samples": ()}) if match else None,
             tuple(values.get("notes", ())),
             values.get("objective"),
+            forgetting=LossResult(**values["forgetting"]) if values.get("forgetting") else None,
         )
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{shown(values)} is no measurement: {error}.") from error
@@ -140,17 +149,32 @@ def measure(
     tokenizer: PreTrainedTokenizerBase,
     examples: Prepared,
     section: EvaluationSection,
+    others: Prepared | None = None,
 ) -> Measurement:
-    """Measure the model as it is on `examples`, as the recipe's section `evaluation` says."""
-    encoded = draw(examples.tokens, section.loss_examples, section.draw)
+    """Measure the model as it is, as the recipe's section `evaluation` says.
+
+    Args:
+        model: it, with its adapter.
+        tokenizer: its.
+        examples: the held-out ones.
+        section: what is measured of them.
+        others: the data that `forgetting` names.
+    """
     collator = DataCollatorForLanguageModeling(pad_token_id(tokenizer))
-    loss = evaluate_loss(model, encoded, collator, section.batch_size)
+
+    def loss_on(rows: Dataset) -> LossResult:
+        drawn = draw(rows, section.loss_examples, section.draw)
+        return evaluate_loss(model, drawn, collator, section.batch_size)
+
+    loss = loss_on(examples.tokens)
+    forgetting = None if others is None else loss_on(others.tokens)
     raw = draw(examples.raw, section.exact_match_examples, section.draw)
     notes = tuple(notes_on(len(examples.tokens), raw, section))
     if not wants_match(raw, section):
-        return Measurement(loss, None, notes, samples=_samples(model, tokenizer, examples, section))
+        samples = _samples(model, tokenizer, examples, section)
+        return Measurement(loss, None, notes, samples=samples, forgetting=forgetting)
     match = exact_match(model, tokenizer, raw, section.batch_size, section.max_new_tokens)
-    return Measurement(loss, match, notes)
+    return Measurement(loss, match, notes, forgetting=forgetting)
 
 
 def _samples(

@@ -15,6 +15,8 @@ from drlora.io.run_files import GGUF_ADAPTER
 LAYOUTS = ("peft", "per-expert", "mlx", "gguf", "sglang", "merged")
 # What vLLM takes for --max-lora-rank.
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+# Model types whose router vLLM computes inside the experts, where LoRA on it is not found.
+VLLM_ROUTERS = ("qwen3_moe",)
 # Families of which an engine was given adapters of ours.
 TRIED = ("olmoe", "qwen3_moe", "mixtral", "qwen2_moe", "gpt_oss")
 # Model types whose checkpoint calls the experts otherwise than transformers' modules.
@@ -93,6 +95,9 @@ def _peft(facts: Facts) -> _Verdict:
 def _llama_cpp(facts: Facts) -> _Verdict:
     needs = "its converter needs sentencepiece" if facts.model_type == "mixtral" else ""
     base = "python convert_hf_to_gguf.py {model} --outfile base.gguf"
+    if facts.layout == "merged" and facts.model_type == "gpt_oss":
+        why = "serves it, with logits that are off as they are of the base"
+        return None, why, base.format(model="THIS_FOLDER")
     if facts.layout == "merged":
         return True, needs, base.format(model="THIS_FOLDER")
     if facts.layout == "peft":
@@ -112,6 +117,8 @@ def _vllm(facts: Facts) -> _Verdict:
     rank = vllm_rank(facts.rank)
     if facts.has_modules:
         return False, _REFUSED_MODULES, ""
+    if facts.has_router_lora and facts.model_type in VLLM_ROUTERS:
+        return False, "leaves LoRA on routers of this model out without a word: use merged", ""
     if rank is None:
         return False, f"its largest rank is {VLLM_RANKS[-1]}, and this has {facts.rank}", ""
     serve = f"vllm serve BASE_MODEL --enable-lora --max-lora-rank {rank}"
@@ -120,7 +127,7 @@ def _vllm(facts: Facts) -> _Verdict:
     if facts.model_type == "gpt_oss":
         return True, f"--max-lora-rank {rank}", f"{serve} --lora-modules a=THIS_FOLDER"
     if facts.model_type in RENAMED:
-        ignored = "accepts it and serves the base model: its experts have other names"
+        ignored = "accepts it and leaves the experts as the base has them: they have other names"
         return False, f"{ignored}; use per-expert", ""
     flag, module = (
         "--enable-mixed-moe-lora-format",
@@ -150,13 +157,15 @@ def _mistral_rs(facts: Facts) -> _Verdict:
     if facts.layout == "merged":
         return True, "where config.json is in the form of the hub (rope_theta)", ""
     if facts.layout == "peft":
-        return False, "refuses empty target_modules: use per-expert", ""
-    if facts.has_modules or facts.has_router_lora:
-        return None, "routers were not tried", ""
+        return False, "refuses it, or leaves the experts out beside other LoRA: use per-expert", ""
+    if facts.has_modules:
+        return False, _REFUSED_MODULES, ""
     return True, "", ""
 
 
 def _mlx(facts: Facts) -> _Verdict:
+    if facts.layout == "merged" and facts.model_type == "gpt_oss":
+        return False, "does not read its experts in 16 or 32 bits, the base's neither", ""
     if facts.layout == "merged":
         return (
             True,

@@ -12,7 +12,7 @@ held-out loss.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,7 @@ def range_test(
     recipe: Recipe,
     rate: float,
     steps: int = TEST_STEPS,
+    multiples: Sequence[float] = TRIED,
     say: Callable[[str], object] = lambda text: None,
 ) -> tuple[float, tuple[TriedRate, ...]]:
     """The best of a few rates, and what each came to.
@@ -57,13 +58,14 @@ def range_test(
         recipe: of the run; its steps are as many as are tried, so its end is not what is compared.
         rate: around which they lie.
         steps: of each run.
+        multiples: of `rate` that are tried.
         say: is told each.
 
     Raises:
         ConfigError: if all of them diverged.
     """
     found = []
-    for times in TRIED:
+    for times in multiples:
         tried = float(f"{times * rate:.1e}")
         loss = _loss_after(recipe, tried, steps)
         found.append(TriedRate(tried, loss))

@@ -12,6 +12,7 @@ from peft import PeftModel, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from trl import GRPOConfig
 
+from drlora.data import encode_examples
 from drlora.data.tokens import Prepared
 from drlora.distributed import on_main, world_size
 from drlora.errors import CheckpointError, ConfigError, counted
@@ -21,6 +22,7 @@ from drlora.io.run_files import TRAINER_STATE
 from drlora.ranks.rank_map import fitting_ranks
 from drlora.ranks.schedule import Schedule
 from drlora.runs.arguments import count_steps, notes_of, settle
+from drlora.runs.data_section import default_split
 from drlora.runs.examples import encode, examples_to_measure, longest_of
 from drlora.runs.held_out import refuse_unanswerable, word_for_word
 from drlora.runs.loading import (
@@ -37,7 +39,7 @@ from drlora.runs.loading import (
 )
 from drlora.runs.openings import opening_note
 from drlora.runs.recipe import Recipe
-from drlora.runs.roles import load_training_data
+from drlora.runs.roles import load_source, load_training_data
 from drlora.runs.run_record import data_record, held_out_record, read_record, refuse_other_data
 from drlora.runs.rundir import RunDir
 from drlora.trainer.callback import DrLoraCallback
@@ -54,6 +56,7 @@ class Job:
         train, held_out: what the objective's trainer is given.
         measured: held-out examples for loss and exact match: the same, or, of preferences, the
             answers that are wanted.
+        others: the data that `evaluation.forgetting` names.
         longest: most tokens of a training example.
         total_steps: length of the run; where auto_find_batch_size finds another batch, it may
             become longer.
@@ -71,6 +74,7 @@ class Job:
     train: Prepared
     held_out: Prepared
     measured: Prepared
+    others: Prepared | None
     longest: int
     total_steps: int
     plan_steps: int
@@ -218,6 +222,7 @@ def prepare(
     )
     measured = examples_to_measure(held_out, recipe.objective, most, tokenizer)
     refuse_unanswerable(measured.raw, recipe.evaluation)
+    others = _others(recipe, tokenizer, most)
     record = data_record({"train": train, "eval": held_out}, tokenizer, most)
     if resume:
         refuse_other_data(past.record, record, str(run.path))
@@ -258,6 +263,7 @@ def prepare(
         train=train,
         held_out=held_out,
         measured=measured,
+        others=others,
         longest=longest_of(train, arguments),
         total_steps=total,
         plan_steps=planned,
@@ -287,6 +293,15 @@ def _refuse_settings(
     rehearse(arguments, arguments.max_steps)
     if arguments.max_steps > 0 and not past.is_resumed:
         check_growth(skeleton, recipe.adapter_config(), arguments.max_steps)
+
+
+def _others(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, most: int) -> Prepared | None:
+    """What is measured beside, as a model of the same length sees it."""
+    source = recipe.evaluation.forgetting
+    if source is None:
+        return None
+    loaded = load_source(None, source, default_split(source, "eval"), None)
+    return encode_examples(loaded, tokenizer, most)
 
 
 def _plan(recipe: Recipe, run: RunDir, skeleton: PreTrainedModel, past: _Past, total: int) -> int:

@@ -95,11 +95,17 @@ class Engine:
             if (code := self.process.poll()) is not None:
                 raise CheckpointError(_ENDED.format(code=code))
             with contextlib.suppress(OSError, ValueError):
-                names = [str(m["id"]) for m in self._ask("/v1/models", None, 5.0)["data"]]
                 self._ask("/health", None, 5.0)
-                return "a" if "a" in names else names[0] if names else str(self.plan.export)
+                return self._name()
             time.sleep(_POLL_S)
         raise CheckpointError(f"the engine did not answer at {self.plan.url} in {READY_S:.0f} s.")
+
+    def _name(self) -> str:
+        """The adapter's, or the model's; an engine may not list a model that it was given."""
+        names: list[str] = []
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            names = [str(m["id"]) for m in self._ask("/v1/models", None, 5.0)["data"]]
+        return "a" if "a" in names else names[0] if names else str(self.plan.export.absolute())
 
     def _ask(self, path: str, body: dict[str, Any] | None, seconds: float) -> dict[str, Any]:
         data = None if body is None else json.dumps(body).encode()

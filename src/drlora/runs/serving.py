@@ -22,7 +22,7 @@ from drlora.export.llama_cpp import OF_MODELS, convert_model, script_of
 from drlora.export.plan import make_plan
 from drlora.io.files import home, read_json
 from drlora.io.places import from_root
-from drlora.io.run_files import EXPORT_RECORD, RESULT
+from drlora.io.run_files import ADAPTER_WEIGHTS, EXPORT_RECORD, RESULT
 from drlora.runs.export import export_adapter
 from drlora.runs.export_source import adapter_without_base, find_adapter
 from drlora.runs.sources import Source, find_source
@@ -141,7 +141,7 @@ def plan_serving(
             f"put its environment's bin on PATH. drlora has no server of its own."
         )
     path = Path(home(str(folder)))
-    source = find_source(path, model)
+    source = _source(path, model)
     where = Path(home(output)) if output is not None else path / FOLDER
     reasons: list[str] = []
     for name in installed:
@@ -163,6 +163,19 @@ def prepare(plan: ServingPlan) -> None:
     if plan.gguf is not None and not plan.gguf[0].is_file():
         plan.gguf[0].parent.mkdir(parents=True, exist_ok=True)
         convert_model(plan.gguf[1], plan.gguf[0])
+
+
+def _source(path: Path, model: str | None) -> Source:
+    """What is in the folder; of an export as GGUF its record says more than its files."""
+    record = path / EXPORT_RECORD
+    said = read_json(record) if record.is_file() else {}
+    if said.get("format") != "gguf":
+        return find_source(path, model)
+    base, dtype = model or said.get("base_model"), said.get("dtype")
+    if not base:
+        raise CheckpointError(f"{record} does not name the base model; name it with --model.")
+    run = Path(said["adapter"]) if isinstance(said.get("adapter"), str) else None
+    return Source(path, None, str(base), None, str(dtype or "auto"), False, run=run)
 
 
 def _first_readable(
@@ -223,10 +236,25 @@ def _plan(
         words = [word.replace(place, meant) for word in words]
     notes = [reading["why"]] if reading["reads"] is None and reading["why"] else []
     is_there = (export / EXPORT_RECORD).is_file()
+    if is_there and not is_export:
+        _refuse_older(export, source)
     return ServingPlan(
         name, source.folder, format, export, is_there, gguf, tuple(words), "", tuple(notes), "",
         None,
     )  # fmt: skip
+
+
+def _refuse_older(export: Path, source: Source) -> None:
+    """Raises:
+    ConfigError: if the run was trained on since it was exported.
+    """
+    files = (export / EXPORT_RECORD, source.folder / ADAPTER_WEIGHTS)
+    exported, trained = (path.stat().st_mtime for path in files)
+    if exported < trained:
+        raise ConfigError(
+            f"the export in {export} is older than the adapter in {source.folder}; remove it, and "
+            f"it is made anew, or name another place with --output."
+        )
 
 
 def _told_where(

@@ -212,7 +212,7 @@ def _measure_and_log(
     section = job.recipe.evaluation
     what = f"measuring {kind} training: {measured_on(job.measured, section)}"
     with progress.at_work(what):
-        found = measure(training.model, job.tokenizer, job.measured, section)
+        found = measure(training.model, job.tokenizer, job.measured, section, job.others)
         found = replace(found, objective=training.measure_objective())
     entry = {"step": step, "kind": kind, **found.to_dict()}
     on_main(lambda: _log_measurement(job.run, entry))
