@@ -20,6 +20,7 @@ With --toy, Triton's kernels run in Triton's interpreter, where triton is instal
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib.util
 import json
 import os
@@ -32,55 +33,70 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from benchmarks import gpu_layers, gpu_models, gpu_packed, gpu_runs, gpu_verdicts
-from benchmarks.gpu_layers import OutOfTimeError, Setting, failure
+from benchmarks import gpu_verdicts
+from benchmarks.gpu_setting import OutOfTimeError, Setting, failure
 from benchmarks.harness import RESULTS, Row, add_names, line_of, where
-from benchmarks.layers import Shape
 
 ROOT = Path(__file__).parent.parent
-OLMOE_LAYER = Shape(2048, 1024, 64, 8, 8192, torch.bfloat16)
-QWEN3_LAYER = Shape(2048, 768, 128, 8, 8192, torch.bfloat16)
-# PEFT's own case, of which it published 2.56 ms and 1.30 GB on an H100 (its pull request 3577).
-PUBLISHED = replace(QWEN3_LAYER, tokens=4096)
 MEASURED = ("median_s", "seconds", "waits", "passed", "train_s", "chosen", "loss")
 BEGIN, END = "-- begin", "-- end"
 STARTUP_S, GRACE_S = 120.0, 20.0
 Measure = Callable[[Setting], Iterator[Row]]
 
 
+# Name -> seconds it may take, the most valuable first.
+LIMITS = {
+    "tests": 100,
+    "layer-published": 60,
+    "layer-olmoe": 60,
+    "step-olmoe": 90,
+    "layer-qwen3": 60,
+    "trial": 30,
+    "packed-layer": 60,
+    "packed-qwen3": 75,
+    "growth-qwen3": 75,
+    "synchronisation": 30,
+    "head": 20,
+    "fine-tune": 120,
+    "scattermoe": 90,
+    "step-olmoe-r64": 90,
+    "tiles": 120,
+}
+
+
 def cases(toy: bool) -> dict[str, tuple[float, Measure]]:
-    """Name -> (seconds it may take, what it measures), the most valuable first."""
+    """Name -> (seconds it may take, what it measures)."""
+    return {name: (limit, partial(rows_of_case, name, toy)) for name, limit in LIMITS.items()}
 
-    def plain(shape):
-        return shape
 
-    small, tiny = (gpu_layers.toy, gpu_models.toy) if toy else (plain, plain)
-    packed, packed_model = (gpu_packed.toy, gpu_packed.toy_model) if toy else (plain, plain)
-    olmoe, qwen3, published = small(OLMOE_LAYER), small(QWEN3_LAYER), small(PUBLISHED)
-    olmoe_model, qwen3_model = tiny(gpu_models.OLMOE), tiny(gpu_models.QWEN3)
-    few_tokens = replace(gpu_models.QWEN3, tokens=2048)
-    return {
-        "tests": (100, gpu_runs.tests),
-        "layer-published": (60, lambda s: gpu_layers.compare(published, s, 16)),
-        "layer-olmoe": (60, lambda s: gpu_layers.compare(olmoe, s)),
-        "step-olmoe": (90, lambda s: gpu_models.training(olmoe_model, 16, s)),
-        "layer-qwen3": (60, lambda s: gpu_layers.compare(qwen3, s)),
-        "trial": (30, lambda s: gpu_layers.by_trial(published, s)),
-        "packed-layer": (60, lambda s: gpu_packed.layer(packed(PUBLISHED), s)),
-        "packed-qwen3": (75, lambda s: gpu_packed.model(packed_model(few_tokens), s)),
-        "growth-qwen3": (75, lambda s: gpu_models.growing(qwen3_model, s)),
-        "synchronisation": (30, lambda s: gpu_layers.synchronisation(olmoe, s)),
-        "head": (20, gpu_runs.head_loss),
-        "fine-tune": (120, gpu_runs.fine_tunes),
-        "scattermoe": (90, lambda s: gpu_layers.scattermoe(published, s)),
-        "step-olmoe-r64": (90, lambda s: gpu_models.training(olmoe_model, 64, s)),
-        "tiles": (120, lambda s: gpu_layers.tile_sweep(olmoe, s)),
-    }
+def rows_of_case(name: str, toy: bool, setting: Setting) -> Iterator[Row]:
+    """What a case measures. It imports what it needs, so that no other fails with it."""
+    if name in ("tests", "head", "fine-tune"):
+        from benchmarks import gpu_runs
+
+        found = {
+            "tests": gpu_runs.tests,
+            "head": gpu_runs.head_loss,
+            "fine-tune": gpu_runs.fine_tunes,
+        }
+        yield from found[name](setting)
+    elif name.startswith("packed"):
+        from benchmarks import gpu_packed
+
+        yield from gpu_packed.CASES[name](toy, setting)
+    elif name.startswith(("step", "growth")):
+        from benchmarks import gpu_models
+
+        yield from gpu_models.CASES[name](toy, setting)
+    else:
+        from benchmarks import gpu_layers
+
+        yield from gpu_layers.CASES[name](toy, setting)
 
 
 @contextmanager
@@ -157,6 +173,7 @@ def compute(names: list[str], toy: bool, seconds: float, scattermoe: str | None,
         began = time.monotonic()
         run_case(name, limit, measure, setting, out)
         if setting.on_gpu:
+            gc.collect()
             torch.cuda.empty_cache()
             torch.cuda.synchronize()  # raises where the device is lost
         mark_ended(name, time.monotonic() - began, out)

@@ -8,13 +8,14 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import nn
 
 from benchmarks.checks import SLACK, Reference, check_frozen, check_peft, results_of
 from benchmarks.experts_layer import SKEW, load_of, rank_met, ranks_of
+from benchmarks.gpu_setting import Setting, failure
 from benchmarks.harness import Row, alternate, rows_of, where
 from benchmarks.layers import Block, Inputs, Shape, make_experts, make_inputs, ours, peft, step_of
 
@@ -22,37 +23,6 @@ UNIFORM = 64
 ENGINES = ("grouped", "triton")
 # Triton's interpreter cuts bfloat16 off where a chip rounds it.
 INTERPRETER_SLACK = 4 * SLACK
-
-
-class OutOfTimeError(Exception):
-    """The time of a case is up."""
-
-
-@dataclass(frozen=True)
-class Setting:
-    """Where and how long to measure."""
-
-    device: str
-    rounds: int
-    warmup: int
-    calls: int
-    scattermoe: str | None = None
-
-    @property
-    def on_gpu(self) -> bool:
-        return self.device == "cuda"
-
-
-def failure(case: str, implementation: str | None, error: Exception) -> Row:
-    """The row of something that could not be measured, with the reason."""
-    if isinstance(error, OutOfTimeError):
-        raise error
-    kind = "out of memory" if isinstance(error, torch.OutOfMemoryError) else type(error).__name__
-    trace = traceback.extract_tb(error.__traceback__)
-    at = f" ({os.path.basename(trace[-1].filename)}:{trace[-1].lineno})" if trace else ""
-    text = " ".join(str(error).split())[:300]
-    return {"case": case, "implementation": implementation, "error": f"{kind}: {text}{at}",
-            **where()}  # fmt: skip
 
 
 class Layer:
@@ -310,3 +280,26 @@ def scattermoe_experts(experts: nn.Module, folder: str | None) -> nn.Module:
 def toy(shape: Shape) -> Shape:
     """The same kind of layer, small enough for an interpreter."""
     return replace(shape, hidden=32, width=16, experts=4, top_k=2, tokens=12)
+
+
+OLMOE_LAYER = Shape(2048, 1024, 64, 8, 8192, torch.bfloat16)
+QWEN3_LAYER = Shape(2048, 768, 128, 8, 8192, torch.bfloat16)
+# PEFT's own case, of which it published 2.56 ms and 1.30 GB on an H100 (its pull request 3577).
+PUBLISHED = replace(QWEN3_LAYER, tokens=4096)
+
+
+def sized(shape: Shape, is_toy: bool) -> Shape:
+    """The shape, or a toy of it."""
+    return toy(shape) if is_toy else shape
+
+
+# Name -> (whether at toy sizes, where) -> rows.
+CASES: dict[str, Callable[[bool, Setting], Iterator[Row]]] = {
+    "layer-published": lambda tiny, s: compare(sized(PUBLISHED, tiny), s, 16),
+    "layer-olmoe": lambda tiny, s: compare(sized(OLMOE_LAYER, tiny), s),
+    "layer-qwen3": lambda tiny, s: compare(sized(QWEN3_LAYER, tiny), s),
+    "trial": lambda tiny, s: by_trial(sized(PUBLISHED, tiny), s),
+    "synchronisation": lambda tiny, s: synchronisation(sized(OLMOE_LAYER, tiny), s),
+    "scattermoe": lambda tiny, s: scattermoe(sized(PUBLISHED, tiny), s),
+    "tiles": lambda tiny, s: tile_sweep(sized(OLMOE_LAYER, tiny), s),
+}

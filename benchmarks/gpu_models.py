@@ -13,7 +13,8 @@ from torch import nn
 from transformers import OlmoeConfig, OlmoeForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import drlora
-from benchmarks.gpu_layers import ENGINES, Setting, failure
+from benchmarks.gpu_layers import ENGINES
+from benchmarks.gpu_setting import Setting, failure
 from benchmarks.harness import Row, alternate, rows_of, where
 from benchmarks.models import (
     ModelShape,
@@ -193,3 +194,16 @@ def _grow(base: nn.Module, shape: ModelShape, setting: Setting) -> Row:
 def toy(shape: ModelShape) -> ModelShape:
     """The same kind of model, small enough for an interpreter."""
     return replace(shape, hidden=128, width=16, experts=4, top_k=2, layers=1, tokens=16, vocab=64)
+
+
+def sized(shape: ModelShape, is_toy: bool) -> ModelShape:
+    """The shape, or a toy of it."""
+    return toy(shape) if is_toy else shape
+
+
+# Name -> (whether at toy sizes, where) -> rows.
+CASES: dict[str, Callable[[bool, Setting], Iterator[Row]]] = {
+    "step-olmoe": lambda tiny, s: training(sized(OLMOE, tiny), 16, s),
+    "step-olmoe-r64": lambda tiny, s: training(sized(OLMOE, tiny), 64, s),
+    "growth-qwen3": lambda tiny, s: growing(sized(QWEN3, tiny), s),
+}

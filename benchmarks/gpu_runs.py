@@ -20,9 +20,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.gpu_layers import Setting
+from benchmarks.gpu_setting import Setting
 from benchmarks.harness import Row, where
-from drlora.evaluation import head
 
 ROOT = Path(__file__).parent.parent
 TESTS = ["tests/ops/test_triton.py", "tests/ranks/test_on_a_device.py",
@@ -50,7 +49,7 @@ def tests(setting: Setting) -> Iterator[Row]:
         *which,
     ]
     if setting.on_gpu and importlib.util.find_spec("xdist"):
-        command += ["-n", "4"]  # kernels are compiled side by side
+        command += ["-n", "8"]  # kernels are compiled side by side
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     started, counts, failed, last = time.monotonic(), {"PASSED": 0, "FAILED": 0}, [], ""
     ended = "cut off"
@@ -124,6 +123,8 @@ def _process(command: list[str], environment: dict[str, str]) -> Iterator[subpro
 
 def head_loss(setting: Setting) -> Iterator[Row]:
     """Loss and gradient of a head of 151,936 tokens: all logits, and the targets in chunks."""
+    from drlora.evaluation import head  # the other cases of this file do without the package
+
     hidden, vocabulary, tokens = (2048, 151_936, 2048) if setting.on_gpu else (16, 64, 24)
     torch.manual_seed(0)
     device, dtype = setting.device, torch.bfloat16

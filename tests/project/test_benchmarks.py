@@ -31,7 +31,7 @@ from benchmarks.checks import (
     check_peft,
     results_of,
 )
-from benchmarks.gpu_layers import Setting
+from benchmarks.gpu_setting import Setting
 from benchmarks.harness import LEAST_ROUNDS, alternate, read, rows_of
 from benchmarks.layers import Shape, make_experts, make_inputs, ours, peft, uneven_ranks
 from benchmarks.models import ModelShape
@@ -215,6 +215,17 @@ def test_a_case_that_fails_says_why(tmp_path):
     assert rows[2]["case"] == "long" and "stopped after" in rows[2]["error"]
 
 
+def test_what_is_missing_costs_its_case_alone(tmp_path, monkeypatch):
+    setting, out, known = Setting("cpu", 1, 0, 1), tmp_path / "rows.jsonl", gpu.cases(toy=True)
+    monkeypatch.setitem(sys.modules, "benchmarks.gpu_packed", None)
+    monkeypatch.delattr("benchmarks.gpu_packed", raising=False)
+    for name in ("packed-layer", "head"):
+        gpu.run_case(name, 60, known[name][1], setting, out)
+    failed, *rows = gpu.rows_in(out)
+    assert failed["case"] == "packed-layer" and "ModuleNotFoundError" in failed["error"]
+    assert len(rows) == 4 and not any("error" in row for row in rows)
+
+
 @pytest.mark.parametrize(
     ("ending", "said", "name"),
     [
@@ -295,6 +306,8 @@ def test_the_gpu_command_runs_at_toy_sizes(tmp_path, monkeypatch):
     assert timed >= {"hf_frozen", "grouped r16", "grouped independent", "grouped following"}
     assert timed >= {"16-bit grouped r16", "nf4 grouped r16", "int8 grouped following"}
     assert {f"triton {kind}" for kind in ("r16", "following")} <= timed | set(failed)
+    exact = {r["implementation"]: r["to_the_bit"] for r in rows if "to_the_bit" in r}
+    assert all(exact[f"nf4 grouped {kind}"] for kind in ("r16", "independent", "following"))
     grown = [row for row in rows if row.get("grants")]
     assert [row["case"].split()[1] for row in grown] == ["packed", "growth"]
     (grew,) = (row for row in grown if "ranks_spent" in row)

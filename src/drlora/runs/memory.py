@@ -7,8 +7,8 @@ backward pass, in the dtype of the weights, with fused attention and the grouped
     its experts                 K (2 H + 4 I + rank of the adapter for each projection)
     logits                      vocabulary x (dtype + 2 x 4 bytes), as the loss is in float32
 
-Of a large vocabulary `drlora train` never holds all logits (`drlora.evaluation.head`; TRL's head
-on a GPU); a model that scales or caps its logits holds them on a CPU all the same.
+Of a large vocabulary `drlora train` holds no more than a chunk of 256 MB (`drlora.evaluation.head`;
+TRL's head on a GPU); a model that scales or caps its logits holds them on a CPU all the same.
 
 The loop engine of the CPU keeps less. With gradient checkpointing H of each layer is kept, and all
 of one layer.
@@ -22,7 +22,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from drlora.config.adapter import DrLoraConfig
-from drlora.evaluation.head import CHUNK_BYTES, LEAST_VOCABULARY
+from drlora.evaluation.head import CHUNK_BYTES_ELSEWHERE, LEAST_VOCABULARY
 from drlora.forecast.memory import optimizer_bytes
 from drlora.moe.blocks import MoEBlock
 from drlora.runs.inspection import Beside, BlockShape, Memory, MemoryAtTarget, TrainedParts
@@ -135,6 +135,6 @@ def _activations(
     vocabulary, each = getattr(text, "vocab_size", 0), dtype.itemsize + 2 * NUMBER_BYTES
     logits = tokens * vocabulary * each
     if vocabulary >= LEAST_VOCABULARY:
-        logits = min(logits, CHUNK_BYTES["cpu"] // NUMBER_BYTES * each)
+        logits = min(logits, CHUNK_BYTES_ELSEWHERE)
     checkpointed = layers * hidden * dtype.itemsize + a_layer
     return tokens * layers * a_layer + logits, tokens * checkpointed + logits
