@@ -22,7 +22,7 @@ INIT = """examples:
   drlora init --list
 """
 PLAN = """examples:
-  drlora plan path/to/model train.jsonl -o own.yaml
+  drlora plan path/to/model path/to/train.jsonl -o own.yaml
   drlora plan allenai/OLMoE-1B-7B-0924 train.jsonl --gpu 24GB
   drlora plan embedded embedded:kinds --memory 2GB --range-test
 """
