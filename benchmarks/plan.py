@@ -113,10 +113,11 @@ def budget_row(case: Case, folder: Path, parts: dict[str, float]) -> Row:
     make(case, folder, STEPS)
     budget = (parts["total"] - 0.5 * (parts["step"] + parts["allocator"])) / (1 - MARGIN)
     output = folder / "planned.yaml"
-    short = ["training.max_steps=3", "training.save_strategy=no", "training.warmup_steps=1",
+    short = ["training.max_steps=2", "training.save_strategy=no", "training.warmup_steps=0",
              f"output_dir={folder / 'planned'}", f"data.eval={folder / 'eval.jsonl'}",
              "evaluation.before=false", "evaluation.exact_match=false", "evaluation.samples=0",
-             "adapter.grow_every=1", "adapter.settle_steps=1"]  # fmt: skip
+             f"evaluation.loss_examples={case.batch}", f"data.max_length={case.length}",
+             "training.gradient_accumulation_steps=1", "adapter.r_init=16"]  # fmt: skip
     words = [
         str(folder / "model"),
         str(folder / "train.jsonl"),

@@ -25,6 +25,7 @@ from pathlib import Path
 from drlora.compare.cells import compare_cells, places
 from drlora.compare.plan import load_plan
 from drlora.config.adapter import DrLoraConfig
+from drlora.forecast.step import Batch
 from drlora.runs.inspect import inspect
 from drlora.runs.inspection import Inspection
 from drlora.runs.quantise import QuantiseSection
@@ -85,10 +86,10 @@ def micro_batch_tokens(recipe: Recipe) -> int:
 
 @cache
 def _inspected(
-    config: str, settings: str, dtype: str, tokens: int, quantise: QuantiseSection, optim: str
+    config: str, settings: str, dtype: str, batch: Batch, quantise: QuantiseSection, optim: str
 ) -> Inspection:
     adapter = DrLoraConfig(**json.loads(settings))
-    return inspect(config, adapter, None, dtype, tokens, quantise, optim)
+    return inspect(config, adapter, None, dtype, batch, quantise, optim)
 
 
 def inspected(recipe: Recipe, config: str) -> Inspection:
@@ -98,7 +99,12 @@ def inspected(recipe: Recipe, config: str) -> Inspection:
         config,
         json.dumps(settings_of(recipe.adapter)),
         dtype,
-        micro_batch_tokens(recipe),
+        Batch(
+            recipe.training["per_device_train_batch_size"],
+            recipe.data.max_length or 1024,
+            fuses_head=True,
+            engine="grouped",
+        ),
         recipe.quantise,
         str(recipe.training.get("optim", "adamw_torch")),
     )

@@ -16,6 +16,7 @@ from drlora.cli.inspection import CHART_HEIGHT, growth_chart, print_inspection
 from drlora.cli.main import main
 from drlora.config.adapter import DrLoraConfig
 from drlora.embedded import model_folder
+from drlora.forecast.step import Batch
 from drlora.runs.inspect import inspect
 from drlora.runs.inspection import MeanRank, SizeAtRank
 
@@ -224,10 +225,10 @@ def test_activations_are_what_autograd_keeps():
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept = sum(s.nbytes() for pointer, s in storages.items() if pointer not in own)
     loss.backward()
-    memory = inspect("embedded", config, dtype="float32", tokens=ids.numel()).memory_gb
-    # The logits and their gradient are there at the peak, but kept is only the softmax.
-    at_peak = ids.numel() * model.config.vocab_size * 8
-    assert memory.activations * 1e9 - at_peak == pytest.approx(kept, rel=0.2)
+    memory = inspect("embedded", config, dtype="float32", batch=Batch(4, 64)).memory_gb
+    # The gradient of the logits, twice, is there at the peak too, and what the loss works in.
+    logits = ids.numel() * model.config.vocab_size * 4
+    assert kept < memory.activations * 1e9 < kept + 4 * logits
     assert memory.activations_with_checkpointing < memory.activations
 
 

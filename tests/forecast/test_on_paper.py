@@ -10,6 +10,7 @@ from tiny import make_batch, make_config, make_model
 from transformers import AutoModelForCausalLM
 
 from drlora import DrLoraConfig
+from drlora.forecast import step
 from drlora.forecast.counting import Counting
 from drlora.forecast.memory import memory_forecast, optimizer_bytes
 from drlora.forecast.pace import GPUS, measure_pace, seconds_on, with_layers
@@ -26,9 +27,11 @@ def on_paper(family: str, dtype: torch.dtype, checkpoints: bool = False, **chang
     return model, pass_on_paper(model, Batch(ROWS, LENGTH, checkpoints), dtype)
 
 
-def counted(family: str, dtype: torch.dtype, **changes) -> int:
+def counted(family: str, dtype: torch.dtype, engine: str = "auto", **changes) -> int:
     """Most bytes of a real step, by the same count."""
-    model = get_peft_model(make_model(family, **changes).to(dtype), DrLoraConfig(**ADAPTER))
+    model = get_peft_model(
+        make_model(family, **changes).to(dtype), DrLoraConfig(**ADAPTER, engine=engine)
+    )
     model.train()
     batch = make_batch(rows=ROWS, length=LENGTH)
     counting = Counting()
@@ -45,6 +48,28 @@ def test_memory_is_that_of_a_real_step(family, dtype):
     sizes = dict(hidden_size=128, vocab_size=512)
     _, found = on_paper(family, dtype, **sizes)
     assert found.peak_bytes == pytest.approx(counted(family, dtype, **sizes), rel=0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_engine_of_a_gpu_runs_on_paper_itself(dtype):
+    sizes = dict(hidden_size=128, vocab_size=512)
+    model, loop = on_paper("olmoe", dtype, **sizes)
+    found = pass_on_paper(model, Batch(ROWS, LENGTH, engine="grouped"), dtype)
+    wanted = counted("olmoe", dtype, engine="grouped", **sizes)
+    assert found.peak_bytes == pytest.approx(wanted, rel=0.1)
+    assert found.peak_bytes > loop.peak_bytes
+    assert found.work.products == pytest.approx(loop.work.products, rel=0.5)
+
+
+def test_of_many_layers_some_stand_for_all(monkeypatch):
+    """A model that begins with a layer of another kind; the model is as it was afterwards."""
+    model, found = on_paper("deepseek_v3", torch.float32, num_hidden_layers=13)
+    monkeypatch.setattr(step, "LAYERS", (98, 99))
+    whole = pass_on_paper(model, Batch(ROWS, LENGTH), torch.float32)
+    assert found.peak_bytes == pytest.approx(whole.peak_bytes, rel=0.01)
+    assert found.kept_bytes == pytest.approx(whole.kept_bytes, rel=0.01)
+    assert found.work.products == pytest.approx(whole.work.products, rel=0.001)
+    assert found.work.calls == pytest.approx(whole.work.calls, rel=0.01)
 
 
 def test_checkpointed_layers_are_kept_no_more_and_computed_again():

@@ -33,6 +33,7 @@ from drlora.cli.verification import print_verification
 from drlora.compare.comparison import run_comparison
 from drlora.doctor.examine import examine
 from drlora.errors import CheckpointError, ConfigError, Terminated
+from drlora.forecast.step import Batch
 from drlora.io.settings import set_in, split_override
 from drlora.planning.plan import plan
 from drlora.recipes import about, recipe_names
@@ -47,6 +48,7 @@ from drlora.runs.generate import generate
 from drlora.runs.inspect import inspect
 from drlora.runs.interrupt import sigterm_interrupts
 from drlora.runs.look import look_at_data
+from drlora.runs.memory import LENGTH
 from drlora.runs.new_recipe import OWN_DATA, write_recipe
 from drlora.runs.outcome import RunDiverged, RunInterrupted
 from drlora.runs.prompts import read_prompts
@@ -254,7 +256,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
         config,
         arguments.steps,
         arguments.dtype,
-        arguments.tokens,
+        _batch_of(arguments.tokens),
         quantise_section(kept),
     )
     if arguments.json:
@@ -262,6 +264,15 @@ def _inspect(arguments: argparse.Namespace) -> int:
     else:
         print_inspection(found)
     return 0
+
+
+def _batch_of(tokens: int | None) -> Batch | None:
+    """So many tokens as examples of `LENGTH`, or one that is shorter."""
+    if tokens is None:
+        return None
+    if tokens < 1:
+        raise ConfigError(f"--tokens {tokens} must be at least 1.")
+    return Batch(max(1, tokens // LENGTH), min(tokens, LENGTH))
 
 
 def _export(arguments: argparse.Namespace) -> int:

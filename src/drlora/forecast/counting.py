@@ -38,6 +38,13 @@ class Work:
     moved_bytes: float = 0.0
     calls: int = 0
 
+    def __add__(self, other: Work) -> Work:
+        return Work(
+            self.products + other.products,
+            self.moved_bytes + other.moved_bytes,
+            self.calls + other.calls,
+        )
+
     def __sub__(self, other: Work) -> Work:
         return Work(
             self.products - other.products,
@@ -79,7 +86,11 @@ class Counting(TorchDispatchMode):
         name = func.overloadpacket.__name__
         if name == "_local_scalar_dense" and args[0].dtype == torch.bool:
             return True  # asked is whether a mask is all ones, or positions are those of one text
-        result = func(*args, **(kwargs or {}))
+        if name == "_grouped_mm":  # torch has it on paper in bfloat16 alone
+            offsets = (kwargs or {}).get("offs", args[2] if len(args) > 2 else None)
+            result: Any = _grouped(args[0], args[1], offsets)
+        else:
+            result = func(*args, **(kwargs or {}))
         given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         made = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
         for tensor in made:
@@ -114,7 +125,17 @@ class Counting(TorchDispatchMode):
 def _product(name: str, given: list[Tensor], made: list[Tensor]) -> float:
     """2 x m x n x k of (m, k) times (k, n)."""
     factors = given[1:] if name.startswith("add") or name == "baddbmm" else given
-    return 2.0 * made[0].numel() * factors[0].shape[-1]
+    out = made[0]
+    # Rows of both factors are grouped: each group has its own part of what is summed over.
+    is_split = name == "_grouped_mm" and out.dim() == 3
+    return 2.0 * out.numel() * factors[0].shape[-1] / (len(out) if is_split else 1)
+
+
+def _grouped(x_SK: Tensor, w_EKN: Tensor, offsets: Any) -> Tensor:
+    """(S, N) of rows that are grouped; (E, S, N) where both are, of what is summed over."""
+    if w_EKN.dim() == 3:
+        return x_SK.new_empty(x_SK.shape[0], w_EKN.shape[2])
+    return x_SK.new_empty(len(offsets), x_SK.shape[0], w_EKN.shape[1])
 
 
 def _touched(tensor: Tensor) -> int:

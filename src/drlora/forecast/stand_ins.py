@@ -18,7 +18,10 @@ from transformers.masking_utils import AttentionMaskInterface
 from drlora.adapter.layer import DrLoraExperts
 from drlora.adapter.pool import RankPool
 from drlora.forecast.counting import Counting
+from drlora.ops.grouped import experts_grouped
 from drlora.ops.loop.tasks import FEWEST_ROWS, MOST_ROWS, TASKS_PER_THREAD
+from drlora.ops.parts import DropoutMasks, LoraPiece
+from drlora.ops.routing import sort_by_expert
 from drlora.ops.scratch import LARGEST_KEPT
 from drlora.ops.weights import MATRICES, ExpertWeights
 
@@ -158,11 +161,17 @@ class _Shape:
         _counting[-1].more_work(products, rows * self.moved)
 
 
-def _experts(layer: DrLoraExperts, dtype: torch.dtype) -> Any:
+def _experts(layer: DrLoraExperts, dtype: torch.dtype, engine: str) -> Any:
     def run(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, **_: Any) -> Tensor:
         base = layer.base_weights
         x_TH = hidden_states.to(base.dtype)
         pools = [p for name in layer._names() for p in layer.adapter(name).rank_pools.values()]
+        if engine == "grouped":  # which runs on paper itself
+            pieces = [p for name in layer._names() for p in _pieces(layer, name, x_TH.dtype)]
+            routing = sort_by_expert(top_k_index, base.num_experts)
+            masks = DropoutMasks(None, None)
+            out_TH = experts_grouped(x_TH, top_k_weights, routing, base, pieces, masks)
+            return out_TH.to(hidden_states.dtype)
         factors = [factor for pool in pools for factor in _rows_in_use(pool, x_TH.dtype)]
         shape = _Shape(base, pools, dtype)
         place_TK = torch.empty_like(top_k_index, dtype=torch.int64)
@@ -180,14 +189,28 @@ def _rows_in_use(pool: RankPool, dtype: torch.dtype) -> Iterator[Tensor]:
         yield factor_RO.index_select(0, index_R).to(dtype)
 
 
+def _pieces(layer: DrLoraExperts, name: str, dtype: torch.dtype) -> Iterator[LoraPiece]:
+    """With as many rows for each expert."""
+    adapter = layer.adapter(name)
+    for projection, pool in adapter.rank_pools.items():
+        matrix, start, step = layer.block.place_of(projection)
+        a_RI, b_RO = _rows_in_use(pool, dtype)
+        rank = a_RI.shape[0] // layer.block.num_experts
+        offsets = tuple(range(0, rank * layer.block.num_experts + 1, rank))
+        yield LoraPiece(matrix, start, a_RI, b_RO, offsets, adapter.config.scaling, step)
+
+
 @contextmanager
-def on_paper(model: nn.Module, counting: Counting, dtype: torch.dtype) -> Iterator[None]:
+def on_paper(
+    model: nn.Module, counting: Counting, dtype: torch.dtype, engine: str = "loop"
+) -> Iterator[None]:
     """While it lasts, the model runs without numbers.
 
     Args:
         model: on the device `meta`, with its adapter.
         counting: what stand-ins tell of their work.
         dtype: that experts compute in.
+        engine: `loop`, or `grouped`, as `auto` has it on a GPU.
     """
     layers = [m for m in model.modules() if isinstance(m, DrLoraExperts)]
     config: Any = model.get_base_model().config.get_text_config()  # type: ignore[operator]
@@ -196,7 +219,7 @@ def on_paper(model: nn.Module, counting: Counting, dtype: torch.dtype) -> Iterat
         config._attn_implementation = ATTENTION
     _counting.append(counting)
     for layer in layers:
-        layer.__dict__["_run"] = _experts(layer, dtype)
+        layer.__dict__["_run"] = _experts(layer, dtype, engine)
     try:
         yield
     finally:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,9 @@ from drlora.config.adapter import DrLoraConfig
 from drlora.forecast.counting import Counting, Work
 from drlora.forecast.stand_ins import on_paper
 
+# Layers that are run of a model with more: four repeat whatever pattern layers follow.
+LAYERS = (4, 8)
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -31,6 +35,7 @@ class Batch:
         length: tokens of each, padding included.
         checkpoints: whether layers are computed again in the backward pass.
         fuses_head: whether the loss is formed in the LM head, without all logits (on a GPU).
+        engine: of experts: `loop` on a CPU, `grouped` on a GPU.
         autocast: dtype of products, where it is not that of the weights.
     """
 
@@ -38,6 +43,7 @@ class Batch:
     length: int
     checkpoints: bool = False
     fuses_head: bool = False
+    engine: str = "loop"
     autocast: torch.dtype | None = None
 
     @property
@@ -86,9 +92,46 @@ def pass_on_paper(
         dtype: that experts compute in.
         trains: whether there is a backward pass.
 
+    Returns:
+        Of the whole model; of one with more layers than `LAYERS` what the first of these take, and
+        as much again for the others as the latter of these do.
+
     Raises:
         RuntimeError: what a model says that cannot run without numbers.
     """
+    base: Any = model.get_base_model()
+    config = base.config.get_text_config()
+    whole = config.num_hidden_layers
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == whole]
+    few, more = LAYERS
+    if whole <= more or len(lists) != 1:
+        return _pass(model, batch, dtype, trains)
+    found = []
+    for layers in LAYERS:
+        with _first_layers(config, lists[0], layers):
+            found.append(_pass(model, batch, dtype, trains))
+    times = (whole - more) / (more - few)
+    short, long = found
+    return PassOnPaper(
+        round(long.kept_bytes + times * (long.kept_bytes - short.kept_bytes)),
+        round(long.peak_bytes + times * (long.peak_bytes - short.peak_bytes)),
+        long.work + (long.work - short.work) * times,
+    )
+
+
+@contextmanager
+def _first_layers(config: Any, layers: nn.ModuleList, number: int) -> Iterator[None]:
+    """While it lasts, the model has no more."""
+    whole, kept = config.num_hidden_layers, dict(layers._modules)
+    config.num_hidden_layers = number
+    layers._modules = {name: kept[name] for name in list(kept)[:number]}
+    try:
+        yield
+    finally:
+        config.num_hidden_layers, layers._modules = whole, kept
+
+
+def _pass(model: PeftModel, batch: Batch, dtype: torch.dtype, trains: bool) -> PassOnPaper:
     model.train(trains)
     if batch.checkpoints and trains:
         with warnings.catch_warnings():
@@ -98,7 +141,12 @@ def pass_on_paper(
     counting = Counting()
     counting.ignore([*model.parameters(), *model.buffers()])
     cast = torch.autocast("cpu", batch.autocast) if batch.autocast else nullcontext()
-    with counting, on_paper(model, counting, dtype), torch.set_grad_enabled(trains), cast:
+    with (
+        counting,
+        on_paper(model, counting, dtype, batch.engine),
+        torch.set_grad_enabled(trains),
+        cast,
+    ):
         ids_BL = torch.zeros(batch.examples, batch.length, dtype=torch.int64, device="meta")
         given: dict[str, Any] = {"labels": ids_BL}
         if batch.fuses_head:

@@ -342,6 +342,7 @@ class _Draft:
         if seconds is not None:
             forecast |= {"step_seconds": float(f"{seconds:.3g}"), "step_from": known_from}
         self._put({"forecast": forecast})
+        self.text = self.text.replace("Written by drlora init.", "Written by drlora plan.", 1)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_at_once(self.path, self.text)
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from drlora.runs.arguments import training_arguments
+from drlora.runs.forecast import batches
 from drlora.runs.held_out import evaluation_notes
 from drlora.runs.inspect import inspect
 from drlora.runs.inspection import Inspection
-from drlora.runs.job import Job, prepare
+from drlora.runs.job import prepare
 from drlora.runs.recipe import Recipe
 from drlora.runs.rundir import RunDir
 
@@ -61,20 +62,15 @@ def dry_run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) ->
     checkpoint = run.newest_checkpoint() if resume else None
     job = prepare(recipe, run, training_arguments(recipe, run), checkpoint, resume)
     dtype = None if recipe.dtype == "auto" else recipe.dtype
-    tokens = _tokens_of_a_batch(job)
+    batch = batches(job, job.arguments.device.type == "cpu")[0]
     found = inspect(
         recipe.model,
         recipe.adapter_config(),
         job.plan_steps,
         dtype,
-        tokens,
+        replace(batch, checkpoints=False, fuses_head=False),
         recipe.quantise,
         getattr(job.arguments.optim, "value", job.arguments.optim),
     )
     notes = (*job.notes(), *evaluation_notes(job.measured, recipe.evaluation))
     return DryRun(recipe, job.total_steps, job.counts(), notes, found)
-
-
-def _tokens_of_a_batch(job: Job) -> int:
-    """Of the largest batch there can be, padding included."""
-    return job.longest * job.batch_size

@@ -100,6 +100,7 @@ def batches(job: Job, on_cpu: bool) -> tuple[Batch, Batch]:
         length=job.longest,
         checkpoints=bool(settings.gradient_checkpointing),
         fuses_head=not on_cpu,
+        engine="loop" if on_cpu else "grouped",
         autocast=torch.bfloat16 if settings.bf16 else torch.float16 if settings.fp16 else None,
     )
     if "seq_lengths" in job.train.tokens.column_names or getattr(settings, "padding_free", False):

@@ -7,12 +7,11 @@ Only the model's config is read; the model itself is built without memory for it
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Sequence
 
 import torch
-from peft import get_peft_model
+from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -21,6 +20,7 @@ from drlora.adapter.inject import choose_blocks
 from drlora.config.adapter import DrLoraConfig
 from drlora.config.registry import ALLOCATIONS
 from drlora.errors import ConfigError
+from drlora.forecast.step import Batch, adapted_on_paper
 from drlora.moe.blocks import MoEBlock, active_experts, find_blocks
 from drlora.ops.weights import MATRICES
 from drlora.ranks.schedule import Competitors, GrowthPlan, make_schedule, plan_of
@@ -36,7 +36,7 @@ from drlora.runs.inspection import (
     SizeAtRank,
 )
 from drlora.runs.loading import load_architecture, model_on_meta
-from drlora.runs.memory import TOKENS, adapter_parameters, memory_plan, stored_rank
+from drlora.runs.memory import LENGTH, TOKENS, adapter_parameters, memory_plan, stored_rank
 from drlora.runs.quantise import QuantiseSection
 from drlora.runs.recipe import DTYPES
 
@@ -48,7 +48,7 @@ def inspect(
     config: DrLoraConfig | None = None,
     steps: int | None = None,
     dtype: str | None = None,
-    tokens: int | None = None,
+    batch: Batch | None = None,
     quantise: QuantiseSection | None = None,
     optim: str = "adamw_torch",
 ) -> Inspection:
@@ -59,8 +59,8 @@ def inspect(
         config: the adapter to plan for; by default that of the default settings.
         steps: optimizer steps of a run; without it there is no growth plan.
         dtype: of the base weights; by default what the model's config says.
-        tokens: of a forward and backward pass, padding included, that activations are kept for; by
-            default 4,096.
+        batch: of a forward and backward pass, that activations are kept for; by default 8 examples
+            of 512 tokens.
         quantise: how the base is to be kept; by default as its checkpoint has it.
         optim: the optimizer, by transformers' name.
 
@@ -78,7 +78,8 @@ def inspect(
     weight_bytes = kept.weight_bytes(skeleton, weights_dtype, find_blocks(skeleton))
     parameters = _parameters(skeleton, blocks)
     described = tuple(_block(block, skeleton) for block in blocks)
-    beside = _beside(skeleton, config)
+    adapted = adapted_on_paper(skeleton, config, weights_dtype)
+    beside = _beside(adapted, config, blocks)
     growth = None if steps is None else _growth(blocks, config, steps)
     return Inspection(
         model=model,
@@ -89,12 +90,11 @@ def inspect(
         memory_gb=memory_plan(
             weight_bytes,
             blocks,
-            described,
-            architecture,
             config,
             beside,
+            adapted,
             weights_dtype,
-            TOKENS if tokens is None else tokens,
+            batch or Batch(max(1, TOKENS // LENGTH), LENGTH),
             str(kept),
             optim,
         ),
@@ -114,13 +114,12 @@ def _block(block: MoEBlock, skeleton: PreTrainedModel) -> BlockShape:
     )
 
 
-def _beside(skeleton: PreTrainedModel, config: DrLoraConfig) -> Beside:
-    """Counted on the adapter itself, made without memory; `skeleton` is used up."""
-    routers = {block.router_name for block in choose_blocks(skeleton, config)}
-    get_peft_model(skeleton, copy.deepcopy(config), low_cpu_mem_usage=True)
+def _beside(adapted: PeftModel, config: DrLoraConfig, blocks: Sequence[MoEBlock]) -> Beside:
+    """Counted on the adapter itself, made without memory."""
+    routers = {block.router_name for block in blocks}
     lora: list[int] = []
     saved = {"routers": 0, "modules_to_save": 0}
-    for name, module in skeleton.named_modules():
+    for name, module in adapted.get_base_model().named_modules():
         if isinstance(module, LoraLayer):
             pairs = (module.lora_A, module.lora_B)
             lora.append(sum(p.numel() for pair in pairs for p in pair.parameters()))

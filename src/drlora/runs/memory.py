@@ -1,35 +1,28 @@
 """How much memory a run needs: weights, adapter, gradients, optimizer, activations.
 
-All but the activations are counted. Those are an estimate of what is kept of each token for the
-backward pass, in the dtype of the weights, with fused attention and the grouped engine:
-
-    a layer, but for experts    8 H
-    its experts                 K (2 H + 4 I + rank of the adapter for each projection)
-    logits                      vocabulary x (dtype + 2 x 4 bytes), as the loss is in float32
-
-Of a large vocabulary `drlora train` holds no more than a chunk of 256 MB (`drlora.evaluation.head`;
-TRL's head on a GPU); a model that scales or caps its logits holds them on a CPU all the same.
-
-The loop engine of the CPU keeps less. With gradient checkpointing H of each layer is kept, and all
-of one layer.
+All but the activations are counted from shapes. Activations are what a step has on paper at its
+peak beside the gradients (`drlora.forecast`): the logits and their gradients are among them, and
+what experts work in. Where a model does not run on paper they are not known, and said to be NaN.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
-from transformers import PreTrainedConfig
+from peft import PeftModel
 
 from drlora.config.adapter import DrLoraConfig
-from drlora.evaluation.head import CHUNK_BYTES_ELSEWHERE, LEAST_VOCABULARY
 from drlora.forecast.memory import optimizer_bytes
+from drlora.forecast.step import Batch, pass_on_paper
 from drlora.moe.blocks import MoEBlock
-from drlora.runs.inspection import Beside, BlockShape, Memory, MemoryAtTarget, TrainedParts
+from drlora.runs.inspection import Beside, Memory, MemoryAtTarget, TrainedParts
 
 GB = 1e9
 NUMBER_BYTES = 4  # adapters are trained in float32
-TOKENS = 4096
+TOKENS, LENGTH = 4096, 512
 SCALES = (0.25, 0.5, 1, 2, 4)
 
 
@@ -50,12 +43,11 @@ def stored_rank(config: DrLoraConfig) -> float:
 def memory_plan(
     weight_bytes: int,
     blocks: Sequence[MoEBlock],
-    described: Sequence[BlockShape],
-    architecture: PreTrainedConfig,
     config: DrLoraConfig,
     beside: Beside,
+    adapted: PeftModel,
     dtype: torch.dtype,
-    tokens: int,
+    batch: Batch,
     quantised: str,
     optim: str,
 ) -> Memory:
@@ -64,12 +56,11 @@ def memory_plan(
     Args:
         weight_bytes: of the base.
         blocks: that are adapted.
-        described: the same blocks.
-        architecture: of the base.
         config: of the adapter.
         beside: what is trained beside the experts.
+        adapted: the model with its adapter, on paper.
         dtype: of the base's weights that are not quantised.
-        tokens: of a batch, padding included.
+        batch: of one pass.
         quantised: what of the base is, in words.
         optim: the optimizer, by transformers' name.
     """
@@ -86,8 +77,7 @@ def memory_plan(
         part / GB
         for part in _trained(adapter_parameters(blocks, config, stored), beside, dtype, kept_bytes)
     )
-    active = sum((d.top_k or 1) for d in described) / len(described)
-    kept, checkpointed = _activations(architecture, described, config, active, dtype, tokens)
+    kept, checkpointed = _activations(adapted, batch, dtype, gradients * GB)
     totals = [(round(config.r_target * s), trained(stored * s)) for s in SCALES]
     return Memory(
         dtype=str(dtype).removeprefix("torch."),
@@ -96,7 +86,7 @@ def memory_plan(
         adapter_at_budget=trained(stored),
         adapter_at_r_max_everywhere=trained(config.r_max),
         parts=TrainedParts(adapter, gradients, optimizer),
-        tokens=tokens,
+        tokens=batch.tokens,
         activations=kept / GB,
         activations_with_checkpointing=checkpointed / GB,
         by_rank=tuple(
@@ -119,22 +109,17 @@ def _trained(
 
 
 def _activations(
-    architecture: PreTrainedConfig,
-    described: Sequence[BlockShape],
-    config: DrLoraConfig,
-    active: float,
-    dtype: torch.dtype,
-    tokens: int,
+    adapted: PeftModel, batch: Batch, dtype: torch.dtype, gradients: float
 ) -> tuple[float, float]:
-    """Bytes kept for the backward pass, without and with gradient checkpointing."""
-    text = architecture.get_text_config()
-    layers = getattr(text, "num_hidden_layers", len(described))
-    hidden, width = described[0].hidden_size, described[0].expert_width
-    experts = active * (2 * hidden + 4 * width + len(config.projections) * config.r_target)
-    a_layer = (8 * hidden + experts) * dtype.itemsize
-    vocabulary, each = getattr(text, "vocab_size", 0), dtype.itemsize + 2 * NUMBER_BYTES
-    logits = tokens * vocabulary * each
-    if vocabulary >= LEAST_VOCABULARY:
-        logits = min(logits, CHUNK_BYTES_ELSEWHERE)
-    checkpointed = layers * hidden * dtype.itemsize + a_layer
-    return tokens * layers * a_layer + logits, tokens * checkpointed + logits
+    """Bytes beside the gradients at the peak, without and with gradient checkpointing."""
+
+    def peak(checkpoints: bool) -> float:
+        try:
+            found = pass_on_paper(adapted, replace(batch, checkpoints=checkpoints), dtype)
+        except Exception:  # whatever a model makes of tensors without numbers
+            return math.nan
+        return max(found.peak_bytes - gradients, 0.0)
+
+    plain = peak(False)
+    can_checkpoint = getattr(adapted.get_base_model(), "supports_gradient_checkpointing", False)
+    return plain, peak(True) if can_checkpoint else plain
