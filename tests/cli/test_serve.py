@@ -166,6 +166,24 @@ def test_an_engine_that_does_not_mind_ctrl_c_is_ended_all_the_same(
     assert time.monotonic() - started < 60
 
 
+def test_a_second_ctrl_c_leaves_no_engine_behind(install, port, tmp_path, monkeypatch):
+    install("vllm")
+    monkeypatch.setenv("ENGINE_IS_STUBBORN", "1")
+    command = [tmp_path / "bin" / "vllm", "--port", port]
+    with subprocess.Popen(command, start_new_session=True) as process:
+        while not (tmp_path / "words.json").exists():
+            time.sleep(0.05)
+        wait = process.wait
+
+        def interrupted(seconds):
+            monkeypatch.setattr(process, "wait", wait)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(process, "wait", interrupted)
+        serve._end(process)
+        assert process.poll() == -signal.SIGKILL
+
+
 def test_an_engine_that_dies_is_told(run, install, port, capfd, monkeypatch):
     install("vllm")
     monkeypatch.setenv("ENGINE_DIES", "1")

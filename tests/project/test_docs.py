@@ -9,6 +9,7 @@ import importlib
 import importlib.util
 import io
 import json
+import os
 import re
 import shlex
 import shutil
@@ -135,7 +136,7 @@ def test_commands(page, world, tmp_path, monkeypatch, capsys):
             engine = tmp_path / "bin" / "vllm"
             engine.parent.mkdir(exist_ok=True)
             engine.touch(mode=0o755)
-            monkeypatch.setenv("PATH", str(engine.parent))
+            monkeypatch.setenv("PATH", str(engine.parent), prepend=os.pathsep)
             words = [word for word in words if word != "--dry-run"] + ["--dry-run"]
         if verb == "export":
             words[words.index("-o") + 1] = str(tmp_path / str(len(list(tmp_path.iterdir()))))

@@ -7,6 +7,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralForCausalLM
 
+from drlora.export.choices import ROUNDINGS
+
 SCRIPTS = Path(__file__).parents[2] / "experiments" / "realistic"
 if not SCRIPTS.is_dir():
     pytest.skip("this source distribution came without experiments/", allow_module_level=True)
@@ -20,7 +22,7 @@ def script(name):
     return module
 
 
-build, check = script("build"), script("check")
+build, check, merges = script("build"), script("check"), script("merges")
 IDS = torch.randint(60, (2, 12), generator=torch.Generator().manual_seed(0))
 
 
@@ -63,3 +65,10 @@ def test_the_check_plants_each_kind_of_defect():
     assert {(format, "a dropped expert") for format in ("peft", "per-expert", "merged")} <= cases
     roundings = {rounding for _, rounding, defect in check.CASES if defect == "nothing merged"}
     assert roundings == {"nearest", "stochastic"}
+
+
+def test_merges_are_compared_with_both_kinds_of_rounding():
+    """And the run of a seed can be planned."""
+    assert set(merges.MODES) == set(ROUNDINGS)
+    recipe = merges.recipe("embedded", 240, 3, Path("somewhere"))
+    assert recipe.to_dict()["training"]["seed"] == 3 and recipe.dtype == "bfloat16"

@@ -148,13 +148,22 @@ def started(plan: ServingPlan, output: IO[bytes] | int | None = None) -> Iterato
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """As Ctrl-C does; harder where that does not help."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, number)
+    """As Ctrl-C does; harder where that does not help, and at once at a second Ctrl-C."""
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            _tell(process, number)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(PATIENCE_S)
+                break
+    except KeyboardInterrupt:
+        pass  # whoever presses it again is in a hurry
+    finally:
+        _tell(process, signal.SIGKILL)  # children that outlived it, too
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(PATIENCE_S)
-            break
-    # Children that outlived it.
+
+
+def _tell(process: subprocess.Popen[bytes], number: int) -> None:
+    """Its whole group, as far as there is any of it."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
+        os.killpg(process.pid, number)
