@@ -202,7 +202,11 @@ def _pieces(layer: DrLoraExperts, name: str, dtype: torch.dtype) -> Iterator[Lor
 
 @contextmanager
 def on_paper(
-    model: nn.Module, counting: Counting, dtype: torch.dtype, engine: str = "loop"
+    model: nn.Module,
+    counting: Counting,
+    dtype: torch.dtype,
+    engine: str = "loop",
+    reads_mask: bool = False,
 ) -> Iterator[None]:
     """While it lasts, the model runs without numbers.
 
@@ -211,11 +215,14 @@ def on_paper(
         counting: what stand-ins tell of their work.
         dtype: that experts compute in.
         engine: `loop`, or `grouped`, as `auto` has it on a GPU.
+        reads_mask: whether attention has its matrix, for models that read its mask themselves.
     """
     layers = [m for m in model.modules() if isinstance(m, DrLoraExperts)]
     config: Any = model.get_base_model().config.get_text_config()  # type: ignore[operator]
     before = config._attn_implementation
-    if before in WITHOUT_MATRIX:
+    if reads_mask:
+        config._attn_implementation = "eager"
+    elif before in WITHOUT_MATRIX:
         config._attn_implementation = ATTENTION
     _counting.append(counting)
     for layer in layers:

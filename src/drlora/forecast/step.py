@@ -132,6 +132,15 @@ def _first_layers(config: Any, layers: nn.ModuleList, number: int) -> Iterator[N
 
 
 def _pass(model: PeftModel, batch: Batch, dtype: torch.dtype, trains: bool) -> PassOnPaper:
+    try:
+        return _run(model, batch, dtype, trains, reads_mask=False)
+    except TypeError:  # sparse attention, say, which chooses tokens by the mask
+        return _run(model, batch, dtype, trains, reads_mask=True)
+
+
+def _run(
+    model: PeftModel, batch: Batch, dtype: torch.dtype, trains: bool, reads_mask: bool
+) -> PassOnPaper:
     model.train(trains)
     if batch.checkpoints and trains:
         with warnings.catch_warnings():
@@ -141,12 +150,8 @@ def _pass(model: PeftModel, batch: Batch, dtype: torch.dtype, trains: bool) -> P
     counting = Counting()
     counting.ignore([*model.parameters(), *model.buffers()])
     cast = torch.autocast("cpu", batch.autocast) if batch.autocast else nullcontext()
-    with (
-        counting,
-        on_paper(model, counting, dtype, batch.engine),
-        torch.set_grad_enabled(trains),
-        cast,
-    ):
+    paper = on_paper(model, counting, dtype, batch.engine, reads_mask)
+    with counting, paper, torch.set_grad_enabled(trains), cast:
         ids_BL = torch.zeros(batch.examples, batch.length, dtype=torch.int64, device="meta")
         given: dict[str, Any] = {"labels": ids_BL}
         if batch.fuses_head:
