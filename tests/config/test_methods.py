@@ -356,7 +356,7 @@ def test_shared_outer_has_lora_s_numbers_and_is_refused_with_unequal_ranks():
     assert model.peft_config["default"].scaling == 8 / 4
     trained = sum(p.numel() for p in trainable(model)) - free_parameters(model)
     lora = sum(p.numel() for p in trainable(start("lora")[0]))
-    assert abs(trained / lora - 1) < 0.04
+    assert abs(trained / lora - 1) < 0.5 / SHARED_RANK  # ranks are whole
     with pytest.raises(ConfigError, match="rows in common need one rank"):
         get_peft_model(make_model(), DrLoraConfig(**SETTINGS, options={"shared_outer": True}))
 

@@ -219,7 +219,8 @@ def test_memory_of_a_dry_run_is_that_of_its_batches(tmp_path, capsys):
         assert main(["train", str(recipe), *words]) == 0
         found[batch] = json.loads(capsys.readouterr().out)["model"]["memory_gb"]
     assert found[1]["tokens"] == 9 and found[4]["tokens"] == 36  # `<s>abc: cba</s>`, no <s> here
-    assert found[4]["activations"] == pytest.approx(4 * found[1]["activations"])
+    # What experts work in is there once, whatever the batch.
+    assert 2 < found[4]["activations"] / found[1]["activations"] <= 4
     assert main(["train", str(recipe), "--dry-run"]) == 0
     said = capsys.readouterr().out
     assert "1 MoE block\n" in said and "36 tokens" in said

@@ -41,9 +41,9 @@ class WatchedZero:
         pools: whose rows are measured, and corrected while they are young.
         routers: that are held during the warm-up.
         has_own_clocks: whether young rows step as an Adam of their own would (`young_rows`).
-        is_signed: whether importance is made of signed sums.
         count: the number of the step that is being taken, as the optimizer counts.
         end_of_warmup: the count after which routers train.
+        is_signed: whether importance is made of signed sums.
 
     Attributes:
         was_skipped: whether the last step that sums were taken of never came to the optimizer.
@@ -60,9 +60,9 @@ class WatchedZero:
         pools: Sequence[RankPool],
         routers: TrainedRouters,
         has_own_clocks: bool,
-        is_signed: bool,
         count: Callable[[], int],
         end_of_warmup: Callable[[], int],
+        is_signed: bool = False,
     ) -> None:
         self.zero = zero
         self._pools = pools

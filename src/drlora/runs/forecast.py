@@ -121,9 +121,11 @@ def optimizer_of(job: Job) -> str:
 
 
 def row_lengths(job: Job) -> list[int]:
-    """Tokens of the first rows of the training data."""
+    """Tokens of the first rows of the training data; of pairs and prompts each as the longest."""
     tokens = job.train.tokens
     count = min(len(tokens), LENGTHS_READ)
+    if "input_ids" not in tokens.column_names:
+        return [job.longest] * count
     return [len(ids) for ids in tokens.select(range(count))["input_ids"]]
 
 
