@@ -71,7 +71,6 @@ CASES = {
     "ep-gpt_oss": Case("ep", "gpt_oss"),
     "ep-again": Case("ep", arguments=checkpointing_arguments()),
     "loaded-olmoe": Case("loaded"),
-    "loaded-q_proj": Case("loaded", settings={"target_modules": ["q_proj"]}),
     "ep-q_proj": Case("ep", settings={"target_modules": ["q_proj"]}),
     "ddp-q_proj": Case("ddp", settings={"target_modules": ["q_proj"]}),
     "ddp-router": Case("ddp", settings={"router": "train"}),
