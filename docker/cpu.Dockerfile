@@ -1,4 +1,6 @@
-# drlora on processors: docker build -f docker/cpu.Dockerfile -t drlora:cpu .
+# drlora on processors:
+# docker build -f docker/cpu.Dockerfile --build-arg TORCH_CPU_INDEX=URL -t drlora:cpu .
+# The argument is an index with torch's build without CUDA; without it the image is gigabytes larger.
 # Then: docker run --rm -v "$PWD:/data" drlora:cpu train embedded output_dir=/data/run
 FROM python:3.11-slim-bookworm
 
@@ -10,7 +12,8 @@ ENV PIP_NO_CACHE_DIR=1 \
 WORKDIR /opt/drlora
 # What changes least comes first: the packages are a layer of their own.
 COPY requirements/torch.txt requirements/lock.txt requirements/
-RUN pip install -r requirements/torch.txt --extra-index-url https://download.pytorch.org/whl/cpu \
+ARG TORCH_CPU_INDEX=
+RUN PIP_EXTRA_INDEX_URL="$TORCH_CPU_INDEX" pip install -r requirements/torch.txt \
     && pip install -r requirements/lock.txt
 COPY pyproject.toml README.md LICENSE NOTICE ./
 COPY src src
