@@ -106,6 +106,7 @@ def refusals(model: PeftModel, folder: Path) -> list[str]:
         lambda: PeftModel.from_pretrained(
             base_model(folder, True), folder / "loop-adapter", low_cpu_mem_usage=True
         ),
+        lambda: new_model(folder, True, modules_to_save=["lm_head"]),
         *([with_tensor_parallelism] if dist.get_world_size() == 2 else []),
     )
     said = []

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
+import yaml
 from tiny_run import save_all
 
 from drlora.cli.main import main
 from drlora.compare.metrics import value_of
 from drlora.errors import ConfigError
 from drlora.runs.export import export_adapter
+from drlora.runs.recipe import load_recipe
 
 SHORT = dict(training=dict(max_steps=8, save_steps=8))
 
@@ -97,11 +100,12 @@ def test_training_says_it_too(run, tmp_path, capsys):
     assert before.endswith("; evaluation.loss_examples=200, but there are 6")
 
 
-def test_what_is_forgotten(tmp_path, capsys):
+def test_what_is_forgotten(tmp_path, capsys, monkeypatch):
     """Texts beside the task: their loss before and after, as `drlora eval` finds it on them."""
     texts = tmp_path / "known.jsonl"
     texts.write_text("".join(json.dumps({"text": f"a b {n} c d"}) + "\n" for n in range(9)))
-    section = dict(loss_examples=5, forgetting=str(texts))
+    monkeypatch.chdir(tmp_path)
+    section = dict(loss_examples=5, forgetting="known.jsonl")
     recipe = save_all(tmp_path, dtype="float32", evaluation=section, **SHORT)
     assert main(["train", str(recipe)]) == 0
     said = capsys.readouterr().out
@@ -116,3 +120,10 @@ def test_what_is_forgotten(tmp_path, capsys):
     refused = ["train", str(recipe), "--overwrite", "evaluation.forgetting=nowhere.jsonl"]
     assert main(refused) == 2
     assert "nowhere.jsonl" in capsys.readouterr().err
+    # Named from the working directory, and kept from the root: resumed anywhere, and moved along.
+    kept = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
+    assert kept["evaluation"]["forgetting"] == str(texts)
+    shutil.move(tmp_path, tmp_path.with_name("elsewhere"))
+    moved = tmp_path.with_name("elsewhere")
+    found = load_recipe(moved / "run/config.yaml")
+    assert found.evaluation.forgetting == str(moved / "known.jsonl")

@@ -204,10 +204,11 @@ def test_experts_without_tokens_and_processes_without_rows(own_loop):
 
 
 def test_what_spread_experts_cannot_do_is_said(own_loop):
-    merged, unloaded, low_memory, *parallel = own_loop["said"]
+    merged, unloaded, low_memory, head, *parallel = own_loop["said"]
     for said in (merged, unloaded):
         assert "layers.0.mlp.experts: it is expert-parallel" in said and "one process" in said
     assert "low_cpu_mem_usage=True" in low_memory
+    assert "modules_to_save names lm_head" in head and "load the model whole" in head
     assert all("tp_size=2" in said for said in parallel)
     assert own_loop["left behind"] == "transformers.distributed.expert_parallel"
 

@@ -49,12 +49,22 @@ def whole_while_copied(model: nn.Module, names: Iterable[str]) -> Iterator[None]
     Args:
         model: the whole model; weights that are not sharded are left alone.
         names: of modules, or ends of them, as in `modules_to_save`.
+
+    Raises:
+        ConfigError: if one of them cannot be copied.
     """
     ends = tuple(f".{name}" for name in names)
+    for name, module in model.named_modules():
+        if ends and f".{name}".endswith(ends) and isinstance(module, FSDPModule):
+            raise ConfigError(
+                f"modules_to_save names {name}, which was sharded for itself when the model was "
+                f"loaded: PEFT cannot copy it. Leave it out, or load the model whole and have "
+                f"accelerate shard it with the adapter in."
+            )
     sharded: list[tuple[nn.Module, str, DTensor]] = [
         (owner, key, weight)
         for name, module in model.named_modules()
-        if f".{name}".endswith(ends) and not isinstance(module, FSDPModule)
+        if f".{name}".endswith(ends)
         for owner in module.modules()
         for key, weight in owner._parameters.items()
         if isinstance(weight, DTensor)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from datasets import Dataset
@@ -23,6 +23,7 @@ from drlora.evaluation.evaluate import (
     exact_match,
 )
 from drlora.evaluation.samples import SAMPLES, sample_answers
+from drlora.io.files import home
 
 DRAWS = ("random", "front")
 
@@ -67,6 +68,12 @@ class EvaluationSection:
                 raise ConfigError(f"evaluation.{name}={value} must be at least 1.")
         if self.samples < 0:
             raise ConfigError(f"evaluation.samples={self.samples} must be at least 0.")
+
+    def moved(self, find: Callable[[str], str]) -> EvaluationSection:
+        """The same with what `find` makes of the name of the other data."""
+        if self.forgetting is None:
+            return self
+        return replace(self, forgetting=find(home(self.forgetting)))
 
 
 @dataclass(frozen=True)

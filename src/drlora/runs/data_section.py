@@ -72,7 +72,7 @@ class DataSection:
 
     def resolved(self) -> DataSection:
         """The same with paths of local files from the root on."""
-        return self.moved(lambda name: os.path.abspath(name) if is_file_name(name) else name)
+        return self.moved(absolute)
 
     def moved(self, find: Callable[[str], str]) -> DataSection:
         """The same with what `find` makes of the name of each source."""
@@ -95,6 +95,11 @@ class DataSection:
         source = self.of(role)
         split = self.splits.get(role) or default_split(source, role)
         return source if isinstance(source, str) else frozen(source), split
+
+
+def absolute(name: str) -> str:
+    """The name of a source with the path of a local file from the root on."""
+    return os.path.abspath(name) if is_file_name(name) else name
 
 
 def _renamed(source: str | list[Any], find: Callable[[str], str]) -> str | list[Any]:

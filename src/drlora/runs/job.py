@@ -17,7 +17,7 @@ from drlora.data.tokens import Prepared
 from drlora.distributed import on_main, world_size
 from drlora.errors import CheckpointError, ConfigError, counted
 from drlora.io.checkpoint import checkpoint_step
-from drlora.io.files import read_json
+from drlora.io.files import home, read_json
 from drlora.io.run_files import TRAINER_STATE
 from drlora.ranks.rank_map import fitting_ranks
 from drlora.ranks.schedule import Schedule
@@ -300,6 +300,7 @@ def _others(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, most: int) -> Pr
     source = recipe.evaluation.forgetting
     if source is None:
         return None
+    source = home(source)
     loaded = load_source(None, source, default_split(source, "eval"), None)
     return encode_examples(loaded, tokenizer, most)
 

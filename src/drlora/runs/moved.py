@@ -24,8 +24,9 @@ _PATHS = ("model", "tokenizer", "start_from", "start_ranks", "chat_template")
 def located(recipe: Recipe, folder: Path) -> Recipe:
     """The recipe stored in the run directory `folder`, with the paths that it means now."""
     place = Place.of(folder, recipe.output_dir)
-    data = recipe.data.moved(place.find)
-    return replace(recipe, data=data, output_dir=str(folder), **_found(place, recipe, _PATHS))
+    data, evaluation = recipe.data.moved(place.find), recipe.evaluation.moved(place.find)
+    found = _found(place, recipe, _PATHS)
+    return replace(recipe, data=data, evaluation=evaluation, output_dir=str(folder), **found)
 
 
 def located_at(recipe: Recipe, path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

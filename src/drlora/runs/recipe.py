@@ -36,7 +36,7 @@ from drlora.io.places import from_root
 from drlora.io.settings import check_type, read_settings, refuse_unknown, with_overrides
 from drlora.ranks.continue_adapter import RANKS, kept_settings
 from drlora.recipes import resolve_recipe
-from drlora.runs.data_section import ROLES, DataSection
+from drlora.runs.data_section import ROLES, DataSection, absolute
 from drlora.runs.method_notes import tell_of_method
 from drlora.runs.moved import located_at
 from drlora.runs.quantise import QuantiseSection
@@ -164,7 +164,8 @@ class Recipe:
             name: from_root(found) if name in _MAYBE_OF_HUB else os.path.abspath(found)
             for name, found in given.items()
         }
-        return replace(self, data=self.data.resolved(), **paths)
+        evaluation = self.evaluation.moved(absolute)
+        return replace(self, data=self.data.resolved(), evaluation=evaluation, **paths)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values with every default filled in; `recipe_from` reads them back."""
