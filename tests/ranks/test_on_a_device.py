@@ -11,7 +11,7 @@ import copy
 import pytest
 import torch
 from peft import get_peft_model
-from tiny import make_batch, make_model, trainable
+from tiny import make_batch, make_model, plain_loop, trainable
 from tiny_adapter import make_settings
 
 import drlora
@@ -38,17 +38,11 @@ def begin(device, dtype=torch.float32, state=None, tries=0):
 
 def steps(model, optimizer, dynamics, numbers):
     """Losses of some steps."""
-    losses = []
-    for number in numbers:
-        batch = {name: value.to(model.device) for name, value in make_batch(number).items()}
-        loss = model(**batch).loss
-        loss.backward()
-        dynamics.before_optimizer_step()
-        optimizer.step()
-        dynamics.after_optimizer_step(optimizer)
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses
+
+    def on_device(number):
+        return {name: value.to(model.device) for name, value in make_batch(number).items()}
+
+    return plain_loop(model, dynamics, optimizer, numbers, on_device)
 
 
 def ends(model, dynamics):

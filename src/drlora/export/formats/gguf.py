@@ -13,34 +13,24 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from drlora.errors import ConfigError
 from drlora.export.base_files import CONFIG_NAME, base_file
-from drlora.export.formats.per_expert import PerExpert
+from drlora.export.formats.per_expert import LoraForOneReader
 from drlora.export.llama_cpp import OF_ADAPTERS, convert_adapter, script_of
 from drlora.export.make import Made
 from drlora.export.updates import Updates
 from drlora.io.run_files import EXPORT_RECORD, GGUF_ADAPTER, README
 
 
-class _Gguf(PerExpert):
+class _Gguf(LoraForOneReader):
     name = "gguf"
+    reader = "llama.cpp"
+    way_on = "use the format merged, and convert that"
     summary = "A DR-LoRA adapter of rank {rank} on every expert, for llama.cpp."
     files = (GGUF_ADAPTER, EXPORT_RECORD, README)
 
     def size_bytes(self, base: PreTrainedModel, updates: Updates) -> int:
         script_of(OF_ADAPTERS)
         _config_of(base)
-        whole = [*updates.modules, *updates.embeddings]
-        if whole:
-            raise ConfigError(
-                f"{whole[0]} was trained in full or resized, and adapters of llama.cpp hold LoRA "
-                f"alone; use the format merged, and convert that."
-            )
         return super().size_bytes(base, updates)
-
-    def notes(self, base: PreTrainedModel, updates: Updates) -> list[str]:
-        return []
-
-    def peft_loads(self, base: PreTrainedModel) -> bool:
-        return False
 
     def write(
         self,

@@ -17,10 +17,9 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from drlora.errors import ConfigError
-from drlora.export.formats.per_expert import PerExpert, make_tensors
+from drlora.export.formats.per_expert import LoraForOneReader, make_tensors
 from drlora.export.make import Made
 from drlora.export.updates import Updates, base_of
 from drlora.io.run_files import ADAPTER_CONFIG, EXPORT_RECORD, MLX_WEIGHTS, README
@@ -60,26 +59,12 @@ def make_config(tensors: dict[str, Tensor], rank: int, num_layers: int) -> dict[
     }
 
 
-class _Mlx(PerExpert):
+class _Mlx(LoraForOneReader):
     name = "mlx"
+    reader = "mlx-lm"
     summary = "A DR-LoRA adapter of rank {rank} on every expert, for mlx-lm."
     loading = 'model, tokenizer = mlx_lm.load({base!r}, adapter_path="this folder")'
     files = (ADAPTER_CONFIG, MLX_WEIGHTS, EXPORT_RECORD, README)
-
-    def size_bytes(self, base: PreTrainedModel, updates: Updates) -> int:
-        whole = [*updates.modules, *updates.embeddings]
-        if whole:
-            raise ConfigError(
-                f"{whole[0]} was trained in full or resized, and adapters of mlx-lm hold LoRA "
-                f"alone; use the format merged."
-            )
-        return super().size_bytes(base, updates)
-
-    def notes(self, base: PreTrainedModel, updates: Updates) -> list[str]:
-        return []
-
-    def peft_loads(self, base: PreTrainedModel) -> bool:
-        return False
 
     def write(
         self,

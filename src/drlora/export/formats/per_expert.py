@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 import warnings
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -207,6 +208,33 @@ class PerExpert(LoraFormat):
         name_base_from_root(config)
         config.save_pretrained(str(folder))
         save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+
+
+class LoraForOneReader(PerExpert):
+    """The same tensors in a form that a single reader takes, which holds LoRA alone.
+
+    Attributes:
+        reader: its name.
+        way_on: what to do with the format merged instead, as the end of a sentence.
+    """
+
+    reader: ClassVar[str]
+    way_on = "use the format merged"
+
+    def size_bytes(self, base: PreTrainedModel, updates: Updates) -> int:
+        whole = [*updates.modules, *updates.embeddings]
+        if whole:
+            raise ConfigError(
+                f"{whole[0]} was trained in full or resized, and adapters of {self.reader} hold "
+                f"LoRA alone; {self.way_on}."
+            )
+        return super().size_bytes(base, updates)
+
+    def notes(self, base: PreTrainedModel, updates: Updates) -> list[str]:
+        return []
+
+    def peft_loads(self, base: PreTrainedModel) -> bool:
+        return False
 
 
 FORMAT = PerExpert()
