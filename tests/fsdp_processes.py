@@ -95,12 +95,18 @@ class History(TrainerCallback):
 
     def __init__(self, callback: drlora.DrLoraCallback, is_killed: bool) -> None:
         self.callback, self.ranks, self.budgets = callback, [], []
+        self.drifts: list[float] = []
         self.is_killed = is_killed
 
     def on_substep_end(self, args: Any, state: Any, *others: Any, **kwargs: Any) -> None:
         """In the middle of a step one process may end without a word."""
         if self.is_killed and state.global_step == CUT + 2 and dist.get_rank() == 1:
             os._exit(9)
+
+    def on_log(self, *args: Any, logs: dict[str, float], **kwargs: Any) -> None:
+        """How far trained routers have moved, as the callback before this one says."""
+        if "router_drift" in logs:
+            self.drifts.append(logs["router_drift"])
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         """Note them."""
@@ -178,6 +184,7 @@ def train(folder: Path, name: str, world: int) -> dict[str, Any]:
         "budgets": history.budgets,
         "losses": [float(entry["loss"]) for entry in logs],
         "norms": [float(entry["grad_norm"]) for entry in logs],
+        "drifts": history.drifts,
     }
 
 

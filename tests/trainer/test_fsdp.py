@@ -72,7 +72,7 @@ def assert_same_run(run: dict[str, Any], wanted: dict[str, Any]) -> None:
     """The same ranks after every event; losses, norms, A and B within what rounding makes."""
     assert run["ranks"] == wanted["ranks"] and len(run["ranks"]) > 5
     assert run["budgets"] == wanted["budgets"]
-    for key in ("losses", "norms"):
+    for key in ("losses", "norms", "drifts"):
         assert run[key] == pytest.approx(wanted[key], abs=2e-6), key
     assert all(norm > 0.04 for norm in run["norms"])  # so clipping was at work
     assert set(run["adapter"]) == set(wanted["adapter"])

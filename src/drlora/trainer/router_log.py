@@ -5,7 +5,8 @@ router_entropy   entropy of the load over a block's experts, over that of even l
 router_load_max  load of the busiest expert over that of even load, mean over blocks
 router_dead      share of all experts that had no load since the last entry
 router_drift     how far trained routers have moved, over the size that they had: norm of the
-                 difference, mean over blocks; only where they are trained
+                 difference, mean over blocks; only where they are trained, and not under ZeRO-3,
+                 which splits what they were
 
 Load is what routing frequencies are made of (by default the sum of routing weights over real
 tokens), of this process.
@@ -20,6 +21,8 @@ import torch
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from drlora.distributed.held import whole_weights
+from drlora.distributed.zero import is_partitioned
 from drlora.ranks.dynamics import RankDynamics
 
 
@@ -77,19 +80,20 @@ def _trained_routers(model: nn.Module, dynamics: RankDynamics) -> list[tuple[nn.
         is_router = any(router and name.endswith(router) for router in names)
         if is_router and isinstance(module, ModulesToSaveWrapper):
             copies: Any = module.modules_to_save
-            if dynamics.adapter_name in copies:
+            is_split = any(map(is_partitioned, module.original_module.parameters()))
+            if dynamics.adapter_name in copies and not is_split:
                 found.append((copies[dynamics.adapter_name], module.original_module))
     return found
 
 
 @torch.no_grad()
 def _moved(now: nn.Module, before: nn.Module) -> float:
-    squares = [
-        (float((one.float() - other.float()).square().sum()), float(other.float().square().sum()))
-        for one, other in zip(now.parameters(), before.parameters(), strict=True)
-        if one.shape == other.shape
-    ]
-    moved, size = (sum(part) for part in zip(*squares, strict=True)) if squares else (0.0, 0.0)
+    moved = size = 0.0
+    for one, other in zip(now.parameters(), before.parameters(), strict=True):
+        # In full where FSDP2 shares them out: a collective, and every process logs.
+        whole, was = whole_weights(one).float(), whole_weights(other).float()
+        moved += float((whole - was).square().sum())
+        size += float(was.square().sum())
     return math.sqrt(moved / size) if size else 0.0
 
 
