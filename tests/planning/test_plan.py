@@ -56,7 +56,11 @@ def test_what_does_not_fit_is_changed_the_cheapest_first(folder):
     assert recipe.training["per_device_train_batch_size"] == 1
     plain = drlora.plan("model", "train.jsonl", "c.yaml", SHORT, measures=False)
     assert plain.fits and not plain.changed
-    assert plain.memory.total / 1e9 > recipe.forecast["memory_gb"]
+    tight = drlora.plan("model", "train.jsonl", "b.yaml", SHORT, memory="100MB", measures=False)
+    assert not tight.fits and tight.changed
+    # Not the whole, of which this process is nearly all, and is not the same twice.
+    of_run = [made.memory.total - made.memory.process for made in (plain, tight)]
+    assert of_run[0] > of_run[1]
     training = plain.recipe.training
     whole = training["per_device_train_batch_size"] * training["gradient_accumulation_steps"]
     assert recipe.training["gradient_accumulation_steps"] == whole
