@@ -1,11 +1,13 @@
 """Build the wheel and the source archive, and try both as a new user would.
 
     python tools/release.py [--out dist] [--try pip|uv|none ...] [--index URL]
+    python tools/release.py --whole --record FILE
 
 Each way of installing gets an environment of its own, outside of the repository: every package
 comes from the index, drlora from the file that was just built. There, away from the sources, the
-first commands of the README are run. Nothing is published: that is one `twine upload dist/*` by
-somebody who may.
+first commands of the README are run, the embedded recipe for a few steps, with --whole as it is.
+--record appends to a file of JSON lines what each step took. Nothing is published: that is one
+`twine upload dist/*` by somebody who may.
 
 Needs `pip install build twine hatchling uv`.
 """
@@ -15,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -32,22 +35,30 @@ WANTED = (
     "drlora/recipes/embedded.yaml",
     "drlora/report/report.js",
 )
-# What a new user does first, in a folder without the repository; one step is enough to see it run.
+# What a new user does first, in a folder without the repository; a few steps show that it runs.
 SHORT = ["training.max_steps=4", "adapter.grow_every=auto", "adapter.settle_steps=auto",
-         "training.warmup_steps=1", "training.save_steps=4", "evaluation.exact_match_examples=8",
-         "output_dir=run"]  # fmt: skip
+         "training.warmup_steps=1", "training.save_steps=4",
+         "evaluation.exact_match_examples=8"]  # fmt: skip
+EMBEDDED = ["train", "embedded", "output_dir=run"]
 TRIED = (
     ["--version"],
     ["--help"],
     ["env"],
+    ["doctor"],
     ["init", "--list"],
-    ["init", "model=embedded", "data.train=own.jsonl", "-o", "mine.yaml"],
-    ["data", "mine.yaml"],
-    ["train", "embedded", *SHORT],
+    EMBEDDED,
     ["generate", "run", "--prompts", "prompts.txt", "max_new_tokens=4"],
-    ["export", "run", "--format", "per-expert", "-o", "out"],
-    ["report", "run"],
+    ["init", "model=embedded", "data.train=own.jsonl", "-o", "other.yaml"],
+    ["plan", "embedded", "own.jsonl", "-o", "mine.yaml"],
+    ["data", "mine.yaml"],
+    ["train", "mine.yaml"],
+    ["chat", "runs/mine", "max_new_tokens=4"],
+    ["eval", "runs/mine"],
+    ["export", "runs/mine", "--format", "per-expert", "-o", "out"],
+    ["report", "run", "runs/mine", "-o", "report.html"],
 )
+FIRST, OWN = EMBEDDED[:2], ["train", "mine.yaml"]  # what the first adapter and that of own data are
+SAID = "seven plus two is\n/exit\n"
 
 
 def build(out: Path) -> list[Path]:
@@ -89,28 +100,60 @@ def install(by: str, file: Path, folder: Path, torch: str, index: list[str]) -> 
     return programs
 
 
-def try_it(programs: Path, folder: Path) -> dict[str, float]:
+def try_it(programs: Path, folder: Path, whole: bool) -> dict[str, float]:
     """The first commands, away from the repository: seconds of each."""
     place = folder / f"work-{programs.parent.name}"
     place.mkdir()
-    rows = [{"prompt": f"number {n} is", "completion": f" {n}"} for n in range(40)]
+    names = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+    rows = [
+        {"prompt": f"{a} plus {b} is", "completion": f" {i + j}"}
+        for i, a in enumerate(names, 1)
+        for j, b in enumerate(names, 1)
+    ]
     (place / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     (place / "prompts.txt").write_text("A dog is a\n", "utf-8")
     clean = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
     took: dict[str, float] = {}
     for arguments in TRIED:
+        more = [] if whole or arguments is not EMBEDDED else SHORT
         start = time.monotonic()
-        run(programs / "drlora", *arguments, cwd=place, env=clean, quiet=True)
+        run(programs / "drlora", *arguments, *more, cwd=place, env=clean, quiet=True)
         took[" ".join(arguments[:2])] = round(time.monotonic() - start, 1)
+        print(f"  {took[' '.join(arguments[:2])]:6.1f} s  drlora {' '.join(arguments)}", flush=True)
     return took
 
 
-def run(*command: object, cwd: Path | None = None, env: dict | None = None,
+def until(took: dict[str, float], command: list[str]) -> float:
+    """Seconds from the installation to the end of a command."""
+    names = list(took)
+    return round(sum(took[name] for name in names[: names.index(" ".join(command)) + 1]), 1)
+
+
+def record(file: Path, by: str, installing: float, took: dict[str, float]) -> None:
+    """A line more of what was tried, with what it took."""
+    version = next(line for line in (ROOT / "src/drlora/version.py").read_text("utf-8").split('"')
+                   if line[:1].isdigit())  # fmt: skip
+    row = {
+        "installed_by": by,
+        "install_seconds": round(installing, 1),
+        "first_adapter_seconds": round(installing + until(took, FIRST), 1),
+        "own_data_seconds": round(until(took, OWN) - until(took, FIRST), 1),
+        "seconds": took,
+        "drlora": version,
+        "python": platform.python_version(),
+        "cores": os.cpu_count(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+    with file.open("a", encoding="utf-8") as lines:
+        lines.write(json.dumps(row) + "\n")
+
+
+def run(*command: object, cwd: Path | None = None, env: dict[str, str] | None = None,
         quiet: bool = False) -> None:  # fmt: skip
     """One command, which must end well."""
     words = [str(word) for word in command]
     done = subprocess.run(
-        words, cwd=cwd, env=env, capture_output=quiet, text=True, errors="replace"
+        words, cwd=cwd, env=env, capture_output=quiet, input=SAID, text=True, errors="replace"
     )
     if done.returncode:
         raise SystemExit(f"{' '.join(words)} ended with {done.returncode}\n{done.stdout or ''}"
@@ -124,6 +167,8 @@ def main() -> None:
                         choices=["pip", "uv", "none"])  # fmt: skip
     parser.add_argument("--torch", help="what is installed for torch; default: the pinned one")
     parser.add_argument("--index", action="append", default=[], help="further options of pip")
+    parser.add_argument("--whole", action="store_true", help="train the embedded recipe as it is")
+    parser.add_argument("--record", type=Path, help="append what it took to this file")
     options = parser.parse_args()
     files = build(options.out)
     pinned = (ROOT / "requirements/torch.txt").read_text("utf-8").splitlines()
@@ -132,8 +177,13 @@ def main() -> None:
         for by, file in zip(options.ways, reversed(files), strict=False):
             if by != "none":
                 # pip gets the source archive, uv the wheel: both are tried.
+                start = time.monotonic()
                 programs = install(by, file, Path(temporary), torch, options.index)
-                print(f"{by} of {file.name}: {try_it(programs, Path(temporary))}", flush=True)
+                installing = time.monotonic() - start
+                print(f"{by} of {file.name}: installed in {installing:.0f} s", flush=True)
+                took = try_it(programs, Path(temporary), options.whole)
+                if options.record:
+                    record(options.record, by, installing, took)
 
 
 if __name__ == "__main__":

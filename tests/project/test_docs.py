@@ -31,6 +31,7 @@ from tiny_run import save_all, save_examples
 
 import drlora
 from drlora.cli.main import main
+from drlora.planning.plan import METHOD
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(path.name for path in (ROOT / "docs").glob("*.md"))
@@ -307,3 +308,11 @@ def test_yaml_and_other_commands(page):
         assert (ROOT / script).is_file(), (page, script)
     for module in re.findall(r"^ {4,8}(?:\S+=\S+ )*python -m (\S+)", text, re.M):
         assert importlib.util.find_spec(module), (page, module)
+
+
+def test_every_page_and_recipe_says_the_same_of_which_method():
+    names = ["README.md", *(f"docs/{n}.md" for n in ("index", "evidence", "methods", "planning"))]
+    names += [f"src/drlora/recipes/{n}.yaml" for n in ("own-data", "embedded", "qwen3-30b-a3b")]
+    for name in names:
+        text = (ROOT / name).read_text("utf-8").replace("\n# ", "\n").replace("`", "")
+        assert " ".join(METHOD.split()) in " ".join(text.split()), name
