@@ -138,8 +138,7 @@ def follow(browser: Browser, runs: list[Path], folder: Path) -> dict[str, Any]:
     page.wait_for_selector("html[data-ready=true]")
     page.locator("#smooth").check()
     page.locator("#expert").select_option("2")
-    page.evaluate("window.isFirst = true")
-    page.wait_for_function("!window.isFirst", timeout=20_000)
+    page.wait_for_event("load", timeout=30_000)
     page.wait_for_selector("html[data-ready=true]")
     assert page.locator("#smooth").is_checked(), "smoothing is lost"
     assert page.locator("#expert").input_value() == "2", "the expert is lost"

@@ -18,6 +18,8 @@ import argparse
 import json
 import os
 import platform
+import random
+import resource
 import shutil
 import subprocess
 import sys
@@ -25,7 +27,10 @@ import tarfile
 import tempfile
 import time
 import zipfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 ROOT = Path(__file__).parents[1]
 LARGEST_BYTES = 20_000_000
@@ -57,8 +62,17 @@ TRIED = (
     ["export", "runs/mine", "--format", "per-expert", "-o", "out"],
     ["report", "run", "runs/mine", "-o", "report.html"],
 )
-FIRST, OWN = EMBEDDED[:2], ["train", "mine.yaml"]  # what the first adapter and that of own data are
+T = TypeVar("T")
 SAID = "seven plus two is\n/exit\n"
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What a command took: by the clock, and of processors."""
+
+    name: str
+    seconds: float
+    cpu_seconds: float
 
 
 def build(out: Path) -> list[Path]:
@@ -100,8 +114,8 @@ def install(by: str, file: Path, folder: Path, torch: str, index: list[str]) -> 
     return programs
 
 
-def try_it(programs: Path, folder: Path, whole: bool) -> dict[str, float]:
-    """The first commands, away from the repository: seconds of each."""
+def try_it(programs: Path, folder: Path, whole: bool) -> list[Taken]:
+    """The first commands, away from the repository."""
     place = folder / f"work-{programs.parent.name}"
     place.mkdir()
     names = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
@@ -110,35 +124,38 @@ def try_it(programs: Path, folder: Path, whole: bool) -> dict[str, float]:
         for i, a in enumerate(names, 1)
         for j, b in enumerate(names, 1)
     ]
+    random.Random(0).shuffle(rows)
     (place / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     (place / "prompts.txt").write_text("A dog is a\n", "utf-8")
     clean = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
-    took: dict[str, float] = {}
+    taken = []
     for arguments in TRIED:
         more = [] if whole or arguments is not EMBEDDED else SHORT
-        start = time.monotonic()
-        run(programs / "drlora", *arguments, *more, cwd=place, env=clean, quiet=True)
-        took[" ".join(arguments[:2])] = round(time.monotonic() - start, 1)
-        print(f"  {took[' '.join(arguments[:2])]:6.1f} s  drlora {' '.join(arguments)}", flush=True)
-    return took
+        words = ["drlora", *arguments]
+        _, one = timed(" ".join(words), run, programs / words[0], *arguments, *more, cwd=place,
+                       env=clean, quiet=True)  # fmt: skip
+        print(f"  {one.seconds:6.1f} s  {one.name}", flush=True)
+        taken.append(one)
+    return taken
 
 
-def until(took: dict[str, float], command: list[str]) -> float:
-    """Seconds from the installation to the end of a command."""
-    names = list(took)
-    return round(sum(took[name] for name in names[: names.index(" ".join(command)) + 1]), 1)
+def timed(name: str, does: Callable[..., T], *words: Any, **settings: Any) -> tuple[T, Taken]:
+    """What a call of `does` returns, and what the processes that it started took."""
+    start, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    found = does(*words, **settings)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return found, Taken(name, round(time.monotonic() - start, 1), round(cpu, 1))
 
 
-def record(file: Path, by: str, installing: float, took: dict[str, float]) -> None:
+def record(file: Path, by: str, taken: list[Taken], whole: bool, busy: bool) -> None:
     """A line more of what was tried, with what it took."""
-    version = next(line for line in (ROOT / "src/drlora/version.py").read_text("utf-8").split('"')
-                   if line[:1].isdigit())  # fmt: skip
+    version = (ROOT / "src/drlora/version.py").read_text("utf-8").split('"')[-2]
     row = {
         "installed_by": by,
-        "install_seconds": round(installing, 1),
-        "first_adapter_seconds": round(installing + until(took, FIRST), 1),
-        "own_data_seconds": round(until(took, OWN) - until(took, FIRST), 1),
-        "seconds": took,
+        "whole": whole,
+        "beside_other_work": busy,
+        "taken": [asdict(one) for one in taken],
         "drlora": version,
         "python": platform.python_version(),
         "cores": os.cpu_count(),
@@ -169,6 +186,7 @@ def main() -> None:
     parser.add_argument("--index", action="append", default=[], help="further options of pip")
     parser.add_argument("--whole", action="store_true", help="train the embedded recipe as it is")
     parser.add_argument("--record", type=Path, help="append what it took to this file")
+    parser.add_argument("--beside", action="store_true", help="say that the machine was busy")
     options = parser.parse_args()
     files = build(options.out)
     pinned = (ROOT / "requirements/torch.txt").read_text("utf-8").splitlines()
@@ -177,13 +195,12 @@ def main() -> None:
         for by, file in zip(options.ways, reversed(files), strict=False):
             if by != "none":
                 # pip gets the source archive, uv the wheel: both are tried.
-                start = time.monotonic()
-                programs = install(by, file, Path(temporary), torch, options.index)
-                installing = time.monotonic() - start
-                print(f"{by} of {file.name}: installed in {installing:.0f} s", flush=True)
-                took = try_it(programs, Path(temporary), options.whole)
+                programs, installed = timed("install torch and drlora", install, by, file,
+                                            Path(temporary), torch, options.index)  # fmt: skip
+                print(f"{by} of {file.name}: installed in {installed.seconds:.0f} s", flush=True)
+                taken = [installed, *try_it(programs, Path(temporary), options.whole)]
                 if options.record:
-                    record(options.record, by, installing, took)
+                    record(options.record, by, taken, options.whole, options.beside)
 
 
 if __name__ == "__main__":

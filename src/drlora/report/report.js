@@ -183,20 +183,22 @@
       legend: { type: "scroll", textStyle: { color: c.ink }, top: 0 },
       tooltip: { trigger: "axis", valueFormatter: show },
       xAxis: stepAxis(data.runs),
-      yAxis: [axis({ type: "log", logBase: 2, name: "nats a token", nameGap: 40, min: lowestLoss() }),
+      yAxis: [axis({ type: "log", logBase: 2, name: "nats a token", nameGap: 40, min: lowestLoss(),
+        axisLabel: { color: c.soft, formatter: show, hideOverlap: true, showMinLabel: false } }),
         { type: "value", min: 0, max: 1, show: false }],
       series: [...series, eventMarks(map())],
     }, first && last ? `Loss over steps. Held out: ${show(first[1])} at step ${first[0]}, ` +
       `${show(last[1])} at step ${last[0]}.` : "Loss over steps.");
   }
 
-  // A running mean that forgets a tenth at each entry, where it is asked for.
+  // A running mean over about a tenth of the entries, and three at least, where it is asked for.
   function smooth(values) {
     if (!values || !at("smooth").checked) return values;
+    const share = 1 / Math.max(3, values.length / 10);
     let mean = null;
     return values.map((value) => {
       if (value === null) return null;
-      mean = mean === null ? value : 0.9 * mean + 0.1 * value;
+      mean = mean === null ? value : mean + share * (value - mean);
       return mean;
     });
   }
