@@ -4,6 +4,7 @@ Each case of `plan_cases` is a run of `drlora train` in a process of its own, on
 is the most that the process had resident, against forecast.json, which the run writes before its
 weights are loaded; time is the processor's of a step, the first left out, against what
 `measure_pace` found on a few layers, in another process, before the run.
+Pages stay resident once they are (`pages_locked` in a row says whether the system allowed it).
 
 With --budget `drlora plan` writes three recipes for each case: for all the memory there can be, for
 none, and for half of what lies between these two. The last is run: the peak must stay below what
@@ -28,7 +29,16 @@ from benchmarks.harness import Row, append, where
 from benchmarks.plan_cases import CASES, Case, make
 
 STEPS = 4
-TRAIN = """
+# What was resident once stays so, as where memory is not short: beside other work the system takes
+# pages of libraries and of the file of weights back, and a peak would be that of what it left.
+LOCK = """
+import ctypes, os
+CURRENT, FUTURE, ON_FAULT = 1, 2, 4
+locked = ctypes.CDLL(None, use_errno=True).mlockall(CURRENT | FUTURE | ON_FAULT) == 0
+"""
+TRAIN = (
+    LOCK
+    + """
 import json, sys, time
 import torch
 torch.set_num_threads(1)
@@ -42,8 +52,9 @@ from benchmarks.harness import peak_resident_bytes
 from drlora.runs.recipe import load_recipe
 from drlora.runs.train import train
 train(load_recipe(sys.argv[1], sys.argv[2:]))
-print("FOUND", json.dumps({"marks": marks, "peak": peak_resident_bytes()}))
+print("FOUND", json.dumps({"marks": marks, "peak": peak_resident_bytes(), "locked": locked}))
 """
+)
 PACE = """
 import json, sys
 import torch
@@ -119,6 +130,7 @@ def row_of(case: Case, folder: Path) -> Row:
         "time_error": pace["seconds"] / seconds - 1,
         "layers_tried": pace["layers"],
         "forecast_counted": "before the run",
+        "pages_locked": ran["locked"],
         **where(),
     }
 
@@ -147,6 +159,7 @@ def budget_row(case: Case, folder: Path) -> Row:
         "case": f"{case.name}, planned for a budget",
         **made,
         "measured_bytes": ran and ran["peak"],
+        "pages_locked": ran and ran["locked"],
         "stays_below": ran and ran["peak"] <= made["budget_bytes"],
         **where(),
     }

@@ -36,9 +36,13 @@ Row = dict[str, Any]
 
 
 def measured() -> list[Row]:
-    """The last row of each case; rows whose forecast was counted after the run do not count."""
+    """The last row of each case and budget.
+
+    Rows whose forecast was counted after the run do not count, nor do rows of a process whose pages
+    the system could take back: their peak is too low where memory is short.
+    """
     rows = [json.loads(line) for line in ROWS.read_text("utf-8").splitlines()]
-    kept = [row for row in rows if "forecast_counted" in row or row["case"].endswith(BUDGET)]
+    kept = [row for row in rows if row.get("pages_locked") or row["case"].endswith(BUDGET)]
     return list({row["case"]: row for row in kept}.values())
 
 
@@ -80,12 +84,14 @@ def budgets(_: str) -> list[str]:
         changes = "; ".join(text.partition(":")[0] for text in row["changed"])
         table.append(f"| {row['case'].removesuffix(BUDGET)} | {' | '.join(sizes)} | {changes} |")
     below = sum(bool(row["stays_below"]) for row in rows)
+    locked = sum(bool(row.get("pages_locked")) for row in rows)
     refused = sum(bool(row["none_is_refused"]) for row in rows)
     return [
         *table,
         "",
         f"{below} of {len(rows)} stayed below their budget. Given 1 MB, {refused} of {len(rows)} "
-        f"plans were refused with the memory that they need.",
+        f"plans were refused with the memory that they need. Of the peaks {locked} are with locked "
+        f"pages; the others leave out what the system took back meanwhile.",
     ]
 
 
@@ -95,29 +101,36 @@ def rates(name: str) -> list[str]:
     matrix = read_matrix(plan, Folder.of(plan, ROOT))
     (model,), (rule,) = plan.models, plan.baselines
     heads = [method.replace("-", " ") for method in plan.methods]
-    table = [f"| task | {' | '.join(heads)} | {rule.replace('-', ' ')} over the best |",
-             "|---|" + "---|" * (len(heads) + 1)]  # fmt: skip
+    table = [f"| task | seeds | {' | '.join(heads)} | {rule.replace('-', ' ')} over the best |",
+             "|---|" + "---|" * (len(heads) + 2)]  # fmt: skip
     near = 0
     for task in plan.tasks:
-        found = {m: list(matrix.values("loss", (model, task, m)).values()) for m in plan.methods}
-        means = {m: fmean(values) for m, values in found.items() if values}
+        losses = {m: matrix.values("loss", (model, task, m)) for m in plan.methods}
+        known = {m: by_seed for m, by_seed in losses.items() if by_seed}
+        # Rates are compared on the seeds that all of them were run with.
+        seeds = sorted(set.intersection(*map(set, known.values())))
+        found = {m: [by_seed[seed] for seed in seeds] for m, by_seed in known.items()}
+        means = {m: fmean(values) for m, values in found.items()}
         best = min(means, key=means.__getitem__)
         over = 100 * (means[rule] / means[best] - 1)
         near += over <= NEAR
-        cells = [
-            "diverged"
-            if m not in means
-            else f"{'**' if m == best else ''}{means[m]:.3f}"
-            f"{'**' if m == best else ''} ± {stdev(found[m]):.3f}"
-            for m in plan.methods
-        ]
-        table.append(f"| {task} | {' | '.join(cells)} | {over:+.1f} % |")
+        cells = [_loss(found.get(m, []), m == best) for m in plan.methods]
+        table.append(f"| {task} | {len(seeds)} | {' | '.join(cells)} | {over:+.1f} % |")
+    done, total = len(matrix.finished()), len(matrix.compare)
     return [
         *table,
         "",
-        f"Held-out loss on dev, mean ± standard deviation of {len(plan.seeds)} seeds, the best in "
-        f"bold. Within {NEAR:g} % of the best on {near} of {len(plan.tasks)} tasks.",
+        f"Held-out loss on dev, mean ± standard deviation over seeds, the best in bold; {done} of "
+        f"{total} runs. Within {NEAR:g} % of the best on {near} of {len(plan.tasks)} tasks.",
     ]
+
+
+def _loss(values: list[float], is_best: bool) -> str:
+    """Mean and spread; of one seed the value alone."""
+    if not values:
+        return "failed"
+    mean = f"{'**' if is_best else ''}{fmean(values):.3f}{'**' if is_best else ''}"
+    return f"{mean} ± {stdev(values):.3f}" if len(values) > 1 else mean
 
 
 TABLES: dict[str, Callable[[str], list[str]]] = {

@@ -18,7 +18,7 @@ RUNS = Path(__file__).parents[1] / "docs" / "runs"
 REPORTS = {
     "embedded.html": ("embedded",),
     "planned.html": ("planned",),
-    "diverged.html": ("planned", "diverged"),
+    "too-high.html": ("planned", "too-high", "diverged"),
 }
 
 

@@ -1,4 +1,7 @@
-"""docs/evidence.md and docs/planning.md state what the result files say. Run: pytest tests/project/test_evidence.py"""
+"""docs/evidence.md and docs/planning.md state what the result files say.
+
+Run: pytest tests/project/test_evidence.py
+"""
 
 import sys
 from pathlib import Path
