@@ -86,8 +86,11 @@ def threads(found: Row) -> str:
 
 def first_hour() -> list[str]:
     """The last whole try of the built wheel in a clean environment."""
-    tries = [json.loads(line) for line in (ROOT / HOUR).read_text("utf-8").splitlines()]
-    found = [one for one in tries if one["whole"]][-1]
+    lines = (ROOT / HOUR).read_text("utf-8").splitlines() if (ROOT / HOUR).is_file() else []
+    tries = [one for one in map(json.loads, lines) if one["whole"]]
+    if not tries:
+        return [f"Not recorded yet: there is no `{HOUR}`."]
+    found = tries[-1]
     table = ["| command | seconds | of processors |", "|---|---|---|"]
     said, clock, cpu, start = [], 0.0, 0.0, (0.0, 0.0)
     for one in found["taken"]:
