@@ -10,6 +10,7 @@ import torch
 import yaml
 from peft import PeftModel, get_peft_model
 from peft.optimizers import create_loraplus_optimizer
+from peft.tuners.lora import LoraLayer
 from tiny import make_batch, make_model, plain_loop, trainable
 from tiny_run import save_all
 
@@ -82,7 +83,8 @@ def test_every_method_trains_at_the_budget_resumes_exactly_and_loads(method, tmp
     torch.save(moments, tmp_path / "optimizer.pt")
     losses = plain_loop(model, dynamics, optimizer, range(5, TOTAL))
     assert all(torch.isfinite(torch.tensor([*first, *losses])))
-    rank = {"lora-active": 2, "lora-shared-outer": SHARED_RANK}.get(method, 4)
+    rank = {"lora-active": 2, "lora-shared-outer": SHARED_RANK, "lora-attention": 0,
+            "lora-all-linear": 3, "hot-published": 1}.get(method, 4)  # fmt: skip
     assert dynamics.budget()[0] == LAYERS * 2 * EXPERTS * rank
 
     again = PeftModel.from_pretrained(make_model(), tmp_path, is_trainable=True)
@@ -151,6 +153,16 @@ def test_hot_only_leaves_the_rest_at_rank_0():
         assert sorted(block["down"]) == [0, 0, 0, 0, 12, 12] and block["gate_up"] == block["down"]
         hot = [e for e, rank in enumerate(block["down"]) if rank]
         assert max(range(6), key=routed[name]["down"].__getitem__) in hot
+
+
+def test_hot_as_published_gives_hot_experts_lora_s_rank_and_scaling():
+    before, after = run("hot-published", r_target=8)
+    assert before == after
+    for block in after.values():  # E * 2 ranks on 2 of 6 experts, since a quarter is rounded up
+        assert sorted(block["down"]) == [0, 0, 0, 0, 6, 6] and block["gate_up"] == block["down"]
+    config = DrLoraConfig.for_method("hot-published", r_target=16, lora_alpha=32.0)
+    assert (config.r_init, config.r_target, config.r_max, config.scaling) == (4, 4, 16, 2.0)
+    assert config.option("hot_fraction") == 0.25
 
 
 def test_experts_without_a_rank_compute_what_the_base_does():
@@ -361,6 +373,35 @@ def test_shared_outer_has_lora_s_numbers_and_is_refused_with_unequal_ranks():
         get_peft_model(make_model(), DrLoraConfig(**SETTINGS, options={"shared_outer": True}))
 
 
+@pytest.mark.parametrize("method", ["lora-attention", "lora-all-linear"])
+def test_lora_beside_the_experts_spends_their_budget_on_all_its_layers(method):
+    model, dynamics, _ = start(method)
+    config = model.peft_config["default"]
+    lora = sum(p.numel() for p in trainable(start("lora")[0]))
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, LoraLayer)}
+    names = {name.rpartition(".")[2] for name in layers}
+    assert names == {"q_proj", "k_proj", "v_proj", "o_proj"} and len(layers) == 4 * LAYERS
+    assert {m.r["default"] for m in layers.values()} == {config.target_rank}
+    assert {m.scaling["default"] for m in layers.values()} == {config.scaling} == {8 / 4}
+    trained = sum(p.numel() for p in trainable(model)) - free_parameters(model)
+    a_rank = sum(sum(m.get_base_layer().weight.shape) for m in layers.values())
+    assert abs(trained - lora) <= a_rank / 2, "as near as whole ranks go"
+    ranks = {r for block in dynamics.ranks().values() for rs in block.values() for r in rs}
+    assert ranks == ({0} if method == "lora-attention" else {3})
+    assert config.target_rank >= max(ranks)
+
+
+def test_a_budget_in_common_that_cannot_be_is_refused():
+    with pytest.raises(ConfigError, match="common_budget.*target_modules=None"):
+        get_peft_model(make_model(), DrLoraConfig(options={"common_budget": True}))
+    with pytest.raises(ConfigError, match="common_budget.*Lower r_target"):
+        start("lora-attention", r_target=64)
+    with pytest.raises(ConfigError, match="common_budget.*Raise r_target"):
+        start("lora-all-linear", r_target=1)
+    with pytest.raises(ConfigError, match="start='none' gives no expert a rank"):
+        DrLoraConfig(start="none", r_init=16)
+
+
 def test_epng_moves_ranks_at_the_budget_to_rows_apart_from_the_others():
     model, dynamics, optimizer = start("epng")
     before = dynamics.ranks()
@@ -394,6 +435,7 @@ def test_what_the_released_script_computes():
 
 
 def test_informed_growth_starts_with_three_quarters_of_the_budget():
+    assert DrLoraConfig.for_method("drlora-informed", **SETTINGS).settle_steps == 0.5
     before, after = run("drlora-informed")
     assert sum(map(sum, (b["down"] for b in before.values()))) == LAYERS * EXPERTS * 3
     assert sum(map(sum, (b["down"] for b in after.values()))) == LAYERS * EXPERTS * 4
@@ -402,7 +444,7 @@ def test_informed_growth_starts_with_three_quarters_of_the_budget():
 def test_rules_and_their_names():
     assert set(RANK_IMPORTANCES) == set(GENERAL["rank_importance"].choices)
     assert SALIENCIES.names() == ("product", "routing", "importance", "random")
-    assert STARTS.names() == ("uniform", "routing", "hot", "gradient")
+    assert STARTS.names() == ("uniform", "routing", "hot", "gradient", "none")
     f, g, ranks = torch.tensor([0.5, 0.25]), torch.tensor([3.0, 8.0]), torch.tensor([1, 3])
     signals = Signals(f, g, ranks, gamma=2.0, seed=1)
     assert SALIENCIES["product"](signals).tolist() == [1.5 / 4, 2.0 / 16]

@@ -122,6 +122,11 @@ GENERAL: dict[str, Option] = {
         "whether the factor at a block's input (A of gate and up) and the one at its output (B of "
         "down) are common to all experts; ranks are raised to as many numbers, with equal ranks",
     ),
+    "common_budget": Option(
+        False,
+        "whether the numbers that E * r_target rows of every block have are those of the experts "
+        "and of `target_modules` together: ranks are set when the adapter is put in",
+    ),
     "share_rows": Option(
         True,
         "on a model that transformers shards when it is loaded: whether the processes share out "
