@@ -69,6 +69,7 @@ SETTINGS_BESIDE = {  # what has no name of its own
     "floor": dict(budget_scope="model", options={"layer_floor": 0.5}),
     "moving": dict(options={"move_share": 0.25}),
     "young": dict(options={"young_a": "gradient"}),
+    "young-probe": dict(options={"young_a": "probe", "young_a_scale": 2.0}),
     "probed": dict(start="gradient", options={"start_a": "gradient"}),
 }
 
@@ -286,6 +287,36 @@ def test_young_rows_of_a_can_point_where_the_gradient_does_and_a_does_not():
                 basis = torch.linalg.qr(torch.cat([a[old], a[young]]).T).Q
                 assert (moment - moment @ basis @ basis.T).norm() < 1e-4 * moment.norm()
     assert any(change.granted == 2 for change in changes)
+
+
+def test_a_probe_shows_young_rows_more_than_the_old_rows_of_their_expert_do():
+    model, dynamics, optimizer = start("young-probe", r_init=1, r_target=3, p_grow=0.3)
+    plain_loop(model, dynamics, optimizer, range(2))
+    seen = {}
+    experts = adapted_layers(model, "default")
+    hooks = [layer.register_forward_pre_hook(lambda _, args, n=n: seen.update({n: args[:2]}))
+             for n, layer in experts.items()]  # fmt: skip
+    model.train()(**make_batch(2)).loss.backward()
+    for hook in hooks:
+        hook.remove()
+    dynamics.before_optimizer_step()
+    optimizer.step()
+    before = model.eval()(**make_batch(99)).logits
+    changes = dynamics.after_optimizer_step(optimizer)
+    torch.testing.assert_close(model(**make_batch(99)).logits, before, rtol=1e-6, atol=1e-6)
+    assert not any(layer.adapter("default").probes for layer in experts.values())
+    assert any(change.granted == 2 for change in changes), "more than an expert has old rows"
+    for change in changes:
+        pool = dynamics.adapters[change.block].rank_pools["gate_up"]
+        own, a = pool.owner == change.expert, pool.lora_A.detach()
+        young, old = a[own & (pool.birth == 3)], a[own & (pool.birth == 0)]
+        assert (young @ old.T).abs().max() < 1e-5
+        torch.testing.assert_close(young @ young.T, torch.eye(change.granted) * 4 / 3)
+        x_TH, index_TK = seen[change.block]  # what the gradient of this weight is made of
+        tokens = x_TH[(index_TK == change.expert).any(dim=1)].detach()
+        basis = torch.linalg.qr(torch.cat([old, tokens]).T).Q
+        assert basis.shape[1] < pool.in_features
+        assert (young - young @ basis @ basis.T).norm() < 1e-4 * young.norm()
 
 
 def test_rank_by_active_experts_is_r_over_k_once():
