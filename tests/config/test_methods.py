@@ -21,6 +21,7 @@ from drlora.adapter.pool import RankPool
 from drlora.config.methods import METHODS
 from drlora.config.options import GENERAL
 from drlora.config.registry import SALIENCIES, STARTS
+from drlora.ranks.continue_adapter import continue_adapter
 from drlora.ranks.rank_map import free_parameters
 from drlora.ranks.saliency import RANK_IMPORTANCES, RowSums, Signals, row_sums
 from drlora.runs.recipe import load_recipe
@@ -431,6 +432,19 @@ def test_a_budget_in_common_that_cannot_be_is_refused():
         start("lora-all-linear", r_target=1)
     with pytest.raises(ConfigError, match="start='none' gives no expert a rank"):
         DrLoraConfig(start="none", r_init=16)
+
+
+@pytest.mark.parametrize("method", ["lora-shared-outer", "lora-all-linear", "lora-attention"])
+def test_ranks_set_when_an_adapter_is_put_in_stay_when_it_is_continued(method, tmp_path):
+    model, dynamics, _ = start(method)
+    model.save_pretrained(tmp_path)
+    again = continue_adapter(make_model(), tmp_path)
+    assert drlora.rank_map(again) == dynamics.ranks()
+    config, before = again.peft_config["default"], model.peft_config["default"]
+    for name in ("r_target", "scaling", "target_rank"):
+        assert getattr(config, name) == getattr(before, name)
+    with torch.no_grad():
+        assert torch.equal(again(**make_batch(3)).logits, model(**make_batch(3)).logits)
 
 
 def test_epng_moves_ranks_at_the_budget_to_rows_apart_from_the_others():
