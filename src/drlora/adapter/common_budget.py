@@ -7,6 +7,7 @@ at an equal number of trained parameters: what E * r_target rows of every block 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 
@@ -77,8 +78,8 @@ def share_budget(
 
 def _shape(layer: nn.Module) -> tuple[int, int]:
     """In-features and out-features of a linear layer, adapted already or not."""
-    layer = getattr(layer, "base_layer", layer)
-    if hasattr(layer, "in_features"):
-        return int(layer.in_features), int(layer.out_features)
-    rows, columns = layer.get_parameter("weight").shape
+    base: Any = getattr(layer, "base_layer", layer)
+    if hasattr(base, "in_features"):
+        return int(base.in_features), int(base.out_features)
+    rows, columns = base.weight.shape
     return int(rows), int(columns)
