@@ -6,6 +6,7 @@ program. Nothing that the tests or an earlier program did is in there, and drlor
 
 from __future__ import annotations
 
+import gc
 import multiprocessing.forkserver
 import os
 import runpy
@@ -87,6 +88,7 @@ def _run(
     for stream in (1, 2):
         os.dup2(output, stream)
     assert "drlora" not in sys.modules
+    gc.freeze()  # what was imported stays; no collection of the program looks at it
     os.environ.update(environment)
     if folder is not None:
         os.chdir(folder)

