@@ -423,6 +423,14 @@ def test_lora_beside_the_experts_spends_their_budget_on_all_its_layers(method):
     assert config.target_rank >= max(ranks)
 
 
+def test_experts_that_are_left_out_by_the_settings_are_no_fault(tmp_path):
+    model, _, _ = start("lora-attention")
+    model.save_pretrained(tmp_path)
+    found = drlora.verify(tmp_path)
+    names = {f.name for f in found.findings if f.name in ("no-expert-touched", "inert-experts")}
+    assert names == {"no-expert-touched"} and not any(f.is_fault for f in found.findings)
+
+
 def test_a_budget_in_common_that_cannot_be_is_refused():
     with pytest.raises(ConfigError, match="common_budget.*target_modules=None"):
         get_peft_model(make_model(), DrLoraConfig(options={"common_budget": True}))
