@@ -162,9 +162,11 @@ def test_hot_as_published_gives_hot_experts_lora_s_rank_and_scaling():
     assert before == after
     for block in after.values():  # E * 2 ranks on 2 of 6 experts, since a quarter is rounded up
         assert sorted(block["down"]) == [0, 0, 0, 0, 6, 6] and block["gate_up"] == block["down"]
-    config = DrLoraConfig.for_method("hot-published", r_target=16, lora_alpha=32.0)
-    assert (config.r_init, config.r_target, config.r_max, config.scaling) == (4, 4, 16, 2.0)
-    assert config.option("hot_fraction") == 0.25
+    model, _, _ = start("hot-published", r_target=8, use_rslora=True)
+    config = model.peft_config["default"]
+    assert (config.r_init, config.r_target, config.r_max) == (2, 2, 8)
+    assert config.scaling == pytest.approx(8 / 8**0.5)
+    assert (config.option("hot_fraction"), config.option("budget_share")) == (0.25, 1.0)
 
 
 def test_experts_without_a_rank_compute_what_the_base_does():

@@ -82,13 +82,9 @@ def _hot(given: Mapping[str, Any]) -> Settings:
 
 def _hot_published(given: Mapping[str, Any]) -> Settings:
     """Hot experts have r_target, as in LoRA: a quarter of the experts, so one of the budget."""
-    before, after = given["r_target"], math.ceil(given["r_target"] / 4)
-    chosen = _hot({**given, "r_target": after, "options": {"hot_fraction": 0.25}})
-    chosen |= {"r_target": after, "options": {**chosen["options"], "hot_fraction": 0.25}}
-    if given.get("lora_alpha") is not None:  # the scaling stays as it is
-        part = after / before
-        chosen["lora_alpha"] = given["lora_alpha"] * (part**0.5 if given["use_rslora"] else part)
-    return chosen
+    rank = given["r_target"]
+    quarter = {"hot_fraction": 0.25, "budget_share": 0.25}
+    return _choices(quarter, r_init=rank, r_max=4 * math.ceil(rank / 4), start="hot")
 
 
 def _adalora(given: Mapping[str, Any]) -> Settings:
