@@ -88,6 +88,7 @@ def _write(folder, blocks, ranks_LE, growth, known, steps, changes) -> None:
     }
     logs = [
         {"step": s, "kind": "log", "loss": 1.5 + 2.5 * 0.99**s, "learning_rate": 1e-4,
+         "epoch": s / 40,
          "tokens_per_second": 900.0, "dynamics_share": 0.02}
         for s in range(10, steps + 1, 10)
     ]  # fmt: skip

@@ -5,8 +5,9 @@ python tools/check_report.py RUN [--images FOLDER] [--axe axe.min.js] [--chromiu
 Needs `pip install playwright` and a Chromium (Debian: apt-get install chromium); for accessibility
 the file axe.min.js of the npm package axe-core. Checked at 1280 and 390 pixels, in light and dark:
 no message on the console, nothing asked of a network, no scrolling sideways, the slider changes
-the map, choosing an expert shows its curves, axe-core finds no serious or critical fault; and the
-time until it is ready.
+the map, choosing an expert shows its curves, smoothing and epochs change the loss and change it
+back, answers unfold, axe-core finds no serious or critical fault; and the time until it is ready.
+A page that follows a run loads itself anew and keeps what was chosen.
 """
 
 from __future__ import annotations
@@ -50,6 +51,8 @@ def check(browser: Browser, page_file: Path, width: int, scheme: Any, options: A
     assert overflow <= 0, f"{overflow} pixels beyond the window"
     found.update(move_slider(page))
     found.update(choose_expert(page))
+    found.update(toggle(page))
+    found["answers"] = unfold_answers(page)
     if options.axe:
         found["axe"] = axe_faults(page, options.axe)
         assert not found["axe"]["serious"], found["axe"]
@@ -97,6 +100,53 @@ def choose_expert(page: Page) -> dict[str, Any]:
     return {"chosen": page.locator("#chosen").inner_text()}
 
 
+def toggle(page: Page) -> dict[str, Any]:
+    """Smoothing, and epochs where the log has them: each changes the loss, and back."""
+    found = {}
+    for name in ("smooth", "epochs"):
+        box = page.locator(f"#{name}")
+        if not box.is_visible():
+            continue
+        before = pixels(page, "loss")
+        box.check()
+        assert pixels(page, "loss") != before, f"{name} changes nothing"
+        box.uncheck()
+        assert pixels(page, "loss") == before, f"{name} does not go back"
+        found[name] = "changes the loss"
+    return found
+
+
+def unfold_answers(page: Page) -> int:
+    """How many answers can be read."""
+    rows = 0
+    for details in page.locator("section[aria-labelledby=h-answers] details").all():
+        details.locator("summary").click()
+        rows += details.locator("tbody tr").count()
+        assert details.locator("tbody tr").first.is_visible(), "answers stay folded"
+        details.locator("summary").click()
+    return rows
+
+
+def follow(browser: Browser, runs: list[Path], folder: Path) -> dict[str, Any]:
+    """A page of a run under way: it loads itself anew, as it was left."""
+    page_file = write_report(runs, folder / "followed.html", "html", refresh=2)
+    page = browser.new_page(viewport={"width": 1280, "height": 900})
+    messages: list[str] = []
+    page.on("console", lambda m: messages.append(f"{m.type}: {m.text}"))
+    page.on("pageerror", lambda error: messages.append(f"error: {error}"))
+    page.goto(page_file.as_uri())
+    page.wait_for_selector("html[data-ready=true]")
+    page.locator("#smooth").check()
+    page.locator("#expert").select_option("2")
+    page.wait_for_event("load", timeout=30_000)
+    page.wait_for_selector("html[data-ready=true]")
+    assert page.locator("#smooth").is_checked(), "smoothing is lost"
+    assert page.locator("#expert").input_value() == "2", "the expert is lost"
+    assert not messages, messages
+    page.close()
+    return {"kept": ["smooth", "expert"]}
+
+
 def axe_faults(page: Page, axe: Path) -> dict[str, Any]:
     """What axe-core finds."""
     page.evaluate(axe.read_text("utf-8"))
@@ -122,8 +172,9 @@ def main() -> None:
             executable_path=options.chromium, args=["--no-sandbox"]
         )
         views = [check(browser, page_file, w, s, options) for w in WIDTHS for s in SCHEMES]
+        followed = follow(browser, options.runs, Path(folder))
         size = page_file.stat().st_size
-        found = {"bytes": size, "chromium": browser.version, "views": views}
+        found = {"bytes": size, "chromium": browser.version, "views": views, "followed": followed}
         print(json.dumps(found, indent=2))
 
 

@@ -2,15 +2,16 @@
 
     python tools/make_serving.py [--check]
 
-One is between `<!-- make_serving.py: engines -->` and `<!-- end -->`: engines, formats, and what
-became of each case in experiments/serving/results.json. The other, `memory`, is of
-experiments/serving/memory.json.
+A table is between `<!-- make_serving.py: engines -->` and `<!-- end -->`. `engines` has engines,
+formats, and what became of each case in experiments/serving/results.json; `memory` is of
+experiments/serving/memory.json, `merges` of experiments/realistic/merges.json.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import statistics
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
@@ -23,6 +24,7 @@ ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "serving.md"
 RESULTS = ROOT / "experiments" / "serving" / "results.json"
 MEMORY = ROOT / "experiments" / "serving" / "memory.json"
+MERGES = ROOT / "experiments" / "realistic" / "merges.json"
 BLOCK = re.compile(
     r"(?P<head><!-- make_serving\.py: (?P<what>\w+) -->\n)(?P<made>.*?)(?P<end><!-- end -->\n)",
     re.DOTALL,
@@ -96,6 +98,28 @@ def memory() -> str:
     return "\n".join(lines) + "\n"
 
 
+def merges() -> str:
+    """Held-out loss of merges into bfloat16 beside the exact merge's, over seeds."""
+    found = json.loads(MERGES.read_text("utf-8"))
+    lines = ["| model | merged | held-out loss, off by | entries that nearest rounding loses |",
+             "|---|---|---|---|"]  # fmt: skip
+    for model, seeds in found.items():
+        for mode in ("stochastic", "nearest"):
+            off = [one[f"{mode} off by"] for one in seeds.values()]
+            lost = [one[f"{mode} rounding"]["nearest_would_lose_entries"] for one in seeds.values()]
+            spread = f"{min(off):+.2%} to {max(off):+.2%}"
+            lines.append(f"| {model} | {mode} | {statistics.mean(off):+.2%} ({spread}) "
+                         f"| {statistics.mean(lost):.1%} |")  # fmt: skip
+    said = []
+    for model, seeds in found.items():
+        one = next(iter(seeds.values()))
+        losses = [each["exact"] for each in seeds.values()]
+        steps = one["steps"] if isinstance(one["steps"], str) else f"{one['steps']} steps a seed"
+        said.append(f"{model}: {len(seeds)} seeds, {steps}, {one['examples']} held-out examples, "
+                    f"exact {statistics.mean(losses):.4f}")  # fmt: skip
+    return "\n".join([*lines, "", "; ".join(said) + "."]) + "\n"
+
+
 def _cells(rows: Sequence[dict[str, Any]]) -> tuple[str, str]:
     """Which cases are right, and what became of the others."""
     right, wrong = [], dict[str, list[str]]()
@@ -125,7 +149,7 @@ def _plain(text: str) -> str:
     return textwrap.shorten(sentence, 110, placeholder=" ...")
 
 
-TABLES: dict[str, Callable[[], str]] = {"engines": engines, "memory": memory}
+TABLES: dict[str, Callable[[], str]] = {"engines": engines, "memory": memory, "merges": merges}
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The table of docs/worked-runs.md, made of what the runs themselves wrote.
+"""The tables of docs/worked-runs.md, made of what the runs themselves wrote.
 
 python tools/make_worked_runs.py [--check]
 """
@@ -15,6 +15,10 @@ from made_pages import write_or_check
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "worked-runs.md"
 BEGIN, END = "<!-- make_worked_runs.py: begin -->", "<!-- make_worked_runs.py: end -->"
+HOUR = "benchmarks/results/first_hour.jsonl"
+HOUR_BEGIN = "<!-- make_worked_runs.py: first hour -->"
+# The commands that end with an adapter, and what each is called.
+ENDS = {"drlora train embedded": "a first adapter", "drlora train mine": "one of own data"}
 HEAD = [
     "| run | machine | steps | time of training | peak memory | held-out loss | from |",
     "|---|---|---|---|---|---|---|",
@@ -80,12 +84,40 @@ def threads(found: Row) -> str:
     return f"CPU, {'1 thread' if said == '1 threads' else said}"
 
 
+def first_hour() -> list[str]:
+    """The last whole try of the built wheel in a clean environment."""
+    lines = (ROOT / HOUR).read_text("utf-8").splitlines() if (ROOT / HOUR).is_file() else []
+    tries = [one for one in map(json.loads, lines) if one["whole"]]
+    if not tries:
+        return [f"Not recorded yet: there is no `{HOUR}`."]
+    found = tries[-1]
+    table = ["| command | seconds | of processors |", "|---|---|---|"]
+    said, clock, cpu, start = [], 0.0, 0.0, (0.0, 0.0)
+    for one in found["taken"]:
+        table.append(f"| `{one['name']}` | {one['seconds']:.0f} | {one['cpu_seconds']:.0f} |")
+        clock, cpu = clock + one["seconds"], cpu + one["cpu_seconds"]
+        for command, what in ENDS.items():
+            if one["name"].startswith(command):
+                said.append(f"{what} after {(clock - start[0]) / 60:.1f} minutes "
+                            f"({(cpu - start[1]) / 60:.1f} of processors)")  # fmt: skip
+                start = (clock, cpu)
+    busy = ", beside other work" if found["beside_other_work"] else ""
+    return [
+        *table,
+        "",
+        f"drlora {found['drlora']}, Python {found['python']}, {found['cores']} cores{busy}, on "
+        f"{found['date']}: {said[0]}, installing included, and {said[1]} from there.",
+    ]
+
+
 def remake(text: str) -> str:
-    """The page with the table as it is now."""
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    table = "\n".join([*HEAD, embedded(), realistic(), *full_size()])
-    return f"{before}{BEGIN}\n{table}\n{END}{after}"
+    """The page with its tables as they are now."""
+    runs = [*HEAD, embedded(), realistic(), *full_size()]
+    for begin, lines in ((BEGIN, runs), (HOUR_BEGIN, first_hour())):
+        before, _, rest = text.partition(begin)
+        _, _, after = rest.partition(END)
+        text = "\n".join([f"{before}{begin}", *lines, f"{END}{after}"])
+    return text
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
 """Build the wheel and the source archive, and try both as a new user would.
 
     python tools/release.py [--out dist] [--try pip|uv|none ...] [--index URL]
+    python tools/release.py --whole --record FILE
 
 Each way of installing gets an environment of its own, outside of the repository: every package
 comes from the index, drlora from the file that was just built. There, away from the sources, the
-first commands of the README are run. Nothing is published: that is one `twine upload dist/*` by
-somebody who may.
+first commands of the README are run, the embedded recipe for a few steps, with --whole as it is.
+--record appends to a file of JSON lines what each step took. Nothing is published: that is one
+`twine upload dist/*` by somebody who may.
 
 Needs `pip install build twine hatchling uv`.
 """
@@ -15,6 +17,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
+import random
+import resource
 import shutil
 import subprocess
 import sys
@@ -22,7 +27,10 @@ import tarfile
 import tempfile
 import time
 import zipfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 ROOT = Path(__file__).parents[1]
 LARGEST_BYTES = 20_000_000
@@ -32,22 +40,39 @@ WANTED = (
     "drlora/recipes/embedded.yaml",
     "drlora/report/report.js",
 )
-# What a new user does first, in a folder without the repository; one step is enough to see it run.
+# What a new user does first, in a folder without the repository; a few steps show that it runs.
 SHORT = ["training.max_steps=4", "adapter.grow_every=auto", "adapter.settle_steps=auto",
-         "training.warmup_steps=1", "training.save_steps=4", "evaluation.exact_match_examples=8",
-         "output_dir=run"]  # fmt: skip
+         "training.warmup_steps=1", "training.save_steps=4",
+         "evaluation.exact_match_examples=8"]  # fmt: skip
+EMBEDDED = ["train", "embedded", "output_dir=run"]
 TRIED = (
     ["--version"],
     ["--help"],
     ["env"],
+    ["doctor"],
     ["init", "--list"],
-    ["init", "model=embedded", "data.train=own.jsonl", "-o", "mine.yaml"],
-    ["data", "mine.yaml"],
-    ["train", "embedded", *SHORT],
+    EMBEDDED,
     ["generate", "run", "--prompts", "prompts.txt", "max_new_tokens=4"],
-    ["export", "run", "--format", "per-expert", "-o", "out"],
-    ["report", "run"],
+    ["init", "model=embedded", "data.train=own.jsonl", "-o", "other.yaml"],
+    ["plan", "embedded", "own.jsonl", "-o", "mine.yaml"],
+    ["data", "mine.yaml"],
+    ["train", "mine.yaml"],
+    ["chat", "runs/mine", "max_new_tokens=4"],
+    ["eval", "runs/mine"],
+    ["export", "runs/mine", "--format", "per-expert", "-o", "out"],
+    ["report", "run", "runs/mine", "-o", "report.html"],
 )
+T = TypeVar("T")
+SAID = "seven plus two is\n/exit\n"
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What a command took: by the clock, and of processors."""
+
+    name: str
+    seconds: float
+    cpu_seconds: float
 
 
 def build(out: Path) -> list[Path]:
@@ -89,28 +114,63 @@ def install(by: str, file: Path, folder: Path, torch: str, index: list[str]) -> 
     return programs
 
 
-def try_it(programs: Path, folder: Path) -> dict[str, float]:
-    """The first commands, away from the repository: seconds of each."""
+def try_it(programs: Path, folder: Path, whole: bool) -> list[Taken]:
+    """The first commands, away from the repository."""
     place = folder / f"work-{programs.parent.name}"
     place.mkdir()
-    rows = [{"prompt": f"number {n} is", "completion": f" {n}"} for n in range(40)]
+    names = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+    rows = [
+        {"prompt": f"{a} plus {b} is", "completion": f" {i + j}"}
+        for i, a in enumerate(names, 1)
+        for j, b in enumerate(names, 1)
+    ]
+    random.Random(0).shuffle(rows)
     (place / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     (place / "prompts.txt").write_text("A dog is a\n", "utf-8")
     clean = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
-    took: dict[str, float] = {}
+    taken = []
     for arguments in TRIED:
-        start = time.monotonic()
-        run(programs / "drlora", *arguments, cwd=place, env=clean, quiet=True)
-        took[" ".join(arguments[:2])] = round(time.monotonic() - start, 1)
-    return took
+        more = [] if whole or arguments is not EMBEDDED else SHORT
+        words = ["drlora", *arguments]
+        _, one = timed(" ".join(words), run, programs / words[0], *arguments, *more, cwd=place,
+                       env=clean, quiet=True)  # fmt: skip
+        print(f"  {one.seconds:6.1f} s  {one.name}", flush=True)
+        taken.append(one)
+    return taken
 
 
-def run(*command: object, cwd: Path | None = None, env: dict | None = None,
+def timed(name: str, does: Callable[..., T], *words: Any, **settings: Any) -> tuple[T, Taken]:
+    """What a call of `does` returns, and what the processes that it started took."""
+    start, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    found = does(*words, **settings)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return found, Taken(name, round(time.monotonic() - start, 1), round(cpu, 1))
+
+
+def record(file: Path, by: str, taken: list[Taken], whole: bool, busy: bool) -> None:
+    """A line more of what was tried, with what it took."""
+    version = (ROOT / "src/drlora/version.py").read_text("utf-8").split('"')[-2]
+    row = {
+        "installed_by": by,
+        "whole": whole,
+        "beside_other_work": busy,
+        "taken": [asdict(one) for one in taken],
+        "drlora": version,
+        "python": platform.python_version(),
+        "cores": os.cpu_count(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+    with file.open("a", encoding="utf-8") as lines:
+        lines.write(json.dumps(row) + "\n")
+
+
+def run(*command: object, cwd: Path | None = None, env: dict[str, str] | None = None,
         quiet: bool = False) -> None:  # fmt: skip
     """One command, which must end well."""
     words = [str(word) for word in command]
     done = subprocess.run(
-        words, cwd=cwd, env=env, capture_output=quiet, text=True, errors="replace"
+        words, cwd=cwd, env=env, capture_output=quiet, input=SAID, text=True, errors="replace"
     )
     if done.returncode:
         raise SystemExit(f"{' '.join(words)} ended with {done.returncode}\n{done.stdout or ''}"
@@ -124,6 +184,9 @@ def main() -> None:
                         choices=["pip", "uv", "none"])  # fmt: skip
     parser.add_argument("--torch", help="what is installed for torch; default: the pinned one")
     parser.add_argument("--index", action="append", default=[], help="further options of pip")
+    parser.add_argument("--whole", action="store_true", help="train the embedded recipe as it is")
+    parser.add_argument("--record", type=Path, help="append what it took to this file")
+    parser.add_argument("--beside", action="store_true", help="say that the machine was busy")
     options = parser.parse_args()
     files = build(options.out)
     pinned = (ROOT / "requirements/torch.txt").read_text("utf-8").splitlines()
@@ -132,8 +195,12 @@ def main() -> None:
         for by, file in zip(options.ways, reversed(files), strict=False):
             if by != "none":
                 # pip gets the source archive, uv the wheel: both are tried.
-                programs = install(by, file, Path(temporary), torch, options.index)
-                print(f"{by} of {file.name}: {try_it(programs, Path(temporary))}", flush=True)
+                programs, installed = timed("install torch and drlora", install, by, file,
+                                            Path(temporary), torch, options.index)  # fmt: skip
+                print(f"{by} of {file.name}: installed in {installed.seconds:.0f} s", flush=True)
+                taken = [installed, *try_it(programs, Path(temporary), options.whole)]
+                if options.record:
+                    record(options.record, by, taken, options.whole, options.beside)
 
 
 if __name__ == "__main__":

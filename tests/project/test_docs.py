@@ -31,6 +31,7 @@ from tiny_run import save_all, save_examples
 
 import drlora
 from drlora.cli.main import main
+from drlora.planning.plan import METHOD
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(path.name for path in (ROOT / "docs").glob("*.md"))
@@ -276,8 +277,8 @@ def test_extras_and_the_workflow_name_what_there_is():
     assert set(re.findall(r"drlora\[(\w+)\]", pages)) <= set(extras)
     workflow = (ROOT / ".github/workflows/test.yml").read_text("utf-8")
     jobs = yaml.safe_load(workflow)["jobs"]
-    assert jobs["gpu"]["if"] is False and set(jobs["test"]["strategy"]["matrix"]["python"]) == {
-        "3.11", "3.12", "3.13"}  # fmt: skip
+    assert jobs["gpu"]["if"] == "vars.GPU_RUNNER == 'true'"
+    assert set(jobs["test"]["strategy"]["matrix"]["python"]) == {"3.11", "3.12", "3.13"}
     verbs = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text("utf-8"), re.M)
     assert set(re.findall(r"run: make ([a-z-]+)", workflow)) <= set(verbs)
 
@@ -307,3 +308,11 @@ def test_yaml_and_other_commands(page):
         assert (ROOT / script).is_file(), (page, script)
     for module in re.findall(r"^ {4,8}(?:\S+=\S+ )*python -m (\S+)", text, re.M):
         assert importlib.util.find_spec(module), (page, module)
+
+
+def test_every_page_and_recipe_says_the_same_of_which_method():
+    names = ["README.md", *(f"docs/{n}.md" for n in ("index", "evidence", "methods", "planning"))]
+    names += [f"src/drlora/recipes/{n}.yaml" for n in ("own-data", "embedded", "qwen3-30b-a3b")]
+    for name in names:
+        text = (ROOT / name).read_text("utf-8").replace("\n# ", "\n").replace("`", "")
+        assert " ".join(METHOD.split()) in " ".join(text.split()), name

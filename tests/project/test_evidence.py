@@ -1,4 +1,7 @@
-"""docs/evidence.md states what the result files say. Run: pytest tests/project/test_evidence.py"""
+"""docs/evidence.md and docs/planning.md state what the result files say.
+
+Run: pytest tests/project/test_evidence.py
+"""
 
 import sys
 from pathlib import Path
@@ -9,6 +12,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
 
 import make_evidence  # noqa: E402
+import make_planning  # noqa: E402
 
 BLOCKS = {
     found["plan"]: found
@@ -35,3 +39,10 @@ def test_the_figure_is_that_of_the_comparison(tmp_path, monkeypatch):
     make_evidence.draw_budget(tmp_path / shown.name)
     assert (tmp_path / shown.name).read_bytes() == shown.read_bytes()
     assert f"images/{shown.name}" in make_evidence.PAGE.read_text("utf-8")
+
+
+def test_the_tables_of_planning_are_those_of_the_results(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    text = make_planning.PAGE.read_text("utf-8")
+    assert len(make_planning.BLOCK.findall(text)) == len(make_planning.TABLES)
+    assert make_planning.remake(text) == text

@@ -141,6 +141,22 @@ def test_the_page_holds_ranks_and_grants_exactly(run):
     assert grants["event"].min() == 1 and grants["event"].max() == 4
     assert found["held_out"] == [[0, 4.0], [100, 1.5]]
     assert found["log"]["loss"][0] == pytest.approx(record.logs[0]["loss"], rel=1e-5)
+    assert found["epochs_per_step"] == 1 / 40 and found["diverged_at"] is None
+
+
+def test_the_step_at_which_a_run_diverged_is_in_the_page(run, tmp_path):
+    def lost(entries):
+        return [
+            e | {"loss": None} if e["step"] >= 30 and e["kind"] == "log" else e for e in entries
+        ]
+
+    early = edited(run, tmp_path / "early", "metrics.jsonl", lost)
+    late = edited(run, tmp_path / "late", "metrics.jsonl", lambda entries: entries)
+    result = json.loads((late / "result.json").read_text())
+    result["diverged"] = ["the held-out loss rose from 4 to 5"]
+    (late / "result.json").write_text(json.dumps(result))
+    runs = json.loads(encode_runs([read_run(early), read_run(late)]))["runs"]
+    assert [one["diverged_at"] for one in runs] == [30, result["steps"]]
 
 
 class Tags(HTMLParser):

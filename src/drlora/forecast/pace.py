@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,7 +117,7 @@ def measure_pace(
             skeleton = AutoModelForCausalLM.from_config(cut, trust_remote_code=trust_remote_code)
         return pass_on_paper(adapted_on_paper(skeleton, config, dtype), batch, dtype).work
 
-    def on_machine(depth: int) -> float:
+    def on_machine(depth: int) -> Callable[[], None]:
         cut = with_layers(architecture, depth)
         model = AutoModelForCausalLM.from_config(
             cut, dtype=dtype, trust_remote_code=trust_remote_code
@@ -125,9 +125,9 @@ def measure_pace(
         if storage is not None:
             quantise_experts(model, storage)
         adapted = get_peft_model(model.to(device or "cpu"), copy.deepcopy(config))
-        return _seconds(adapted, batch)
+        return _step(adapted, batch)
 
-    taken = [on_machine(depth) for depth in depths]
+    taken = _fastest([on_machine(depth) for depth in depths])
     work = [on_paper(depth) for depth in depths]
     whole = on_paper(layers)
     if len(depths) == 1:
@@ -162,8 +162,8 @@ def _fewest_layers(architecture: PreTrainedConfig, trust_remote_code: bool) -> i
     return numbers[0] + 1 if numbers else 1
 
 
-def _seconds(model: Any, batch: Batch) -> float:
-    """The fastest of a few steps, the first left out."""
+def _step(model: Any, batch: Batch) -> Callable[[], None]:
+    """A training step of a model with a batch of tokens by chance."""
     assert isinstance(model, PeftModel)
     model.train()
     if batch.checkpoints:
@@ -182,7 +182,16 @@ def _seconds(model: Any, batch: Batch) -> float:
         if weight.device.type == "cuda":
             torch.cuda.synchronize()
 
-    return min([timed(step) for _ in range(1 + STEPS)][1:])
+    return step
+
+
+def _fastest(steps: Sequence[Callable[[], None]]) -> list[float]:
+    """Seconds of each: the fastest of a few, the first left out.
+
+    They take turns, so that a machine that is busy for a while is busy for all of them.
+    """
+    rounds = [[timed(step) for step in steps] for _ in range(1 + STEPS)]
+    return [min(of_step) for of_step in zip(*rounds[1:], strict=True)]
 
 
 def timed(function: Callable[[], object]) -> float:

@@ -34,7 +34,9 @@ class Batch:
         examples: rows.
         length: tokens of each, padding included.
         checkpoints: whether layers are computed again in the backward pass.
-        fuses_head: whether the loss is formed in the LM head, without all logits (on a GPU).
+        fuses_head: whether the loss is formed in the LM head, without all logits.
+        head_chunk_bytes: of logits in float32 that are formed at once, where it is; 0 where kernels
+            form it.
         engine: of experts: `loop` on a CPU, `grouped` on a GPU.
         autocast: dtype of products, where it is not that of the weights.
     """
@@ -43,6 +45,7 @@ class Batch:
     length: int
     checkpoints: bool = False
     fuses_head: bool = False
+    head_chunk_bytes: int = 0
     engine: str = "loop"
     autocast: torch.dtype | None = None
 
@@ -158,9 +161,19 @@ def _run(
             given = {"logits_to_keep": 1}
         out = model(input_ids=ids_BL, use_cache=False, **given)
         loss = out.logits.float().sum() if batch.fuses_head else out.loss
+        _form_chunk(batch, out.logits)
         del out
         kept = counting.bytes
         if trains:
             loss.backward()
     model.zero_grad()
     return PassOnPaper(kept, counting.peak_bytes, counting.work)
+
+
+def _form_chunk(batch: Batch, logits_BLV: torch.Tensor) -> None:
+    """Logits as `drlora.evaluation.head` forms them: of some rows, in both dtypes."""
+    vocabulary = logits_BLV.shape[-1]
+    rows = min(batch.tokens, max(1, batch.head_chunk_bytes // (4 * vocabulary)))
+    if batch.head_chunk_bytes:
+        chunk_nV = logits_BLV.new_empty(rows, vocabulary)
+        chunk_nV.float()

@@ -61,6 +61,8 @@ def _run(run: RunRecord, signal_bytes: int) -> Entry:
                 if any(entry.get(key) is not None for entry in logs)
             },
         },
+        "epochs_per_step": run.epochs_per_step,
+        "diverged_at": run.diverged_at,
         "held_out": _held_out(run),
         "gamma": run.adapter.get("gamma"),
         "maps": [_map(rank_map, signal_bytes // len(run.maps)) for rank_map in run.maps],

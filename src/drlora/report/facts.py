@@ -29,7 +29,8 @@ def lead(run: RunRecord) -> str:
     """The run in one sentence or two."""
     data = training_data(run)
     what = f"{_model(run)} on {data}" if data else _model(run)
-    parts = [f"{what}, {run.steps:,} steps." if run.steps else f"{what}."]
+    under_way = "" if run.result else " so far"
+    parts = [f"{what}, {run.steps:,} steps{under_way}." if run.steps else f"{what}."]
     losses = [_held_out(run, kind) for kind in ("before", "after")]
     if None not in losses:
         parts.append(f"Held-out loss went from {losses[0]:.4f} to {losses[1]:.4f}.")

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,19 @@ class RunRecord:
         known = [e["step"] for e in self.metrics if isinstance(e.get("step"), int)]
         events = [m.events[-1] for m in self.maps if m.events]
         return max([self.result.get("steps") or 0, *known, *events])
+
+    @property
+    def epochs_per_step(self) -> float | None:
+        """How much of an epoch a step is; None where the log does not tell."""
+        known = [e for e in self.logs if e.get("epoch") and e.get("step")]
+        return known[-1]["epoch"] / known[-1]["step"] if known else None
+
+    @property
+    def diverged_at(self) -> int | None:
+        """The first step without a finite loss; of a run that diverged otherwise, its last."""
+        logged = [e for e in self.metrics if e.get("kind") == "log" and "loss" in e]
+        lost = [e["step"] for e in logged if not _is_number(e["loss"]) or not isfinite(e["loss"])]
+        return lost[0] if lost else self.steps if self.result.get("diverged") else None
 
     def measured(self, kind: str) -> Entry | None:
         """The held-out measurement `before` or `after` training."""

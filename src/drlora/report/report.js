@@ -136,7 +136,12 @@
       splitLine: { lineStyle: { color: c.line } }, ...settings };
   }
 
-  const stepAxis = () => axis({ type: "value", name: "step", nameGap: 24, min: 0, max: run().steps,
+  // What is drawn over a run is kept by step; shown by epoch, a step of each run has a length of its own.
+  const length = (one) => (at("epochs").checked ? one.epochs_per_step : 1);
+  const along = (points, one = run()) => points.map(([step, ...rest]) => [step * length(one), ...rest]);
+
+  const stepAxis = (runs = [run()]) => axis({ type: "value", name: at("epochs").checked ? "epoch" : "step",
+    nameGap: 24, min: 0, max: Math.max(...runs.map((one) => one.steps * length(one))),
     splitLine: { show: false } });
   const GRID = { left: 8, right: 16, top: 26, bottom: 28, containLabel: true };
   const DASHES = ["solid", "dashed", "dotted", [8, 3, 2, 3]];
@@ -146,8 +151,17 @@
 
   function eventMarks(m) {
     return { name: "growth event", type: "scatter", symbol: "triangle", symbolSize: 7,
-      itemStyle: { color: look().mark }, data: m.events.map((step) => [step, 0]), yAxisIndex: 1,
-      tooltip: { formatter: (p) => `growth event at step ${p.value[0]}` } };
+      itemStyle: { color: look().mark }, data: along(m.events.map((step) => [step, 0])), yAxisIndex: 1,
+      tooltip: { formatter: (p) => `growth event at step ${m.events[p.dataIndex]}` } };
+  }
+
+  // Where a run diverged, a line from top to bottom that says so.
+  function divergence(one, says) {
+    if (one.diverged_at === null) return {};
+    const c = look();
+    return { markLine: { silent: true, symbol: "none", lineStyle: { color: c.mark, type: "solid", width: 2 },
+      label: { formatter: says, color: c.mark, position: "insideEndTop" },
+      data: [{ xAxis: one.diverged_at * length(one) }] } };
   }
 
   // ---- the log
@@ -156,33 +170,35 @@
     const c = look(), series = [], many = data.runs.length > 1;
     data.runs.forEach((one, i) => {
       const look_ = { color: i % 2 ? c.second : c.first, type: DASHES[i % DASHES.length], width: 2 };
-      series.push(line(many ? one.name : "training loss", smoothed(one.log),
-        { lineStyle: look_, itemStyle: { color: look_.color } }));
+      series.push(line(many ? one.name : "training loss", along(smoothed(one.log), one),
+        { lineStyle: look_, itemStyle: { color: look_.color },
+          ...divergence(one, many ? `${one.name} diverged` : "diverged") }));
       series.push({ name: many ? `${one.name}, held out` : "held-out loss", type: "scatter",
         symbol: "diamond", symbolSize: 13, itemStyle: { color: look_.color, borderColor: c.ink },
-        data: one.held_out });
+        data: along(one.held_out, one) });
     });
     const last = run().held_out.at(-1), first = run().held_out[0];
     draw("loss", {
       grid: { ...GRID, top: 34 },
       legend: { type: "scroll", textStyle: { color: c.ink }, top: 0 },
       tooltip: { trigger: "axis", valueFormatter: show },
-      xAxis: axis({ type: "value", name: "step", nameGap: 24, min: 0,
-        max: Math.max(...data.runs.map((one) => one.steps)), splitLine: { show: false } }),
-      yAxis: [axis({ type: "log", logBase: 2, name: "nats a token", nameGap: 40, min: lowestLoss() }),
+      xAxis: stepAxis(data.runs),
+      yAxis: [axis({ type: "log", logBase: 2, name: "nats a token", nameGap: 40, min: lowestLoss(),
+        axisLabel: { color: c.soft, formatter: show, hideOverlap: true, showMinLabel: false } }),
         { type: "value", min: 0, max: 1, show: false }],
       series: [...series, eventMarks(map())],
     }, first && last ? `Loss over steps. Held out: ${show(first[1])} at step ${first[0]}, ` +
       `${show(last[1])} at step ${last[0]}.` : "Loss over steps.");
   }
 
-  // A running mean that forgets a tenth at each entry, where it is asked for.
+  // A running mean over about a tenth of the entries, and three at least, where it is asked for.
   function smooth(values) {
     if (!values || !at("smooth").checked) return values;
+    const share = 1 / Math.max(3, values.length / 10);
     let mean = null;
     return values.map((value) => {
       if (value === null) return null;
-      mean = mean === null ? value : 0.9 * mean + 0.1 * value;
+      mean = mean === null ? value : mean + share * (value - mean);
       return mean;
     });
   }
@@ -202,10 +218,10 @@
     const key = at("curve").value, c = look();
     if (!key) return;
     const series = data.runs.filter((one) => one.log[key]).map((one, i) =>
-      line(one.name, one.log.step.map((s, k) => [s, one.log[key][k]]), {
+      line(one.name, along(one.log.step.map((s, k) => [s, one.log[key][k]]), one), {
         lineStyle: { color: i % 2 ? c.second : c.first, type: DASHES[i % DASHES.length] },
         itemStyle: { color: i % 2 ? c.second : c.first } }));
-    draw("other", { grid: GRID, tooltip: { trigger: "axis", valueFormatter: show }, xAxis: stepAxis(),
+    draw("other", { grid: GRID, tooltip: { trigger: "axis", valueFormatter: show }, xAxis: stepAxis(data.runs),
       yAxis: axis({ type: "value", scale: true }), series }, `${data.curves[key]} over steps.`);
   }
 
@@ -326,7 +342,7 @@
   function drawExpert() {
     const m = map(), c = look(), cell = cellOf(m, state.layer, state.expert);
     const mark = { silent: true, symbol: "none", label: { show: false },
-      lineStyle: { color: c.mark, type: "dashed" }, data: [{ xAxis: stepAt(m, state.time) }] };
+      lineStyle: { color: c.mark, type: "dashed" }, data: [{ xAxis: stepAt(m, state.time) * length(run()) }] };
     const thick = { lineStyle: { color: c.first, width: 2.5 }, itemStyle: { color: c.first } };
     const thin = { lineStyle: { color: c.soft, width: 1 }, itemStyle: { color: c.soft } };
     const steps = [0, ...m.events, run().steps];
@@ -336,8 +352,8 @@
     const places = steps.map((s, i) => [s, i]);
     draw("expert-rank", { grid: GRID, tooltip: { trigger: "axis", valueFormatter: show }, xAxis: stepAxis(),
       yAxis: axis({ type: "value", min: 0, minInterval: 1 }),
-      series: [line("rank", places.map(([s, i]) => [s, rankAt(i)[cell]]), { step: "end", markLine: mark, ...thick }),
-        line("mean of the layer", places.map(([s, i]) => [s, meanRank(i)]), { step: "end", ...thin })],
+      series: [line("rank", along(places.map(([s, i]) => [s, rankAt(i)[cell]])), { step: "end", markLine: mark, ...thick }),
+        line("mean of the layer", along(places.map(([s, i]) => [s, meanRank(i)])), { step: "end", ...thin })],
     }, `Rank of expert ${state.expert} of layer ${state.layer}: ${rankAt(0)[cell]} at the start, ${rankAt(m.events.length)[cell]} at the end.`);
     for (const name of SIGNALS) drawSignal(m, name, cell, { mark, thick, thin });
     at("chosen").textContent = `${describe(m, state.layer, state.expert).split("\n").slice(0, -1).join(", ")}.`;
@@ -353,13 +369,13 @@
         return values.reduce((a, b) => a + b, 0) / values.length;
       });
       series = [
-        line(name, m.known_at.map((s, row) => [s, positive(signal(m, name, row, cell))]),
+        line(name, along(m.known_at.map((s, row) => [s, positive(signal(m, name, row, cell))])),
           { markLine: mark, showSymbol: m.known_at.length < 40, symbolSize: 5, ...thick }),
-        line("mean of the layer", m.known_at.map((s, row) => [s, positive(means[row])]), thin)];
+        line("mean of the layer", along(m.known_at.map((s, row) => [s, positive(means[row])])), thin)];
     } else {  // a log from before events.jsonl: only what its grants tell
       const own = [...m.columns.cell.keys()].filter((i) => m.columns.cell[i] === cell);
       series = [{ name: `${name} at its grants`, type: "scatter", symbolSize: 8, markLine: mark, itemStyle: thick.itemStyle,
-        data: own.map((i) => [m.events[m.columns.event[i] - 1], positive(m.columns[name][i])]) }];
+        data: along(own.map((i) => [m.events[m.columns.event[i] - 1], positive(m.columns[name][i])])) }];
     }
     draw(`expert-${name}`, { grid: GRID, tooltip: { trigger: "axis", valueFormatter: show }, xAxis: stepAxis(),
       yAxis: axis(isLog(name) ? { type: "log" } : { type: "value", min: 0 }), series,
@@ -421,9 +437,9 @@
     draw("gini", { grid: { ...GRID, top: 34 }, legend: { textStyle: { color: c.ink }, top: 0 },
       tooltip: { trigger: "axis", valueFormatter: show }, xAxis: stepAxis(), yAxis: axis({ type: "value", min: 0 }),
       series: [
-        line("ranks", steps.map((s, i) => [s, ranks[Math.min(i, m.events.length)]]),
+        line("ranks", along(steps.map((s, i) => [s, ranks[Math.min(i, m.events.length)]])),
           { step: "end", lineStyle: { color: c.first, width: 2.5 }, itemStyle: { color: c.first } }),
-        ...(routing.length ? [line("routing", m.known_at.map((s, row) => [s, routing[row]]),
+        ...(routing.length ? [line("routing", along(m.known_at.map((s, row) => [s, routing[row]])),
           { lineStyle: { color: c.second, width: 2, type: "dashed" }, itemStyle: { color: c.second } })] : [])],
     }, `Gini coefficient of ranks: ${show(ranks[0])} at the start, ${show(ranks.at(-1))} at the end` +
       `${routing.length ? `; of routing ${show(routing.at(-1))} at the end` : ""}.`);
@@ -531,6 +547,13 @@
     at("map").addEventListener("change", (e) => { state.map = +e.target.value; setMap(); });
     at("curve").addEventListener("change", drawOther);
     at("smooth").addEventListener("change", drawLoss);
+    at("epochs-label").hidden = data.runs.some((one) => !one.epochs_per_step);
+    at("epochs").addEventListener("change", () => {
+      drawLoss();
+      drawOther();
+      drawExpert();
+      drawConcentration();
+    });
     at("shown").addEventListener("change", (e) => { state.shown = e.target.value; drawMap(); });
     at("time").addEventListener("input", (e) => setTime(+e.target.value));
     at("layer").addEventListener("change", (e) => choose(+e.target.value, state.expert));
@@ -545,6 +568,7 @@
     });
     setRun(0);
     drawFinal();
+    comeBack();
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { setMapColours(); });
     let waiting = 0;
     addEventListener("resize", () => {
@@ -552,6 +576,26 @@
       waiting = setTimeout(() => Object.values(charts).forEach((chart) => chart.resize()), 100);
     });
     document.documentElement.dataset.ready = "true";
+  }
+
+  // A page that loads itself anew shows what the reader had chosen.
+  const KEPT = ["smooth", "epochs", "curve", "run", "map", "shown", "layer", "expert"];
+
+  function comeBack() {
+    let kept = {};
+    try { kept = JSON.parse(sessionStorage.getItem(document.title)) ?? {}; } catch { return; }
+    for (const id of KEPT.filter((key) => key in kept)) {
+      const field = at(id), isBox = field.type === "checkbox";
+      if (isBox ? field.checked === kept[id] : field.value === kept[id]) continue;
+      if (isBox) field.checked = kept[id];
+      else if ([...field.options].some((option) => option.value === kept[id])) field.value = kept[id];
+      else continue;
+      field.dispatchEvent(new Event("change"));
+    }
+    addEventListener("pagehide", () => {
+      const now = KEPT.map((id) => [id, at(id).type === "checkbox" ? at(id).checked : at(id).value]);
+      sessionStorage.setItem(document.title, JSON.stringify(Object.fromEntries(now)));
+    });
   }
 
   function setMapColours() {

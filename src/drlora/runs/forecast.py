@@ -15,6 +15,7 @@ from peft import PeftModel
 
 from drlora.embedded import resolve_model
 from drlora.errors import first_line
+from drlora.evaluation.head import CHUNK_BYTES, LEAST_VOCABULARY
 from drlora.evaluation.measure import EvaluationSection
 from drlora.forecast.memory import MemoryForecast, mapped_bytes, memory_forecast
 from drlora.forecast.step import Batch, PassOnPaper, adapted_on_paper, pass_on_paper
@@ -26,6 +27,8 @@ from drlora.runs.loading import load_architecture, model_on_meta
 from drlora.runs.recipe import Recipe
 
 LENGTHS_READ = 2000
+# Of configs whose logits are not the head's product alone.
+OTHER_HEADS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,11 @@ def run_on_paper(
         folder = from_root(resolve_model(recipe.model))
         shapes = dict(skeleton.named_parameters())
         mapped = mapped_bytes(folder, shapes, recipe.quantise.experts is not None)
+    if on_cpu and _loses_at_targets(recipe, architecture, dtype):
+        largest, usual = (
+            replace(one, fuses_head=True, head_chunk_bytes=CHUNK_BYTES["cpu"])
+            for one in (largest, usual)
+        )
     model = adapted_on_paper(skeleton, recipe.adapter_config(), dtype)
     works_in = working_dtype(torch.empty(0, dtype=dtype)) if on_cpu else dtype
     peak = _peak(model, largest, recipe.evaluation, works_in)
@@ -86,13 +94,32 @@ def run_on_paper(
     return RunOnPaper(memory, largest, usual, dtype, model, works_in)
 
 
+def _loses_at_targets(recipe: Recipe, architecture: Any, dtype: torch.dtype) -> bool:
+    """Whether a CPU forms the loss in chunks, as far as the config tells (`has_plain_head`)."""
+    text = architecture.get_text_config()
+    training = recipe.training
+    return (
+        text.vocab_size >= LEAST_VOCABULARY
+        and dtype in (torch.float32, torch.bfloat16)
+        and not any(getattr(text, name, None) for name in OTHER_HEADS)
+        and not training.get("token_metrics")
+        and not training.get("router_aux_loss_coef")
+    )
+
+
 def _peak(
     model: PeftModel, largest: Batch, evaluation: EvaluationSection, dtype: torch.dtype
 ) -> float:
     """Of a step, or of a batch that is measured where that takes more."""
     step = pass_on_paper(model, largest, dtype).peak_bytes
-    measured = Batch(evaluation.batch_size, largest.length)
-    if measured.tokens <= largest.tokens and not largest.fuses_head:
+    in_chunks = largest.head_chunk_bytes > 0  # on a CPU, where measuring forms its loss alike
+    measured = Batch(
+        evaluation.batch_size,
+        largest.length,
+        fuses_head=in_chunks,
+        head_chunk_bytes=largest.head_chunk_bytes,
+    )
+    if measured.tokens <= largest.tokens and measured.fuses_head == largest.fuses_head:
         return step  # which keeps for the backward pass what measuring gives back
     return max(step, pass_on_paper(model, measured, dtype, trains=False).peak_bytes)
 
