@@ -92,6 +92,7 @@ def test_projections_are_put_in_order():
 
 def test_a_whole_number_may_be_written_as_a_float():
     """Version 0.1 took settle_steps=20.0, so saved configurations may have it."""
+    assert make_schedule(DrLoraConfig(settle_steps=0.5), [], 401).settle_steps == 201
     config = DrLoraConfig(settle_steps=20.0)
     assert config.settle_steps == 20 and isinstance(config.settle_steps, int)
 

@@ -10,6 +10,7 @@ import torch
 import yaml
 from peft import PeftModel, get_peft_model
 from peft.optimizers import create_loraplus_optimizer
+from peft.tuners.lora import LoraLayer
 from tiny import make_batch, make_model, plain_loop, trainable
 from tiny_run import save_all
 
@@ -20,6 +21,7 @@ from drlora.adapter.pool import RankPool
 from drlora.config.methods import METHODS
 from drlora.config.options import GENERAL
 from drlora.config.registry import SALIENCIES, STARTS
+from drlora.ranks.continue_adapter import continue_adapter
 from drlora.ranks.rank_map import free_parameters
 from drlora.ranks.saliency import RANK_IMPORTANCES, RowSums, Signals, row_sums
 from drlora.runs.recipe import load_recipe
@@ -68,6 +70,7 @@ SETTINGS_BESIDE = {  # what has no name of its own
     "floor": dict(budget_scope="model", options={"layer_floor": 0.5}),
     "moving": dict(options={"move_share": 0.25}),
     "young": dict(options={"young_a": "gradient"}),
+    "young-probe": dict(options={"young_a": "probe", "young_a_scale": 2.0}),
     "probed": dict(start="gradient", options={"start_a": "gradient"}),
 }
 
@@ -82,7 +85,8 @@ def test_every_method_trains_at_the_budget_resumes_exactly_and_loads(method, tmp
     torch.save(moments, tmp_path / "optimizer.pt")
     losses = plain_loop(model, dynamics, optimizer, range(5, TOTAL))
     assert all(torch.isfinite(torch.tensor([*first, *losses])))
-    rank = {"lora-active": 2, "lora-shared-outer": SHARED_RANK}.get(method, 4)
+    rank = {"lora-active": 2, "lora-shared-outer": SHARED_RANK, "lora-attention": 0,
+            "lora-all-linear": 3, "hot-published": 1}.get(method, 4)  # fmt: skip
     assert dynamics.budget()[0] == LAYERS * 2 * EXPERTS * rank
 
     again = PeftModel.from_pretrained(make_model(), tmp_path, is_trainable=True)
@@ -151,6 +155,18 @@ def test_hot_only_leaves_the_rest_at_rank_0():
         assert sorted(block["down"]) == [0, 0, 0, 0, 12, 12] and block["gate_up"] == block["down"]
         hot = [e for e, rank in enumerate(block["down"]) if rank]
         assert max(range(6), key=routed[name]["down"].__getitem__) in hot
+
+
+def test_hot_as_published_gives_hot_experts_lora_s_rank_and_scaling():
+    before, after = run("hot-published", r_target=8)
+    assert before == after
+    for block in after.values():  # E * 2 ranks on 2 of 6 experts, since a quarter is rounded up
+        assert sorted(block["down"]) == [0, 0, 0, 0, 6, 6] and block["gate_up"] == block["down"]
+    model, _, _ = start("hot-published", r_target=8, use_rslora=True)
+    config = model.peft_config["default"]
+    assert (config.r_init, config.r_target, config.r_max) == (2, 2, 8)
+    assert config.scaling == pytest.approx(8 / 8**0.5)
+    assert (config.option("hot_fraction"), config.option("budget_share")) == (0.25, 1.0)
 
 
 def test_experts_without_a_rank_compute_what_the_base_does():
@@ -276,6 +292,36 @@ def test_young_rows_of_a_can_point_where_the_gradient_does_and_a_does_not():
     assert any(change.granted == 2 for change in changes)
 
 
+def test_a_probe_shows_young_rows_more_than_the_old_rows_of_their_expert_do():
+    model, dynamics, optimizer = start("young-probe", r_init=1, r_target=3, p_grow=0.3)
+    plain_loop(model, dynamics, optimizer, range(2))
+    seen = {}
+    experts = adapted_layers(model, "default")
+    hooks = [layer.register_forward_pre_hook(lambda _, args, n=n: seen.update({n: args[:2]}))
+             for n, layer in experts.items()]  # fmt: skip
+    model.train()(**make_batch(2)).loss.backward()
+    for hook in hooks:
+        hook.remove()
+    dynamics.before_optimizer_step()
+    optimizer.step()
+    before = model.eval()(**make_batch(99)).logits
+    changes = dynamics.after_optimizer_step(optimizer)
+    torch.testing.assert_close(model(**make_batch(99)).logits, before, rtol=1e-6, atol=1e-6)
+    assert not any(layer.adapter("default").probes for layer in experts.values())
+    assert any(change.granted == 2 for change in changes), "more than an expert has old rows"
+    for change in changes:
+        pool = dynamics.adapters[change.block].rank_pools["gate_up"]
+        own, a = pool.owner == change.expert, pool.lora_A.detach()
+        young, old = a[own & (pool.birth == 3)], a[own & (pool.birth == 0)]
+        assert (young @ old.T).abs().max() < 1e-5
+        torch.testing.assert_close(young @ young.T, torch.eye(change.granted) * 4 / 3)
+        x_TH, index_TK = seen[change.block]  # what the gradient of this weight is made of
+        tokens = x_TH[(index_TK == change.expert).any(dim=1)].detach()
+        basis = torch.linalg.qr(torch.cat([old, tokens]).T).Q
+        assert basis.shape[1] < pool.in_features
+        assert (young - young @ basis @ basis.T).norm() < 1e-4 * young.norm()
+
+
 def test_rank_by_active_experts_is_r_over_k_once():
     model, dynamics, _ = start("lora-active")
     config = model.peft_config["default"]
@@ -361,6 +407,56 @@ def test_shared_outer_has_lora_s_numbers_and_is_refused_with_unequal_ranks():
         get_peft_model(make_model(), DrLoraConfig(**SETTINGS, options={"shared_outer": True}))
 
 
+@pytest.mark.parametrize("method", ["lora-attention", "lora-all-linear"])
+def test_lora_beside_the_experts_spends_their_budget_on_all_its_layers(method):
+    model, dynamics, _ = start(method)
+    config = model.peft_config["default"]
+    lora = sum(p.numel() for p in trainable(start("lora")[0]))
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, LoraLayer)}
+    names = {name.rpartition(".")[2] for name in layers}
+    assert names == {"q_proj", "k_proj", "v_proj", "o_proj"} and len(layers) == 4 * LAYERS
+    assert {m.r["default"] for m in layers.values()} == {config.target_rank}
+    assert {m.scaling["default"] for m in layers.values()} == {config.scaling} == {8 / 4}
+    trained = sum(p.numel() for p in trainable(model)) - free_parameters(model)
+    a_rank = sum(sum(m.get_base_layer().weight.shape) for m in layers.values())
+    assert abs(trained - lora) <= a_rank / 2, "as near as whole ranks go"
+    ranks = {r for block in dynamics.ranks().values() for rs in block.values() for r in rs}
+    assert ranks == ({0} if method == "lora-attention" else {3})
+    assert config.target_rank >= max(ranks)
+
+
+def test_experts_that_are_left_out_by_the_settings_are_no_fault(tmp_path):
+    model, _, _ = start("lora-attention")
+    model.save_pretrained(tmp_path)
+    found = drlora.verify(tmp_path)
+    names = {f.name for f in found.findings if f.name in ("no-expert-touched", "inert-experts")}
+    assert names == {"no-expert-touched"} and not any(f.is_fault for f in found.findings)
+
+
+def test_a_budget_in_common_that_cannot_be_is_refused():
+    with pytest.raises(ConfigError, match="common_budget.*target_modules=None"):
+        get_peft_model(make_model(), DrLoraConfig(options={"common_budget": True}))
+    with pytest.raises(ConfigError, match="common_budget.*Lower r_target"):
+        start("lora-attention", r_target=64)
+    with pytest.raises(ConfigError, match="common_budget.*Raise r_target"):
+        start("lora-all-linear", r_target=1)
+    with pytest.raises(ConfigError, match="start='none' gives no expert a rank"):
+        DrLoraConfig(start="none", r_init=16)
+
+
+@pytest.mark.parametrize("method", ["lora-shared-outer", "lora-all-linear", "lora-attention"])
+def test_ranks_set_when_an_adapter_is_put_in_stay_when_it_is_continued(method, tmp_path):
+    model, dynamics, _ = start(method)
+    model.save_pretrained(tmp_path)
+    again = continue_adapter(make_model(), tmp_path)
+    assert drlora.rank_map(again) == dynamics.ranks()
+    config, before = again.peft_config["default"], model.peft_config["default"]
+    for name in ("r_target", "scaling", "target_rank"):
+        assert getattr(config, name) == getattr(before, name)
+    with torch.no_grad():
+        assert torch.equal(again(**make_batch(3)).logits, model(**make_batch(3)).logits)
+
+
 def test_epng_moves_ranks_at_the_budget_to_rows_apart_from_the_others():
     model, dynamics, optimizer = start("epng")
     before = dynamics.ranks()
@@ -394,6 +490,7 @@ def test_what_the_released_script_computes():
 
 
 def test_informed_growth_starts_with_three_quarters_of_the_budget():
+    assert DrLoraConfig.for_method("drlora-informed", **SETTINGS).settle_steps == 0.5
     before, after = run("drlora-informed")
     assert sum(map(sum, (b["down"] for b in before.values()))) == LAYERS * EXPERTS * 3
     assert sum(map(sum, (b["down"] for b in after.values()))) == LAYERS * EXPERTS * 4
@@ -402,7 +499,7 @@ def test_informed_growth_starts_with_three_quarters_of_the_budget():
 def test_rules_and_their_names():
     assert set(RANK_IMPORTANCES) == set(GENERAL["rank_importance"].choices)
     assert SALIENCIES.names() == ("product", "routing", "importance", "random")
-    assert STARTS.names() == ("uniform", "routing", "hot", "gradient")
+    assert STARTS.names() == ("uniform", "routing", "hot", "gradient", "none")
     f, g, ranks = torch.tensor([0.5, 0.25]), torch.tensor([3.0, 8.0]), torch.tensor([1, 3])
     signals = Signals(f, g, ranks, gamma=2.0, seed=1)
     assert SALIENCIES["product"](signals).tolist() == [1.5 / 4, 2.0 / 16]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from drlora.adapter.observe import RoutingMeter
 from drlora.adapter.pool import RankPool, in_float32
 from drlora.adapter.shared_rows import shared_factor
-from drlora.config.adapter import DrLoraConfig
+from drlora.config.adapter import NOTHING, DrLoraConfig
 from drlora.moe.blocks import MoEBlock
 from drlora.ops import LoraPiece, TracedPiece
 
@@ -66,7 +66,7 @@ class ExpertsAdapter(nn.Module):
         self.config = config
         self.block = block
         # Any other start needs data, and then an expert owns nothing until ranks are placed.
-        rank = 0 if config.starts_from_data else config.r_init
+        rank = 0 if config.starts_from_data or config.start == NOTHING else config.r_init
         self.pools = nn.ModuleDict(
             {
                 projection: RankPool(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import replace
 
@@ -62,6 +63,7 @@ def _prepare(model: nn.Module, config: DrLoraConfig) -> list[MoEBlock]:
     keep_trainable(model)
     config.experts = [block.experts_name for block in blocks]
     _split_by_active(model, config, blocks)
+    _take_share(config)
     raise_ranks(config, blocks)
     if config.router == "train":
         # By full name: PEFT matches endings, and "gate" is also one of "shared_expert_gate".
@@ -284,11 +286,23 @@ def _split_by_active(model: nn.Module, config: DrLoraConfig, blocks: list[MoEBlo
         )
     (count,) = active
     assert count is not None and config.lora_alpha is not None
-    before = config.r_target
+    scaling = config.scaling
     for name in ("r_init", "r_target", "r_max"):
         setattr(config, name, max(1, getattr(config, name) // count))
-    config.lora_alpha *= config.r_target / before  # the scaling stays as it is
+    config.lora_alpha *= scaling / config.scaling
     config.options = {**config.options, "split_by_active": False}
+
+
+def _take_share(config: DrLoraConfig) -> None:
+    """Do what `budget_share` asks for, once: the saved configuration has the final ranks."""
+    share, scaling = config.option("budget_share"), config.scaling
+    if share == 1:
+        return
+    for name in ("r_init", "r_target"):
+        setattr(config, name, math.ceil(share * getattr(config, name) - 1e-9))
+    assert config.lora_alpha is not None
+    config.lora_alpha *= scaling / config.scaling
+    config.options = {**config.options, "budget_share": 1.0}
 
 
 def _try_engine(config: DrLoraConfig, base: nn.Module) -> None:

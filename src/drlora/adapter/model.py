@@ -24,6 +24,7 @@ from peft.utils import (
 )
 from torch import Tensor, nn
 
+from drlora.adapter.common_budget import share_budget
 from drlora.adapter.files import (
     CONTAINER,
     put_embeddings_in_place,
@@ -71,8 +72,10 @@ class DrLoraModel(LoraModel):
         config = copy.copy(peft_config)
         blocks = prepare(self.model, config, model_config.get("model_type"))
         # The injection works on a copy with full names; what is saved is what the user said.
+        targets = choose_targets(self.model, config, blocks)
+        share_budget(self.model, config, blocks, targets)
         resolved = copy.copy(config)
-        resolved.target_modules = choose_targets(self.model, config, blocks)
+        resolved.target_modules = targets
         peft_config.__dict__.update(config.__dict__)
         self._blocks = {block.experts_name: block for block in blocks}
         return resolved

@@ -47,6 +47,7 @@ PROJECTION_SETS = (
     ("up",),
     ("down",),
 )
+NOTHING = "none"  # the start after which no expert has a rank, for good
 RECORDED = ("base_model_type", "gate_up_order", "schedule")  # what `record` may hold
 # Setting -> what it may be; those of others are in registries.
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -86,8 +87,8 @@ class DrLoraConfig(SavedConfig):
             or less in a run that would have fewer than 16 events with it.
         warmup_steps: the first event is at its end: a number of steps if >= 1, else a fraction of
             the run. Set it to the learning rate's warm-up.
-        settle_steps: no growth in the last so many steps of the run. `auto` is the published 200,
-            or a tenth of a run that is shorter than 2,000 steps.
+        settle_steps: no growth in the last so many steps of the run; below 1 a fraction of it.
+            `auto` is the published 200, or a tenth of a run that is shorter than 2,000 steps.
         saliency: what growth goes by: `product` (the paper's f g / (r + 1) ** gamma), `routing`
             (without g), `importance` (without f), `random` (nothing; drawn from the seed that
             torch had when the adapter was made), or a rule that was registered
@@ -100,7 +101,7 @@ class DrLoraConfig(SavedConfig):
             gives as much to the experts that are used most, and none to the others; `gradient`
             gives it to the strongest directions of the gradient, whose ever they are
             (`drlora.place_ranks`; the callback and `drlora train` call it); or a way that was
-            registered (`STARTS`).
+            registered (`STARTS`). `none` gives no expert a rank, and only `target_modules` learn.
         budget_scope: whether each `layer` has its own budget, or all layers of the `model` compete
             for one; then a layer may need up to E * r_max rows, and so many are stored.
         router: `frozen`, or `train`: trained from the end of the warm-up and saved with the
@@ -147,7 +148,7 @@ class DrLoraConfig(SavedConfig):
     p_grow: float | Literal["auto"] = AUTO
     grow_every: int | Literal["auto"] = AUTO
     warmup_steps: float = 0.03
-    settle_steps: int | Literal["auto"] = AUTO
+    settle_steps: float | Literal["auto"] = AUTO
     saliency: str = "product"
     allocation: str = "grow"
     start: str = "uniform"
@@ -245,6 +246,8 @@ class DrLoraConfig(SavedConfig):
     @property
     def starts_from_data(self) -> bool:
         """Whether experts own nothing until `drlora.place_ranks` has seen a few batches."""
+        if self.start == NOTHING:
+            return False
         return self.start != "uniform" or self.option("start_a") != "random"
 
     def pool_rows(self, num_experts: int) -> int:
@@ -274,6 +277,14 @@ class DrLoraConfig(SavedConfig):
             )
         if self._policy:
             self._policy.check(self)
+        is_fixed = self.r_init == self.r_target and self.allocation == "grow"
+        if self.start == NOTHING and not (is_fixed and self.target_modules):
+            raise ConfigError(
+                f"start={NOTHING!r} gives no expert a rank, so nothing can grow, and only layers "
+                f"in target_modules learn: r_init={self.r_init} must be r_target={self.r_target} "
+                f"under allocation='grow', and target_modules={self.target_modules!r} must name "
+                f"some; or choose another start."
+            )
 
     @property
     def _policy(self) -> HoldsRanks | None:
@@ -291,7 +302,8 @@ class DrLoraConfig(SavedConfig):
         if self.p_grow != AUTO and not 0 < number(self, "p_grow") <= 1:
             raise ConfigError(f"p_grow={self.p_grow} must lie in (0, 1], or be {AUTO!r}.")
         whole_number(self, "grow_every", 1, "steps", may_be_auto=True)
-        whole_number(self, "settle_steps", 0, "steps", may_be_auto=True)
+        if not (isinstance(self.settle_steps, float) and 0 < self.settle_steps < 1):
+            whole_number(self, "settle_steps", 0, "steps", may_be_auto=True)
 
     def _check_rules(self) -> None:
         """In inference rules decide nothing, so those of a user's need not be registered then."""

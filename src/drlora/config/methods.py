@@ -51,6 +51,10 @@ _OF_GROWTH: Settings = dict(move_share=0.0, young_a="random")
 _ALONG_GRADIENT: Settings = dict(start_a="gradient", start_a_scale=3.0)
 
 
+# Linear layers of attention, as the models of transformers name them.
+ATTENTION = r".*attn\.\w*proj\w*"
+
+
 def _choices(options: Settings | None = None, **changes: Any) -> Settings:
     """DR-LoRA's choices with changes, and its options with others on top."""
     settings = {**_DR_LORA, **changes}
@@ -63,11 +67,24 @@ def _uniform(given: Mapping[str, Any], options: Settings | None = None) -> Setti
     return _choices(options, r_init=rank, r_max=rank)
 
 
+def _beside(given: Mapping[str, Any], layers: str, start: str = "uniform") -> Settings:
+    """Ordinary LoRA on `layers`, out of the budget of the experts."""
+    chosen = {"target_modules": layers, "target_rank": None, "target_alpha": None, "start": start}
+    return _uniform(given, {"common_budget": True}) | chosen
+
+
 def _hot(given: Mapping[str, Any]) -> Settings:
     rank = given["r_target"]
     fraction = given["options"].get("hot_fraction", HOT_FRACTION.default)
     r_max = math.ceil(rank / HOT_FRACTION.check("hot_fraction", fraction) - 1e-9)
     return _choices(r_init=rank, r_max=r_max, start="hot")
+
+
+def _hot_published(given: Mapping[str, Any]) -> Settings:
+    """Hot experts have r_target, as in LoRA: a quarter of the experts, so one of the budget."""
+    rank = given["r_target"]
+    quarter = {"hot_fraction": 0.25, "budget_share": 0.25}
+    return _choices(quarter, r_init=rank, r_max=4 * math.ceil(rank / 4), start="hot")
 
 
 def _adalora(given: Mapping[str, Any]) -> Settings:
@@ -94,7 +111,12 @@ def _epng(given: Mapping[str, Any]) -> Settings:
 
 def _informed(given: Mapping[str, Any]) -> Settings:
     first = max(1, 3 * given["r_target"] // 4)
-    return _choices({**_ALONG_GRADIENT, "young_a": "gradient"}, r_init=first, young_rows="shared")
+    return _choices(
+        {**_ALONG_GRADIENT, "young_a": "gradient"},
+        r_init=first,
+        young_rows="shared",
+        settle_steps=0.5,
+    )
 
 
 def _dr_lora(**changes: Any) -> Callable[[Mapping[str, Any]], Settings]:
@@ -136,6 +158,22 @@ METHODS.add(
     ),
 )
 METHODS.add(
+    "lora-attention",
+    Method(
+        "LoRA on the attention layers alone, at the rank that spends the experts' budget",
+        "arXiv 2106.09685",
+        lambda given: _beside(given, ATTENTION, start="none"),
+    ),
+)
+METHODS.add(
+    "lora-all-linear",
+    Method(
+        "LoRA on experts and all other linear layers at one rank, within the experts' budget",
+        "PEFT's all-linear, after arXiv 2305.14314 (QLoRA)",
+        lambda given: _beside(given, "all-linear"),
+    ),
+)
+METHODS.add(
     "lora-active",
     Method(
         "LoRA of rank r_target / (experts a token uses): a smaller budget",
@@ -157,6 +195,14 @@ METHODS.add(
         "only the most used quarter of each block's experts, with all of its ranks",
         "arXiv 2603.24044 (MoE-Sieve), arXiv 2605.18795 (HELLoRA)",
         _hot,
+    ),
+)
+METHODS.add(
+    "hot-published",
+    Method(
+        "the most used quarter of each block's experts at rank r_target: a quarter of the budget",
+        "arXiv 2603.24044 (MoE-Sieve), arXiv 2605.18795 (HELLoRA)",
+        _hot_published,
     ),
 )
 METHODS.add(
@@ -237,7 +283,7 @@ METHODS.add(
 METHODS.add(
     "drlora-informed",
     Method(
-        "three quarters of the ranks start along the gradient, saliency places the rest",
+        "three quarters of the ranks start along the gradient, saliency soon places the rest",
         "here",
         _informed,
     ),

@@ -122,6 +122,18 @@ GENERAL: dict[str, Option] = {
         "whether the factor at a block's input (A of gate and up) and the one at its output (B of "
         "down) are common to all experts; ranks are raised to as many numbers, with equal ranks",
     ),
+    "budget_share": Option(
+        1.0,
+        "share of r_init and r_target, rounded up, that is left when the adapter is put in; "
+        "alpha / rank stays as it is",
+        above=0,
+        high=1,
+    ),
+    "common_budget": Option(
+        False,
+        "whether the numbers that E * r_target rows of every block have are those of the experts "
+        "and of `target_modules` together: ranks are set when the adapter is put in",
+    ),
     "share_rows": Option(
         True,
         "on a model that transformers shards when it is loaded: whether the processes share out "

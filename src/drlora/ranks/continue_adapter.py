@@ -80,6 +80,8 @@ def kept_settings(
     path = Path(home(str(folder)))
     config = with_options_apart(read_adapter_config(path, ADAPTER_WEIGHTS))
     saved = {k: config[k] for k in known if k in config and k not in _OF_A_RUN}
+    if shared := (config.get("record") or {}).get("shared_outer"):
+        saved["record"] = {"shared_outer": shared}  # ranks were raised already
     brought = config.get("options")
     options = {
         k: v

@@ -10,6 +10,8 @@ and GoRA (arXiv 2502.12171), with what the optimizer has at hand in place of G.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -50,9 +52,27 @@ def point_along_gradient(
         rows: the claimed rows.
         norm: length of a row.
     """
+    grad_RI = whole(lora_A, gradient).detach().float().cpu()
+    lay_missing(lora_A, owner_R, rows, norm, lambda _, old: grad_RI[old])
+
+
+@torch.no_grad()
+def lay_missing(
+    lora_A: Tensor,
+    owner_R: Tensor,
+    rows: Tensor,
+    norm: float,
+    gradient_of: Callable[[int, Tensor], Tensor],
+) -> None:
+    """Put just claimed rows of `lora_A` where their expert's gradient is and its rows are not.
+
+    Args:
+        lora_A, owner_R, rows, norm: as for `point_along_gradient`.
+        gradient_of: from an expert and the numbers of its older rows to (N, I) float32 on the CPU,
+            rows that span its gradient or a part of it.
+    """
     # In float32 on the CPU: small, and the same on all processes.
     a_RI = whole(lora_A, trained_tensor(lora_A)).detach().float().cpu()
-    grad_RI = whole(lora_A, gradient).detach().float().cpu()
     young_R = torch.zeros(len(owner_R), dtype=torch.bool)
     young_R[rows.cpu()] = True
     owner_cpu_R = owner_R.cpu()
@@ -60,9 +80,10 @@ def point_along_gradient(
     for expert in owner_cpu_R[young_R].unique().tolist():
         own_R = owner_cpu_R == expert
         old, new = (own_R & ~young_R).nonzero().squeeze(1), (own_R & young_R).nonzero().squeeze(1)
-        if not (a_RI[old].isfinite().all() and grad_RI[old].isfinite().all()):
+        grad_NI = gradient_of(expert, old)
+        if not (a_RI[old].isfinite().all() and grad_NI.isfinite().all()):
             continue
-        found_NI = missing_directions(a_RI[old], grad_RI[old], len(new))
+        found_NI = missing_directions(a_RI[old], grad_NI, len(new))
         wanted_RI[new[: len(found_NI)]] = found_NI * norm
     write_rows(lora_A, rows, wanted_RI[rows.cpu()])
 

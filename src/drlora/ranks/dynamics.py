@@ -106,6 +106,7 @@ class RankDynamics:
     def _follow(self, schedule: Schedule) -> None:
         self.schedule = schedule
         self.growth = Growth(self.adapters, self.config, schedule)
+        self.growth.prepare(self.plan_step + 1)
         self.config.note(schedule=asdict(schedule))  # is saved with the adapter
 
     @property
@@ -222,11 +223,13 @@ class RankDynamics:
         if not self._has_agreed:
             self._agree()
         if self.plan_step == before or not self.growth.is_event(self.plan_step):
+            self.growth.prepare(self.plan_step + 1)
             return Event()
         self._agree()
         taken = self.step + (self._optimizer_start or 0)
         event = self.growth.event(StepCounts(self.plan_step, taken, self.run_step), optimizer)
         self._agree()
+        self.growth.prepare(self.plan_step + 1)
         if event.grants:
             self.warn_of_poison()
         return event
@@ -295,6 +298,7 @@ class RankDynamics:
     def release(self) -> None:
         """Let go of the model: nothing of this object acts on it any more."""
         self.routers.let_go()
+        self.growth.release()
         if self._watched is not None:
             self._watched.let_go()
             self._watched = None

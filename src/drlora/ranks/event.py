@@ -19,6 +19,7 @@ from drlora.adapter.experts import ExpertsAdapter
 from drlora.config.adapter import DrLoraConfig
 from drlora.config.registry import ALLOCATIONS, SALIENCIES
 from drlora.errors import ConfigError
+from drlora.ranks.event_probe import EventProbes
 from drlora.ranks.groups import Group, Scored, make_groups
 from drlora.ranks.optimizer_rows import unwrap_optimizer
 from drlora.ranks.policies import Policy
@@ -89,6 +90,8 @@ class Growth:
         self._policy: Policy = ALLOCATIONS[config.allocation]
         self._rule: Callable[[Signals], Tensor] = SALIENCIES[config.saliency]
         self._starter: RowStarter | None = None
+        has_probes = config.options.get("young_a") == "probe"
+        self._probes = EventProbes(adapters, schedule.cap) if has_probes else None
         self._has_warned = False
 
     @property
@@ -107,9 +110,20 @@ class Growth:
         """Whether the plan of any group has an event there."""
         return any(group.plan.event_number(plan_step) for group in self.groups)
 
+    def prepare(self, plan_step: int) -> None:
+        """Put up probes, where the settings want them, if the plan has an event at this step."""
+        if self._probes is not None and self.is_event(plan_step):
+            self._probes.attach()
+
+    def release(self) -> None:
+        """Leave nothing beside the experts."""
+        if self._probes is not None:
+            self._probes.detach()
+
     def event(self, now: StepCounts, optimizer: object) -> Event:
         """What happens now; nothing, unless the plan has an event."""
         starter = self._starter_for(optimizer)
+        starter.sketches = self._probes.take() if self._probes is not None else {}
         grants: list[Grant] = []
         scored: list[Scored] = []
         for group in self.groups:

@@ -15,8 +15,9 @@ from torch.optim import Optimizer
 from drlora.adapter.pool import RankPool
 from drlora.config.adapter import DrLoraConfig
 from drlora.distributed.held import trained_tensor
-from drlora.ranks.directions import point_along_gradient, turn_apart
+from drlora.ranks.directions import lay_missing, point_along_gradient, turn_apart
 from drlora.ranks.eight_bits import has_eight_bits
+from drlora.ranks.event_probe import Sketches
 from drlora.ranks.optimizer_rows import (
     decays_weights,
     forget_rows,
@@ -35,12 +36,16 @@ class RowStarter:
         config: the settings.
         optimizer: that of the run. Without one, or with one that is none of torch's, only what is
             known of the rows starts anew.
+
+    Attributes:
+        sketches: pool -> (E, P, I) sketches of the gradient, with young_a=probe.
     """
 
     def __init__(self, config: DrLoraConfig, optimizer: object) -> None:
         self.config = config
         inner = unwrap_optimizer(optimizer)
         self.optimizer = inner if isinstance(inner, Optimizer) else None
+        self.sketches: Sketches = {}
         self._warned: set[str] = set()
 
     def start(self, pool: RankPool, rows: Tensor, now: StepCounts) -> None:
@@ -63,9 +68,14 @@ class RowStarter:
         young_a = self.config.options.get("young_a")
         if young_a == "gradient":
             self._point_rows(pool, rows)
+        elif young_a == "probe":
+            sketch_EPI = self.sketches[pool].cpu()
+            lay_missing(
+                pool.lora_A, pool.owner, rows, self._length(pool), lambda e, _: sketch_EPI[e]
+            )
         elif young_a == "orthogonal":
             pool.redraw(rows, now.run)
-            turn_apart(pool.lora_A, pool.owner, rows, pool.row_norm)
+            turn_apart(pool.lora_A, pool.owner, rows, self._length(pool))
 
     def forget(self, pool: RankPool, rows: Tensor) -> None:
         """Zero what the optimizer keeps of rows."""
@@ -109,7 +119,10 @@ class RowStarter:
             )
             return
         held = None if trained is None else gradient
-        point_along_gradient(pool.lora_A, held, pool.owner, rows, pool.row_norm)
+        point_along_gradient(pool.lora_A, held, pool.owner, rows, self._length(pool))
+
+    def _length(self, pool: RankPool) -> float:
+        return pool.row_norm * float(self.config.option("young_a_scale"))
 
     def _state_of(self, parameter: Tensor) -> dict:
         assert self.optimizer is not None

@@ -209,9 +209,11 @@ def plan_growth(
 
 
 def _settle_steps(config: DrLoraConfig, warmup: int, total_steps: int) -> int:
-    """As set; else the published number, a tenth of a shorter run, and room for an event."""
+    """As set, a share of the run below 1; else the published number or a tenth of a shorter run,
+    with room for an event."""
     if config.settle_steps != AUTO:
-        return int(config.settle_steps)
+        settle = float(config.settle_steps)
+        return math.ceil(settle * total_steps if settle < 1 else settle)
     tenth = max(1, total_steps // SETTLE_SHARE)
     return max(0, min(PUBLISHED_SETTLE, tenth, total_steps - max(1, warmup)))
 

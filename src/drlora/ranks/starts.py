@@ -16,7 +16,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from drlora.adapter.experts import ExpertsAdapter
-from drlora.config.adapter import DrLoraConfig
+from drlora.config.adapter import NOTHING, DrLoraConfig
 from drlora.config.options import HOT_FRACTION
 from drlora.config.registry import STARTS
 from drlora.distributed import add_up
@@ -113,8 +113,10 @@ def _evidence(
 
 
 def needs_ranks(model: PeftModel, adapter: str | None = None) -> bool:
-    """Whether no expert owns a row yet: `start` or `start_a` asks for `place_ranks`."""
+    """Whether `start` or `start_a` asks for `place_ranks`, and no expert owns a row yet."""
     adapters = adapters_of(model, adapter).values()
+    if not next(iter(adapters)).config.starts_from_data:
+        return False
     return not any(sum(ranks) for found in adapters for ranks in found.ranks().values())
 
 
@@ -153,6 +155,10 @@ def _uniform(found: Evidence, config: DrLoraConfig) -> list[int]:
     return [config.r_init] * len(found.share_E)
 
 
+def _nobody(found: Evidence, config: DrLoraConfig) -> list[int]:
+    return [0] * len(found.share_E)
+
+
 def _by_routing(found: Evidence, config: DrLoraConfig) -> list[int]:
     return proportional_ranks(found.share_E, len(found.share_E) * config.r_init, config.r_max)
 
@@ -182,6 +188,7 @@ STARTS.add(
     {"hot_fraction": HOT_FRACTION},
 )
 STARTS.add("gradient", Start(_by_gradient, needs_gradient=True))
+STARTS.add(NOTHING, Start(_nobody, leaves_some_out=True))
 
 
 def _routed_shares(

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from drlora.config.adapter import NOTHING
 from drlora.export.base_weights import LEAVES, Base
 from drlora.verification.contents import Contents, Update
 from drlora.verification.findings import Finding, fault, warning
@@ -66,6 +67,9 @@ def measure(contents: Contents) -> tuple[Sizes, list[Finding]]:
 
 def touched(contents: Contents, sizes: Sizes) -> list[Finding]:
     """Whether experts are touched at all, and which updates are zero."""
+    if contents.config.get("start") == NOTHING:
+        detail = f"by its settings (start={NOTHING}) the adapter is on other layers alone"
+        return [warning("no-expert-touched", "", detail)]
     if not contents.updates:
         names = _named(contents)
         claimed = any("experts" in n or n.rpartition(".")[2] in LEAVES for n in names)

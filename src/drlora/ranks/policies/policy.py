@@ -24,8 +24,14 @@ ROW_OPTIONS: dict[str, Option] = {
     "young_a": Option(
         "random",
         "rows of A that wake up late: random, along the part of the gradient that their expert's A "
-        "does not reach yet, or random and orthogonal to their expert's other rows",
-        choices=("random", "gradient", "orthogonal"),
+        "does not reach yet (`gradient`: as far as its own rows show it; `probe`: all of it, shown "
+        "by a probe in an event's step), or random and orthogonal to their expert's other rows",
+        choices=("random", "gradient", "orthogonal", "probe"),
+    ),
+    "young_a_scale": Option(
+        1.0,
+        "with young_a other than random: length of such rows, over that of a random one",
+        above=0,
     ),
 }
 

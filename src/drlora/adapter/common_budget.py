@@ -1,0 +1,85 @@
+"""One budget for the experts and the layers in `target_modules` (the option `common_budget`).
+
+LoRA on attention alone, or on every linear layer at one rank, is compared with LoRA on the experts
+at an equal number of trained parameters: what E * r_target rows of every block would have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from drlora.config.adapter import NOTHING, DrLoraConfig
+from drlora.errors import ConfigError
+from drlora.moe.blocks import MoEBlock
+
+
+def share_budget(
+    model: nn.Module, config: DrLoraConfig, blocks: Sequence[MoEBlock], targets: Sequence[str]
+) -> None:
+    """Do what `common_budget` asks for, once: the saved configuration has the final ranks.
+
+    With `start=none` the layers of `target_modules` get the whole budget, at one rank, rounded.
+    Else experts and layers get the largest rank that all can have, and what is left over, as ranks
+    are whole, raises that of the layers, which are the smaller part.
+
+    Args:
+        model: with its adapters, or without.
+        config: its ranks and alphas are changed; alpha / rank stays as it is everywhere.
+        blocks: those that the configuration adapts.
+        targets: full names of the layers that `target_modules` stands for.
+
+    Raises:
+        ConfigError: if ranks differ between experts or grow, or the budget gives a layer no rank,
+            or more than its width.
+    """
+    if not config.option("common_budget"):
+        return
+    is_equal = config.r_init == config.r_target == config.r_max
+    if not targets or not is_equal or config.starts_from_data:
+        raise ConfigError(
+            f"common_budget cannot work with target_modules={config.target_modules!r}, "
+            f"r_init={config.r_init}, r_target={config.r_target}, r_max={config.r_max}, "
+            f"start={config.start!r}: it wants layers beside the experts, and one rank for all "
+            f"experts; use method='lora-attention' or method='lora-all-linear'."
+        )
+    shapes = [_shape(model.get_submodule(name)) for name in targets]
+    beside = sum(inputs + outputs for inputs, outputs in shapes)
+    of_experts = sum(
+        block.num_experts * sum(block.shape_of(projection))
+        for block in blocks
+        for projection in config.projections
+    )
+    budget = config.r_target * of_experts
+    rank = 1  # of the rows that a pool stores, and nobody owns
+    if config.start == NOTHING:
+        left = budget
+    else:
+        rank = budget // (of_experts + beside)
+        left = budget - rank * of_experts
+    target_rank = round(left / beside)
+    width = max(min(shape) for shape in shapes)
+    if not 1 <= rank <= target_rank <= width:
+        raise ConfigError(
+            f"common_budget cannot work: r_target={config.r_target} rows an expert are {budget:,} "
+            f"numbers, which gives {len(targets)} layers of target_modules rank {target_rank}; it "
+            f"must be between 1 and their width, {width}. "
+            f"{'Lower' if target_rank > width else 'Raise'} r_target."
+        )
+    assert config.lora_alpha is not None
+    scale = config.lora_alpha / config.r_target
+    config.options = {**config.options, "common_budget": False}
+    config.r_init = config.r_target = config.r_max = rank
+    config.target_rank = target_rank
+    config.lora_alpha, config.target_alpha = scale * rank, scale * target_rank
+
+
+def _shape(layer: nn.Module) -> tuple[int, int]:
+    """In-features and out-features of a linear layer, adapted already or not."""
+    base: Any = getattr(layer, "base_layer", layer)
+    if hasattr(base, "in_features"):
+        return int(base.in_features), int(base.out_features)
+    rows, columns = base.weight.shape
+    return int(rows), int(columns)
