@@ -19,8 +19,8 @@ from typing import Any
 
 from made_pages import write_or_check
 
+from drlora.compare.packed import read_packed
 from drlora.compare.plan import load_plan
-from drlora.compare.results import Folder, read_matrix
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "planning.md"
@@ -98,14 +98,18 @@ def budgets(_: str) -> list[str]:
 def rates(name: str) -> list[str]:
     """The proposed learning rate in a sweep."""
     plan = load_plan(ROOT / "experiments" / f"{name}.yaml")
-    matrix = read_matrix(plan, Folder.of(plan, ROOT))
-    (model,), (rule,) = plan.models, plan.baselines
+    (rule,) = plan.baselines
+    # As they were packed, not by the keys of cells: the data of one task are made by a script.
+    rows = [r for r in read_packed(ROOT / plan.output_dir).values() if r["stage"] == "compare"]
     heads = [method.replace("-", " ") for method in plan.methods]
     table = [f"| task | seeds | {' | '.join(heads)} | {rule.replace('-', ' ')} over the best |",
              "|---|" + "---|" * (len(heads) + 2)]  # fmt: skip
     near = 0
     for task in plan.tasks:
-        losses = {m: matrix.values("loss", (model, task, m)) for m in plan.methods}
+        losses: dict[str, dict[int, float]] = {method: {} for method in plan.methods}
+        for row in rows:
+            if row["task"] == task:
+                losses[row["method"]][row["seed"]] = row["after"]["loss"]["loss"]
         known = {m: by_seed for m, by_seed in losses.items() if by_seed}
         # Rates are compared on the seeds that all of them were run with.
         seeds = sorted(set.intersection(*map(set, known.values())))
@@ -116,7 +120,7 @@ def rates(name: str) -> list[str]:
         near += over <= NEAR
         cells = [_loss(found.get(m, []), m == best) for m in plan.methods]
         table.append(f"| {task} | {len(seeds)} | {' | '.join(cells)} | {over:+.1f} % |")
-    done, total = len(matrix.finished()), len(matrix.compare)
+    done, total = len(rows), len(plan.tasks) * len(plan.methods) * len(plan.seeds)
     return [
         *table,
         "",
