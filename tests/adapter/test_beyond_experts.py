@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
+from all_classes import ALL_CLASSES, make_base
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.optimizers import create_loraplus_optimizer
 from peft.tuners.lora import LoraLayer
@@ -17,8 +19,22 @@ from tiny_adapter import SETTINGS, logits, make_settings, train, trained
 import drlora
 from drlora.adapter import linear as ordinary
 from drlora.adapter.inject import adapted_layers
+from drlora.adapter.linear import choose_targets
+from drlora.moe.blocks import find_blocks
 
 ATTENTION = ["q_proj", "v_proj"]
+# Tiny models of these have mamba layers alone.
+WITHOUT_ATTENTION = {"GraniteMoeHybridForCausalLM", "JambaForCausalLM"}
+# Layers of attention that are not called like OLMoE's.
+OTHER_NAMES = {
+    "DbrxForCausalLM": {"norm_attn_norm.attn.Wqkv", "norm_attn_norm.attn.out_proj"},
+    "JetMoeForCausalLM": {"self_attention.kv_proj"},
+    "MiniMaxForCausalLM": {"self_attn.output_gate", "self_attn.qkv_proj"},
+    "LongcatFlashForCausalLM": {"self_attn.q_a_proj", "self_attn.o_proj"},
+    "NemotronHForCausalLM": {"mixer.q_proj", "mixer.o_proj"},
+    "Qwen3NextForCausalLM": {"linear_attn.out_proj", "linear_attn.in_proj_qkvz"},
+    "ZayaForCausalLM": {"self_attn.qkv_proj.v_proj_current"},
+}
 GATED = ["gate_proj", "up_proj", "down_proj"]
 
 
@@ -84,10 +100,11 @@ def test_loss_and_every_gradient_equal_pefts(family, rslora):
         ("olmoe", ATTENTION, {"q_proj", "v_proj"}),
         ("olmoe", r".*layers\.1\.self_attn\.[kv]_proj", {"k_proj", "v_proj"}),
         ("olmoe", "all-linear", {"q_proj", "k_proj", "v_proj", "o_proj"}),
+        ("qwen2_moe", "all-attention", {"q_proj", "k_proj", "v_proj", "o_proj"}),
         ("qwen2_moe", ["shared_expert.up_proj"], {"up_proj"}),
         ("deepseek_v3", GATED, set(GATED)),
     ],
-    ids=["list", "regex", "all-linear", "shared expert", "shared experts and dense layer"],
+    ids=["list", "regex", "all-linear", "all-attention", "shared expert", "shared, dense layer"],
 )  # fmt: skip
 def test_which_layers(tmp_path, family, wanted, endings):
     """Trained, saved, loaded, merged: one adapter, one file."""
@@ -114,6 +131,27 @@ def test_which_layers(tmp_path, family, wanted, endings):
     merged = loaded.merge_and_unload()
     assert type(merged) is type(make_model(family)) and not lora_layers(merged)
     torch.testing.assert_close(logits(merged), adapted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("class_name", sorted(set(ALL_CLASSES) - WITHOUT_ATTENTION))
+def test_attention_is_found_in_every_class(class_name):
+    """All of its layers but what chooses, whatever their names; nothing else; no tower."""
+    model = make_base(class_name)
+    config = make_settings(target_modules="all-attention")
+    found = choose_targets(model, config, find_blocks(model))
+    stacks, endings = zip(*(re.split(r"\.\d+\.", name, maxsplit=1) for name in found), strict=True)
+    assert len(set(stacks)) == 1
+    endings = {re.sub(r"\.\d+\.", ".", ending) for ending in endings}
+    holders = r"(self_attn|self_attention|linear_attn|norm_attn_norm\.attn|mixer)\."
+    assert all(re.match(holders, ending) for ending in endings), endings
+    assert not any(re.search("mlp|expert|ffn|indexer", ending) for ending in endings), endings
+    assert OTHER_NAMES.get(class_name, set()) <= endings
+
+
+def test_a_model_without_attention_is_refused():
+    model = make_base("JambaForCausalLM")
+    with pytest.raises(drlora.ConfigError, match="no linear layer in a module of attention"):
+        choose_targets(model, make_settings(target_modules="all-attention"), find_blocks(model))
 
 
 def test_all_linear_leaves_routers_to_the_router_setting():

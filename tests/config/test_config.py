@@ -105,6 +105,18 @@ OPTIONS = {
     "yes": ({"split_by_active": "yes"}, "options.split_by_active='yes' must be true or false"),
     "ratio": ({"b_lr_ratio": 0}, "options.b_lr_ratio=0 must be a number greater than 0"),
     "nan": ({"b_lr_ratio": float("nan")}, "options.b_lr_ratio=nan must be a number greater than 0"),
+    "scale of rows along no gradient": (
+        {"start_a_scale": 2.0},
+        "options.start_a_scale=2.0 has no effect with options.start_a='random'",
+    ),
+    "scale of young rows drawn at random": (
+        {"young_a_scale": 0.5},
+        "options.young_a_scale=0.5 has no effect with options.young_a='random'",
+    ),
+    "batches that nothing reads": (
+        {"start_batches": 4},
+        "options.start_batches=4 has no effect with start='uniform' and options.start_a='random'",
+    ),
     "unused": (
         {"hot_fraction": 0.5},
         "options.hot_fraction=0.5 has no effect with start='uniform'",

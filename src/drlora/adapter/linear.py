@@ -27,6 +27,11 @@ from drlora.errors import ConfigError, shown
 from drlora.moe.blocks import MoEBlock
 
 ALL_LINEAR = "all-linear"
+ALL_ATTENTION = "all-attention"
+# Classes of attention modules in transformers, linear attention too; and of what only chooses in
+# them: positions, with no gradient, or experts.
+_ATTENTION_CLASS = re.compile(r"\w*(Attention|MLA|DeltaNet)")
+_CHOOSING_CLASS = re.compile(r"\w*(Indexer|Gating)")
 LONGEST_MATCH_SECONDS = 3.0  # of all names together
 _MATCH_ALL = "import json, re, sys; p, *n = json.load(sys.stdin); [re.fullmatch(p, k) for k in n]"
 _SAFE_TO_COPY = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -36,7 +41,8 @@ def choose_targets(model: nn.Module, config: DrLoraConfig, blocks: Sequence[MoEB
     """Full names of the layers that `config.target_modules` gives ordinary LoRA, in model order.
 
     Layers inside an experts module are left out: the pools adapt them. `all-linear` leaves out the
-    output head, as in PEFT, and the routers.
+    output head, as in PEFT, and the routers. `all-attention` is those of them that lie in attention
+    modules of the stack of layers that the blocks lie in, so not in a tower for images or sound.
 
     Raises:
         ConfigError: if a name matches no linear layer, or matches a router or another module.
@@ -49,13 +55,18 @@ def choose_targets(model: nn.Module, config: DrLoraConfig, blocks: Sequence[MoEB
     modules = {name: m for name, m in modules.items() if not _ends_in(name, kept)}
     linear = {name for name, module in modules.items() if _is_linear(module)}
     routers = {block.router_name for block in blocks}
-    if wanted == ALL_LINEAR:
+    if wanted in (ALL_LINEAR, ALL_ATTENTION):
         head = getattr(model, "get_output_embeddings", lambda: None)()
         found = [n for n in modules if n in linear - routers and modules[n] is not head]
+        kind = "linear layer"
+        if wanted == ALL_ATTENTION:
+            stacks = {_stack(block.experts_name) for block in blocks}
+            found = [n for n in found if _stack(n) in stacks and _is_of_attention(model, n)]
+            kind = "linear layer in a module of attention"
         if not found:
             raise ConfigError(
                 f"target_modules={wanted!r} matches nothing in {type(model).__name__}: outside of "
-                f"its experts it has no linear layer; leave target_modules out."
+                f"its experts it has no {kind}; leave target_modules out, or name layers."
             )
         return found
     patterns = [wanted] if isinstance(wanted, str) else wanted
@@ -72,6 +83,23 @@ def choose_targets(model: nn.Module, config: DrLoraConfig, blocks: Sequence[MoEB
     return found
 
 
+def _stack(name: str) -> str:
+    """The list of layers that a module lies in: its name up to the first number."""
+    return re.split(r"\.\d+\.", name, maxsplit=1)[0]
+
+
+def _is_of_attention(model: nn.Module, name: str) -> bool:
+    """Whether the layer lies in an attention module, by the class of those around it."""
+    steps = name.split(".")
+    around = [
+        type(model.get_submodule(".".join(steps[:depth]))).__name__
+        for depth in range(1, len(steps))
+    ]
+    return any(map(_ATTENTION_CLASS.fullmatch, around)) and not any(
+        map(_CHOOSING_CLASS.fullmatch, around)
+    )
+
+
 def refuse_endless(pattern: object, names: Iterable[str]) -> None:
     """Refuse a regular expression that is none, or that may take for ever.
 
@@ -85,7 +113,7 @@ def refuse_endless(pattern: object, names: Iterable[str]) -> None:
     Raises:
         ConfigError: naming the pattern.
     """
-    if not isinstance(pattern, str) or pattern == ALL_LINEAR:
+    if not isinstance(pattern, str) or pattern in (ALL_LINEAR, ALL_ATTENTION):
         return
     try:
         re.compile(pattern)

@@ -25,7 +25,7 @@ from drlora.config.checks import (
     whole_number,
 )
 from drlora.config.methods import method_settings
-from drlora.config.options import check_options
+from drlora.config.options import GENERAL, check_options
 from drlora.config.peft_type import DRLORA, SavedConfig
 from drlora.config.registry import (
     ALLOCATIONS,
@@ -116,7 +116,8 @@ class DrLoraConfig(SavedConfig):
             What `drlora.ops.register_engine` was given can be named too.
         target_modules: further linear layers that get PEFT's ordinary LoRA in the same adapter,
             such as attention or shared experts: a list of names or endings of names, a regular
-            expression that a full name must match, or `all-linear`. Their rank does not grow.
+            expression that a full name must match, `all-linear` or `all-attention`. Their rank
+            does not grow.
         target_rank: rank of these layers; `None` means `r_target`.
         target_alpha: their alpha; `None` gives alpha / rank the value that it has for the experts.
             `use_rslora` and `lora_dropout` hold for them too.
@@ -316,6 +317,12 @@ class DrLoraConfig(SavedConfig):
         self.options = check_options(
             self.options, known_options(rules), rules, registered_options()
         )
+        batches = self.options["start_batches"]
+        if batches != GENERAL["start_batches"].default and not self.starts_from_data:
+            raise ConfigError(
+                f"options.start_batches={batches} has no effect with start={self.start!r} and "
+                f"options.start_a={self.options['start_a']!r}; leave it out."
+            )
         if self.options.get("move_share") and self.r_max == self.r_init:
             raise ConfigError(
                 f"options.move_share={self.options['move_share']} needs experts that can grow: "

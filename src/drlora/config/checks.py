@@ -28,8 +28,8 @@ def target_names(names: Iterable[str]) -> list[str]:
     for name in found:
         if not isinstance(name, str) or not name:
             raise ConfigError(
-                f"target_modules={found!r} must be a list of names, a regular expression or "
-                f"'all-linear'; {name!r} is no name."
+                f"target_modules={found!r} must be a list of names, a regular expression, "
+                f"'all-linear' or 'all-attention'; {name!r} is no name."
             )
     return found
 

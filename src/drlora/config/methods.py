@@ -51,10 +51,6 @@ _OF_GROWTH: Settings = dict(move_share=0.0, young_a="random")
 _ALONG_GRADIENT: Settings = dict(start_a="gradient", start_a_scale=3.0)
 
 
-# Linear layers of attention, as the models of transformers name them.
-ATTENTION = r".*attn\.\w*proj\w*"
-
-
 def _choices(options: Settings | None = None, **changes: Any) -> Settings:
     """DR-LoRA's choices with changes, and its options with others on top."""
     settings = {**_DR_LORA, **changes}
@@ -162,7 +158,7 @@ METHODS.add(
     Method(
         "LoRA on the attention layers alone, at the rank that spends the experts' budget",
         "arXiv 2106.09685",
-        lambda given: _beside(given, ATTENTION, start="none"),
+        lambda given: _beside(given, "all-attention", start="none"),
     ),
 )
 METHODS.add(

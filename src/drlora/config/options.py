@@ -28,6 +28,7 @@ class Option:
         low: smallest number that is allowed.
         high: largest number that is allowed.
         above: a number must be greater than this.
+        needs: another option, by whose default this one has no effect.
     """
 
     default: Any
@@ -36,6 +37,7 @@ class Option:
     low: float = -math.inf
     high: float = math.inf
     above: float = -math.inf
+    needs: str = ""
 
     def check(self, name: str, value: Any) -> Any:
         """`value`, as a number of the right kind.
@@ -109,7 +111,10 @@ GENERAL: dict[str, Option] = {
         choices=("random", "gradient"),
     ),
     "start_a_scale": Option(
-        1.0, "with start_a=gradient: length of such rows, over that of a random one", above=0
+        1.0,
+        "with start_a=gradient: length of such rows, over that of a random one",
+        above=0,
+        needs="start_a",
     ),
     "start_batches": Option(
         8, "batches that routing is counted and gradients are taken over before the start", low=1
@@ -183,4 +188,12 @@ def check_options(
                 f"{f'did you mean {near[0]}? K' if near else 'k'}nown with these rules are "
                 f"{', '.join(sorted(known))}."
             )
+    for name, option in known.items():
+        if option.needs and checked[name] != option.default:
+            other = checked[option.needs]
+            if other == known[option.needs].default:
+                raise ConfigError(
+                    f"options.{name}={shown(checked[name])} has no effect with "
+                    f"options.{option.needs}={shown(other)}; leave it out."
+                )
     return checked

@@ -111,9 +111,13 @@ class Growth:
         return any(group.plan.event_number(plan_step) for group in self.groups)
 
     def prepare(self, plan_step: int) -> None:
-        """Put up probes, where the settings want them, if the plan has an event at this step."""
-        if self._probes is not None and self.is_event(plan_step):
+        """Probes stand in a step that the plan has an event at, and in no other."""
+        if self._probes is None:
+            return
+        if self.is_event(plan_step):
             self._probes.attach()
+        else:
+            self._probes.detach()
 
     def release(self) -> None:
         """Leave nothing beside the experts."""

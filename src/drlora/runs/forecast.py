@@ -119,8 +119,11 @@ def _peak(
         fuses_head=in_chunks,
         head_chunk_bytes=largest.head_chunk_bytes,
     )
-    if measured.tokens <= largest.tokens and measured.fuses_head == largest.fuses_head:
-        return step  # which keeps for the backward pass what measuring gives back
+    # A step of as many tokens keeps for its backward pass what measuring gives back. Autocast is of
+    # the step alone.
+    is_alike = measured.fuses_head == largest.fuses_head and largest.autocast is None
+    if is_alike and measured.tokens <= largest.tokens:
+        return step
     return max(step, pass_on_paper(model, measured, dtype, trains=False).peak_bytes)
 
 

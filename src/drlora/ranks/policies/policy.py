@@ -32,6 +32,7 @@ ROW_OPTIONS: dict[str, Option] = {
         1.0,
         "with young_a other than random: length of such rows, over that of a random one",
         above=0,
+        needs="young_a",
     ),
 }
 
