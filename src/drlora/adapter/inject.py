@@ -25,7 +25,7 @@ from drlora.errors import ConfigError
 from drlora.moe.blocks import MoEBlock, active_experts, find_blocks
 from drlora.moe.families import Family, family_of
 from drlora.moe.fingerprint import fingerprint
-from drlora.moe.refusals import refuse_unfit_model, refuse_unfit_weights
+from drlora.moe.refusals import is_skeleton, refuse_unfit_model, refuse_unfit_weights
 from drlora.moe.rest import keep_trainable
 from drlora.moe.stored.told import (
     refuse_lost_experts,
@@ -98,6 +98,7 @@ def choose_blocks(model: nn.Module, config: DrLoraConfig) -> list[MoEBlock]:
     blocks = [_as_adapted(block) for block in blocks]
     signal = config.option("routing_signal")
     needs_router = config.router == "train" or signal == "probability"
+    of_skeleton = is_skeleton(model)
     for block in blocks:
         if "gate" in config.projections and not block.has_gate:
             raise ConfigError(
@@ -120,11 +121,11 @@ def choose_blocks(model: nn.Module, config: DrLoraConfig) -> list[MoEBlock]:
             )
         if config.router == "train":
             assert block.router_name is not None
-            _refuse_unfit_router(model, block.router_name)
+            _refuse_unfit_router(model, block.router_name, of_skeleton)
     return blocks
 
 
-def _refuse_unfit_router(model: nn.Module, name: str) -> None:
+def _refuse_unfit_router(model: nn.Module, name: str, of_skeleton: bool) -> None:
     router = model.get_submodule(name)
     if isinstance(router, ModulesToSaveWrapper):
         router = router.original_module
@@ -135,7 +136,7 @@ def _refuse_unfit_router(model: nn.Module, name: str) -> None:
             f"of shards cannot be trained. Use router='frozen', or load the model whole and have "
             f"accelerate shard it with the adapter in."
         )
-    refuse_unfit_weights(model, name, router)
+    refuse_unfit_weights(model, name, router, of_skeleton)
 
 
 def _as_adapted(block: MoEBlock) -> MoEBlock:

@@ -17,7 +17,7 @@ from torch import nn
 from drlora.distributed.zero import whole_shapes
 from drlora.errors import ConfigError
 from drlora.moe.families import FAMILIES, Family, family_of
-from drlora.moe.refusals import is_plain, refuse_unfit_weights
+from drlora.moe.refusals import is_plain, is_skeleton, refuse_unfit_weights
 from drlora.ops.storage import has_own_storage
 from drlora.ops.weights import MATRICES, ExpertWeights, Matrix
 
@@ -91,9 +91,10 @@ def _find_blocks(model: nn.Module) -> list[MoEBlock]:
     modules = dict(model.named_modules())
     blocks: list[MoEBlock] = []
     owners: dict[nn.Parameter, str] = {}
+    of_skeleton = is_skeleton(model)
     for name, module, family in _experts_modules(modules):
         _refuse_shared_weights(name, module, owners)
-        refuse_unfit_weights(model, name, module)
+        refuse_unfit_weights(model, name, module, of_skeleton)
         block = _describe(name, module, family, modules)
         if any(block.name == other.name for other in blocks):  # two kinds of experts in one block
             block = replace(block, name=block.experts_name)

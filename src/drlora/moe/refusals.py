@@ -9,7 +9,6 @@ refused before anything is changed.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -51,12 +50,22 @@ def refuse_unfit_model(model: nn.Module) -> None:
         )
 
 
-def refuse_unfit_weights(model: nn.Module, name: str, module: nn.Module) -> None:
+def is_skeleton(model: nn.Module) -> bool:
+    """Whether no weight is in memory, but for those of adapters, which may be there already."""
+    return all(
+        weight.device.type == "meta"
+        for name, weight in model.named_parameters()
+        if not any(part in name for part in _ADAPTERS)
+    )
+
+
+def refuse_unfit_weights(model: nn.Module, name: str, module: nn.Module, of_skeleton: bool) -> None:
     """Refuse experts, or a router to be trained, whose weights cannot be read as they are.
 
     Args:
         model: the whole model.
         name: full name of the module in it.
+        of_skeleton: what `is_skeleton` says, which looks at all of a skeleton's weights.
 
     Raises:
         ConfigError: naming the module, the weight and the way out.
@@ -75,7 +84,7 @@ def refuse_unfit_weights(model: nn.Module, name: str, module: nn.Module) -> None
                 f"{_placed(weight)}, which is tensor parallelism. Load the "
                 f"model without it (data parallelism and FSDP2, by experts, work)."
             )
-    if _is_offloaded(model, module):
+    if _is_offloaded(model, module, of_skeleton):
         places = sorted({str(place) for place in _device_map(model).values()})
         raise ConfigError(
             f"{of} are not in memory (device meta"
@@ -116,7 +125,7 @@ def _placed(weight: Any) -> list[str]:
     return [repr(placement) for placement in weight.placements]
 
 
-def _is_offloaded(model: nn.Module, module: nn.Module) -> bool:
+def _is_offloaded(model: nn.Module, module: nn.Module, of_skeleton: bool) -> bool:
     """Whether weights are on meta, and will not be filled as those of a skeleton are."""
     missing = [weight for weight in module.parameters() if weight.device.type == "meta"]
     if all(hasattr(weight, "ds_shape") for weight in missing):  # none, or those of zero.Init
@@ -124,14 +133,7 @@ def _is_offloaded(model: nn.Module, module: nn.Module) -> bool:
     if any(place in _OFFLOADED for place in _device_map(model).values()):
         return True
     hooked = any(_hook_offloads(getattr(m, "_hf_hook", None)) for m in module.modules())
-    return hooked or any(weight.device.type != "meta" for weight in _own_weights(model))
-
-
-def _own_weights(model: nn.Module) -> Iterator[Tensor]:
-    """Without those of adapters, which a skeleton may have already."""
-    for name, weight in model.named_parameters():
-        if not any(part in name for part in _ADAPTERS):
-            yield weight
+    return hooked or not of_skeleton
 
 
 def _hook_offloads(hook: Any) -> bool:
