@@ -56,22 +56,25 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse"]},
     "glm4v_moe_text": {"rope_parameters": {"rope_theta": 10000.0, "mrope_section": [1, 1, 0]}},
     "glm4v_moe_vision": _NO_IMAGES,
-    "glm5_next_text": {**_SPARSE, "qk_rope_head_dim": 0},
+    "glm5_next_vision": {**_NO_IMAGES, "projection_intermediate_size": 32},
+    "glm5_next_text": {**_SPARSE, "qk_rope_head_dim": 0, "linear_num_heads": 4},
     "flint": {"mlp_only_layers": []},
     "granitemoehybrid": {"mamba_n_heads": 4, "mamba_d_state": 8},
+    "llama4_vision_model": {"projector_input_dim": 32, "projector_output_dim": 32},
     "kimi_linear": {"linear_num_heads": 4},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mimo_v2_flash": {"num_key_value_heads": 2},  # doubled in layers with a window
     "mistral4": {"rope_parameters": _HALF_ROTARY},
     "muse_spark": {"projector_hidden_size": 32},
-    "muse_spark_audio": {"num_hidden_layers": 4, "out_hidden_size": 32},
+    "muse_spark_audio": {"num_hidden_layers": 4, "hidden_sizes": [32] * 4, "depths": [1] * 4,
+                         "out_hidden_size": 32},
     "nemotron_h": {"mamba_num_heads": 4, "mamba_head_dim": 16, "n_groups": 1},
     "phimoe": {"router_jitter_noise": 0.0, "input_jitter_noise": 0.0},
     "qwen3_omni_moe_thinker": {"vision_start_token_id": 60, "audio_start_token_id": 61},
     "step3p5": {**_SPARSE, "sliding_window": 8},
     "gemma4_text": {"enable_moe_block": True, "num_experts": 6, "top_k_experts": 2},
     "zaya": {"num_experts_per_tok": 1},
-}
+}  # fmt: skip
 
 
 def tiny_config(config_class: type[PreTrainedConfig], **changes: Any) -> PreTrainedConfig:
