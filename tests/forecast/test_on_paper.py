@@ -20,20 +20,22 @@ ROWS, LENGTH = 16, 48
 ADAPTER = dict(r_init=3, r_target=3, r_max=3)
 
 
-def on_paper(family: str, dtype: torch.dtype, checkpoints: bool = False, **changes):
+def on_paper(family: str, dtype: torch.dtype, checkpoints: bool = False,
+             rows: int = ROWS, length: int = LENGTH, **changes):  # fmt: skip
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(make_config(family, **changes))
     model = adapted_on_paper(skeleton, DrLoraConfig(**ADAPTER), dtype)
-    return model, pass_on_paper(model, Batch(ROWS, LENGTH, checkpoints), dtype)
+    return model, pass_on_paper(model, Batch(rows, length, checkpoints), dtype)
 
 
-def counted(family: str, dtype: torch.dtype, engine: str = "auto", **changes) -> int:
+def counted(family: str, dtype: torch.dtype, engine: str = "auto",
+            rows: int = ROWS, length: int = LENGTH, **changes) -> int:  # fmt: skip
     """Most bytes of a real step, by the same count."""
     model = get_peft_model(
         make_model(family, **changes).to(dtype), DrLoraConfig(**ADAPTER, engine=engine)
     )
     model.train()
-    batch = make_batch(rows=ROWS, length=LENGTH)
+    batch = make_batch(rows=rows, length=length)
     counting = Counting()
     counting.ignore([*model.parameters(), *model.buffers(), *batch.values()])
     with counting:
@@ -48,6 +50,20 @@ def test_memory_is_that_of_a_real_step(family, dtype):
     sizes = dict(hidden_size=128, vocab_size=512)
     _, found = on_paper(family, dtype, **sizes)
     assert found.peak_bytes == pytest.approx(counted(family, dtype, **sizes), rel=0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_that_a_cpu_does_not_fuse(dtype):
+    """Long rows, and values narrower than queries: the matrix is most of the step."""
+    sizes = dict(rows=1, length=512)
+    model, found = on_paper("deepseek_v3", dtype, **sizes)
+    config = model.get_base_model().config
+    assert config.v_head_dim < config.qk_nope_head_dim + config.qk_rope_head_dim
+    matrix = config.num_attention_heads * 512 * 512 * 4
+    assert found.peak_bytes > 2 * matrix
+    assert found.peak_bytes == pytest.approx(counted("deepseek_v3", dtype, **sizes), rel=0.1)
+    # A GPU fuses these too.
+    assert pass_on_paper(model, Batch(1, 512, engine="grouped"), dtype).peak_bytes < matrix
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn, promote_types
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
@@ -26,6 +27,7 @@ from drlora.ops.scratch import LARGEST_KEPT
 from drlora.ops.weights import MATRICES, ExpertWeights
 
 ATTENTION = "drlora_on_paper"
+CPU_ATTENTION = "drlora_on_paper_of_a_cpu"
 WITHOUT_MATRIX = ("sdpa", "flash_attention_2", "flash_attention_3")
 _counting: list[Counting] = []
 _kept: dict[str, Tensor] = {}  # scratch of the pass under way
@@ -68,12 +70,32 @@ def _work_attention(query_BHLD: Tensor, value_BHLD: Tensor, times: float) -> Non
 def attention_on_paper(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **settings: Any
 ) -> tuple[Tensor, None]:
-    """As transformers calls attention; (B, L, H, D)."""
+    """As transformers calls attention: (B, H, L, D) to (B, L, H, D)."""
     return _Attention.apply(query, key, value), None
 
 
-AttentionInterface.register(ATTENTION, attention_on_paper)
-AttentionMaskInterface.register(ATTENTION, lambda *_, **__: None)
+def cpu_attention_on_paper(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **settings: Any
+) -> tuple[Tensor, None]:
+    """The same on a CPU, where torch fuses only values as wide as queries.
+
+    Others, as those of DeepSeek's latent attention, get the matrix, in float32.
+    """
+    if query.shape[-1] == value.shape[-1]:
+        return attention_on_paper(module, query, key, value, attention_mask)
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    out_BHLD = scaled_dot_product_attention(query, key, value, is_causal=True)
+    return out_BHLD.transpose(1, 2).contiguous(), None
+
+
+for _name, _attention in (
+    (ATTENTION, attention_on_paper),
+    (CPU_ATTENTION, cpu_attention_on_paper),
+):
+    AttentionInterface.register(_name, _attention)
+    AttentionMaskInterface.register(_name, lambda *_, **__: None)
 
 
 class _Loop(torch.autograd.Function):
@@ -223,7 +245,7 @@ def on_paper(
     if reads_mask:
         config._attn_implementation = "eager"
     elif before in WITHOUT_MATRIX:
-        config._attn_implementation = ATTENTION
+        config._attn_implementation = CPU_ATTENTION if engine == "loop" else ATTENTION
     _counting.append(counting)
     for layer in layers:
         layer.__dict__["_run"] = _experts(layer, dtype, engine)
