@@ -19,7 +19,8 @@ import drlora
 
 TOTAL = 24  # growth after steps 6, 10, 14, 18 and 22
 SETTINGS = dict(r_init=2, r_target=4, r_max=8, p_grow=0.5, grow_every=4, warmup_steps=2,
-                settle_steps=1, lora_alpha=8.0, lora_dropout=0.1, router="train")  # fmt: skip
+                settle_steps=1, lora_alpha=8.0, lora_dropout=0.1, router="train",
+                options={"young_a": "probe"})  # fmt: skip
 
 
 def plain(folder: Path, start: int, stop: int) -> list[float]:
@@ -50,7 +51,7 @@ def trainer(folder: Path, start: int, stop: int) -> list[float]:
     rows = [{k: v[0] for k, v in make_batch(seed, rows=1).items()} for seed in range(64)]
     arguments = TrainingArguments(
         str(folder), max_steps=TOTAL, per_device_train_batch_size=2, learning_rate=1e-2,
-        gradient_accumulation_steps=2, warmup_steps=2, logging_steps=1, save_steps=12,
+        gradient_accumulation_steps=2, warmup_steps=2, logging_steps=1, save_steps=13,
         save_strategy="steps", report_to=[], use_cpu=True, disable_tqdm=True, seed=5,
     )  # fmt: skip
     job = Trainer(model, arguments, train_dataset=Dataset.from_list(rows),

@@ -37,9 +37,15 @@ def in_a_fresh_process(code, *words):
     return done.stdout
 
 
-def test_help_version_and_completion_import_nothing_heavy():
+def test_help_version_completion_and_lists_import_nothing_heavy():
     """Of all of them together at most half a second of a processor is taken."""
-    asked = [["--help"], ["--version"], *([verb, "--help"] for verb in VERBS), []]
+    asked = [
+        ["--help"],
+        ["--version"],
+        *([verb, "--help"] for verb in VERBS),
+        [],
+        ["init", "--list"],
+    ]
     asked.append(["--print-completion", "bash"])
     said = in_a_fresh_process(LIGHT, json.dumps(asked), *HEAVY)
     heavy, _, seconds = said.splitlines()[-1].rpartition(" ")

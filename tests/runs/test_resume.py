@@ -31,8 +31,8 @@ def test_a_run_cut_in_two_equals_a_straight_one_to_the_bit(tmp_path, kind):
     straight.mkdir()
     cut.mkdir()
     RUNS[kind](straight, 0, 24)
-    RUNS[kind](cut, 0, 12)
-    in_new_process(kind, cut, 12, 24)
+    RUNS[kind](cut, 0, 13)
+    in_new_process(kind, cut, 13, 24)
     wanted = load_file(straight / "adapter_model.safetensors")
     got = load_file(cut / "adapter_model.safetensors")
     assert set(got) == set(wanted)
@@ -51,8 +51,8 @@ def test_a_run_cut_in_two_equals_a_straight_one_to_the_bit(tmp_path, kind):
 
 
 def test_the_trainer_saves_the_adapter_and_not_the_base(tmp_path):
-    resume_run.trainer(tmp_path, 0, 12)
-    checkpoint = tmp_path / "checkpoint-12"
+    resume_run.trainer(tmp_path, 0, 13)
+    checkpoint = tmp_path / "checkpoint-13"
     keys = load_file(checkpoint / "adapter_model.safetensors")
     assert keys and all(".drlora_adapters." in key or ".mlp.gate." in key for key in keys)
     assert not list(checkpoint.glob("model*.safetensors"))
@@ -65,7 +65,7 @@ def test_lines_of_a_lost_stretch_are_not_written_twice(tmp_path):
     shutil.rmtree(tmp_path / "checkpoint-24")
     with (tmp_path / "growth.jsonl").open("a") as log:
         log.write('{"step": 22, "blo')
-    resume_run.trainer(tmp_path, 12, 24)
+    resume_run.trainer(tmp_path, 13, 24)
     assert (tmp_path / "growth.jsonl").read_text() == wanted
 
 

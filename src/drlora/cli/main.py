@@ -36,6 +36,7 @@ from typing import Any
 from drlora.cli import exits
 from drlora.cli.arguments import Parser, make_parser, plugins_in
 from drlora.cli.exits import end
+from drlora.cli.recipe_list import print_recipes
 from drlora.errors import ConfigError, DrLoraError, Terminated
 from drlora.io.plugins import load_plugins
 
@@ -66,7 +67,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    # Imported here, for torch comes with it: help and completion need none of it.
+    if getattr(arguments, "list", False):
+        return print_recipes(arguments.json)
+    # Imported here, for torch comes with it: help, completion and lists need none of it.
     from drlora.cli.verbs import run
 
     return run(arguments)

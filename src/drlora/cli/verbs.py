@@ -36,7 +36,6 @@ from drlora.errors import CheckpointError, ConfigError, Terminated
 from drlora.forecast.step import Batch
 from drlora.io.settings import set_in, split_override
 from drlora.planning.plan import plan
-from drlora.recipes import about, recipe_names
 from drlora.report.follow import follow_report
 from drlora.report.write import write_report
 from drlora.runs.chat import chat
@@ -76,13 +75,6 @@ def _quiet() -> None:
 
 
 def _init(arguments: argparse.Namespace) -> int:
-    if arguments.list:
-        known = {name: about(name) for name in recipe_names()}
-        if arguments.json:
-            print(json.dumps(known, indent=2))
-        else:
-            print("\n".join(f"{name:16} {what}" for name, what in known.items()))
-        return 0
     names = [word for word in arguments.words if "=" not in word]
     overrides = [word for word in arguments.words if "=" in word]
     if len(names) > 1:
