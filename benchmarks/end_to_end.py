@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -172,6 +173,7 @@ def measure(name: str, folder: Path, threads: int) -> dict[str, Any]:
     """One run in a fresh process: what it noted."""
     given = {"folder": str(folder), "here": str(HERE), "threads": threads, "rank": RANK,
              "length": LENGTH, "began": "time.time()"}  # fmt: skip
+    shutil.rmtree(folder / "mine", ignore_errors=True)  # of the round before
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1",
                    "PYTHONPATH": str(HERE / "src"), "TOKENIZERS_PARALLELISM": "false"}  # fmt: skip
     program = (NOTES + PROGRAMS[name]).format(**given)
