@@ -33,7 +33,8 @@ CLASSES = {"olmoe": "OlmoeForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM",
            "gpt_oss": "GptOssForCausalLM"}  # fmt: skip
 SETTINGS: dict[str, Any] = dict(
     r_init=2, r_target=6, r_max=16, p_grow=0.2, grow_every=1, warmup_steps=3, settle_steps=3,
-    lora_alpha=8.0, router="frozen", young_rows="own", options={"move_share": 0.2, "young_a": "probe"},
+    lora_alpha=8.0, router="frozen", young_rows="own",
+    options={"move_share": 0.2, "young_a": "probe"},
 )  # fmt: skip
 ROWS = [{k: v[0] for k, v in make_batch(1000 + n, rows=1).items()} for n in range(128)]
 
