@@ -32,8 +32,9 @@ settings.load_profile("drlora")
 
 # Files with single tests of many seconds. They go first, so that short ones are left at the end of
 # a run on several workers, for the worker that is done to take from the other.
-_LONG = {"test_benchmarks", "test_callback", "test_compare", "test_compile", "test_examples",
-         "test_resume", "test_traps", "test_train_cli", "test_triton"}  # fmt: skip
+_LONG = {"test_benchmarks", "test_callback", "test_chat_templates", "test_compare", "test_compile",
+         "test_crashes", "test_examples", "test_fsdp", "test_many_processes", "test_resume",
+         "test_traps", "test_train_cli", "test_triton"}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
