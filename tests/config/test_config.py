@@ -113,6 +113,10 @@ OPTIONS = {
         {"young_a_scale": 0.5},
         "options.young_a_scale=0.5 has no effect with options.young_a='random'",
     ),
+    "rows along the gradient of experts without rows": (
+        {"start_a": "gradient"},
+        "options.start_a='gradient' has no effect with start='none'",
+    ),
     "batches that nothing reads": (
         {"start_batches": 4},
         "options.start_batches=4 has no effect with start='uniform' and options.start_a='random'",
@@ -127,8 +131,11 @@ OPTIONS = {
 @pytest.mark.parametrize("case", OPTIONS)
 def test_options_that_cannot_be_right_are_refused(case):
     options, message = OPTIONS[case]
+    rules = {}
+    if "start='none'" in message:
+        rules = dict(start="none", r_init=4, r_target=4, r_max=4, target_modules="all-linear")
     with pytest.raises(ConfigError, match=message):
-        DrLoraConfig(options=options)
+        DrLoraConfig(options=options, **rules)
 
 
 def test_options_are_filled_in_and_of_the_chosen_rules():
@@ -139,6 +146,26 @@ def test_options_are_filled_in_and_of_the_chosen_rules():
     assert again == DrLoraConfig(start="hot")
     kept = DrLoraConfig.for_method("lora", options={"routing_signal": "count", "move_share": 0.5})
     assert (kept.option("routing_signal"), kept.option("move_share")) == ("count", 0.0)
+
+
+IDLE = {"start_a": "gradient", "start_a_scale": 2.0, "start_batches": 4, "young_a": "probe",
+        "young_a_scale": 0.5}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", sorted(METHODS.names()))
+def test_one_set_of_options_does_for_all_methods(method):
+    """What has no effect under a method is left out; what has is kept."""
+    config = DrLoraConfig.for_method(method, r_init=2, r_target=4, r_max=8, options=IDLE)
+    assert config.option("start_batches") == (4 if config.starts_from_data else 8)
+    if config.option("start_a") == "random":
+        assert config.option("start_a_scale") == 1.0
+
+
+def test_a_saved_adapter_with_an_option_without_effect_is_read(tmp_path):
+    config = DrLoraConfig(options={"start_a": "gradient", "start_a_scale": 2.0, "start_batches": 4})
+    config.options["start_a"] = "random"  # as an earlier version let it be
+    config.save_pretrained(tmp_path)
+    assert DrLoraConfig.from_pretrained(tmp_path) == DrLoraConfig()
 
 
 def test_a_configuration_of_version_0_1_is_read(tmp_path):

@@ -25,7 +25,7 @@ from drlora.config.checks import (
     whole_number,
 )
 from drlora.config.methods import method_settings
-from drlora.config.options import GENERAL, check_options
+from drlora.config.options import GENERAL, NOTHING, check_options, without_effect
 from drlora.config.peft_type import DRLORA, SavedConfig
 from drlora.config.registry import (
     ALLOCATIONS,
@@ -47,7 +47,6 @@ PROJECTION_SETS = (
     ("up",),
     ("down",),
 )
-NOTHING = "none"  # the start after which no expert has a rank, for good
 RECORDED = ("base_model_type", "gate_up_order", "schedule")  # what `record` may hold
 # Setting -> what it may be; those of others are in registries.
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -204,9 +203,12 @@ class DrLoraConfig(SavedConfig):
         fixed = dict(method_settings(name, {**defaults, **settings, "options": given}))
         options = fixed.pop("options", {})
         rules = {s: fixed.get(s, settings.get(s, defaults[s])) for s in WITH_OPTIONS}
-        useless = registered_options().keys() - known_options(rules).keys()
-        kept = {key: value for key, value in given.items() if key not in useless}
-        return cls(**{**settings, **fixed, "options": {**kept, **options}})
+        known = known_options(rules)
+        chosen = {**given, **options}
+        useless = registered_options().keys() - known.keys()
+        useless |= without_effect(chosen, known, rules).keys()
+        kept = {key: value for key, value in chosen.items() if key not in useless}
+        return cls(**{**settings, **fixed, "options": kept})
 
     @classmethod
     def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
@@ -317,12 +319,6 @@ class DrLoraConfig(SavedConfig):
         self.options = check_options(
             self.options, known_options(rules), rules, registered_options()
         )
-        batches = self.options["start_batches"]
-        if batches != GENERAL["start_batches"].default and not self.starts_from_data:
-            raise ConfigError(
-                f"options.start_batches={batches} has no effect with start={self.start!r} and "
-                f"options.start_a={self.options['start_a']!r}; leave it out."
-            )
         if self.options.get("move_share") and self.r_max == self.r_init:
             raise ConfigError(
                 f"options.move_share={self.options['move_share']} needs experts that can grow: "
@@ -377,10 +373,12 @@ def with_options_apart(saved: Mapping[str, Any]) -> dict[str, Any]:
     Version 0.1 had among the settings what are options since, what is found at injection, and
     `use_dora`, which had to be False.
     """
-    if "options" in saved or "record" in saved:
-        return dict(saved)
     defaults = {f.name: f.default for f in fields(DrLoraConfig)}
     rules = {setting: saved.get(setting, defaults[setting]) for setting in WITH_OPTIONS}
+    if "options" in saved or "record" in saved:
+        options = saved.get("options") or {}
+        idle = without_effect(options, GENERAL, rules)  # which later versions refuse
+        return {**saved, "options": {k: v for k, v in options.items() if k not in idle}}
     known, others = known_options(rules), registered_options()
     kept = {k: v for k, v in saved.items() if k not in (*known, *others, *RECORDED, "use_dora")}
     options = {k: saved[k] for k in known if saved.get(k, known[k].default) != known[k].default}

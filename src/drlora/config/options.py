@@ -16,6 +16,9 @@ from typing import Any
 
 from drlora.errors import ConfigError, shown
 
+EQUAL = "uniform"  # the start that reads no batch, if no option does
+NOTHING = "none"  # the start after which no expert has a rank, for good
+
 
 @dataclass(frozen=True)
 class Option:
@@ -29,6 +32,7 @@ class Option:
         high: largest number that is allowed.
         above: a number must be greater than this.
         needs: another option, by whose default this one has no effect.
+        of_start: whether it is of how ranks start.
     """
 
     default: Any
@@ -38,6 +42,7 @@ class Option:
     high: float = math.inf
     above: float = -math.inf
     needs: str = ""
+    of_start: bool = False
 
     def check(self, name: str, value: Any) -> Any:
         """`value`, as a number of the right kind.
@@ -109,15 +114,20 @@ GENERAL: dict[str, Option] = {
         "rows of A that experts own at the start: random, or along the strongest directions of "
         "the gradient of their expert's weight",
         choices=("random", "gradient"),
+        of_start=True,
     ),
     "start_a_scale": Option(
         1.0,
         "with start_a=gradient: length of such rows, over that of a random one",
         above=0,
         needs="start_a",
+        of_start=True,
     ),
     "start_batches": Option(
-        8, "batches that routing is counted and gradients are taken over before the start", low=1
+        8,
+        "batches that routing is counted and gradients are taken over before the start",
+        low=1,
+        of_start=True,
     ),
     "b_lr_ratio": Option(
         1.0, "learning rate of B over that of A (LoRA+); `drlora train` sets it up", above=0
@@ -188,12 +198,34 @@ def check_options(
                 f"{f'did you mean {near[0]}? K' if near else 'k'}nown with these rules are "
                 f"{', '.join(sorted(known))}."
             )
-    for name, option in known.items():
-        if option.needs and checked[name] != option.default:
-            other = checked[option.needs]
-            if other == known[option.needs].default:
-                raise ConfigError(
-                    f"options.{name}={shown(checked[name])} has no effect with "
-                    f"options.{option.needs}={shown(other)}; leave it out."
-                )
+    for name, why in without_effect(checked, known, rules).items():
+        raise ConfigError(
+            f"options.{name}={shown(checked[name])} has no effect with {why}; leave it out."
+        )
     return checked
+
+
+def without_effect(
+    options: Mapping[str, Any], known: Mapping[str, Option], rules: Mapping[str, str]
+) -> dict[str, str]:
+    """Options that differ from their default and yet change nothing -> what makes them idle.
+
+    Args:
+        options: name -> value; the others have their defaults.
+        known: every option of the chosen rules.
+        rules: setting -> the rule that is chosen.
+    """
+    values = {name: options.get(name, option.default) for name, option in known.items()}
+    start, start_a = rules.get("start", EQUAL), values["start_a"]
+    is_random = start_a == known["start_a"].default
+    idle = {}
+    for name, option in known.items():
+        if values[name] == option.default:
+            continue
+        if option.of_start and start == NOTHING:
+            idle[name] = f"start={start!r}"
+        elif option.needs and values[option.needs] == known[option.needs].default:
+            idle[name] = f"options.{option.needs}={shown(values[option.needs])}"
+        elif name == "start_batches" and start == EQUAL and is_random:
+            idle[name] = f"start={start!r} and options.start_a={shown(start_a)}"
+    return idle
