@@ -78,6 +78,14 @@ def test_attention_that_a_cpu_does_not_fuse(dtype):
     assert pass_on_paper(model, Batch(1, 512, engine="grouped"), dtype).peak_bytes < matrix
 
 
+def test_attention_with_dropout_is_not_fused_on_a_cpu():
+    changes = dict(rows=1, length=512, attention_dropout=0.1)
+    model, found = on_paper("olmoe", torch.float32, **changes)
+    assert found.peak_bytes == pytest.approx(counted("olmoe", torch.float32, **changes), rel=0.1)
+    _, fused = on_paper("olmoe", torch.float32, rows=1, length=512)
+    assert found.peak_bytes > 2 * fused.peak_bytes
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_engine_of_a_gpu_runs_on_paper_itself(dtype):
     sizes = dict(hidden_size=128, vocab_size=512)

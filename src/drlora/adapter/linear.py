@@ -30,7 +30,7 @@ ALL_LINEAR = "all-linear"
 ALL_ATTENTION = "all-attention"
 # Classes of attention modules in transformers, linear attention too; and of what only chooses in
 # them: positions, with no gradient, or experts.
-_ATTENTION_CLASS = re.compile(r"\w*(Attention|MLA|DeltaNet)")
+_ATTENTION_CLASS = re.compile(r"\w*(Attention|MLA|DeltaNet)\d*")
 _CHOOSING_CLASS = re.compile(r"\w*(Indexer|Gating)")
 LONGEST_MATCH_SECONDS = 3.0  # of all names together
 _MATCH_ALL = "import json, re, sys; p, *n = json.load(sys.stdin); [re.fullmatch(p, k) for k in n]"

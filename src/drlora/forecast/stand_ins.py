@@ -77,16 +77,17 @@ def attention_on_paper(
 def cpu_attention_on_paper(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **settings: Any
 ) -> tuple[Tensor, None]:
-    """The same on a CPU, where torch fuses only values as wide as queries.
+    """The same on a CPU, where torch fuses only values as wide as queries, without dropout.
 
     Others, as those of DeepSeek's latent attention, get the matrix, in float32.
     """
-    if query.shape[-1] == value.shape[-1]:
+    dropout = settings.get("dropout", 0.0)
+    if query.shape[-1] == value.shape[-1] and not dropout:
         return attention_on_paper(module, query, key, value, attention_mask)
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
-    out_BHLD = scaled_dot_product_attention(query, key, value, is_causal=True)
+    out_BHLD = scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True)
     return out_BHLD.transpose(1, 2).contiguous(), None
 
 
