@@ -2,7 +2,7 @@
 
 Made from the newest row of each case in benchmarks/results/*.jsonl, by `python -m benchmarks`. The
 table also goes into docs/benchmarks.md, and what the other benchmarks measured into details.md and
-docs/benchmarks.md.
+docs/benchmarks.md; runs end to end go into README.md and, in full, into docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ HEAD = [
 ROOT = RESULTS.parents[1]
 PAGES = (ROOT / "docs" / "benchmarks.md",)
 BEGIN, END = "<!-- benchmarks -->", "<!-- end of benchmarks -->"
+TO_END, END_TO_END = "<!-- end to end -->", "<!-- end of end to end -->"
 DETAILS, END_DETAILS = "<!-- details -->", "<!-- end of details -->"
 Newest = dict[tuple[str, str], Row]
 
@@ -141,6 +142,29 @@ def _full_size() -> list[str]:
     return lines
 
 
+def end_to_end(*, in_full: bool) -> str:
+    """`drlora train` beside a script of TRL and PEFT; in full with start-up, losses and where."""
+    rows, names = newest("end_to_end"), {"float32": "the embedded model",
+                                         "bfloat16": "two layers of OLMoE-1B-7B"}  # fmt: skip
+    cases = list(dict.fromkeys(case for case, _ in rows))
+    more = ["to the first step", "held-out loss at the end", "rounds"] if in_full else []
+    lines = _head(["a whole run", "program", "tokens a second", "peak memory", *more])
+    for case in cases:
+        _, dtype, how = case.split(", ", 2)
+        for kind, about in ((kind, row) for (each, kind), row in rows.items() if each == case):
+            faster = about["tokens_per_s_over_other"]
+            is_mine = kind == "drlora train"
+            cells = [f"{names[dtype]}, {dtype}, {how.partition(' of ')[2].partition(',')[0]} a step"
+                     if is_mine else "", f"`{kind}`" if is_mine else kind,
+                     f"{about['tokens_per_s']:,.0f}" + (f" ({faster:.2g} x)" if is_mine else ""),
+                     f"{about['peak_bytes'] / 1e9:.2f} GB"]  # fmt: skip
+            if in_full:
+                loss = list(about["held_out"].values())[-1]
+                cells += [f"{about['startup_s']:.1f} s", f"{loss:.3f}", str(about["rounds"])]
+            lines.append(_line(cells))
+    return "\n".join(lines) + "\n" + (f"\n{_origin([*rows.values()])}" if in_full else "")
+
+
 def _head(cells: list[str]) -> list[str]:
     return [_line(cells), "|" + "---|" * len(cells)]
 
@@ -167,6 +191,8 @@ def write() -> str:
     more = details()
     (RESULTS / "details.md").write_text(more, "utf-8")
     fill(PAGES[-1], more, DETAILS, END_DETAILS)
+    for page, in_full in ((ROOT / "README.md", False), (PAGES[-1], True)):
+        fill(page, end_to_end(in_full=in_full), TO_END, END_TO_END)
     for path in (RESULTS / "chart.svg", ROOT / "docs" / "images" / "benchmarks.svg"):
         chart(timed, path)
     return text
