@@ -28,7 +28,7 @@ KEY_LENGTH = 12
 HASHED_WHOLE = 64 << 20
 ENDS = 1 << 20
 # Fields of TrainingArguments that leave the weights as they are.
-NOT_DECIDING = ("save_", "logging_", "report_to")
+NOT_DECIDING = ("save_", "logging_", "report_to", "per_device_eval_batch_size")
 TUNE, COMPARE = "tune", "compare"
 
 

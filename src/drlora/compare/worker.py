@@ -142,7 +142,8 @@ def _harvest(outcome: TrainResult, recipe: Recipe, labels: dict[str, Any]) -> di
         "machine": _machine(),
         "source": asdict(source_state()),
         "contents": contents_of(recipe),
-        "curve": _curve(run),
+        "curve": _curve(run, "loss"),
+        "held_out_curve": _curve(run, "eval_loss"),
         "items": _items(outcome.after),
         "recipe": config,
     }
@@ -156,12 +157,12 @@ def _items(measured: Measurement | None) -> dict[str, Any]:
     return {"loss_centinats": nats, "is_correct": "".join(str(int(right)) for right in is_correct)}
 
 
-def _curve(run: RunDir) -> list[list[float]]:
-    """[step, training loss] of the log, thinned out evenly and with its last entry."""
+def _curve(run: RunDir, key: str) -> list[list[float]]:
+    """[step, loss] of the log, of training or held out; thinned out evenly, with the last entry."""
     logged = [
-        [entry["step"], round(entry["loss"], 5)]
+        [entry["step"], round(entry[key], 5)]
         for entry in read_lines(run.metrics)
-        if entry.get("kind") == "log" and isinstance(entry.get("loss"), float)
+        if entry.get("kind") == "log" and isinstance(entry.get(key), float)
     ]
     stride = -(-len(logged) // CURVE_POINTS) or 1
     return logged[::-1][::stride][::-1]
