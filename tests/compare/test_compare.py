@@ -34,7 +34,8 @@ def save_plan(folder: Path, **changes) -> Path:
     """Two methods and two seeds on the tiny model and data; 4 compared runs of 6 steps."""
     recipe = yaml.safe_load(save_all(folder).read_text())
     save_examples(folder / "test.jsonl", count=36, start=30)
-    recipe["training"] |= {"max_steps": 6, "save_steps": 2}
+    evaluated = {"eval_strategy": "steps", "eval_steps": 2}
+    recipe["training"] |= {"max_steps": 6, "save_steps": 2, **evaluated}
     recipe["adapter"] |= {"p_grow": 1.0}
     recipe["evaluation"] |= {"before": False}
     data = {**recipe["data"], "test": str(folder / "test.jsonl")}
@@ -96,6 +97,9 @@ def test_each_run_leaves_one_result_with_what_it_was_made_of(finished):
         assert result["peak_memory_bytes"] > 50 * 2**20
         assert result["wall_seconds"] > result["seconds"] > 0
         assert [step for step, _ in result["curve"]] == [1, 2, 3, 4, 5, 6]
+        held_out = dict(result["held_out_curve"])
+        assert list(held_out) == [2, 4, 6]
+        assert held_out[6] == pytest.approx(result["after"]["loss"]["loss"], rel=1e-3)
         after, items = result["after"], result["items"]
         assert result["before"] is None
         nats = sum(items["loss_centinats"]) / 100

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from drlora.compare.curves import mean_curve, share_until, step_at
 from drlora.compare.metrics import items_of, value_of
 from drlora.compare.statistics import (
     incomplete_beta,
@@ -15,7 +16,7 @@ from drlora.compare.statistics import (
     t_cdf,
     t_quantile,
 )
-from drlora.compare.tables import models_table
+from drlora.compare.tables import models_table, shown_share
 
 
 @pytest.mark.parametrize(
@@ -130,3 +131,41 @@ def test_over_all_models_each_task_of_each_weighs_the_same():
     assert "-50.00" in static and static.endswith("|  |  |")
     # (85 + 82.5) / 8 over lora; (30 + 30) / 8 over the best, static where lora is 4.0.
     assert "+20.94" in drlora and "| **+7.50 [+7.50, +7.50]** 2/2 | 2, 0, 4 |" in drlora
+
+
+def test_the_first_step_at_a_loss_is_linear_between_points():
+    curve = [[10, 3.0], [20, 2.0], [30, 2.5], [40, 1.0]]
+    assert step_at(curve, 4.0) == 10  # there already
+    assert step_at(curve, 2.25) == 17.5
+    assert step_at(curve, 2.0) == 20
+    assert step_at(curve, 1.5) == pytest.approx(30 + 10 * 1.0 / 1.5)
+    assert step_at(curve, 0.9) is None
+
+
+def test_curves_are_averaged_where_all_seeds_have_a_point():
+    assert mean_curve({1: [[1, 2.0], [2, 1.0]], 2: [[2, 3.0], [3, 0.0]]}) == [(2, 2.0)]
+    assert mean_curve({}) == []
+
+
+def test_share_of_the_steps_until_the_baseline_ends():
+    """By seed: one is there at half of its steps, one never is, one has no partner."""
+    runs = {
+        ("lora", 1): [[50, 3.0], [100, 2.0]],
+        ("ours", 1): [[25, 3.0], [50, 2.0], [100, 1.0]],
+        ("lora", 2): [[50, 3.0], [100, 2.0]],
+        ("ours", 2): [[50, 3.0], [100, 2.1]],
+        ("ours", 3): [[50, 3.0], [100, 2.1]],
+        ("lora", 4): None,
+    }
+    cells = [
+        SimpleNamespace(place=("m", "t", method), seed=seed, key=(method, seed))
+        for method, seed in runs
+    ]
+    results = {key: {"held_out_curve": curve} for key, curve in runs.items()}
+    results["lora", 4] = {}  # from before there were curves
+    matrix = SimpleNamespace(compare=cells, results=results)
+    found = share_until(matrix, "m", "t", "lora", "ours")
+    assert found == {1: 0.5, 2: None}
+    assert shown_share(found) == "in 1 of 2 seeds, mean 50 %"
+    assert shown_share({1: 0.4, 2: 0.5}) == "45 % [-19, 109]"
+    assert shown_share({}) == "–"

@@ -1,4 +1,4 @@
-"""The figures of a comparison: gains by task, metric against parameters, final ranks.
+"""The figures of a comparison: gains, loss on the way, metric against parameters, final ranks.
 
 Colours are Okabe and Ito's and viridis, which can be told apart with every common colour
 blindness; methods also differ in their markers. The same results give the same bytes.
@@ -19,6 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import EngFormatter, FixedLocator, NullLocator
 
+from drlora.compare.curves import curves, mean_curve
 from drlora.compare.gains import gains_by_task
 from drlora.compare.metrics import METRICS
 from drlora.compare.results import Matrix
@@ -78,7 +79,7 @@ def draw_parts(found: Sequence[Part], path: Path) -> list[str]:
 
 
 def parts(matrix: Matrix) -> list[Part]:
-    """Gains over each baseline, the metric against parameters, and each model's final ranks."""
+    """Gains over each baseline, loss on the way, metric against parameters, final ranks."""
     plan = matrix.plan
     metric, (models, tasks) = plan.metrics[0], (len(plan.models), len(plan.tasks))
     name = METRICS[metric].title
@@ -87,6 +88,8 @@ def parts(matrix: Matrix) -> list[Part]:
         height = 0.8 + 0.26 * (len(plan.methods) - 1)
         draw = partial(_gains, matrix, metric, baseline)
         found.append(Part(f"Gain over {baseline}: {name}", models, tasks, height, draw))
+    if part := curves_part(matrix):
+        found.append(part)
     found.append(budget_part(matrix))
     for model in plan.models:
         maps = _rank_maps(matrix, model)
@@ -96,6 +99,16 @@ def parts(matrix: Matrix) -> list[Part]:
             title = f"Final ranks, {model}, mean over seeds"
             found.append(Part(title, len(plan.methods), tasks, height, draw))
     return found
+
+
+def curves_part(matrix: Matrix) -> Part | None:
+    """Held-out loss over steps, where runs have it."""
+    plan = matrix.plan
+    places = [(m, t, method) for m in plan.models for t in plan.tasks for method in plan.methods]
+    if not any(curves(matrix, place) for place in places):
+        return None
+    draw = partial(_curves, matrix)
+    return Part("Held-out loss on the way", len(plan.models), len(plan.tasks), 2.4, draw)
 
 
 def budget_part(matrix: Matrix) -> Part:
@@ -138,6 +151,26 @@ def _gain_row(axes: Axes, number: int, pairs: dict[int, float]) -> None:
     if d.low is not None and d.high is not None:
         axes.plot([d.low, d.high], [number, number], color=look["color"], linewidth=1.6)
     axes.plot([d.mean], [number], linestyle="none", markersize=5, **look)
+
+
+def _curves(matrix: Matrix, figure: SubFigure) -> None:
+    """Mean held-out loss over steps, without its first tenth, where it falls from far above."""
+    plan = matrix.plan
+    grid = figure.subplots(len(plan.models), len(plan.tasks), squeeze=False)
+    for model, row in zip(plan.models, grid, strict=True):
+        for task, axes in zip(plan.tasks, row, strict=True):
+            for number, method in enumerate(plan.methods):
+                points = mean_curve(curves(matrix, (model, task, method)))
+                shown = [p for p in points if p[0] > points[-1][0] / 10] or points
+                if shown:
+                    axes.plot(*zip(*shown, strict=True), label=method, markersize=4,
+                              **_look(number))  # fmt: skip
+            axes.set_title(f"{model}, {task}", fontsize=9)
+        row[0].set_ylabel("held-out loss (nats a token)")
+    figure.supxlabel("optimizer steps", fontsize=9)
+    handles, labels = grid[0, 0].get_legend_handles_labels()
+    if handles:
+        figure.legend(handles, labels, loc="outside right upper", fontsize=8, frameon=False)
 
 
 def _budget(matrix: Matrix, metric: str, figure: SubFigure) -> None:

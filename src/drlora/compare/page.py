@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
+from drlora.compare.curves import share_until
 from drlora.compare.gains import best_baselines, gains_by_task, relative
 from drlora.compare.metrics import METRICS, Metric
 from drlora.compare.plan import Settings, Tune
@@ -18,6 +19,7 @@ from drlora.compare.tables import (
     models_table,
     shown_gain,
     shown_interval,
+    shown_share,
     table,
 )
 from drlora.io.run_files import README
@@ -47,6 +49,7 @@ def page(matrix: Matrix, command: str, figures: Sequence[str] = ()) -> str:
     parts = [
         *_head(matrix, command),
         *_results(matrix),
+        *_on_the_way(matrix),
         *_figures(figures),
         *_tuning(matrix),
         *_cost(matrix),
@@ -115,6 +118,30 @@ def _results(matrix: Matrix) -> Iterator[str]:
             if several and _shows_per_cent(name):
                 title = f"### All models: {METRICS[name].title}, gain in per cent of the baseline"
                 yield from (title, "", *models_table(matrix, name, tasks))
+
+
+def _on_the_way(matrix: Matrix) -> Iterator[str]:
+    """How soon each method is where the first baseline ends; nothing where no run has a curve."""
+    plan = matrix.plan
+    if not plan.baselines:
+        return
+    baseline, found = plan.baselines[0], []
+    for model in plan.models:
+        for method in (method for method in plan.methods if method != baseline):
+            cells = [shown_share(share_until(matrix, model, task, baseline, method))
+                     for task in plan.tasks]  # fmt: skip
+            if set(cells) != {NONE}:
+                found.append([model, method, *cells])
+    if not found:
+        return
+    yield from (f"## Share of the steps until `{baseline}`'s last held-out loss", "")
+    yield (
+        "From the losses that were taken on the way, by seed, linear between two of them; mean and "
+        "95 % t-interval. The learning rate has the schedule of the whole run, so a run of so few "
+        "steps would end elsewhere."
+    )
+    yield ""
+    yield from table(["model", "method", *plan.tasks], found)
 
 
 def _any_value(matrix: Matrix, metric: str, model: str, task: str) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from drlora.compare.gains import best_baselines, relative_over_models
 from drlora.compare.metrics import Metric
 from drlora.compare.results import Matrix
-from drlora.compare.statistics import Gain, Interval, gain, mean_gain
+from drlora.compare.statistics import Gain, Interval, gain, interval, mean_gain
 
 NONE = "–"
 PER_CENT = Metric("per cent of the baseline", ("", ""), True, digits=2)
@@ -32,6 +32,19 @@ def shown_gain(found: Gain | None, metric: Metric) -> str:
         return f"{d.mean:+.{metric.digits}f} (one seed)"
     text = f"{d.mean:+.{metric.digits}f} [{d.low:+.{metric.digits}f}, {d.high:+.{metric.digits}f}]"
     return f"**{text}** {wins}" if d.is_above_zero or d.is_below_zero else f"{text} {wins}"
+
+
+def shown_share(by_seed: Mapping[int, float | None]) -> str:
+    """`41 % [36, 46]`; how many seeds where not all of them have one."""
+    known = [100 * share for share in by_seed.values() if share is not None]
+    if not by_seed:
+        return NONE
+    if len(known) < len(by_seed):
+        mean = f", mean {sum(known) / len(known):.0f} %" if known else ""
+        return f"in {len(known)} of {len(by_seed)} seeds{mean}"
+    found = interval(known)
+    bounds = "" if found.low is None else f" [{found.low:.0f}, {found.high:.0f}]"
+    return f"{found.mean:.0f} %{bounds}"
 
 
 def models_table(
