@@ -4,17 +4,20 @@
 
 A table is between `<!-- make_evidence.py: PLAN [METHOD ...] -->` and `<!-- end -->`: PLAN is the
 name of a plan in experiments/, and each METHOD one that is shown of it (none given: all). Its
-numbers are those of the plan's own page, in per cent of the baseline.
+numbers are those of the plan's own page, in per cent of the baseline. `concentration` is no plan,
+but what experiments/concentration.py wrote.
 The site has only what lies in docs/, so the figure that it shows is drawn there.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from made_pages import write_or_check
 
@@ -31,6 +34,7 @@ PAGE = ROOT / "docs" / "evidence.md"
 METRIC = "loss"
 BUDGET = "budget"  # the plan whose metric against parameters is drawn
 BUDGET_FIGURE = ROOT / "docs" / "images" / "budget.svg"
+CONCENTRATION = ROOT / "experiments" / "results" / "concentration.json"
 BLOCK = re.compile(
     r"(?P<head><!-- make_evidence\.py: (?P<plan>[\w-]+)(?P<methods>(?: [\w@-]+)*) -->\n)"
     r"(?P<tables>.*?)(?P<end><!-- end -->\n)",
@@ -46,6 +50,8 @@ def with_tables(text: str) -> str:
 def tables(block: re.Match[str]) -> str:
     """What the results of a block's plan say, model by model, and how much of it has been run."""
     name, methods = block["plan"], block["methods"].split()
+    if name == CONCENTRATION.stem:
+        return concentration(json.loads(CONCENTRATION.read_text("utf-8")))
     plan = load_plan(ROOT / "experiments" / f"{name}.yaml")
     matrix = read_matrix(plan, Folder.of(plan, ROOT))
     done, total = len(matrix.finished()), len(matrix.compare) + matrix.waiting
@@ -57,6 +63,26 @@ def tables(block: re.Match[str]) -> str:
         lines += ["**All models and tasks**: the mean gain, in per cent", ""]
         lines += models_table(matrix, METRIC, list(plan.tasks), methods)
     return "\n".join(lines)
+
+
+def concentration(found: Mapping[str, Any]) -> str:
+    """How concentrated each task is on each model, and how that goes with gains."""
+    pairs, models = found["pairs"], dict.fromkeys(row["model"] for row in found["pairs"])
+    tasks = dict.fromkeys(row["task"] for row in pairs)
+    by_place = {(row["task"], row["model"]): f"{row['of_routing']:.2f}" for row in pairs}
+    rows = [[task, *(by_place.get((task, model), "") for model in models)] for task in tasks]
+    lines = ["Concentration of routing, by task and model:", "", *table(["task", *models], rows)]
+    lines += ["Rank correlation of concentration with the gain over LoRA, and the mean gain in per "
+              "cent in the less and in the more concentrated half of the pairs:", ""]  # fmt: skip
+    rows = [
+        [f"`{method}`", signal.removeprefix("of_"), str(of["pairs"]),
+         f"{of['spearman']:+.2f} [{of['low']:+.2f}, {of['high']:+.2f}]",
+         f"{of['mean_gain_below_the_median']:+.2f}", f"{of['mean_gain_from_the_median_on']:+.2f}"]
+        for signal, by_method in found["relations"].items()
+        for method, of in by_method.items()
+    ]  # fmt: skip
+    titles = ["method", "concentration of the", "pairs", "rank correlation", "less", "more"]
+    return "\n".join([*lines, *table(titles, rows)])
 
 
 def draw_budget(path: Path) -> None:
