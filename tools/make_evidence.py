@@ -6,7 +6,7 @@ A table is between `<!-- make_evidence.py: PLAN [METHOD ...] -->` and `<!-- end 
 name of a plan in experiments/, and each METHOD one that is shown of it (none given: all). Its
 numbers are those of the plan's own page, in per cent of the baseline. `concentration` is no plan,
 but what experiments/concentration.py wrote.
-The site has only what lies in docs/, so the figure that it shows is drawn there.
+The site has only what lies in docs/, so the figures that it shows are drawn there.
 """
 
 from __future__ import annotations
@@ -15,25 +15,38 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from made_pages import write_or_check
 
-from drlora.compare.figures import budget_part, draw_parts
+from drlora.compare.curves import curves, lowest, share_until
+from drlora.compare.figures import Part, budget_part, curves_part, draw_parts
 from drlora.compare.gains import best_baselines, relative
 from drlora.compare.metrics import METRICS
 from drlora.compare.plan import load_plan
-from drlora.compare.results import Folder, Matrix, read_matrix
+from drlora.compare.results import Folder, Matrix, Place, read_matrix
 from drlora.compare.statistics import gain, interval, mean_gain
-from drlora.compare.tables import PER_CENT, models_table, shown_gain, shown_interval, table
+from drlora.compare.tables import (
+    PER_CENT,
+    models_table,
+    shown_gain,
+    shown_interval,
+    shown_share,
+    table,
+)
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "evidence.md"
 METRIC = "loss"
-BUDGET = "budget"  # the plan whose metric against parameters is drawn
-BUDGET_FIGURE = ROOT / "docs" / "images" / "budget.svg"
+IMAGES = ROOT / "docs" / "images"
+# File -> the plan, and the part of its figures that is drawn.
+FIGURES: dict[str, tuple[str, Callable[[Matrix], Part | None]]] = {
+    "budget.svg": ("budget", budget_part),
+    "length.svg": ("embedded-3200", curves_part),
+}
 CONCENTRATION = ROOT / "experiments" / "results" / "concentration.json"
 BLOCK = re.compile(
     r"(?P<head><!-- make_evidence\.py: (?P<plan>[\w-]+)(?P<methods>(?: [\w@-]+)*) -->\n)"
@@ -52,8 +65,8 @@ def tables(block: re.Match[str]) -> str:
     name, methods = block["plan"], block["methods"].split()
     if name == CONCENTRATION.stem:
         return concentration(json.loads(CONCENTRATION.read_text("utf-8")))
-    plan = load_plan(ROOT / "experiments" / f"{name}.yaml")
-    matrix = read_matrix(plan, Folder.of(plan, ROOT))
+    matrix = _matrix(name)
+    plan = matrix.plan
     done, total = len(matrix.finished()), len(matrix.compare) + matrix.waiting
     lines = [f"{done} of {total} compared runs; all tables: `{plan.output_dir}/README.md`.", ""]
     for model in plan.models:
@@ -85,10 +98,17 @@ def concentration(found: Mapping[str, Any]) -> str:
     return "\n".join([*lines, *table(titles, rows)])
 
 
-def draw_budget(path: Path) -> None:
+def draw(name: str, folder: Path) -> None:
     """One part of a comparison's figures, for the site, which has only what lies in docs/."""
-    plan = load_plan(ROOT / "experiments" / f"{BUDGET}.yaml")
-    draw_parts([budget_part(read_matrix(plan, Folder.of(plan, ROOT)))], path)
+    plan, part_of = FIGURES[name]
+    part = part_of(_matrix(plan))
+    assert part is not None, f"{plan} has nothing to draw for {name}"
+    draw_parts([part], folder / name)
+
+
+def _matrix(name: str) -> Matrix:
+    plan = load_plan(ROOT / "experiments" / f"{name}.yaml")
+    return read_matrix(plan, Folder.of(plan, ROOT))
 
 
 def _of_model(matrix: Matrix, model: str, methods: Sequence[str]) -> Iterator[str]:
@@ -121,6 +141,34 @@ def _of_model(matrix: Matrix, model: str, methods: Sequence[str]) -> Iterator[st
         titles = [f"{task} (`{baseline}`)" for task, baseline in best.items()]
         rows = [[f"`{method}`", *_gains(matrix, model, best, method)] for method in others]
         yield from table(["method", *titles, *means], rows)
+    if all(curves(matrix, (model, task, method)) for task in tasks for method in methods):
+        yield from (f"**{model}**: share of the steps until `{first}`'s last held-out loss", "")
+        rows = [
+            [f"`{m}`", *(shown_share(share_until(matrix, model, task, first, m)) for task in tasks)]
+            for m in methods
+            if m != first
+        ]
+        yield from table(["method", *tasks], rows)
+        yield from (
+            f"**{model}**: gain over `{first}` in the lowest loss on the way, in per cent",
+            "",
+        )
+        rows = [
+            [f"`{m}`", *(_lowest_gain(matrix, (model, task, first), m) for task in tasks)]
+            for m in methods
+            if m != first
+        ]
+        yield from table(["method", *tasks], rows)
+
+
+def _lowest_gain(matrix: Matrix, baseline: Place, method: str) -> str:
+    """As gains are shown, of the lowest loss of each run."""
+    model, task, _ = baseline
+    least, own = (lowest(curves(matrix, p)) for p in (baseline, (model, task, method)))
+    mean = fmean(least.values())
+    return shown_gain(
+        gain({seed: 100 * (least[seed] - own[seed]) / mean for seed in least}), PER_CENT
+    )
 
 
 def _is_complete(matrix: Matrix, model: str, task: str) -> bool:
@@ -144,5 +192,6 @@ if __name__ == "__main__":
     os.chdir(ROOT)  # the plans name their data from there
     status = write_or_check(PAGE, with_tables, __doc__)
     if "--check" not in sys.argv:
-        draw_budget(BUDGET_FIGURE)
+        for figure in FIGURES:
+            draw(figure, IMAGES)
     sys.exit(status)

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from drlora.compare.curves import mean_curve, share_until, step_at
+from drlora.compare.curves import lowest, mean_curve, share_until, step_at
 from drlora.compare.metrics import items_of, value_of
 from drlora.compare.statistics import (
     incomplete_beta,
@@ -145,6 +145,7 @@ def test_the_first_step_at_a_loss_is_linear_between_points():
 def test_curves_are_averaged_where_all_seeds_have_a_point():
     assert mean_curve({1: [[1, 2.0], [2, 1.0]], 2: [[2, 3.0], [3, 0.0]]}) == [(2, 2.0)]
     assert mean_curve({}) == []
+    assert lowest({1: [[1, 2.0], [2, 1.0], [3, 1.5]]}) == {1: 1.0}
 
 
 def test_share_of_the_steps_until_the_baseline_ends():

@@ -33,12 +33,12 @@ def test_a_number_that_the_results_do_not_have_is_noticed(monkeypatch):
     assert changed != text and make_evidence.with_tables(changed) == text
 
 
-def test_the_figure_is_that_of_the_comparison(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", make_evidence.FIGURES)
+def test_the_figures_are_those_of_the_comparisons(name, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    shown = make_evidence.BUDGET_FIGURE
-    make_evidence.draw_budget(tmp_path / shown.name)
-    assert (tmp_path / shown.name).read_bytes() == shown.read_bytes()
-    assert f"images/{shown.name}" in make_evidence.PAGE.read_text("utf-8")
+    make_evidence.draw(name, tmp_path)
+    assert (tmp_path / name).read_bytes() == (make_evidence.IMAGES / name).read_bytes()
+    assert f"images/{name}" in make_evidence.PAGE.read_text("utf-8")
 
 
 def test_the_tables_of_planning_are_those_of_the_results(monkeypatch):
