@@ -104,6 +104,7 @@ def test_a_forked_process_makes_threads_of_its_own(small_tasks):
 def sixteen_bit(request, monkeypatch):
     """As on a processor with 16-bit products, and on one without."""
     monkeypatch.setattr(loop, "_multiplies", lambda dtype: request.param == "native")
+    monkeypatch.setattr(loop, "PAYS_FROM", 0)
     return request.param
 
 
@@ -133,6 +134,7 @@ def test_widened_products_are_closer_to_the_truth_than_those_in_bfloat16(monkeyp
     ]
     truth = run("naive", (exact_base, wide_pieces, wide_leaves, index))[0]
     errors = {}
+    monkeypatch.setattr(loop, "PAYS_FROM", 0)
     for native in (True, False):
         monkeypatch.setattr(loop, "_multiplies", lambda dtype, native=native: native)
         errors[native] = (run("loop", case)[0].double() - truth).norm() / truth.norm()
@@ -147,3 +149,14 @@ def test_the_processor_is_asked_which_products_it_has(monkeypatch):
     loop._multiplies.cache_clear()
     assert loop.working_dtype(torch.zeros(1)) == torch.float32
     assert loop.working_dtype(torch.zeros(1, dtype=torch.float64)) == torch.float64
+
+
+def test_small_products_are_computed_in_float32(monkeypatch):
+    """A shape's code takes as long to write as some forty million multiply-adds gain."""
+    monkeypatch.setattr(loop, "_multiplies", lambda dtype: True)
+    like = torch.zeros(1, dtype=torch.bfloat16)
+    assert loop.multiply_adds([256, 0, 128], 1024, 512) == 192 * 1024 * 512
+    assert loop.multiply_adds([0, 0], 8, 8) == 0
+    assert loop.working_dtype(like, loop.multiply_adds([256] * 4, 256, 256)) == torch.float32
+    assert loop.working_dtype(like, loop.multiply_adds([64] * 4, 1024, 1024)) == torch.bfloat16
+    assert loop.working_dtype(like) == torch.bfloat16

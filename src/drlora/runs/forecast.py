@@ -7,11 +7,13 @@ not run on paper, it says so.
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
 import torch
 from peft import PeftModel
+from transformers import PreTrainedModel
 
 from drlora.embedded import resolve_model
 from drlora.errors import first_line
@@ -20,7 +22,7 @@ from drlora.evaluation.measure import EvaluationSection
 from drlora.forecast.memory import MemoryForecast, mapped_bytes, memory_forecast
 from drlora.forecast.step import Batch, PassOnPaper, adapted_on_paper, pass_on_paper
 from drlora.io.places import from_root
-from drlora.moe.blocks import find_blocks
+from drlora.moe.blocks import active_experts, find_blocks
 from drlora.ops.loop.engine import working_dtype
 from drlora.runs.job import Job
 from drlora.runs.loading import load_architecture, model_on_meta
@@ -88,10 +90,18 @@ def run_on_paper(
             for one in (largest, usual)
         )
     model = adapted_on_paper(skeleton, recipe.adapter_config(), dtype)
-    works_in = working_dtype(torch.empty(0, dtype=dtype)) if on_cpu else dtype
+    works_in = _working_dtype(skeleton, dtype, largest.tokens) if on_cpu else dtype
     peak = _peak(model, largest, recipe.evaluation, works_in)
     memory = memory_forecast(model, weight_bytes, peak, optim, mapped, on_cpu)
     return RunOnPaper(memory, largest, usual, dtype, model, works_in)
+
+
+def _working_dtype(skeleton: PreTrainedModel, dtype: torch.dtype, tokens: int) -> torch.dtype:
+    """What the engine of a CPU computes the largest batch in, if its experts are used alike."""
+    block = next(iter(find_blocks(skeleton)))
+    used = active_experts(skeleton, block)
+    rows = tokens * used / block.num_experts if used else math.inf
+    return working_dtype(torch.empty(0, dtype=dtype), rows * block.hidden_size * block.expert_width)
 
 
 def _loses_at_targets(recipe: Recipe, architecture: Any, dtype: torch.dtype) -> bool:

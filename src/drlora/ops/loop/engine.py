@@ -16,8 +16,8 @@ Backward of one expert, with g the output's gradient and w the routing weight of
     dA   = (w s g B^T)^T h
     dgu  = gate_backward(w dh)               and then the same for gate_up, without w
 
-Where the processor has no products of the base's 16-bit type, an expert is widened to float32 in a
-buffer while it is used: emulated products are many times slower (docs/engines.md).
+Where the processor has no products of the base's 16-bit type, or an expert's are too small for them
+to pay, it is widened to float32 in a buffer while it is used (`working_dtype`, docs/engines.md).
 
 Letters as in `parts`, c for the rows of a task, n for those of a segment (one expert's rows in it)
 and r for an expert's rank.
@@ -25,6 +25,8 @@ and r for an expert's rank.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -44,6 +46,9 @@ from drlora.ops.routing import Routing
 from drlora.ops.scratch import scratch
 from drlora.ops.weights import ExpertWeights
 
+# Multiply-adds of a product from which 16 bits beat float32, measured: benchmarks/sixteen_bits.py.
+PAYS_FROM = 40_000_000
+
 
 def experts_loop(
     x_TH: Tensor,
@@ -54,7 +59,9 @@ def experts_loop(
     masks: DropoutMasks,
 ) -> Tensor:
     """(T, H) output of the adapted experts; see `drlora.ops.adapted_experts`."""
-    plan = Plan(base, pieces, routing, cut(routing.counts()), working_dtype(x_TH))
+    counts = routing.counts()
+    dtype = working_dtype(x_TH, multiply_adds(counts, x_TH.shape[1], base.width))
+    plan = Plan(base, pieces, routing, cut(counts), dtype)
     factors = [factor for piece in pieces for factor in (piece.a_RI, piece.b_RO)]
     return _ExpertsLoop.apply(plan, x_TH, weight_TK, masks.gate_up_SH, masks.down_SI, *factors)
 
@@ -65,11 +72,25 @@ def _refuses(base: ExpertWeights) -> str | None:
     return None
 
 
-def working_dtype(like: Tensor) -> torch.dtype:
-    """What products are computed in: float32 where the CPU has none of the tensor's type."""
+def multiply_adds(counts: Sequence[int], hidden: int, width: int) -> float:
+    """Of one product of an expert's rows, in the mean over the experts that have any."""
+    met = sum(count > 0 for count in counts)
+    return sum(counts) / max(met, 1) * hidden * width
+
+
+def working_dtype(like: Tensor, work: float = math.inf) -> torch.dtype:
+    """What products are computed in: float32 where those of the tensor's type are slower on a CPU.
+
+    They are where the processor has none, and where an expert's are small: oneDNN writes code for
+    each number of rows and rank, which takes as long as `PAYS_FROM` multiply-adds gain.
+
+    Args:
+        like: an input of the experts.
+        work: multiply-adds of one product of an expert.
+    """
     if like.device.type != "cpu" or like.dtype not in (torch.bfloat16, torch.float16):
         return like.dtype
-    return like.dtype if _multiplies(like.dtype) else torch.float32
+    return like.dtype if _multiplies(like.dtype) and work >= PAYS_FROM else torch.float32
 
 
 @cache

@@ -1,0 +1,85 @@
+"""Where products in bfloat16 pay on this processor: `python -m benchmarks.sixteen_bits`.
+
+One layer with bfloat16 experts, forward and backward, with products in bfloat16 and with experts
+that are widened to float32, in turn. Each pass has a routing of its own, as in training: oneDNN
+writes code for each shape that it has not seen lately, so with the same rows in every pass bfloat16
+would look better than it is. `drlora.ops.loop.engine.PAYS_FROM` is where the two meet.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Callable
+from unittest import mock
+
+import torch
+
+from benchmarks.harness import Row, alternate, append, where
+from benchmarks.layers import Shape, make_experts, ours
+from drlora.ops.loop import engine
+
+# Hidden, width, experts, top k, tokens.
+CASES = [
+    (128, 192, 16, 8, 640),
+    (256, 256, 64, 8, 2048),
+    (512, 256, 64, 8, 1024),
+    (512, 512, 64, 8, 1024),
+    (1024, 1024, 64, 8, 512),
+    (1024, 1024, 64, 8, 2048),
+    (576, 1536, 8, 2, 1280),
+    (2048, 1024, 64, 8, 722),
+]
+RANK = 16
+WAYS = {"bfloat16": 0.0, "widened": float("inf")}  # PAYS_FROM of each
+
+
+def step_of(shape: Shape, pays_from: float) -> Callable[[], None]:
+    """Forward and backward with fresh rows in each call."""
+    layer = ours(make_experts(shape), shape, [RANK] * shape.experts)
+
+    def step() -> None:
+        x = torch.randn(shape.tokens, shape.hidden).to(shape.dtype).requires_grad_()
+        order = torch.rand(shape.tokens, shape.experts).argsort(dim=1)[:, : shape.top_k]
+        weights = torch.rand(shape.tokens, shape.top_k).to(shape.dtype).requires_grad_()
+        with mock.patch.object(engine, "PAYS_FROM", pays_from):
+            out = layer(x, order, weights)
+            out.backward(torch.ones_like(out))
+
+    return step
+
+
+def run(shape: Shape, rounds: int) -> Row:
+    """Seconds of both ways, and their ratio."""
+    timings = alternate({way: step_of(shape, least) for way, least in WAYS.items()}, rounds)
+    ratios = [a / b for a, b in zip(*(timings[way].seconds for way in WAYS), strict=True)]
+    rows = shape.tokens * shape.top_k / shape.experts
+    row: Row = {"case": shape.name, "implementation": "bfloat16 over widened"}
+    row |= {f"{way}_s": timings[way].median for way in WAYS}
+    row |= {"ratio": statistics.median(ratios), "lowest": min(ratios), "highest": max(ratios)}
+    row["multiply_adds"] = rows * shape.hidden * shape.width
+    return {**row, "rounds": rounds, **where()}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Time all cases and append the rows to benchmarks/results/sixteen_bits.jsonl."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--dry", action="store_true", help="append no rows")
+    arguments = parser.parse_args(argv)
+    for hidden, width, experts, top_k, tokens in CASES:
+        row = run(Shape(hidden, width, experts, top_k, tokens, torch.bfloat16), arguments.rounds)
+        print(
+            f"{row['case']:44} {row['multiply_adds'] / 1e6:6.0f} million multiply-adds: bfloat16 "
+            f"{1e3 * row['bfloat16_s']:.0f} ms, widened {1e3 * row['widened_s']:.0f} ms, ratio "
+            f"{row['ratio']:.2f} [{row['lowest']:.2f}, {row['highest']:.2f}]",
+            flush=True,
+        )
+        if not arguments.dry:
+            append("sixteen_bits", [row])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
