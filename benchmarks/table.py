@@ -184,7 +184,10 @@ def fill(page: Path, text: str, begin: str = BEGIN, end: str = END) -> None:
 def write() -> str:
     """Make the files from the rows that are there, and fill the pages; returns the table."""
     timed = timed_rows()
-    text = table(timed, newest("memory"), newest("dynamics"), read("scaling"))
+    dynamics = newest("dynamics")
+    last = max((row["date"] for row in dynamics.values()), default="")
+    dynamics = {key: row for key, row in dynamics.items() if row["date"] == last}
+    text = table(timed, newest("memory"), dynamics, read("scaling"))
     (RESULTS / "table.md").write_text(text, "utf-8")
     for page in PAGES:
         fill(page, text)
