@@ -1,9 +1,10 @@
 """Where products in bfloat16 pay on this processor: `python -m benchmarks.sixteen_bits`.
 
-One layer with bfloat16 experts, forward and backward, with products in bfloat16 and with experts
-that are widened to float32, in turn. Each pass has a routing of its own, as in training: oneDNN
-writes code for each shape that it has not seen lately, so with the same rows in every pass bfloat16
-would look better than it is. `drlora.ops.loop.engine.PAYS_FROM` is where the two meet.
+One layer with bfloat16 experts, with products in bfloat16 and with experts that are widened to
+float32, in turn; forward and backward, and forward alone on few tokens, as in decoding. Each pass
+has a routing of its own, as in training: oneDNN writes code for each shape that it has not seen
+lately, so with the same rows in every pass bfloat16 would look better than it is.
+`drlora.ops.loop.engine.work_saved` and `PAYS_FROM` are from here.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import argparse
 import statistics
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from unittest import mock
 
 import torch
@@ -21,7 +23,15 @@ from benchmarks.layers import Shape, make_experts, ours
 from drlora.ops.loop import engine
 
 # Hidden, width, experts, top k, tokens.
-CASES = [
+DECODED = [
+    (128, 48, 64, 8, 50),
+    (256, 256, 64, 8, 50),
+    (1024, 1024, 64, 8, 8),
+    (1024, 1024, 64, 8, 50),
+    (2048, 1024, 64, 8, 1),
+    (2048, 1024, 64, 8, 50),
+]
+TRAINED = [
     (128, 192, 16, 8, 640),
     (256, 256, 64, 8, 2048),
     (512, 256, 64, 8, 1024),
@@ -35,30 +45,35 @@ RANK = 16
 WAYS = {"bfloat16": 0.0, "widened": float("inf")}  # PAYS_FROM of each
 
 
-def step_of(shape: Shape, pays_from: float) -> Callable[[], None]:
-    """Forward and backward with fresh rows in each call."""
+def step_of(shape: Shape, pays_from: float, trains: bool) -> Callable[[], None]:
+    """Forward, and backward if it trains, with fresh rows in each call."""
     layer = ours(make_experts(shape), shape, [RANK] * shape.experts)
 
     def step() -> None:
-        x = torch.randn(shape.tokens, shape.hidden).to(shape.dtype).requires_grad_()
+        x = torch.randn(shape.tokens, shape.hidden).to(shape.dtype).requires_grad_(trains)
         order = torch.rand(shape.tokens, shape.experts).argsort(dim=1)[:, : shape.top_k]
-        weights = torch.rand(shape.tokens, shape.top_k).to(shape.dtype).requires_grad_()
-        with mock.patch.object(engine, "PAYS_FROM", pays_from):
-            out = layer(x, order, weights)
-            out.backward(torch.ones_like(out))
+        weights = torch.rand(shape.tokens, shape.top_k).to(shape.dtype)
+        on = nullcontext() if trains else torch.no_grad()
+        with mock.patch.object(engine, "PAYS_FROM", pays_from), on:
+            out = layer(x, order, weights.requires_grad_(trains))
+            if trains:
+                out.backward(torch.ones_like(out))
 
     return step
 
 
-def run(shape: Shape, rounds: int) -> Row:
+def run(shape: Shape, rounds: int, trains: bool) -> Row:
     """Seconds of both ways, and their ratio."""
-    timings = alternate({way: step_of(shape, least) for way, least in WAYS.items()}, rounds)
+    steps = {way: step_of(shape, least, trains) for way, least in WAYS.items()}
+    timings = alternate(steps, rounds)
     ratios = [a / b for a, b in zip(*(timings[way].seconds for way in WAYS), strict=True)]
-    rows = shape.tokens * shape.top_k / shape.experts
-    row: Row = {"case": shape.name, "implementation": "bfloat16 over widened"}
+    chosen = min(shape.experts, shape.tokens * shape.top_k)
+    rows = shape.tokens * shape.top_k / chosen
+    name = shape.name if trains else f"{shape.name} forward"
+    row: Row = {"case": name, "implementation": "bfloat16 over widened"}
     row |= {f"{way}_s": timings[way].median for way in WAYS}
     row |= {"ratio": statistics.median(ratios), "lowest": min(ratios), "highest": max(ratios)}
-    row["multiply_adds"] = rows * shape.hidden * shape.width
+    row["saved"] = engine.work_saved(rows, shape.hidden, shape.width)
     return {**row, "rounds": rounds, **where()}
 
 
@@ -68,11 +83,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--dry", action="store_true", help="append no rows")
     arguments = parser.parse_args(argv)
-    for hidden, width, experts, top_k, tokens in CASES:
-        row = run(Shape(hidden, width, experts, top_k, tokens, torch.bfloat16), arguments.rounds)
+    for sizes, trains in [*((s, True) for s in TRAINED), *((s, False) for s in DECODED)]:
+        row = run(Shape(*sizes, torch.bfloat16), arguments.rounds, trains)
         print(
-            f"{row['case']:44} {row['multiply_adds'] / 1e6:6.0f} million multiply-adds: bfloat16 "
-            f"{1e3 * row['bfloat16_s']:.0f} ms, widened {1e3 * row['widened_s']:.0f} ms, ratio "
+            f"{row['case']:52} {row['saved'] / 1e6:6.0f} million saved: bfloat16 "
+            f"{1e3 * row['bfloat16_s']:.1f} ms, widened {1e3 * row['widened_s']:.1f} ms, ratio "
             f"{row['ratio']:.2f} [{row['lowest']:.2f}, {row['highest']:.2f}]",
             flush=True,
         )

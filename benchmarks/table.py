@@ -144,17 +144,17 @@ def _full_size() -> list[str]:
 
 def end_to_end(*, in_full: bool) -> str:
     """`drlora train` beside a script of TRL and PEFT; in full with start-up, losses and where."""
-    rows, names = newest("end_to_end"), {"float32": "the embedded model",
-                                         "bfloat16": "two layers of OLMoE-1B-7B"}  # fmt: skip
+    rows = newest("end_to_end")
+    names = {"embedded": "the embedded model", "slice": "two layers of OLMoE-1B-7B"}
     cases = list(dict.fromkeys(case for case, _ in rows))
     more = ["to the first step", "held-out loss at the end", "rounds"] if in_full else []
     lines = _head(["a whole run", "program", "tokens a second", "peak memory", *more])
     for case in cases:
-        _, dtype, how = case.split(", ", 2)
+        name, dtype, how = case.removeprefix("end to end ").split(", ", 2)
         for kind, about in ((kind, row) for (each, kind), row in rows.items() if each == case):
             faster = about["tokens_per_s_over_other"]
             is_mine = kind == "drlora train"
-            cells = [f"{names[dtype]}, {dtype}, {how.partition(' of ')[2].partition(',')[0]} a step"
+            cells = [f"{names[name]}, {dtype}, {how.partition(' of ')[2].partition(',')[0]} a step"
                      if is_mine else "", f"`{kind}`" if is_mine else kind,
                      f"{about['tokens_per_s']:,.0f}" + (f" ({faster:.2g} x)" if is_mine else ""),
                      f"{about['peak_bytes'] / 1e9:.2f} GB"]  # fmt: skip

@@ -70,9 +70,6 @@ def _watch(found: Evidence, config: DrLoraConfig) -> list[int]:
     return [config.r_init] * len(found.share_E)
 
 
-STARTS.add("watched", Start(_watch, needs_routing=True, needs_gradient=True))
-
-
 def watched(plan: Plan, model: str, task: str) -> dict[str, float]:
     """Concentration of routing and of the gradient, each the mean over layers."""
     _SEEN.clear()
@@ -103,6 +100,7 @@ def gains(plan: Plan, model: str, task: str) -> dict[str, float]:
 
 def entries() -> Iterator[dict[str, Any]]:
     """One for each model and task of the plans."""
+    STARTS.add("watched", Start(_watch, needs_routing=True, needs_gradient=True))
     for name in PLANS:
         plan = load_plan(HERE / f"{name}.yaml")
         for model in plan.models:

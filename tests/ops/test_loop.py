@@ -151,12 +151,34 @@ def test_the_processor_is_asked_which_products_it_has(monkeypatch):
     assert loop.working_dtype(torch.zeros(1, dtype=torch.float64)) == torch.float64
 
 
-def test_small_products_are_computed_in_float32(monkeypatch):
-    """A shape's code takes as long to write as some forty million multiply-adds gain."""
+@pytest.mark.parametrize(
+    ("rows", "hidden", "width", "wanted"),
+    [
+        (256, 256, 256, torch.float32),
+        (64, 1024, 1024, torch.bfloat16),
+        (1, 128, 48, torch.float32),
+        (1, 2048, 1024, torch.bfloat16),  # decoding: to widen it takes longer than all else
+    ],
+)
+def test_small_experts_are_computed_in_float32(monkeypatch, rows, hidden, width, wanted):
+    """Where a shape's code takes longer to write than its products save."""
     monkeypatch.setattr(loop, "_multiplies", lambda dtype: True)
     like = torch.zeros(1, dtype=torch.bfloat16)
-    assert loop.multiply_adds([256, 0, 128], 1024, 512) == 192 * 1024 * 512
-    assert loop.multiply_adds([0, 0], 8, 8) == 0
-    assert loop.working_dtype(like, loop.multiply_adds([256] * 4, 256, 256)) == torch.float32
-    assert loop.working_dtype(like, loop.multiply_adds([64] * 4, 1024, 1024)) == torch.bfloat16
-    assert loop.working_dtype(like) == torch.bfloat16
+    assert loop.working_dtype(like, loop.work_saved(rows, hidden, width)) == wanted
+
+
+@pytest.mark.parametrize("width", [24, 40])
+def test_the_engine_goes_by_the_rows_of_experts_that_have_any(monkeypatch, width):
+    """Two of four experts have 10 rows each: (10 + 32) * 32 * width multiply-adds."""
+    monkeypatch.setattr(loop, "_multiplies", lambda dtype: True)
+    monkeypatch.setattr(loop, "PAYS_FROM", 42 * 32 * 32)
+    taken = []
+    plain = loop.working_dtype
+    monkeypatch.setattr(
+        loop, "working_dtype", lambda *given: taken.append(plain(*given)) or taken[-1]
+    )
+    index = torch.tensor([[0], [2]] * 10)
+    case = make_case([2, 2, 2, 2], dtype=torch.bfloat16, hidden=32, width=width, tokens=20,
+                     index=index)  # fmt: skip
+    run("loop", case)
+    assert taken == [torch.bfloat16 if width > 32 else torch.float32]

@@ -6,6 +6,7 @@ Run: pytest tests/project/test_evidence.py
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -46,3 +47,16 @@ def test_the_tables_of_planning_are_those_of_the_results(monkeypatch):
     text = make_planning.PAGE.read_text("utf-8")
     assert len(make_planning.BLOCK.findall(text)) == len(make_planning.TABLES)
     assert make_planning.remake(text) == text
+
+
+def test_concentration_and_rank_correlation_by_hand():
+    sys.path.insert(0, str(ROOT / "experiments"))
+    from concentration import concentration, spearman
+
+    assert concentration([0.25] * 4) == pytest.approx(0)
+    assert concentration([3.0, 0, 0, 0]) == pytest.approx(0.75)
+    assert concentration([1, 1, 0, 0]) == pytest.approx(0.5)
+    values = np.array([1.0, 2.0, 4.0, 8.0])
+    assert spearman(values, values**3) == pytest.approx(1)
+    assert spearman(values, -values) == pytest.approx(-1)
+    assert spearman(values, np.array([1.0, 1.0, 2.0, 2.0])) == pytest.approx(0.8944, abs=1e-4)

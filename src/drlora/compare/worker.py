@@ -142,7 +142,7 @@ def _harvest(outcome: TrainResult, recipe: Recipe, labels: dict[str, Any]) -> di
         "machine": _machine(),
         "source": asdict(source_state()),
         "contents": contents_of(recipe),
-        "curve": _curve(run, "loss"),
+        "curve": _thinned(_curve(run, "loss")),
         "held_out_curve": _curve(run, "eval_loss"),
         "items": _items(outcome.after),
         "recipe": config,
@@ -158,14 +158,18 @@ def _items(measured: Measurement | None) -> dict[str, Any]:
 
 
 def _curve(run: RunDir, key: str) -> list[list[float]]:
-    """[step, loss] of the log, of training or held out; thinned out evenly, with the last entry."""
-    logged = [
+    """[step, loss] of the log, of training or held out."""
+    return [
         [entry["step"], round(entry[key], 5)]
         for entry in read_lines(run.metrics)
         if entry.get("kind") == "log" and isinstance(entry.get(key), float)
     ]
-    stride = -(-len(logged) // CURVE_POINTS) or 1
-    return logged[::-1][::stride][::-1]
+
+
+def _thinned(curve: list[list[float]]) -> list[list[float]]:
+    """A curve thinned out evenly, with its last entry."""
+    stride = -(-len(curve) // CURVE_POINTS) or 1
+    return curve[::-1][::stride][::-1]
 
 
 def _machine() -> dict[str, Any]:

@@ -23,7 +23,7 @@ from drlora.forecast.memory import MemoryForecast, mapped_bytes, memory_forecast
 from drlora.forecast.step import Batch, PassOnPaper, adapted_on_paper, pass_on_paper
 from drlora.io.places import from_root
 from drlora.moe.blocks import active_experts, find_blocks
-from drlora.ops.loop.engine import working_dtype
+from drlora.ops.loop.engine import work_saved, working_dtype
 from drlora.runs.job import Job
 from drlora.runs.loading import load_architecture, model_on_meta
 from drlora.runs.recipe import Recipe
@@ -101,7 +101,8 @@ def _working_dtype(skeleton: PreTrainedModel, dtype: torch.dtype, tokens: int) -
     block = next(iter(find_blocks(skeleton)))
     used = active_experts(skeleton, block)
     rows = tokens * used / block.num_experts if used else math.inf
-    return working_dtype(torch.empty(0, dtype=dtype), rows * block.hidden_size * block.expert_width)
+    saved = work_saved(rows, block.hidden_size, block.expert_width)
+    return working_dtype(torch.empty(0, dtype=dtype), saved)
 
 
 def _loses_at_targets(recipe: Recipe, architecture: Any, dtype: torch.dtype) -> bool:

@@ -26,7 +26,6 @@ and r for an expert's rank.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -46,8 +45,11 @@ from drlora.ops.routing import Routing
 from drlora.ops.scratch import scratch
 from drlora.ops.weights import ExpertWeights
 
-# Multiply-adds of a product from which 16 bits beat float32, measured: benchmarks/sixteen_bits.py.
-PAYS_FROM = 40_000_000
+# Where products of 16 bits beat float32, measured by benchmarks/sixteen_bits.py. To widen a matrix
+# takes the time that they save on so many rows, and oneDNN's code what they save on so many
+# multiply-adds.
+WIDENED_AS_ROWS = 32
+PAYS_FROM = 50_000_000
 
 
 def experts_loop(
@@ -60,7 +62,8 @@ def experts_loop(
 ) -> Tensor:
     """(T, H) output of the adapted experts; see `drlora.ops.adapted_experts`."""
     counts = routing.counts()
-    dtype = working_dtype(x_TH, multiply_adds(counts, x_TH.shape[1], base.width))
+    rows = sum(counts) / max(sum(count > 0 for count in counts), 1)
+    dtype = working_dtype(x_TH, work_saved(rows, x_TH.shape[1], base.width))
     plan = Plan(base, pieces, routing, cut(counts), dtype)
     factors = [factor for piece in pieces for factor in (piece.a_RI, piece.b_RO)]
     return _ExpertsLoop.apply(plan, x_TH, weight_TK, masks.gate_up_SH, masks.down_SI, *factors)
@@ -72,25 +75,24 @@ def _refuses(base: ExpertWeights) -> str | None:
     return None
 
 
-def multiply_adds(counts: Sequence[int], hidden: int, width: int) -> float:
-    """Of one product of an expert's rows, in the mean over the experts that have any."""
-    met = sum(count > 0 for count in counts)
-    return sum(counts) / max(met, 1) * hidden * width
+def work_saved(rows: float, hidden: int, width: int) -> float:
+    """What products of 16 bits save on an expert of so many rows, in multiply-adds of a product."""
+    return (rows + WIDENED_AS_ROWS) * hidden * width
 
 
-def working_dtype(like: Tensor, work: float = math.inf) -> torch.dtype:
+def working_dtype(like: Tensor, saved: float = math.inf) -> torch.dtype:
     """What products are computed in: float32 where those of the tensor's type are slower on a CPU.
 
-    They are where the processor has none, and where an expert's are small: oneDNN writes code for
-    each number of rows and rank, which takes as long as `PAYS_FROM` multiply-adds gain.
+    They are where the processor has none, and where an expert is small: oneDNN writes code for each
+    number of rows and rank, which takes as long as `PAYS_FROM` multiply-adds save.
 
     Args:
         like: an input of the experts.
-        work: multiply-adds of one product of an expert.
+        saved: see `work_saved`, of an expert in the mean.
     """
     if like.device.type != "cpu" or like.dtype not in (torch.bfloat16, torch.float16):
         return like.dtype
-    return like.dtype if _multiplies(like.dtype) and work >= PAYS_FROM else torch.float32
+    return like.dtype if _multiplies(like.dtype) and saved >= PAYS_FROM else torch.float32
 
 
 @cache
