@@ -169,9 +169,9 @@ def test_small_experts_are_computed_in_float32(monkeypatch, rows, hidden, width,
 
 @pytest.mark.parametrize("width", [24, 40])
 def test_the_engine_goes_by_the_rows_of_experts_that_have_any(monkeypatch, width):
-    """Two of four experts have 10 rows each: (10 + 32) * 32 * width multiply-adds."""
+    """Two of four experts have 10 rows each: (10 + 64) * 32 * width multiply-adds."""
     monkeypatch.setattr(loop, "_multiplies", lambda dtype: True)
-    monkeypatch.setattr(loop, "PAYS_FROM", 42 * 32 * 32)
+    monkeypatch.setattr(loop, "PAYS_FROM", 74 * 32 * 32)
     taken = []
     plain = loop.working_dtype
     monkeypatch.setattr(

@@ -48,8 +48,8 @@ from drlora.ops.weights import ExpertWeights
 # Where products of 16 bits beat float32, measured by benchmarks/sixteen_bits.py. To widen a matrix
 # takes the time that they save on so many rows, and oneDNN's code what they save on so many
 # multiply-adds.
-WIDENED_AS_ROWS = 32
-PAYS_FROM = 50_000_000
+WIDENED_AS_ROWS = 64
+PAYS_FROM = 60_000_000
 
 
 def experts_loop(
