@@ -18,6 +18,7 @@ Backward of one expert, with g the output's gradient and w the routing weight of
 
 Where the processor has no products of the base's 16-bit type, or an expert's are too small for them
 to pay, it is widened to float32 in a buffer while it is used (`working_dtype`, docs/engines.md).
+Where they pay, rows and ranks are filled up to a few sizes (`loop.filling`).
 
 Letters as in `parts`, c for the rows of a task, n for those of a segment (one expert's rows in it)
 and r for an expert's rank.
@@ -36,6 +37,7 @@ from torch.nn import functional as F
 
 from drlora.ops.engine import Engine, register_engine
 from drlora.ops.loop.buffers import Buffers, Widen, write_back
+from drlora.ops.loop.filling import fill_ranks, fill_rows, row_unit
 from drlora.ops.loop.gate import gate_again, gate_backward, gate_into
 from drlora.ops.loop.matrices import Projection, empty_shrunk
 from drlora.ops.loop.plan import Plan
@@ -46,10 +48,10 @@ from drlora.ops.scratch import scratch
 from drlora.ops.weights import ExpertWeights
 
 # Where products of 16 bits beat float32, measured by benchmarks/sixteen_bits.py. To widen a matrix
-# takes the time that they save on so many rows, and oneDNN's code what they save on so many
-# multiply-adds.
-WIDENED_AS_ROWS = 64
-PAYS_FROM = 60_000_000
+# takes the time that they save on so many rows, and to begin a product, or to have oneDNN write
+# code for it, what they save on so many multiply-adds.
+WIDENED_AS_ROWS = 16
+PAYS_FROM = 4_000_000
 
 
 def experts_loop(
@@ -64,8 +66,15 @@ def experts_loop(
     counts = routing.counts()
     rows = sum(counts) / max(sum(count > 0 for count in counts), 1)
     dtype = working_dtype(x_TH, work_saved(rows, x_TH.shape[1], base.width))
-    plan = Plan(base, pieces, routing, cut(counts), dtype)
     factors = [factor for piece in pieces for factor in (piece.a_RI, piece.b_RO)]
+    places: list[Tensor | None] = [None] * len(pieces)
+    unit = 1
+    if x_TH.device.type == "cpu" and dtype.itemsize == 2:
+        unit = row_unit(rows)
+        routing, masks = fill_rows(routing, masks, unit)
+        filled = [fill_ranks(piece) for piece in pieces]
+        pieces, places = [piece for piece, _ in filled], [place_R for _, place_R in filled]
+    plan = Plan(base, pieces, places, routing, cut(routing.counts(), unit), dtype)
     return _ExpertsLoop.apply(plan, x_TH, weight_TK, masks.gate_up_SH, masks.down_SI, *factors)
 
 
@@ -83,8 +92,8 @@ def work_saved(rows: float, hidden: int, width: int) -> float:
 def working_dtype(like: Tensor, saved: float = math.inf) -> torch.dtype:
     """What products are computed in: float32 where those of the tensor's type are slower on a CPU.
 
-    They are where the processor has none, and where an expert is small: oneDNN writes code for each
-    number of rows and rank, which takes as long as `PAYS_FROM` multiply-adds save.
+    They are where the processor has none, and where an expert is small: to begin such a product
+    takes longer, and now and then oneDNN writes code for one.
 
     Args:
         like: an input of the experts.
@@ -147,7 +156,7 @@ class _ExpertsLoop(torch.autograd.Function):
             return work
 
         share_out(plan.tasks, make_work, x_TH.device)
-        place_TK = plan.routing.place_S.view(weight_TK.shape)
+        place_TK = plan.routing.place_S[: weight_TK.numel()].view(weight_TK.shape)  # none fills
         ctx.plan = plan
         # Through save_for_backward, so that checkpointing can drop them.
         ctx.save_for_backward(
@@ -166,10 +175,11 @@ class _ExpertsLoop(torch.autograd.Function):
         down = Projection("down", plan, factors, shrunk, mask_SI)
         hidden, width = x_TH.shape[1], base.width
         wide_x_TH, wide_grad_TH = x_TH.to(plan.dtype), grad_TH.to(plan.dtype)
-        weight_S1 = weight_TK.reshape(-1)[order_S, None].to(plan.dtype)
+        weight_of_fillers = (0, 1)  # zero, one past the end
+        weight_S1 = F.pad(weight_TK.reshape(-1), weight_of_fillers)[order_S, None].to(plan.dtype)
         grad_x_SH = scratch("routed rows", len(order_S), hidden, x_TH.dtype, x_TH.device)
         grad_w_S = weight_S1.new_empty(len(order_S))
-        grads = [torch.empty_like(factor, dtype=plan.dtype) for factor in factors]
+        grads = [plan.room_for(number // 2, factor) for number, factor in enumerate(factors)]
         gate_up.start_backward(plan, grads, None)
         down.start_backward(plan, grads, weight_S1)
         tokens, weights = plan.by_task(plan.routing.token_S), plan.by_task(weight_S1)
@@ -205,13 +215,14 @@ class _ExpertsLoop(torch.autograd.Function):
         share_out(plan.tasks, make_work, x_TH.device)
         for update in gate_up.updates + down.updates:
             update.join_parts()
-        grad_weight = weight_TK.new_empty(weight_TK.numel())
+        grad_weight = weight_TK.new_empty(weight_TK.numel() + 1)
         grad_weight[order_S] = grad_w_S.to(weight_TK.dtype)
-        grads = [grad.to(factor.dtype) for grad, factor in zip(grads, factors, strict=True)]
-        return (
-            None, _sum_rows(grad_x_SH, place_TK, None), grad_weight.view_as(weight_TK), None, None,
-            *grads,
-        )  # fmt: skip
+        grad_weight = grad_weight[:-1].view_as(weight_TK)
+        grads = [
+            plan.give_back(number // 2, grad, factor)
+            for number, (grad, factor) in enumerate(zip(grads, factors, strict=True))
+        ]
+        return None, _sum_rows(grad_x_SH, place_TK, None), grad_weight, None, None, *grads
 
 
 def _sum_rows(y_SH: Tensor, place_TK: Tensor, weight_TK: Tensor | None) -> Tensor:

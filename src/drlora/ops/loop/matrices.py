@@ -37,7 +37,7 @@ class Projection:
         self.updates = []
         for number, piece in enumerate(plan.pieces):
             if piece.matrix == matrix:
-                a_RI, b_RO = (f.to(plan.dtype) for f in factors[2 * number : 2 * number + 2])
+                a_RI, b_RO = (plan.take_in(number, f) for f in factors[2 * number : 2 * number + 2])
                 piece = piece._replace(a_RI=a_RI, b_RO=b_RO)
                 whole = piece.b_RO.shape[1] == plan.base.out_features(matrix)
                 columns = None if whole else piece.columns

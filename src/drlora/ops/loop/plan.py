@@ -1,6 +1,6 @@
 """What one call of the `loop` engine is about: experts, adapters, rows, and how these are cut.
 
-Letters as in `drlora.ops.parts`.
+Letters as in `drlora.ops.parts`, P for the ranks of a pool once they are filled up (`filling`).
 """
 
 from __future__ import annotations
@@ -18,13 +18,41 @@ from drlora.ops.weights import ExpertWeights
 
 
 class Plan(NamedTuple):
-    """What is not a tensor, or needs no gradient."""
+    """What is not a tensor, or needs no gradient.
+
+    Attributes:
+        base: the frozen experts.
+        pieces: with the ranks that the products have.
+        places: for each piece where its rows go among these ranks; None where they stay.
+        routing: of all rows that the products have; `order_S` of one that only fills is T * K.
+        tasks: how the rows are cut.
+        dtype: of the products.
+    """
 
     base: ExpertWeights
     pieces: list[LoraPiece]
+    places: list[Tensor | None]
     routing: Routing
     tasks: list[Task]
     dtype: torch.dtype
+
+    def take_in(self, number: int, factor_RI: Tensor) -> Tensor:
+        """A factor of a piece in the working type, zero rows where its ranks are filled up."""
+        place_R = self.places[number]
+        if place_R is None:
+            return factor_RI.to(self.dtype)
+        filled_PI = self.room_for(number, factor_RI).zero_()
+        return filled_PI.index_copy_(0, place_R, factor_RI.to(self.dtype))
+
+    def give_back(self, number: int, grad_PI: Tensor, factor_RI: Tensor) -> Tensor:
+        """The gradient of a factor as its owner has it."""
+        place_R = self.places[number]
+        return (grad_PI if place_R is None else grad_PI[place_R]).to(factor_RI.dtype)
+
+    def room_for(self, number: int, factor_RI: Tensor) -> Tensor:
+        """(P, I) of the working type, P the ranks that the products have; not initialised."""
+        ranks = self.pieces[number].offsets[-1]
+        return factor_RI.new_empty(ranks, factor_RI.shape[1], dtype=self.dtype)
 
     @property
     def segments(self) -> list[Segment]:
