@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,19 @@ def make_optimizer(model, config):
     return create_loraplus_optimizer(
         model, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=config.option("b_lr_ratio")
     )
+
+
+@pytest.mark.parametrize("grows", [False, True])
+def test_what_is_asked_of_young_rows_is_told_to_be_idle_where_no_rank_grows(grows):
+    options = {"young_a": "gradient", "young_a_scale": 2.0}
+    config = DrLoraConfig(r_init=2, r_target=4 if grows else 2, r_max=8, options=options)
+    model = get_peft_model(make_model(), config)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        drlora.RankDynamics(model, TOTAL)
+    said = [str(one.message) for one in told if "change nothing" in str(one.message)]
+    assert len(said) == (0 if grows else 1)
+    assert grows or "young_a='gradient', young_a_scale=2.0 change nothing" in said[0]
 
 
 def run(method, **changes):
