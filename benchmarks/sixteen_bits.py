@@ -64,6 +64,7 @@ FILLED = [
     (1024, 1024, 64, 8, 2048),
     (576, 1536, 8, 2, 1280),
     (2048, 1024, 64, 8, 722),
+    (2048, 1024, 64, 8, 2048),
 ]
 RANK, RANKS = 16, (4, 8, 10, 13, 16, 20, 27, 30)  # the second have the first as their mean
 WAYS = {"bfloat16": 0.0, "widened": float("inf")}  # PAYS_FROM of each
@@ -109,9 +110,9 @@ def run_filled(shape: Shape, rounds: int, ranks: tuple[int, ...]) -> Row:
 
     def unfilled() -> None:
         as_they_are = {
-            "fill_rows": lambda routing, masks, unit: (routing, masks),
+            "fill_tasks": lambda tasks, row_sizes: tasks,
+            "fill_rows": lambda routing, masks, before, after: (routing, masks),
             "fill_ranks": lambda piece: (piece, None),
-            "row_unit": lambda rows: 1,
         }
         with mock.patch.multiple(engine, **as_they_are):
             filled()

@@ -11,7 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from drlora.ops.contract import make_case
 from drlora.ops.loop import engine as loop
-from drlora.ops.loop.filling import fill_ranks, fill_rows, rank_unit, row_unit
+from drlora.ops.loop.filling import fill_ranks, fill_rows, fill_tasks, size_of
+from drlora.ops.loop.tasks import cut
 from drlora.ops.parts import DropoutMasks, LoraPiece
 from drlora.ops.routing import sort_by_expert
 
@@ -25,16 +26,26 @@ def native(monkeypatch):
     monkeypatch.setattr(loop, "PAYS_FROM", 0)
 
 
-@given(
-    choices=st.lists(st.tuples(*[st.integers(0, EXPERTS - 1)] * 2), max_size=40),
-    unit=st.sampled_from([1, 2, 8, 64]),
-)
-def test_rows_keep_order_expert_and_mask_and_the_rest_points_past_the_end(choices, unit):
+@given(st.integers(0, 5000), st.sampled_from([1, 4, 16]), st.sampled_from([1, 2, 4, 8]))
+def test_a_size_holds_its_number_and_few_are_in_use(number, least, sizes):
+    size = size_of(number, least, sizes)
+    assert number <= size < number + max(least, number / sizes + 1)
+    assert size == 0 if number == 0 else size % least == 0
+    assert size_of(size, least, sizes) == size
+
+
+@given(choices=st.lists(st.tuples(*[st.integers(0, EXPERTS - 1)] * 2), max_size=200))
+def test_rows_keep_order_expert_and_mask_and_the_rest_points_past_the_end(choices):
     index_TK = torch.tensor(choices, dtype=torch.long).view(-1, 2)
     routing = sort_by_expert(index_TK, EXPERTS)
     mask_SH = torch.arange(index_TK.numel())[:, None]
-    filled, masks = fill_rows(routing, DropoutMasks(mask_SH, None), unit)
-    assert filled.counts() == [-(-count // unit) * unit for count in routing.counts()]
+    before = cut(routing.counts())
+    after = fill_tasks(before, 4)
+    filled, masks = fill_rows(routing, DropoutMasks(mask_SH, None), before, after)
+    segments = [segment for task in after for segment in task.segments]
+    for expert, count in enumerate(filled.counts()):
+        assert count == sum(s.rows for s in segments if s.expert == expert)
+    assert all(s.rows == size_of(s.rows, 4, 4) for s in segments)
     fills_F = filled.order_S == index_TK.numel()
     for name, before_S, after_F in [
         ("order", routing.order_S, filled.order_S),
@@ -52,9 +63,7 @@ def test_ranks_keep_their_rows_among_zeros(ranks):
     offsets = [sum(ranks[:n]) for n in range(len(ranks) + 1)]
     rows = torch.arange(1.0, offsets[-1] + 1)[:, None]
     filled, place_R = fill_ranks(LoraPiece("down", 0, rows, rows, tuple(offsets), 1.0))
-    unit = rank_unit(max(ranks))
-    assert filled.ranks == [-(-rank // unit) * unit for rank in ranks]
-    assert len(set(filled.ranks) - {0}) <= 16
+    assert filled.ranks == [size_of(rank, 16, 2) for rank in ranks]
     spread = torch.zeros(filled.offsets[-1], 1).index_copy_(0, place_R, rows)
     for expert, rank in enumerate(ranks):
         own = spread[filled.rows(expert)]
@@ -69,7 +78,6 @@ def test_filled_products_are_right_to_every_gradient(native, projections, dropou
     case = make_case(
         [3, 17, 0, 2], projections, dtype=torch.bfloat16, hidden=32, tokens=150, index=index
     )
-    assert row_unit(75) == 8
     assert_engines_agree(case, "loop", dropout=dropout, tolerance=2e-2)
 
 

@@ -1,81 +1,107 @@
 """Rows and ranks filled up to a few sizes, so that the code of 16-bit products is used again.
 
 oneDNN writes code for each shape of a product in 16 bits, and each expert has another rank, and
-another number of rows in each step. So both are filled up to multiples of a unit, with what counts
-nothing:
+another number of rows in each step. So both are filled up to a few sizes, with what counts nothing:
 
 - a row that fills repeats some other row, with a routing weight of zero, and with it every gradient
   that it has is zero; its place in the routing is one past the end, which nobody reads;
 - a rank that fills is a zero row of both factors; its gradient is left out.
+
+Two sizes for each doubling of a number leave a sixth to fill, four a twelfth, eight half of that:
+more sizes where products are large, and rows that fill cost more than code (`row_sizes`).
+
+Letters as in `parts`, N segments, F rows and P ranks when they are filled up.
 """
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
+from drlora.ops.loop.tasks import Task
 from drlora.ops.parts import DropoutMasks, LoraPiece
 from drlora.ops.routing import Routing
 
-LARGEST_UNIT = 64
-LEAST_UNIT = 4  # with so few rows it is the reading of the weights that takes the time
-LEAST_RANK_UNIT = 16  # less saves nothing: a product's own tiles are as large
+LEAST_ROWS = 4  # with fewer it is the reading of the weights that takes the time
+LEAST_RANK, RANK_SIZES = 16, 2  # a product's own tiles are as large
+# Sizes of rows for each doubling, by the multiply-adds of an expert's product: below the first two.
+ROW_SIZES_FROM = (64_000_000, 400_000_000)
 
 
-def row_unit(rows: float) -> int:
-    """Rows of a unit, for experts that have so many in the mean: a power of two.
+def row_sizes(work: float) -> int:
+    """Sizes of rows for each doubling, for products of so many multiply-adds in the mean.
 
-    An eighth of the rows, so that about a sixteenth of them fills.
+    Measured by benchmarks/sixteen_bits.py and, with a skewed load, benchmarks/experts_layer.py.
 
-    >>> [row_unit(rows) for rows in (0.5, 7.9, 64, 100, 256, 5000)]
-    [4, 4, 8, 8, 32, 64]
+    >>> [row_sizes(rows * 1024 * 1024) for rows in (32, 256, 2048)]
+    [2, 4, 8]
     """
-    return max(LEAST_UNIT, _power_of_two(rows / 8))
+    return 2 << sum(work >= least for least in ROW_SIZES_FROM)
 
 
-def rank_unit(largest: int) -> int:
-    """Ranks of a unit, for experts that have so many at most: a power of two, so four sizes.
+@cache
+def size_of(number: int, least: int, sizes: int) -> int:
+    """The smallest size that holds a number: multiples of `least`, `sizes` for each doubling.
 
-    >>> [rank_unit(largest) for largest in (4, 64, 100, 128, 512)]
-    [16, 16, 16, 32, 64]
+    >>> sorted({size_of(n, least=4, sizes=4) for n in range(65)})
+    [0, 4, 8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64]
     """
-    return max(LEAST_RANK_UNIT, _power_of_two(largest / 4))
+    half = 1 << max(0, (number - 1).bit_length() - 1)  # half < number <= 2 * half
+    step = max(least, half // sizes)
+    return -(-number // step) * step
 
 
-def _power_of_two(most: float) -> int:
-    unit = 1
-    while unit < LARGEST_UNIT and 2 * unit <= most:
-        unit *= 2
-    return unit
+def fill_tasks(tasks: list[Task], row_sizes: int) -> list[Task]:
+    """The same tasks with the rows of each segment filled up."""
+    filled = []
+    for task in tasks:
+        sizes = [size_of(size, LEAST_ROWS, row_sizes) for size in task.sizes]
+        segments = [s._replace(rows=n) for s, n in zip(task.segments, sizes, strict=True)]
+        filled.append(Task(task.number, segments, sizes, sum(sizes)))
+    return filled
 
 
-def fill_rows(routing: Routing, masks: DropoutMasks, unit: int) -> tuple[Routing, DropoutMasks]:
-    """The same routing with each expert's rows filled up to a multiple of a unit.
+def fill_rows(
+    routing: Routing, masks: DropoutMasks, before: list[Task], after: list[Task]
+) -> tuple[Routing, DropoutMasks]:
+    """The routing of filled tasks.
 
     A row that fills is the first of all rows once more, but that its `order_S` is T * K, one past
     the end.
+
+    Args:
+        routing: as it is.
+        masks: for its rows.
+        before: the tasks of the routing.
+        after: the same, filled up.
     """
-    counts_E = routing.counts_E
-    filled_E = _multiples(counts_E, unit)
-    expert_F = torch.arange(len(counts_E), device=counts_E.device).repeat_interleave(filled_E)
-    inside_F = torch.arange(len(expert_F), device=counts_E.device)
-    inside_F -= (filled_E.cumsum(0) - filled_E)[expert_F]
-    fills_F = inside_F >= counts_E[expert_F]
-    source_F = ((counts_E.cumsum(0) - counts_E)[expert_F] + inside_F).masked_fill_(fills_F, 0)
+    device = routing.order_S.device
+    rows_N, filled_N = (_rows_of(tasks, device) for tasks in (before, after))
+    segment_F = torch.arange(len(rows_N), device=device).repeat_interleave(filled_N)
+    inside_F = torch.arange(len(segment_F), device=device)
+    inside_F -= (filled_N.cumsum(0) - filled_N)[segment_F]
+    fills_F = inside_F >= rows_N[segment_F]
+    source_F = ((rows_N.cumsum(0) - rows_N)[segment_F] + inside_F).masked_fill_(fills_F, 0)
     order_F = routing.order_S[source_F].masked_fill_(fills_F, len(routing.order_S))
+    expert_N = torch.tensor([s.expert for task in after for s in task.segments], device=device)
+    counts_E = torch.zeros_like(routing.counts_E).index_add_(0, expert_N.long(), filled_N)
     drawn = [None if mask is None else mask[source_F] for mask in masks]
-    return Routing(order_F, routing.token_S[source_F], filled_E), DropoutMasks(*drawn)
+    return Routing(order_F, routing.token_S[source_F], counts_E), DropoutMasks(*drawn)
+
+
+def _rows_of(tasks: list[Task], device: torch.device) -> Tensor:
+    sizes = [size for task in tasks for size in task.sizes]
+    return torch.tensor(sizes, dtype=torch.long, device=device)
 
 
 def fill_ranks(piece: LoraPiece) -> tuple[LoraPiece, Tensor]:
     """The piece with its experts' ranks filled up, in its `offsets` alone; where its rows go."""
-    ranks = torch.tensor(piece.ranks)
-    filled = _multiples(ranks, rank_unit(max(piece.ranks)))
-    moved = (filled - ranks).cumsum(0) - (filled - ranks)  # how far each expert's rows move down
-    place_R = torch.arange(piece.offsets[-1]) + moved.repeat_interleave(ranks)
-    offsets = (0, *filled.cumsum(0).tolist())
+    filled = [size_of(rank, LEAST_RANK, RANK_SIZES) for rank in piece.ranks]
+    ranks_E, filled_E = torch.tensor(piece.ranks), torch.tensor(filled)
+    more_E = filled_E - ranks_E
+    moved_E = more_E.cumsum(0) - more_E  # how far each expert's rows move down
+    place_R = torch.arange(piece.offsets[-1]) + moved_E.repeat_interleave(ranks_E)
+    offsets = (0, *filled_E.cumsum(0).tolist())
     return piece._replace(offsets=offsets), place_R.to(piece.a_RI.device)
-
-
-def _multiples(sizes: Tensor, unit: int) -> Tensor:
-    return (sizes + unit - 1) // unit * unit

@@ -44,13 +44,8 @@ class Task(NamedTuple):
     rows: int
 
 
-def cut(counts: list[int], unit: int = 1) -> list[Task]:
-    """Tasks in the order of the rows, of about equal size; only large experts are cut.
-
-    Args:
-        counts: rows of each expert, multiples of the unit.
-        unit: rows that stay together.
-    """
+def cut(counts: list[int]) -> list[Task]:
+    """Tasks in the order of the rows, of about equal size; only large experts are cut."""
     share = sum(counts) // (TASKS_PER_THREAD * torch.get_num_threads())
     enough = min(max(share, FEWEST_ROWS), MOST_ROWS)
     tasks: list[Task] = []
@@ -63,8 +58,7 @@ def cut(counts: list[int], unit: int = 1) -> list[Task]:
     for expert, count in enumerate(counts):
         parts = -(-count // (2 * enough))
         for part in range(parts):
-            units = count // unit
-            rows = unit * (units * (part + 1) // parts - units * part // parts)
+            rows = count * (part + 1) // parts - count * part // parts
             segments.append(Segment(number, expert, part, rows))
             number, waiting = number + 1, waiting + rows
             if waiting >= enough:
