@@ -12,10 +12,11 @@ from transformers import AutoModelForCausalLM
 from drlora import DrLoraConfig
 from drlora.forecast import step
 from drlora.forecast.counting import Counting
-from drlora.forecast.memory import memory_forecast, optimizer_bytes
+from drlora.forecast.memory import SHAPE_BYTES, memory_forecast, optimizer_bytes
 from drlora.forecast.pace import GPUS, measure_pace, seconds_on, with_layers
 from drlora.forecast.step import Batch, adapted_on_paper, pass_on_paper
 from drlora.ops import scratch
+from drlora.ops.loop import KEPT_SHAPES, kept_shapes
 
 ROWS, LENGTH = 16, 48
 ADAPTER = dict(r_init=3, r_target=3, r_max=3)
@@ -158,7 +159,19 @@ def test_parts_of_memory():
     assert on_gpu.total == sum(v for k, v in on_gpu.to_dict().items() if k != "total")
     on_cpu = memory_forecast(model, 1000.0, found.peak_bytes, "sgd", 50.0)
     assert on_cpu.checkpoint == 50 and on_cpu.optimizer == 0 and on_cpu.process > 1e8
+    assert on_cpu.code == 0  # in float32 none is written
+    in_16_bits = memory_forecast(
+        model, 1000.0, found.peak_bytes, "sgd", 50.0, works_in=torch.bfloat16
+    )
+    assert in_16_bits.code == pytest.approx(kept_shapes() * SHAPE_BYTES)
     assert optimizer_bytes("paged_adamw_8bit") == 0
+
+
+def test_the_environment_says_of_how_many_shapes_code_is_kept(monkeypatch):
+    monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "12")
+    assert kept_shapes() == 12
+    monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "many")
+    assert kept_shapes() == KEPT_SHAPES
 
 
 def test_a_model_with_fewer_layers():

@@ -17,6 +17,7 @@ PARTS = {
     "optimizer": "its moments",
     "step": "activations and gradients of the largest batch",
     "allocator": "blocks that are not used again",
+    "code": "code of products in 16 bits",
 }
 
 

@@ -4,15 +4,16 @@ On a GPU, what torch allocates there:
 
     weights + adapter + optimizer + step (activations and gradients) + CUDA_BYTES
 
-On a CPU, what the process has resident at its peak; three parts come to it:
+On a CPU, what the process has resident at its peak; four parts come to it:
 
     process       Python and the libraries, as they are when the forecast is made, and LATER_BYTES
     checkpoint    pages of the file of weights that stay mapped, though the numbers were copied:
                   experts that are put together or packed when they are loaded. The system takes
                   them back where memory is short
     allocator     ALLOCATOR of the step: blocks of other sizes do not fit where earlier ones were
+    code          SHAPE_BYTES for each shape of a 16-bit product whose code is kept
 
-LATER_BYTES and ALLOCATOR were found by benchmarks/plan.py.
+LATER_BYTES, ALLOCATOR and SHAPE_BYTES were found by benchmarks/plan.py.
 """
 
 from __future__ import annotations
@@ -27,8 +28,11 @@ import torch
 from peft import PeftModel
 from safetensors import safe_open
 
+from drlora.ops.loop import kept_shapes
+
 LATER_BYTES = 100e6  # imported or made at the first step
 ALLOCATOR = 0.15
+SHAPE_BYTES = 0.8e6  # of code that oneDNN writes
 CUDA_BYTES = 0.6e9  # of the context and of libraries
 NUMBER_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I64": 8, "I32": 4}
 EIGHT_BITS = 1 + 4 / 256  # bytes of a number, of 256 that share a float32
@@ -59,6 +63,7 @@ class MemoryForecast:
     optimizer: float
     step: float
     allocator: float
+    code: float
 
     @property
     def total(self) -> float:
@@ -82,6 +87,7 @@ def memory_forecast(
     optim: str,
     checkpoint_bytes: float = 0.0,
     on_cpu: bool = True,
+    works_in: torch.dtype = torch.float32,
 ) -> MemoryForecast:
     """Put the parts together.
 
@@ -92,7 +98,9 @@ def memory_forecast(
         optim: the optimizer, by transformers' name.
         checkpoint_bytes: of pages that stay mapped.
         on_cpu: whether the run is on the CPU.
+        works_in: what the experts' products are computed in.
     """
+    writes_code = on_cpu and works_in.itemsize == 2
     trained = [p for p in model.parameters() if p.requires_grad]
     adapter = sum(p.numel() * p.element_size() for p in trained)
     process = psutil.Process().memory_info().rss + LATER_BYTES if on_cpu else CUDA_BYTES
@@ -104,6 +112,7 @@ def memory_forecast(
         optimizer=sum(p.numel() for p in trained) * optimizer_bytes(optim),
         step=peak_bytes,
         allocator=ALLOCATOR * peak_bytes if on_cpu else 0.0,
+        code=SHAPE_BYTES * kept_shapes() if writes_code else 0.0,
     )
 
 

@@ -92,7 +92,7 @@ def run_on_paper(
     model = adapted_on_paper(skeleton, recipe.adapter_config(), dtype)
     works_in = _working_dtype(skeleton, dtype, largest.tokens) if on_cpu else dtype
     peak = _peak(model, largest, recipe.evaluation, works_in)
-    memory = memory_forecast(model, weight_bytes, peak, optim, mapped, on_cpu)
+    memory = memory_forecast(model, weight_bytes, peak, optim, mapped, on_cpu, works_in)
     return RunOnPaper(memory, largest, usual, dtype, model, works_in)
 
 

@@ -9,7 +9,15 @@ back. Rows and ranks are filled up so that there are few shapes (`filling`), and
 import os
 
 KEPT_SHAPES = 256  # the layers beside the experts have a few dozen
-for _name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
+_NAMES = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
+for _name in _NAMES:
     os.environ.setdefault(_name, str(KEPT_SHAPES))  # read at the first product of a process
+
+
+def kept_shapes() -> int:
+    """Of how many shapes oneDNN keeps the code in this process, as the environment says."""
+    said = os.environ[_NAMES[1]]
+    return int(said) if said.isdecimal() else KEPT_SHAPES
+
 
 from drlora.ops.loop import engine as _engine  # noqa: E402, F401  # it registers itself
