@@ -109,12 +109,7 @@ def run_filled(shape: Shape, rounds: int, ranks: tuple[int, ...]) -> Row:
     filled = step_of(shape, 0.0, True, ranks)
 
     def unfilled() -> None:
-        as_they_are = {
-            "fill_tasks": lambda tasks, row_sizes: tasks,
-            "fill_rows": lambda routing, masks, before, after: (routing, masks),
-            "fill_ranks": lambda piece: (piece, None),
-        }
-        with mock.patch.multiple(engine, **as_they_are):
+        with mock.patch.object(engine, "fill", lambda plan, masks, work: (plan, masks)):
             filled()
 
     timings = alternate({"filled": filled, "unfilled": unfilled}, rounds)

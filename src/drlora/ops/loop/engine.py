@@ -37,7 +37,7 @@ from torch.nn import functional as F
 
 from drlora.ops.engine import Engine, register_engine
 from drlora.ops.loop.buffers import Buffers, Widen, write_back
-from drlora.ops.loop.filling import fill_ranks, fill_rows, fill_tasks, row_sizes
+from drlora.ops.loop.filling import fill
 from drlora.ops.loop.gate import gate_again, gate_backward, gate_into
 from drlora.ops.loop.matrices import Projection, empty_shrunk
 from drlora.ops.loop.plan import Plan
@@ -67,15 +67,9 @@ def experts_loop(
     rows = sum(counts) / max(sum(count > 0 for count in counts), 1)
     dtype = working_dtype(x_TH, work_saved(rows, x_TH.shape[1], base.width))
     factors = [factor for piece in pieces for factor in (piece.a_RI, piece.b_RO)]
-    places: list[Tensor | None] = [None] * len(pieces)
-    tasks = cut(counts)
+    plan = Plan(base, pieces, [None] * len(pieces), routing, cut(counts), dtype)
     if x_TH.device.type == "cpu" and dtype.itemsize == 2:
-        filled_tasks = fill_tasks(tasks, row_sizes(rows * x_TH.shape[1] * base.width))
-        routing, masks = fill_rows(routing, masks, tasks, filled_tasks)
-        filled = [fill_ranks(piece) for piece in pieces]
-        pieces, places = [piece for piece, _ in filled], [place_R for _, place_R in filled]
-        tasks = filled_tasks
-    plan = Plan(base, pieces, places, routing, tasks, dtype)
+        plan, masks = fill(plan, masks, work=rows * x_TH.shape[1] * base.width)
     return _ExpertsLoop.apply(plan, x_TH, weight_TK, masks.gate_up_SH, masks.down_SI, *factors)
 
 

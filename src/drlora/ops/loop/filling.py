@@ -20,6 +20,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from drlora.ops.loop.plan import Plan
 from drlora.ops.loop.tasks import Task
 from drlora.ops.parts import DropoutMasks, LoraPiece
 from drlora.ops.routing import Routing
@@ -39,6 +40,21 @@ def row_sizes(work: float) -> int:
     [2, 4, 8]
     """
     return 2 << sum(work >= least for least in ROW_SIZES_FROM)
+
+
+def fill(plan: Plan, masks: DropoutMasks, work: float) -> tuple[Plan, DropoutMasks]:
+    """The plan with rows and ranks filled up, and the masks of these rows.
+
+    Args:
+        plan: of rows and ranks as they are.
+        masks: for its rows.
+        work: multiply-adds of an expert's product, in the mean.
+    """
+    tasks = fill_tasks(plan.tasks, row_sizes(work))
+    routing, masks = fill_rows(plan.routing, masks, plan.tasks, tasks)
+    filled = [fill_ranks(piece) for piece in plan.pieces]
+    pieces, places = [piece for piece, _ in filled], [place_R for _, place_R in filled]
+    return plan._replace(pieces=pieces, places=places, routing=routing, tasks=tasks), masks
 
 
 @cache

@@ -31,7 +31,7 @@ class Plan(NamedTuple):
 
     base: ExpertWeights
     pieces: list[LoraPiece]
-    places: list[Tensor | None]
+    places: Sequence[Tensor | None]
     routing: Routing
     tasks: list[Task]
     dtype: torch.dtype
