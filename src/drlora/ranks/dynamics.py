@@ -27,7 +27,6 @@ from drlora.adapter.inject import active_adapter, adapted_layers
 from drlora.adapter.pool import RankPool
 from drlora.adapter.router import TrainedRouters
 from drlora.config.adapter import DrLoraConfig
-from drlora.config.registry import ALLOCATIONS
 from drlora.distributed import refuse_differing
 from drlora.distributed.held import trained_tensor
 from drlora.distributed.zero import refuse_without_zero, zero_of
@@ -41,7 +40,7 @@ from drlora.ranks.optimizer_rows import (
     steps_taken,
     unwrap_optimizer,
 )
-from drlora.ranks.policies.policy import ROW_OPTIONS
+from drlora.ranks.row_starter import warn_of_idle_options
 from drlora.ranks.saliency import RANK_IMPORTANCES
 from drlora.ranks.schedule import Schedule, StepCounts
 from drlora.ranks.young_rows import OwnClocks
@@ -89,10 +88,10 @@ class RankDynamics:
             for name, layer in adapted_layers(model, self.adapter_name).items()
         }
         _refuse_unplaced(self.config, self.budget()[0])
+        warn_of_idle_options(self.config)
         # Of an adapter that was trained, nobody can tell whether it is by this run.
         self._waits_for_step = step is None and self._has_history()
         begins = not self.step and not self._waits_for_step
-        _warn_of_idle_options(self.config)
         self._follow(schedule or schedule_for(self.adapters, self.config, total_steps, begins))
         self.routers = TrainedRouters(model, self.adapter_name)
         self.routers.hold(until=lambda: self.step >= self.warmup_steps)
@@ -103,8 +102,7 @@ class RankDynamics:
         self._poisoned_steps: Tensor | int = 0
         self._told_of_poison = False
         self._has_agreed = False
-        # Steps that the optimizer took before this run, if it is that of an earlier one.
-        self._optimizer_start: int | None = None
+        self._optimizer_start: int | None = None  # of an earlier run
 
     def _follow(self, schedule: Schedule) -> None:
         self.schedule = schedule
@@ -364,23 +362,6 @@ class RankDynamics:
             for projection, pool in adapter.rank_pools.items():
                 for key in pool.state_keys:
                     yield f"{name}.{projection}.{key}", getattr(pool, key)
-
-
-def _warn_of_idle_options(config: DrLoraConfig) -> None:
-    """Name what is asked of rows that wake up late where none does."""
-    if ALLOCATIONS[config.allocation].changes_ranks(config):
-        return
-    idle = [
-        f"{name}={config.options[name]!r}"
-        for name, option in ROW_OPTIONS.items()
-        if config.options.get(name, option.default) != option.default
-    ]
-    if idle:
-        warnings.warn(
-            f"options {', '.join(idle)} change nothing: no rank grows with r_init="
-            f"{config.r_init}, r_target={config.r_target} and move_share=0.",
-            stacklevel=4,
-        )
 
 
 def _refuse_unplaced(config: DrLoraConfig, owned: int) -> None:

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from drlora.adapter.pool import RankPool
 from drlora.config.adapter import DrLoraConfig
+from drlora.config.registry import ALLOCATIONS
 from drlora.distributed.held import trained_tensor
 from drlora.ranks.directions import lay_missing, point_along_gradient, turn_apart
 from drlora.ranks.eight_bits import has_eight_bits
@@ -26,6 +27,7 @@ from drlora.ranks.optimizer_rows import (
     state_of,
     unwrap_optimizer,
 )
+from drlora.ranks.policies.policy import ROW_OPTIONS
 from drlora.ranks.schedule import StepCounts
 
 
@@ -142,3 +144,20 @@ class RowStarter:
         if kind not in self._warned:
             warnings.warn(message, stacklevel=8)
         self._warned.add(kind)
+
+
+def warn_of_idle_options(config: DrLoraConfig) -> None:
+    """Name what is asked of rows that wake up late where none does."""
+    if ALLOCATIONS[config.allocation].changes_ranks(config):
+        return
+    idle = [
+        f"{name}={config.options[name]!r}"
+        for name, option in ROW_OPTIONS.items()
+        if config.options.get(name, option.default) != option.default
+    ]
+    if idle:
+        warnings.warn(
+            f"options {', '.join(idle)} change nothing: no rank grows with r_init="
+            f"{config.r_init}, r_target={config.r_target} and move_share=0.",
+            stacklevel=4,
+        )
