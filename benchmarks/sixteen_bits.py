@@ -90,18 +90,12 @@ def step_of(
 
 
 def run(shape: Shape, rounds: int, trains: bool) -> Row:
-    """Seconds of both ways, and their ratio."""
+    """Seconds with products in bfloat16 and with widened experts, and their ratio."""
     steps = {way: step_of(shape, least, trains) for way, least in WAYS.items()}
-    timings = alternate(steps, rounds)
-    ratios = [a / b for a, b in zip(*(timings[way].seconds for way in WAYS), strict=True)]
     chosen = min(shape.experts, shape.tokens * shape.top_k)
-    rows = shape.tokens * shape.top_k / chosen
+    saved = engine.work_saved(shape.tokens * shape.top_k / chosen, shape.hidden, shape.width)
     name = shape.name if trains else f"{shape.name} forward"
-    row: Row = {"case": name, "implementation": "bfloat16 over widened"}
-    row |= {f"{way}_s": timings[way].median for way in WAYS}
-    row |= {"ratio": statistics.median(ratios), "lowest": min(ratios), "highest": max(ratios)}
-    row["saved"] = engine.work_saved(rows, shape.hidden, shape.width)
-    return {**row, "rounds": rounds, **where()}
+    return {**compared(name, steps, rounds), "saved": saved}
 
 
 def run_filled(shape: Shape, rounds: int, ranks: tuple[int, ...]) -> Row:
@@ -112,15 +106,32 @@ def run_filled(shape: Shape, rounds: int, ranks: tuple[int, ...]) -> Row:
         with mock.patch.object(engine, "fill", lambda plan, masks, work: (plan, masks)):
             filled()
 
-    timings = alternate({"filled": filled, "unfilled": unfilled}, rounds)
-    ratios = [
-        a / b for a, b in zip(timings["filled"].seconds, timings["unfilled"].seconds, strict=True)
-    ]
     name = f"{shape.name} {'one rank' if len(ranks) == 1 else 'unequal ranks'}"
-    row: Row = {"case": name, "implementation": "filled over unfilled"}
-    row |= {f"{way}_s": timings[way].median for way in timings}
+    return compared(name, {"filled": filled, "unfilled": unfilled}, rounds)
+
+
+def compared(case: str, steps: dict[str, Callable[[], None]], rounds: int) -> Row:
+    """Seconds of two ways, and the ratio of the first to the second."""
+    timings = alternate(steps, rounds)
+    ratios = [a / b for a, b in zip(*(timings[way].seconds for way in steps), strict=True)]
+    row: Row = {"case": case, "implementation": " over ".join(steps)}
+    row |= {f"{way}_s": timings[way].median for way in steps}
     row |= {"ratio": statistics.median(ratios), "lowest": min(ratios), "highest": max(ratios)}
     return {**row, "rounds": rounds, **where()}
+
+
+def tell(row: Row, dry: bool) -> None:
+    """Print a row, and append it unless it is a try."""
+    first, second = row["implementation"].split(" over ")
+    saved = f" {row['saved'] / 1e6:6.1f} million saved:" if "saved" in row else ""
+    print(
+        f"{row['case']:52}{saved} {first} {1e3 * row[f'{first}_s']:.1f} ms, {second} "
+        f"{1e3 * row[f'{second}_s']:.1f} ms, ratio {row['ratio']:.2f} [{row['lowest']:.2f}, "
+        f"{row['highest']:.2f}]",
+        flush=True,
+    )
+    if not dry:
+        append("sixteen_bits", [row])
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -130,25 +141,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dry", action="store_true", help="append no rows")
     arguments = parser.parse_args(argv)
     for sizes, trains in [*((s, True) for s in TRAINED), *((s, False) for s in DECODED)]:
-        row = run(Shape(*sizes, torch.bfloat16), arguments.rounds, trains)
-        print(
-            f"{row['case']:52} {row['saved'] / 1e6:6.0f} million saved: bfloat16 "
-            f"{1e3 * row['bfloat16_s']:.1f} ms, widened {1e3 * row['widened_s']:.1f} ms, ratio "
-            f"{row['ratio']:.2f} [{row['lowest']:.2f}, {row['highest']:.2f}]",
-            flush=True,
-        )
-        if not arguments.dry:
-            append("sixteen_bits", [row])
-    for sizes, ranks in [(sizes, ranks) for sizes in FILLED for ranks in ((RANK,), RANKS)]:
-        row = run_filled(Shape(*sizes, torch.bfloat16), arguments.rounds, ranks)
-        print(
-            f"{row['case']:52} filled {1e3 * row['filled_s']:.1f} ms, unfilled "
-            f"{1e3 * row['unfilled_s']:.1f} ms, ratio {row['ratio']:.2f} [{row['lowest']:.2f}, "
-            f"{row['highest']:.2f}]",
-            flush=True,
-        )
-        if not arguments.dry:
-            append("sixteen_bits", [row])
+        tell(run(Shape(*sizes, torch.bfloat16), arguments.rounds, trains), arguments.dry)
+    for sizes in FILLED:
+        for ranks in ((RANK,), RANKS):
+            row = run_filled(Shape(*sizes, torch.bfloat16), arguments.rounds, ranks)
+            tell(row, arguments.dry)
     return 0
 
 

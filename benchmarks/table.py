@@ -11,6 +11,7 @@ from pathlib import Path
 
 from benchmarks import scaling
 from benchmarks.harness import RESULTS, Row, read
+from drlora.report.style import save
 
 COLOURS = {"ours": "#0072b2", "masked r_max": "#e69f00", "peft": "#999999"}
 NAMES = {"ours": "drlora", "masked r_max": "masked at r_max", "peft": "PEFT LoRA"}
@@ -96,7 +97,7 @@ def chart(timed: Newest, path: Path) -> None:
     axes.set_xlabel("time as a multiple of transformers' frozen experts (shorter is better)")
     axes.legend(fontsize=8)
     figure.set_facecolor("#ffffff")
-    figure.savefig(path, metadata={"Date": None})
+    save(figure, path)
 
 
 def details() -> str:

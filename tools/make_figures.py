@@ -22,6 +22,8 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from safetensors import safe_open
 
+from drlora.report.style import save
+
 DEFAULT_OUT = Path(__file__).parents[1] / "docs" / "images" / "ranks-growing.svg"
 INK, PAPER = "#1f2328", "#ffffff"
 MOST_COLUMNS = 4
@@ -140,8 +142,7 @@ def main(arguments: list[str] | None = None) -> None:
         steps, ranks = read_growth(options.run)
         figure = draw(steps, ranks, last_step(options.run, steps))
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        is_svg = options.out.suffix == ".svg"
-        figure.savefig(options.out, dpi=150, metadata={"Date": None} if is_svg else None)
+        save(figure, options.out, dpi=150)
     print(options.out)
 
 

@@ -17,6 +17,7 @@ from matplotlib.patches import Patch
 from drlora.adapter.row_book import FREE, RankBook
 from drlora.ranks.allocator import allocate
 from drlora.ranks.saliency import saliency
+from drlora.report.style import save
 
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
 INK, PAPER, QUIET, STRONG = "#1f2328", "#ffffff", "#9aa5b1", "#b3541e"
@@ -97,7 +98,7 @@ def main() -> None:
              "svg.fonttype": "path", "svg.hashsalt": "drlora"}  # fmt: skip
     with matplotlib.rc_context(style):
         for name, figure in (("event", draw_event()), ("pool", draw_pool())):
-            figure.savefig(IMAGES / f"{name}.svg", metadata={"Date": None})
+            save(figure, IMAGES / f"{name}.svg")
             print(IMAGES / f"{name}.svg")
 
 

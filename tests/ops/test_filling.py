@@ -81,6 +81,21 @@ def test_filled_products_are_right_to_every_gradient(native, projections, dropou
     assert_engines_agree(case, "loop", dropout=dropout, tolerance=2e-2)
 
 
+def test_what_is_not_finite_stays_with_the_experts_of_its_row(native):
+    """Token 0 goes to experts 0 and 1, so 2 and 3 must not learn of it."""
+    index = torch.tensor([[0, 1]] + [[2, 3]] * 5 + [[0, 2]] * 2)
+    base, pieces, leaves, index = make_case(
+        [3, 5, 4, 2], dtype=torch.bfloat16, hidden=32, tokens=8, index=index
+    )
+    with torch.no_grad():
+        leaves[0][0] = float("nan")
+    _, *grads = run("loop", (base, pieces, leaves, index))
+    for piece, number in zip(pieces, range(2, len(grads), 2), strict=True):
+        for grad in grads[number : number + 2]:
+            assert grad[piece.rows(0)].isnan().any()
+            assert grad[piece.rows(2)].isfinite().all() and grad[piece.rows(3)].isfinite().all()
+
+
 def test_few_shapes_are_multiplied_whatever_the_routing(native):
     def shapes_of(dtype):
         seen = set()

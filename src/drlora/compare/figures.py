@@ -6,7 +6,6 @@ blindness; methods also differ in their markers. The same results give the same 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -25,12 +24,10 @@ from drlora.compare.gains import gains_by_task
 from drlora.compare.metrics import METRICS
 from drlora.compare.results import Matrix
 from drlora.compare.statistics import gain, interval
-from drlora.report.style import COLOURS, INK, PAPER, STYLE
+from drlora.report.style import COLOURS, INK, PAPER, STYLE, save
 
 MARKERS = "osD^vP*X<>hp"
 BUDGET_MARK = "@"
-
-CLIP = re.compile(r"\bp[0-9a-f]{10}\b")
 
 
 @dataclass(frozen=True)
@@ -77,21 +74,8 @@ def draw_parts(found: Sequence[Part], path: Path) -> list[str]:
                 field.suptitle(part.title, fontsize=11, fontweight="bold", x=0.01, ha="left")
             part.draw(field)
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, metadata={"Date": None}, facecolor=PAPER)
-    _number_clips(path)
+        save(figure, path, facecolor=PAPER)
     return [part.title for part in found]
-
-
-def _number_clips(path: Path) -> None:
-    """Name what axes are cut to by number.
-
-    matplotlib's names are hashes of all digits of where axes are, and the last ones that the solver
-    of the layout finds differ from run to run.
-    """
-    names: dict[str, str] = {}
-    text = path.read_text(encoding="utf-8")
-    named = CLIP.sub(lambda found: names.setdefault(found[0], f"clip{len(names)}"), text)
-    path.write_text(named, encoding="utf-8")
 
 
 def parts(matrix: Matrix) -> list[Part]:

@@ -15,7 +15,7 @@ from matplotlib.ticker import StrMethodFormatter
 from drlora.ranks.concentration import gini
 from drlora.report.facts import last_routing, title
 from drlora.report.read import NO_EXPERT, RankMap, RunRecord
-from drlora.report.style import COLOURS, PAPER, STYLE
+from drlora.report.style import COLOURS, PAPER, STYLE, save
 
 DASHES = ("-", "--", ":", "-.")
 
@@ -35,8 +35,7 @@ def draw_report(runs: Sequence[RunRecord], path: Path, format: str) -> None:
         if maps:
             _maps(bottom, maps, len(runs) > 1)
         figure.suptitle(_literal(title(runs)), fontsize=11)
-        metadata = {"Date": None} if format == "svg" else None
-        figure.savefig(path, format=format, dpi=160, metadata=metadata)
+        save(figure, path, format=format, dpi=160)
 
 
 def _halves(figure: Figure, height: float) -> Any:

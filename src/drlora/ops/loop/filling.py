@@ -3,8 +3,8 @@
 oneDNN writes code for each shape of a product in 16 bits, and each expert has another rank, and
 another number of rows in each step. So both are filled up to a few sizes, with what counts nothing:
 
-- a row that fills repeats some other row, with a routing weight of zero, and with it every gradient
-  that it has is zero; its place in the routing is one past the end, which nobody reads;
+- a row that fills repeats one of its expert's, with a routing weight of zero, and with it every
+  gradient that it has is zero; its place in the routing is one past the end, which nobody reads;
 - a rank that fills is a zero row of both factors; its gradient is left out.
 
 Two sizes for each doubling of a number leave a sixth to fill, four a twelfth, eight half of that:
@@ -84,8 +84,8 @@ def fill_rows(
 ) -> tuple[Routing, DropoutMasks]:
     """The routing of filled tasks.
 
-    A row that fills is the first of all rows once more, but that its `order_S` is T * K, one past
-    the end.
+    A row that fills is the first of its segment once more, but that its `order_S` is T * K, one
+    past the end. So what is not finite in a row stays with the experts that the row is routed to.
 
     Args:
         routing: as it is.
@@ -99,7 +99,8 @@ def fill_rows(
     inside_F = torch.arange(len(segment_F), device=device)
     inside_F -= (filled_N.cumsum(0) - filled_N)[segment_F]
     fills_F = inside_F >= rows_N[segment_F]
-    source_F = ((rows_N.cumsum(0) - rows_N)[segment_F] + inside_F).masked_fill_(fills_F, 0)
+    first_F = (rows_N.cumsum(0) - rows_N)[segment_F]
+    source_F = first_F + inside_F.masked_fill(fills_F, 0)
     order_F = routing.order_S[source_F].masked_fill_(fills_F, len(routing.order_S))
     expert_N = torch.tensor([s.expert for task in after for s in task.segments], device=device)
     counts_E = torch.zeros_like(routing.counts_E).index_add_(0, expert_N.long(), filled_N)
