@@ -8,6 +8,7 @@ peft        PEFT's LoRA on `target_parameters`, one rank for all (the mean)
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -63,12 +64,23 @@ class Inputs:
 
 def make_inputs(shape: Shape, skew: float, device: str = "cpu") -> Inputs:
     """A batch whose expert load is uneven: experts get a bias of `skew` times a normal draw."""
-    x = torch.randn(shape.tokens, shape.hidden, device=device)
-    bias = skew * torch.randn(shape.experts, device=device)
-    logits = torch.randn(shape.tokens, shape.experts, device=device) + bias
-    weight, index = logits.softmax(-1).topk(shape.top_k)
-    weight, x = weight.to(shape.dtype), x.to(shape.dtype)
-    return Inputs(x.requires_grad_(), index, weight.requires_grad_(), torch.randn_like(x))
+    return make_batches(shape, skew, 1, device)[0]
+
+
+def make_batches(shape: Shape, skew: float, count: int, device: str = "cpu") -> list[Inputs]:
+    """Batches of one bias of the experts, each with a routing of its own."""
+    batches: list[Inputs] = []
+    bias_E = None
+    for _ in range(count):
+        x = torch.randn(shape.tokens, shape.hidden, device=device)
+        if bias_E is None:
+            bias_E = skew * torch.randn(shape.experts, device=device)
+        logits = torch.randn(shape.tokens, shape.experts, device=device) + bias_E
+        weight, index = logits.softmax(-1).topk(shape.top_k)
+        weight, x = weight.to(shape.dtype), x.to(shape.dtype)
+        leaves = x.requires_grad_(), index, weight.requires_grad_()
+        batches.append(Inputs(*leaves, torch.randn_like(x)))
+    return batches
 
 
 def make_experts(shape: Shape, device: str = "cpu") -> OlmoeExperts:
@@ -152,12 +164,14 @@ def peft(experts: nn.Module, rank: int) -> nn.Module:
     return model.train()
 
 
-def step_of(module: nn.Module, inputs: Inputs) -> Callable[[], None]:
-    """Forward and backward once; gradients are dropped, not accumulated."""
-    leaves = [inputs.x, inputs.weight, *(p for p in module.parameters() if p.requires_grad)]
+def step_of(module: nn.Module, *batches: Inputs) -> Callable[[], None]:
+    """Forward and backward of the next batch; gradients are dropped, not accumulated."""
+    trained = [p for p in module.parameters() if p.requires_grad]
+    coming = itertools.cycle(batches)
 
     def step() -> None:
+        inputs = next(coming)
         out = module(inputs.x, inputs.index, inputs.weight)
-        torch.autograd.grad(out, leaves, inputs.grad)
+        torch.autograd.grad(out, [inputs.x, inputs.weight, *trained], inputs.grad)
 
     return step
