@@ -100,7 +100,8 @@ def test_every_method_trains_at_the_budget_resumes_exactly_and_loads(method, tmp
     losses = plain_loop(model, dynamics, optimizer, range(5, TOTAL))
     assert all(torch.isfinite(torch.tensor([*first, *losses])))
     rank = {"lora-active": 2, "lora-shared-outer": SHARED_RANK, "lora-attention": 0,
-            "lora-all-linear": 3, "hot-published": 1}.get(method, 4)  # fmt: skip
+            "lora-all-linear": 3, "lora-all-linear-gradient": 3,
+            "hot-published": 1}.get(method, 4)  # fmt: skip
     assert dynamics.budget()[0] == LAYERS * 2 * EXPERTS * rank
 
     again = PeftModel.from_pretrained(make_model(), tmp_path, is_trainable=True)
@@ -421,7 +422,10 @@ def test_shared_outer_has_lora_s_numbers_and_is_refused_with_unequal_ranks():
         get_peft_model(make_model(), DrLoraConfig(**SETTINGS, options={"shared_outer": True}))
 
 
-@pytest.mark.parametrize("method", ["lora-attention", "lora-all-linear"])
+BESIDE = ["lora-attention", "lora-all-linear", "lora-all-linear-gradient"]
+
+
+@pytest.mark.parametrize("method", BESIDE)
 def test_lora_beside_the_experts_spends_their_budget_on_all_its_layers(method):
     model, dynamics, _ = start(method)
     config = model.peft_config["default"]
@@ -458,7 +462,9 @@ def test_a_budget_in_common_that_cannot_be_is_refused():
         DrLoraConfig(start="none", r_init=16)
 
 
-@pytest.mark.parametrize("method", ["lora-shared-outer", "lora-all-linear", "lora-attention"])
+@pytest.mark.parametrize(
+    "method", ["lora-shared-outer", "lora-all-linear", "lora-attention", "lora-all-linear-gradient"]
+)
 def test_ranks_set_when_an_adapter_is_put_in_stay_when_it_is_continued(method, tmp_path):
     model, dynamics, _ = start(method)
     model.save_pretrained(tmp_path)

@@ -11,7 +11,8 @@ from typing import Any
 
 from torch import nn
 
-from drlora.config.adapter import NOTHING, DrLoraConfig
+from drlora.config.adapter import DrLoraConfig
+from drlora.config.options import EQUAL, NOTHING
 from drlora.errors import ConfigError
 from drlora.moe.blocks import MoEBlock
 
@@ -38,7 +39,8 @@ def share_budget(
     if not config.option("common_budget"):
         return
     is_equal = config.r_init == config.r_target == config.r_max
-    if not targets or not is_equal or config.starts_from_data:
+    is_equal &= config.start in (EQUAL, NOTHING)
+    if not targets or not is_equal:
         raise ConfigError(
             f"common_budget cannot work with target_modules={config.target_modules!r}, "
             f"r_init={config.r_init}, r_target={config.r_target}, r_max={config.r_max}, "

@@ -63,10 +63,12 @@ def _uniform(given: Mapping[str, Any], options: Settings | None = None) -> Setti
     return _choices(options, r_init=rank, r_max=rank)
 
 
-def _beside(given: Mapping[str, Any], layers: str, start: str = "uniform") -> Settings:
+def _beside(
+    given: Mapping[str, Any], layers: str, start: str = "uniform", options: Settings | None = None
+) -> Settings:
     """Ordinary LoRA on `layers`, out of the budget of the experts."""
     chosen = {"target_modules": layers, "target_rank": None, "target_alpha": None, "start": start}
-    return _uniform(given, {"common_budget": True}) | chosen
+    return _uniform(given, {"common_budget": True, **(options or {})}) | chosen
 
 
 def _hot(given: Mapping[str, Any]) -> Settings:
@@ -167,6 +169,14 @@ METHODS.add(
         "LoRA on experts and all other linear layers at one rank, within the experts' budget",
         "PEFT's all-linear, after arXiv 2305.14314 (QLoRA)",
         lambda given: _beside(given, "all-linear"),
+    ),
+)
+METHODS.add(
+    "lora-all-linear-gradient",
+    Method(
+        "the same, and A of the experts starts along the gradient",
+        "lora-all-linear with lora-gradient",
+        lambda given: _beside(given, "all-linear", options=_ALONG_GRADIENT),
     ),
 )
 METHODS.add(
