@@ -23,6 +23,7 @@ from drlora.config.methods import METHODS
 from drlora.config.options import GENERAL
 from drlora.config.registry import SALIENCIES, STARTS
 from drlora.ranks.continue_adapter import continue_adapter
+from drlora.ranks.probe import probe_gradients
 from drlora.ranks.rank_map import free_parameters
 from drlora.ranks.saliency import RANK_IMPORTANCES, RowSums, Signals, row_sums
 from drlora.runs.recipe import load_recipe
@@ -443,6 +444,30 @@ def test_lora_beside_the_experts_spends_their_budget_on_all_its_layers(method):
     assert config.target_rank >= max(ranks)
 
 
+def test_rows_lie_along_the_gradient_beside_other_layers_too():
+    config = DrLoraConfig.for_method("lora-all-linear-gradient", **SETTINGS)
+    model = get_peft_model(make_model(), config)
+    blocks = adapted_layers(model, "default")
+    adapters = {name: layer.adapter("default") for name, layer in blocks.items()}
+    batches = [make_batch(seed) for seed in range(3)]
+    found = probe_gradients(model, adapters, batches, count=3)
+    drlora.place_ranks(model, batches)
+    for name, adapter in adapters.items():
+        for projection, pool in adapter.rank_pools.items():
+            wanted_RI = found[name][projection].rows_EDI.flatten(0, 1) * pool.row_norm * 3
+            torch.testing.assert_close(pool.lora_A.detach(), wanted_RI)
+
+
+@pytest.mark.parametrize("begin", ["routing", "hot", "gradient"])
+def test_a_budget_in_common_is_refused_where_experts_start_with_unequal_ranks(begin):
+    config = DrLoraConfig(
+        r_init=4, r_target=4, r_max=4, start=begin, target_modules="all-linear",
+        options={"common_budget": True},
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match="common_budget cannot work.*one rank for all experts"):
+        get_peft_model(make_model(), config)
+
+
 def test_experts_that_are_left_out_by_the_settings_are_no_fault(tmp_path):
     model, _, _ = start("lora-attention")
     model.save_pretrained(tmp_path)
@@ -462,9 +487,7 @@ def test_a_budget_in_common_that_cannot_be_is_refused():
         DrLoraConfig(start="none", r_init=16)
 
 
-@pytest.mark.parametrize(
-    "method", ["lora-shared-outer", "lora-all-linear", "lora-attention", "lora-all-linear-gradient"]
-)
+@pytest.mark.parametrize("method", ["lora-shared-outer", *BESIDE])
 def test_ranks_set_when_an_adapter_is_put_in_stay_when_it_is_continued(method, tmp_path):
     model, dynamics, _ = start(method)
     model.save_pretrained(tmp_path)

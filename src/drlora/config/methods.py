@@ -174,7 +174,7 @@ METHODS.add(
 METHODS.add(
     "lora-all-linear-gradient",
     Method(
-        "the same, and A of the experts starts along the gradient",
+        "LoRA on experts and all other linear layers, A of the experts starts along the gradient",
         "lora-all-linear with lora-gradient",
         lambda given: _beside(given, "all-linear", options=_ALONG_GRADIENT),
     ),
