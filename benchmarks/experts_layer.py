@@ -47,6 +47,13 @@ BATCHES, PASSES = 8, 2  # in 16 bits: batches in turn, passes a turn
 SKEW = 0.55  # so that ranks that follow the load meet rank 23 to 31 on average
 
 
+def batches_of(shape: Shape) -> tuple[list[Inputs], int]:
+    """The batches that passes take in turn, and how many passes a turn is; see the module."""
+    writes_code = shape.dtype.itemsize == 2
+    batches = make_batches(shape, SKEW, BATCHES if writes_code else 1)
+    return batches, PASSES if writes_code else 1
+
+
 def load_of(inputs: Inputs, shape: Shape) -> torch.Tensor:
     """(E,) routed rows of each expert, on the host."""
     return torch.bincount(inputs.index.flatten(), minlength=shape.experts).cpu()
@@ -94,8 +101,7 @@ def run(
         print(f"layer {shape.name} {how}: skipped, {slower:.0f} times slower than float32 here")
         return []
     torch.manual_seed(0)
-    writes_code = shape.dtype.itemsize == 2
-    batches = make_batches(shape, SKEW, BATCHES if writes_code else 1)
+    batches, passes = batches_of(shape)
     inputs, experts = batches[0], make_experts(shape)
     load_E = load_of(inputs, shape)
     ranks = ranks_of(how, load_E)
@@ -112,7 +118,7 @@ def run(
         )
     steps = {name: step_of(module, *batches) for name, module in modules.items()}
     hurried = {"warmup": 1, "seconds": seconds} if seconds else {}
-    timings = alternate(steps, rounds, calls=PASSES if writes_code else 1, **hurried)
+    timings = alternate(steps, rounds, calls=passes, **hurried)
     return rows_of(
         f"layer {shape.name} {how}", timings, "hf_frozen", "peft",
         mean_rank=MEAN, mean_rank_met=rank_met(load_E, ranks), routings=len(batches),

@@ -21,10 +21,19 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.experts_layer import HOW, LEAST, MEAN, SHAPES, SKEW, load_of, rank_met, ranks_of
+from benchmarks.experts_layer import (
+    HOW,
+    LEAST,
+    MEAN,
+    SHAPES,
+    batches_of,
+    load_of,
+    rank_met,
+    ranks_of,
+)
 from benchmarks.growth_of_cost import TERMS, counts
 from benchmarks.harness import Row, alternate, append, parser, where
-from benchmarks.layers import Shape, make_experts, make_inputs, ours, peft, step_of
+from benchmarks.layers import Shape, make_experts, ours, peft, step_of
 from benchmarks.models import ModelShape, training_step, twins
 from benchmarks.models import ours as our_model
 from benchmarks.models import peft as peft_model
@@ -105,13 +114,14 @@ def measured(
     weights: int,
     dtype: torch.dtype,
     rounds: int,
+    passes: int = 1,
 ) -> Row:
     """Times of `ours`, `frozen` and `peft`, and the limit, on all cores and on one.
 
     `weights` is how many numbers the frozen experts have.
     """
     threads = torch.get_num_threads()
-    timings = alternate(steps, rounds, warmup=1)
+    timings = alternate(steps, rounds, warmup=1, calls=passes)
     mine, frozen, other = (timings[name] for name in ("ours", "frozen", "peft"))
     gigabytes = 2 * weights * dtype.itemsize / 1e9  # once forwards, once for dX
     least = max(gflop / product_gflops(rounds, dtype), gigabytes / gigabytes_per_second(rounds))
@@ -146,16 +156,17 @@ def measured(
 def layer(shape: Shape, how: str, rounds: int) -> Row:
     """One layer, ranks `independent` of the load or `following` it."""
     torch.manual_seed(0)
-    inputs, experts = make_inputs(shape, SKEW), make_experts(shape)
-    load_E = load_of(inputs, shape)
+    batches, passes = batches_of(shape)
+    experts = make_experts(shape)
+    load_E = load_of(batches[0], shape)
     ranks = ranks_of(how, load_E)
     modules: dict[str, Any] = {"ours": ours(experts, shape, ranks), "frozen": experts,
                                "peft": peft(experts, MEAN)}  # fmt: skip
-    steps = {name: step_of(module, inputs) for name, module in modules.items()}
+    steps = {name: step_of(module, *batches) for name, module in modules.items()}
     gflop = gflop_of(shape, rank_met(load_E, ranks))
     return {
         "case": f"profile {shape.name} {how}",
-        **measured(steps, gflop, weights_of(shape), shape.dtype, rounds),
+        **measured(steps, gflop, weights_of(shape), shape.dtype, rounds, passes),
         "lora_share_of_gflop": 1 - gflop_of(shape, 0) / gflop,
         "mean_rank": MEAN,
         "least_rank": LEAST,
