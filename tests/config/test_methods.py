@@ -101,7 +101,7 @@ def test_every_method_trains_at_the_budget_resumes_exactly_and_loads(method, tmp
     losses = plain_loop(model, dynamics, optimizer, range(5, TOTAL))
     assert all(torch.isfinite(torch.tensor([*first, *losses])))
     rank = {"lora-active": 2, "lora-shared-outer": SHARED_RANK, "lora-attention": 0,
-            "lora-all-linear": 3, "lora-all-linear-gradient": 3,
+            "lora-all-linear": 3, "lora-all-linear-gradient": 3, "lora-all-gradient": 3,
             "hot-published": 1}.get(method, 4)  # fmt: skip
     assert dynamics.budget()[0] == LAYERS * 2 * EXPERTS * rank
 
@@ -423,7 +423,7 @@ def test_shared_outer_has_lora_s_numbers_and_is_refused_with_unequal_ranks():
         get_peft_model(make_model(), DrLoraConfig(**SETTINGS, options={"shared_outer": True}))
 
 
-BESIDE = ["lora-attention", "lora-all-linear", "lora-all-linear-gradient"]
+BESIDE = ["lora-attention", "lora-all-linear", "lora-all-linear-gradient", "lora-all-gradient"]
 
 
 @pytest.mark.parametrize("method", BESIDE)

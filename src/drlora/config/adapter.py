@@ -25,7 +25,7 @@ from drlora.config.checks import (
     whole_number,
 )
 from drlora.config.methods import method_settings
-from drlora.config.options import GENERAL, NOTHING, check_options, without_effect
+from drlora.config.options import GENERAL, GRADIENT_ALL, NOTHING, check_options, without_effect
 from drlora.config.peft_type import DRLORA, SavedConfig
 from drlora.config.registry import (
     ALLOCATIONS,
@@ -346,10 +346,13 @@ class DrLoraConfig(SavedConfig):
     def _check_targets(self) -> None:
         assert self.lora_alpha is not None
         if not self.target_modules:
-            for name in ("target_rank", "target_alpha"):
-                if getattr(self, name) is not None:
+            given = {"target_rank": self.target_rank, "target_alpha": self.target_alpha}
+            if self.option("start_a") == GRADIENT_ALL:
+                given["options.start_a"] = GRADIENT_ALL
+            for name, value in given.items():
+                if value is not None:
                     raise ConfigError(
-                        f"{name}={getattr(self, name)} has no effect without target_modules; name "
+                        f"{name}={value} has no effect without target_modules; name "
                         f"the layers, for example target_modules='all-linear', or leave it out."
                     )
             self.target_modules = None

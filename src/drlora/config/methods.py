@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from drlora.config.options import HOT_FRACTION
+from drlora.config.options import GRADIENT_ALL, HOT_FRACTION
 from drlora.config.registry import Registry
 
 Settings = dict[str, Any]
@@ -177,6 +177,16 @@ METHODS.add(
         "LoRA on experts and all other linear layers, A of the experts starts along the gradient",
         "lora-all-linear with lora-gradient",
         lambda given: _beside(given, "all-linear", options=_ALONG_GRADIENT),
+    ),
+)
+METHODS.add(
+    "lora-all-gradient",
+    Method(
+        "LoRA on experts and all other linear layers, A of all of them starts along the gradient",
+        "lora-all-linear with lora-gradient, after arXiv 2407.05000 (LoRA-GA)",
+        lambda given: _beside(
+            given, "all-linear", options={**_ALONG_GRADIENT, "start_a": GRADIENT_ALL}
+        ),
     ),
 )
 METHODS.add(

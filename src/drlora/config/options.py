@@ -18,6 +18,7 @@ from drlora.errors import ConfigError, shown
 
 EQUAL = "uniform"  # the start that reads no batch, if no option does
 NOTHING = "none"  # the start after which no expert has a rank, for good
+GRADIENT_ALL = "gradient-all"  # rows of A along the gradient, of target_modules too
 
 
 @dataclass(frozen=True)
@@ -112,13 +113,13 @@ GENERAL: dict[str, Option] = {
     "start_a": Option(
         "random",
         "rows of A that experts own at the start: random, or along the strongest directions of "
-        "the gradient of their expert's weight",
-        choices=("random", "gradient"),
+        "the gradient of their expert's weight; with gradient-all those of `target_modules` too",
+        choices=("random", "gradient", GRADIENT_ALL),
         of_start=True,
     ),
     "start_a_scale": Option(
         1.0,
-        "with start_a=gradient: length of such rows, over that of a random one",
+        "length of rows along the gradient, over that of a random one",
         above=0,
         needs="start_a",
         of_start=True,

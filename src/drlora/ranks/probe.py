@@ -65,7 +65,7 @@ def probe_gradients(
     """
     with _probes(adapters, count + OVERSAMPLING) as probes:
         leaves = [probe.a_RI for of_block in probes.values() for probe in of_block.values()]
-        sketches = _gradients(model, leaves, batches)
+        sketches = sketch_gradients(model, leaves, batches)
         found: dict[str, dict[str, Directions]] = {}
         for block, of_block in probes.items():
             found[block] = {}
@@ -93,13 +93,27 @@ def _probes(
             adapter.meter.reset()  # which counted what the probes saw
 
 
-def _gradients(
-    model: PeftModel, leaves: list[Tensor], batches: Iterable[Mapping[str, Tensor]]
+def sketch_gradients(
+    model: PeftModel,
+    leaves: list[Tensor],
+    batches: Iterable[Mapping[str, Tensor]],
+    *,
+    may_miss: bool = False,
 ) -> list[Tensor]:
-    """Of the mean loss of the batches in `leaves`, float32, the same on all processes."""
+    """The gradient of the mean loss of the batches in `leaves`, float32, alike on all processes.
+
+    Args:
+        model: carries what the leaves belong to.
+        leaves: A of probes.
+        batches: what the model is called with, labels included.
+        may_miss: whether a leaf that no gradient reaches has zeros; else that is an error.
+
+    Raises:
+        ConfigError: if there is no batch, or a batch gives no loss, or none that is finite.
+    """
     sums = [torch.zeros(leaf.shape, device=leaf.device) for leaf in leaves]
     seen = torch.zeros(2, device=leaves[0].device)  # batches, and those that could be used
-    for gradients in gradients_of_batches(model, leaves, batches, _loss):
+    for gradients in gradients_of_batches(model, leaves, batches, _loss, may_miss=may_miss):
         usable = all(bool(gradient.isfinite().all()) for gradient in gradients)
         for total, gradient in zip(sums, gradients if usable else (), strict=usable):
             total += gradient
@@ -129,11 +143,13 @@ def gradients_of_batches(
     leaves: list[Tensor],
     batches: Iterable[Mapping[str, Tensor]],
     objective: Callable[[Any], Tensor],
+    *,
+    may_miss: bool = False,
 ) -> Iterator[list[Tensor]]:
     """The gradient of `objective(model(**batch))` in `leaves`, batch by batch, in training mode.
 
     By `backward`, since reentrant checkpointing knows nothing else; every other gradient that the
-    model has is put back as it was.
+    model has is put back as it was. With `may_miss` a leaf that no gradient reaches has zeros.
 
     Raises:
         ConfigError: if checkpointing keeps a gradient from the leaves, or ZeRO has the weights.
@@ -154,13 +170,12 @@ def gradients_of_batches(
                 tensor.grad = None
             moved = {key: value.to(leaves[0].device) for key, value in batch.items()}
             objective(model(**moved)).backward()
-            gradients = [leaf.grad for leaf in leaves if leaf.grad is not None]
-            if len(gradients) < len(leaves):
+            if not may_miss and any(leaf.grad is None for leaf in leaves):
                 raise ConfigError(
                     "gradients do not reach the experts: with reentrant checkpointing call "
                     "model.enable_input_require_grads(), or set use_reentrant=False."
                 )
-            yield gradients
+            yield [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
     finally:
         for tensor, gradient in kept:
             tensor.grad = gradient

@@ -16,12 +16,14 @@ from peft import PeftModel
 from torch import Tensor
 
 from drlora.adapter.experts import ExpertsAdapter
+from drlora.adapter.inject import active_adapter
 from drlora.config.adapter import NOTHING, DrLoraConfig
-from drlora.config.options import HOT_FRACTION
+from drlora.config.options import GRADIENT_ALL, HOT_FRACTION
 from drlora.config.registry import STARTS
 from drlora.distributed import add_up
 from drlora.errors import ConfigError
 from drlora.ranks.directions import lay_rows
+from drlora.ranks.linear_probe import point_linears
 from drlora.ranks.placement import hot_ranks, proportional_ranks, strongest_ranks
 from drlora.ranks.probe import Directions, gradients_of_batches, probe_gradients
 from drlora.ranks.rank_map import adapters_of
@@ -81,12 +83,15 @@ def place_ranks(
     device = next(iter(adapters.values())).frequency.device
     # Dropout must not move the generator, which the order of the data may depend on.
     with torch.random.fork_rng([] if device.type == "cpu" else [device]):
-        evidence = _evidence(model, adapters, config, list(batches))
+        seen = list(batches)
+        evidence = _evidence(model, adapters, config, seen)
+        if config.option("start_a") == GRADIENT_ALL:
+            point_linears(model, seen, adapter or active_adapter(model))
     for block, found in adapters.items():
         ranks_E = STARTS[config.start].place(evidence[block], config)
         for projection, pool in found.rank_pools.items():
             pool.grant(ranks_E, step=0)
-            if config.option("start_a") == "gradient":
+            if config.option("start_a") != "random":
                 length = pool.row_norm * config.option("start_a_scale")
                 rows_EDI = evidence[block].directions[projection].rows_EDI
                 lay_rows(pool.lora_A, pool.owner, rows_EDI * length)
@@ -104,7 +109,7 @@ def _evidence(
     if start.needs_routing:
         shares = _routed_shares(model, list(adapters.values()), batches)
     directions: Mapping[str, Mapping[str, Directions]] = {}
-    if start.needs_gradient or config.option("start_a") == "gradient":
+    if start.needs_gradient or config.option("start_a") != "random":
         directions = probe_gradients(model, adapters, batches, config.r_max)
     return {
         block: Evidence(share_E, directions.get(block, {}))
