@@ -71,10 +71,10 @@ def _probes(
     try:
         for name, layer in layers.items():
             weight: Tensor = layer.lora_A[adapter].get_parameter("weight")
-            rows = layer.r[adapter] + OVERSAMPLING
-            rows = min(rows, layer.in_features, layer.out_features)
-            b_PO = torch.randn(rows, layer.out_features, generator=generator) / math.sqrt(rows)
-            leaf = torch.zeros(rows, layer.in_features, device=weight.device, requires_grad=True)
+            width, out = weight.shape[1], layer.lora_B[adapter].get_parameter("weight").shape[0]
+            rows = min(layer.r[adapter] + OVERSAMPLING, width, out)
+            b_PO = torch.randn(rows, out, generator=generator) / math.sqrt(rows)
+            leaf = torch.zeros(rows, width, device=weight.device, requires_grad=True)
             module: Any = layer
             assert isinstance(module, nn.Module)
             hook = partial(_add_probe, leaf, b_PO.to(weight.device))
