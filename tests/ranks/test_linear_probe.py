@@ -53,7 +53,7 @@ def test_rows_span_the_strongest_directions_of_each_layer():
     assert {name.rpartition(".")[2] for name in layers} == {"q_proj", "k_proj", "v_proj", "o_proj"}
     for name, layer in layers.items():
         a_RI = layer.lora_A["default"].weight.detach()
-        length = SCALE * 3**-0.5  # of a row that PEFT draws, as the root of its mean square
+        length = 3**-0.5  # of a row that PEFT draws, as the root of its mean square
         torch.testing.assert_close(a_RI @ a_RI.T, torch.eye(5) * length**2, atol=1e-4, rtol=0)
         g_OI = gradients[name]
         kept = (g_OI @ a_RI.T / length).square().sum()
@@ -131,7 +131,7 @@ def test_in_the_trainer_under_checkpointing(use_reentrant, tmp_path):
     for name, layer in linears_of(model).items():
         a_RI = layer.lora_A["default"].weight.detach()
         assert not torch.equal(a_RI, before[name])
-        torch.testing.assert_close(a_RI @ a_RI.T, torch.eye(5) * 3.0, atol=1e-3, rtol=0)
+        torch.testing.assert_close(a_RI @ a_RI.T, torch.eye(5) / 3, atol=1e-3, rtol=0)
 
 
 def test_without_other_layers_it_is_refused():

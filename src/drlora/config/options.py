@@ -119,7 +119,7 @@ GENERAL: dict[str, Option] = {
     ),
     "start_a_scale": Option(
         1.0,
-        "length of rows along the gradient, over that of a random one",
+        "length of experts' rows along the gradient, over that of a random one",
         above=0,
         needs="start_a",
         of_start=True,

@@ -30,22 +30,21 @@ _ROW_NORM = math.sqrt(1 / 3)
 def point_linears(model: PeftModel, batches: Sequence[Mapping[str, Tensor]], adapter: str) -> None:
     """Lay A of the adapter's ordinary LoRA along the gradient of the layers' weights.
 
-    Strongest directions first, each as long as `start_a_scale` says. A layer that no gradient
-    reaches in these batches keeps its random rows, as do rows beyond its width. B stays 0, so the
-    model computes what it did. All processes write the same.
+    Strongest directions first, each as long as a row that PEFT draws: three times as long, as rows
+    of experts are, was worse than random rows (docs/evidence.md, the rivals of 2026). A layer that
+    no gradient reaches in these batches keeps its random rows, as do rows beyond its width. B stays
+    0, so the model computes what it did. All processes write the same.
 
     Args:
         model: carries the adapter, not trained yet.
         batches: what the model is called with, labels included.
         adapter: its name.
     """
-    config: Any = model.peft_config[adapter]
     layers = {
         name: module
         for name, module in model.named_modules()
         if isinstance(module, LoraLayer) and adapter in module.lora_A
     }
-    length = _ROW_NORM * config.option("start_a_scale")
     blocks = list(adapters_of(model, adapter).values())
     seed = int(next(iter(blocks[0].rank_pools.values())).seed)  # the same in all processes
     with torch.enable_grad(), _probes(layers, adapter, seed) as leaves:
@@ -58,7 +57,7 @@ def point_linears(model: PeftModel, batches: Sequence[Mapping[str, Tensor]], ada
         _, strength_P, rows_PI = torch.linalg.svd(sketch_PI, full_matrices=False)
         if strength_P[0] > 0:
             rows = torch.arange(rank, device=rows_PI.device)
-            write_rows(lora_A.weight, rows, rows_PI[:rank] * length)
+            write_rows(lora_A.weight, rows, rows_PI[:rank] * _ROW_NORM)
 
 
 @contextmanager
