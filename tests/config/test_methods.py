@@ -87,6 +87,7 @@ SETTINGS_BESIDE = {  # what has no name of its own
     "young": dict(options={"young_a": "gradient"}),
     "young-probe": dict(options={"young_a": "probe", "young_a_scale": 2.0}),
     "probed": dict(start="gradient", options={"start_a": "gradient"}),
+    "beside": dict(target_modules="all-linear", options={"common_budget": True}),
 }
 
 
@@ -101,7 +102,7 @@ def test_every_method_trains_at_the_budget_resumes_exactly_and_loads(method, tmp
     losses = plain_loop(model, dynamics, optimizer, range(5, TOTAL))
     assert all(torch.isfinite(torch.tensor([*first, *losses])))
     rank = {"lora-active": 2, "lora-shared-outer": SHARED_RANK, "lora-attention": 0,
-            "lora-all-linear": 3, "lora-all-linear-gradient": 3, "lora-all-gradient": 3,
+            "lora-all-linear": 3, "lora-all-linear-gradient": 3, "lora-all-gradient": 3, "beside": 3,
             "hot-published": 1}.get(method, 4)  # fmt: skip
     assert dynamics.budget()[0] == LAYERS * 2 * EXPERTS * rank
 
@@ -464,8 +465,26 @@ def test_a_budget_in_common_is_refused_where_experts_start_with_unequal_ranks(be
         r_init=4, r_target=4, r_max=4, start=begin, target_modules="all-linear",
         options={"common_budget": True},
     )  # fmt: skip
-    with pytest.raises(ConfigError, match="common_budget cannot work.*one rank for all experts"):
+    with pytest.raises(ConfigError, match="common_budget cannot work.*with one rank and lose none"):
         get_peft_model(make_model(), config)
+
+
+def test_experts_grow_within_the_budget_that_they_share_with_other_layers():
+    growing, grown, _ = start("beside")
+    equal, _, _ = start("lora-all-linear")
+    config, wanted = growing.peft_config["default"], equal.peft_config["default"]
+    assert (config.r_init, config.r_target, config.r_max) == (2, 3, 6)
+    assert config.target_rank == wanted.target_rank
+    assert config.scaling == wanted.scaling == config.target_alpha / config.target_rank
+
+    def owned(model):
+        return sum(p.numel() for p in trainable(model)) - free_parameters(model)
+
+    assert owned(growing) < owned(equal)
+    plain_loop(growing, grown, make_optimizer(growing, config), range(TOTAL))
+    assert owned(growing) == owned(equal)
+    ranks = {r for block in grown.ranks().values() for rs in block.values() for r in rs}
+    assert len(ranks) > 1 and max(ranks) <= 6
 
 
 def test_experts_that_are_left_out_by_the_settings_are_no_fault(tmp_path):
@@ -483,6 +502,8 @@ def test_a_budget_in_common_that_cannot_be_is_refused():
         start("lora-attention", r_target=64)
     with pytest.raises(ConfigError, match="common_budget.*Raise r_target"):
         start("lora-all-linear", r_target=1)
+    with pytest.raises(ConfigError, match="nothing is left to grow. Raise r_target"):
+        start("beside", r_init=1, r_target=2)
     with pytest.raises(ConfigError, match="start='none' gives no expert a rank"):
         DrLoraConfig(start="none", r_init=16)
 

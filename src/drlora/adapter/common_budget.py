@@ -24,7 +24,9 @@ def share_budget(
 
     With `start=none` the layers of `target_modules` get the whole budget, at one rank, rounded.
     Else experts and layers get the largest rank that all can have, and what is left over, as ranks
-    are whole, raises that of the layers, which are the smaller part.
+    are whole, raises that of the layers, which are the smaller part. Where ranks of experts grow,
+    that is the rank they have on average in the end; r_init and r_max change in proportion, so that
+    the layers have their rank from the start and the experts reach theirs.
 
     Args:
         model: with its adapters, or without.
@@ -33,19 +35,21 @@ def share_budget(
         targets: full names of the layers that `target_modules` stands for.
 
     Raises:
-        ConfigError: if ranks differ between experts or grow, or the budget gives a layer no rank,
-            or more than its width.
+        ConfigError: if experts start with unequal ranks or lose some, or the budget gives a layer
+            no rank, or more than its width, or leaves nothing to grow.
     """
     if not config.option("common_budget"):
         return
     is_equal = config.r_init == config.r_target == config.r_max
-    is_equal &= config.start in (EQUAL, NOTHING)
-    if not targets or not is_equal:
+    fits = config.start == EQUAL and config.r_init <= config.r_target
+    fits |= config.start == NOTHING and is_equal
+    if not targets or not fits:
         raise ConfigError(
             f"common_budget cannot work with target_modules={config.target_modules!r}, "
             f"r_init={config.r_init}, r_target={config.r_target}, r_max={config.r_max}, "
-            f"start={config.start!r}: it wants layers beside the experts, and one rank for all "
-            f"experts; use method='lora-attention' or method='lora-all-linear'."
+            f"start={config.start!r}: it wants layers beside the experts, and experts that start "
+            f"with one rank and lose none; use method='lora-attention', method='lora-all-linear' "
+            f"or start='uniform'."
         )
     shapes = [_shape(model.get_submodule(name)) for name in targets]
     beside = sum(inputs + outputs for inputs, outputs in shapes)
@@ -70,10 +74,18 @@ def share_budget(
             f"must be between 1 and their width, {width}. "
             f"{'Lower' if target_rank > width else 'Raise'} r_target."
         )
+    first, most = (
+        max(1, round(value * rank / config.r_target)) for value in (config.r_init, config.r_max)
+    )
+    if config.grows and first == rank:
+        raise ConfigError(
+            f"common_budget cannot work: r_target={config.r_target} rows an expert become {rank}, "
+            f"and r_init={config.r_init} become {first}, so nothing is left to grow. Raise r_target."
+        )
     assert config.lora_alpha is not None
     scale = config.lora_alpha / config.r_target
     config.options = {**config.options, "common_budget": False}
-    config.r_init = config.r_target = config.r_max = rank
+    config.r_init, config.r_target, config.r_max = first, rank, max(rank, most)
     config.target_rank = target_rank
     config.lora_alpha, config.target_alpha = scale * rank, scale * target_rank
 
