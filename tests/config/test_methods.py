@@ -102,7 +102,8 @@ def test_every_method_trains_at_the_budget_resumes_exactly_and_loads(method, tmp
     losses = plain_loop(model, dynamics, optimizer, range(5, TOTAL))
     assert all(torch.isfinite(torch.tensor([*first, *losses])))
     rank = {"lora-active": 2, "lora-shared-outer": SHARED_RANK, "lora-attention": 0,
-            "lora-all-linear": 3, "lora-all-linear-gradient": 3, "lora-all-gradient": 3, "beside": 3,
+            "lora-all-linear": 3, "lora-all-linear-gradient": 3, "lora-all-gradient": 3,
+            "beside": 3,
             "hot-published": 1}.get(method, 4)  # fmt: skip
     assert dynamics.budget()[0] == LAYERS * 2 * EXPERTS * rank
 

@@ -6,15 +6,42 @@ at an equal number of trained parameters: what E * r_target rows of every block 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
+from drlora.adapter.linear import ALL_LINEAR, ALL_STACK, choose_targets
 from drlora.config.adapter import DrLoraConfig
 from drlora.config.options import EQUAL, NOTHING
 from drlora.errors import ConfigError
 from drlora.moe.blocks import MoEBlock
+
+
+def narrow_targets(model: nn.Module, config: DrLoraConfig, blocks: Sequence[MoEBlock]) -> None:
+    """With a budget in common `all-linear` is `all-stack`: what the experts save goes to no tower.
+
+    A tower for images or sound learns nothing of text, and projectors beside it neither, so numbers
+    spent there would be lost to a run on text. What is left out is said.
+
+    Args:
+        model: with its adapters, or without.
+        config: its `target_modules` is changed, so that the saved adapter says what it has.
+        blocks: those that the configuration adapts.
+    """
+    if not config.option("common_budget") or config.target_modules != ALL_LINEAR:
+        return
+    wide = choose_targets(model, config, blocks)
+    config.target_modules = ALL_STACK
+    left_out = [n for n in wide if n not in set(choose_targets(model, config, blocks))]
+    if left_out:
+        warnings.warn(
+            f"common_budget: {len(left_out)} linear layers outside of the stack of layers that has "
+            f"the experts get no LoRA, such as {left_out[0]}; name layers in target_modules to "
+            f"have others.",
+            stacklevel=2,
+        )
 
 
 def share_budget(
@@ -80,7 +107,8 @@ def share_budget(
     if config.grows and first == rank:
         raise ConfigError(
             f"common_budget cannot work: r_target={config.r_target} rows an expert become {rank}, "
-            f"and r_init={config.r_init} become {first}, so nothing is left to grow. Raise r_target."
+            f"and r_init={config.r_init} become {first}, so nothing is left to grow. "
+            f"Raise r_target."
         )
     assert config.lora_alpha is not None
     scale = config.lora_alpha / config.r_target

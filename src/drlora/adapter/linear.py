@@ -20,6 +20,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from drlora.config.adapter import DrLoraConfig
@@ -27,13 +28,16 @@ from drlora.errors import ConfigError, shown
 from drlora.moe.blocks import MoEBlock
 
 ALL_LINEAR = "all-linear"
+ALL_STACK = "all-stack"
 ALL_ATTENTION = "all-attention"
-# Classes of attention modules in transformers, linear attention too; and of what only chooses in
-# them: positions, with no gradient, or experts.
+_ALL = (ALL_LINEAR, ALL_STACK, ALL_ATTENTION)
+# Classes of attention modules in transformers, linear attention too; and of what only chooses:
+# positions, with no gradient, or experts.
 _ATTENTION_CLASS = re.compile(r"\w*(Attention|MLA|DeltaNet)\d*")
-_CHOOSING_CLASS = re.compile(r"\w*(Indexer|Gating)")
+_CHOOSING_CLASS = re.compile(r"\w*(Indexer|Gating|Router)")
 LONGEST_MATCH_SECONDS = 3.0  # of all names together
 _MATCH_ALL = "import json, re, sys; p, *n = json.load(sys.stdin); [re.fullmatch(p, k) for k in n]"
+_FORWARD = nn.Linear.forward
 _SAFE_TO_COPY = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -41,11 +45,14 @@ def choose_targets(model: nn.Module, config: DrLoraConfig, blocks: Sequence[MoEB
     """Full names of the layers that `config.target_modules` gives ordinary LoRA, in model order.
 
     Layers inside an experts module are left out: the pools adapt them. `all-linear` leaves out the
-    output head, as in PEFT, and the routers. `all-attention` is those of them that lie in attention
-    modules of the stack of layers that the blocks lie in, so not in a tower for images or sound.
+    output head, as in PEFT, and what only chooses: routers and what they are made of, and indexers,
+    whose choice of positions has no gradient. `all-stack` is those of them in the stack of layers
+    that the blocks lie in, so not in a tower for images or sound; `all-attention` is those of that
+    stack that lie in attention modules.
 
     Raises:
-        ConfigError: if a name matches no linear layer, or matches a router or another module.
+        ConfigError: if a name matches no linear layer, or matches a router, a part of one, or
+            another module.
     """
     wanted = config.target_modules
     if wanted is None:
@@ -55,13 +62,16 @@ def choose_targets(model: nn.Module, config: DrLoraConfig, blocks: Sequence[MoEB
     modules = {name: m for name, m in modules.items() if not _ends_in(name, kept)}
     linear = {name for name, module in modules.items() if _is_linear(module)}
     routers = {block.router_name for block in blocks}
-    if wanted in (ALL_LINEAR, ALL_ATTENTION):
+    if wanted in _ALL:
         head = getattr(model, "get_output_embeddings", lambda: None)()
-        found = [n for n in modules if n in linear - routers and modules[n] is not head]
+        found = [n for n in modules if n in linear and modules[n] is not head]
+        found = [n for n in found if not _is_inside(n, routers) and not _chooses(model, n)]
         kind = "linear layer"
-        if wanted == ALL_ATTENTION:
+        if wanted != ALL_LINEAR:
             stacks = {_stack(block.experts_name) for block in blocks}
-            found = [n for n in found if _stack(n) in stacks and _is_of_attention(model, n)]
+            found = [n for n in found if _stack(n) in stacks]
+        if wanted == ALL_ATTENTION:
+            found = [n for n in found if _is_of_attention(model, n)]
             kind = "linear layer in a module of attention"
         if not found:
             raise ConfigError(
@@ -79,7 +89,7 @@ def choose_targets(model: nn.Module, config: DrLoraConfig, blocks: Sequence[MoEB
             )
     found = [n for n in modules if any(_matches(pattern, n, wanted) for pattern in patterns)]
     for name in found:
-        _refuse_unfit(name, modules[name], name in routers)
+        _refuse_unfit(name, modules[name], _is_inside(name, routers))
     return found
 
 
@@ -88,16 +98,27 @@ def _stack(name: str) -> str:
     return re.split(r"\.\d+\.", name, maxsplit=1)[0]
 
 
+def _is_inside(name: str, modules: Iterable[str | None]) -> bool:
+    """Whether the layer is one of the modules or lies in one."""
+    return any(m is not None and f"{name}.".startswith(f"{m}.") for m in modules)
+
+
 def _is_of_attention(model: nn.Module, name: str) -> bool:
     """Whether the layer lies in an attention module, by the class of those around it."""
+    return any(map(_ATTENTION_CLASS.fullmatch, _classes_around(model, name)))
+
+
+def _chooses(model: nn.Module, name: str) -> bool:
+    """Whether the layer lies in what only chooses, by the class of those around it."""
+    return any(map(_CHOOSING_CLASS.fullmatch, _classes_around(model, name)))
+
+
+def _classes_around(model: nn.Module, name: str) -> list[str]:
     steps = name.split(".")
-    around = [
+    return [
         type(model.get_submodule(".".join(steps[:depth]))).__name__
         for depth in range(1, len(steps))
     ]
-    return any(map(_ATTENTION_CLASS.fullmatch, around)) and not any(
-        map(_CHOOSING_CLASS.fullmatch, around)
-    )
 
 
 def refuse_endless(pattern: object, names: Iterable[str]) -> None:
@@ -113,7 +134,7 @@ def refuse_endless(pattern: object, names: Iterable[str]) -> None:
     Raises:
         ConfigError: naming the pattern.
     """
-    if not isinstance(pattern, str) or pattern in (ALL_LINEAR, ALL_ATTENTION):
+    if not isinstance(pattern, str) or pattern in _ALL:
         return
     try:
         re.compile(pattern)
@@ -234,16 +255,31 @@ def _is_linear(module: nn.Module) -> bool:
     """A linear layer of torch, transformers or a quantiser, adapted already or not."""
     if isinstance(module, LoraLayer):
         return True
+    if _is_read_otherwise(module):
+        return False
     if isinstance(module, (nn.Linear, Conv1D)):
         return True
     # Quantisers bring classes of their own; PEFT tells them apart by name.
     return any(hasattr(module, key) for key in ("qweight", "W_q", "codebooks"))
 
 
+def _is_read_otherwise(module: nn.Module) -> bool:
+    """Whether a subclass of torch's linear layer computes something else, or is never called.
+
+    DeepSeek-V4's grouped output projection is of the first kind, and PEFT's LoRA on it fails in the
+    first pass; the output projection in torch's MultiheadAttention of the second.
+    """
+    kind = type(module)
+    is_of_a_model = kind.__module__.startswith(("transformers.models.", "transformers_modules."))
+    is_other = is_of_a_model and issubclass(kind, nn.Linear) and kind.forward is not _FORWARD
+    return is_other or isinstance(module, NonDynamicallyQuantizableLinear)
+
+
 def _refuse_unfit(name: str, module: nn.Module, is_router: bool) -> None:
     if is_router:
         raise ConfigError(
-            f"target_modules names {name}, which is a router; use router='train' to train it."
+            f"target_modules names {name}, which is a router or a part of one; use router='train' "
+            f"to train it."
         )
     if not _is_linear(module):
         raise ConfigError(

@@ -115,8 +115,8 @@ class DrLoraConfig(SavedConfig):
             What `drlora.ops.register_engine` was given can be named too.
         target_modules: further linear layers that get PEFT's ordinary LoRA in the same adapter,
             such as attention or shared experts: a list of names or endings of names, a regular
-            expression that a full name must match, `all-linear` or `all-attention`. Their rank
-            does not grow.
+            expression that a full name must match, `all-linear`, `all-stack` or `all-attention`.
+            Their rank does not grow.
         target_rank: rank of these layers; `None` means `r_target`.
         target_alpha: their alpha; `None` gives alpha / rank the value that it has for the experts.
             `use_rslora` and `lora_dropout` hold for them too.

@@ -29,7 +29,7 @@ def target_names(names: Iterable[str]) -> list[str]:
         if not isinstance(name, str) or not name:
             raise ConfigError(
                 f"target_modules={found!r} must be a list of names, a regular expression, "
-                f"'all-linear' or 'all-attention'; {name!r} is no name."
+                f"'all-linear', 'all-stack' or 'all-attention'; {name!r} is no name."
             )
     return found
 

@@ -28,18 +28,13 @@ from drlora.adapter.pool import RankPool
 from drlora.adapter.router import TrainedRouters
 from drlora.config.adapter import DrLoraConfig
 from drlora.distributed import refuse_differing
-from drlora.distributed.held import trained_tensor
 from drlora.distributed.zero import refuse_without_zero, zero_of
 from drlora.errors import CheckpointError, ConfigError
 from drlora.ranks.averages import update_frequencies, update_importances
 from drlora.ranks.event import Event, Growth
+from drlora.ranks.first_step import ordinary_lora, warn_of_equal_rates, warn_of_unreached
 from drlora.ranks.groups import schedule_for
-from drlora.ranks.optimizer_rows import (
-    is_adam,
-    parameter_groups,
-    steps_taken,
-    unwrap_optimizer,
-)
+from drlora.ranks.optimizer_rows import is_adam, steps_taken, unwrap_optimizer
 from drlora.ranks.row_starter import warn_of_idle_options
 from drlora.ranks.saliency import RANK_IMPORTANCES
 from drlora.ranks.schedule import Schedule, StepCounts
@@ -95,6 +90,7 @@ class RankDynamics:
         self._follow(schedule or schedule_for(self.adapters, self.config, total_steps, begins))
         self.routers = TrainedRouters(model, self.adapter_name)
         self.routers.hold(until=lambda: self.step >= self.warmup_steps)
+        self._linears = ordinary_lora(model, self.adapter_name)
         self._clocks = OwnClocks()
         self._watched: WatchedZero | None = None
         # Counted on the device, so that an ordinary step does not make the host wait.
@@ -195,6 +191,8 @@ class RankDynamics:
         sums = None if self._watched is None else self._watched.take_sums(device)
         self._poisoned = update_importances(self._pools(), self.config, sums)
         self.routers.skip_step()
+        if not self.run_step and self._watched is None:
+            warn_of_unreached(self._linears)
 
     @torch.no_grad()
     def after_optimizer_step(self, optimizer: object = None, *, skipped: bool = False) -> Event:
@@ -268,7 +266,7 @@ class RankDynamics:
             # Births of a run that the adapter was saved from, unless its optimizer goes on.
             for pool in self._pools() if not self._optimizer_start else ():
                 pool.forget_births()
-            _warn_of_equal_rates(optimizer, self._pools()[0], self.config)
+            warn_of_equal_rates(optimizer, self._pools()[0], self.config)
         self.step += 1
         if self._watched is None and self.config.young_rows == "own" and is_adam(inner):
             self._clocks.correct(inner, self._pools(), self.step + self._optimizer_start)
@@ -370,22 +368,6 @@ def _refuse_unplaced(config: DrLoraConfig, owned: int) -> None:
             f"start={config.start!r}, start_a={config.option('start_a')!r}, but no ranks are "
             f"placed yet; call drlora.place_ranks(model, batches) with a few batches of the "
             f"training data first."
-        )
-
-
-def _warn_of_equal_rates(optimizer: object, pool: RankPool, config: DrLoraConfig) -> None:
-    inner = unwrap_optimizer(optimizer)
-    ratio = config.option("b_lr_ratio")
-    if ratio == 1 or not isinstance(inner, torch.optim.Optimizer):
-        return
-    groups = parameter_groups(inner)
-    trained = [trained_tensor(p) for p in (pool.lora_A, pool.lora_B)]
-    rates = [groups[p]["lr"] for p in trained if p is not None and p in groups]
-    if len(rates) == 2 and rates[0] == rates[1]:
-        warnings.warn(
-            f"b_lr_ratio={ratio}, but A and B have the same learning rate; make the "
-            f"optimizer with peft.optimizers.create_loraplus_optimizer.",
-            stacklevel=3,
         )
 
 

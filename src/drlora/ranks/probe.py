@@ -164,7 +164,11 @@ def gradients_of_batches(
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     kept = [(tensor, tensor.grad) for tensor in (*trained, *leaves)]
     model.train()
+    settings: Any = getattr(model.config, "get_text_config", lambda: None)()
+    caches = getattr(settings, "use_cache", False)
     try:
+        if caches:  # what is kept for decoding is of no use here, and some models keep it in place
+            settings.use_cache = False
         for batch in batches:
             for tensor, _ in kept:
                 tensor.grad = None
@@ -177,6 +181,8 @@ def gradients_of_batches(
                 )
             yield [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
     finally:
+        if caches:
+            settings.use_cache = caches
         for tensor, gradient in kept:
             tensor.grad = gradient
         for module, training in modes.items():
