@@ -347,7 +347,7 @@ class DrLoraConfig(SavedConfig):
         assert self.lora_alpha is not None
         if not self.target_modules:
             given = {"target_rank": self.target_rank, "target_alpha": self.target_alpha}
-            if self.option("start_a") == GRADIENT_ALL:
+            if self.options.get("start_a") == GRADIENT_ALL:
                 given["options.start_a"] = GRADIENT_ALL
             for name, value in given.items():
                 if value is not None:
