@@ -62,6 +62,11 @@ class Case:
     start: str = ""
 
 
+# LoRA on all linear layers in one budget, whose rows start along the gradient.
+_BESIDE: dict[str, Any] = {
+    "target_modules": "all-linear",
+    "options": {"common_budget": True, "start_a": "gradient-all", "start_a_scale": 3.0},
+}
 _BF16 = dict(settings={"router": "train"}, arguments={"bf16": True}, dtype=torch.bfloat16)
 CASES = {
     "ddp-olmoe": Case("ddp"),
@@ -70,8 +75,9 @@ CASES = {
     "ep-qwen3_moe": Case("ep", "qwen3_moe"),
     "ddp-gpt_oss": Case("ddp", "gpt_oss"),
     "ep-gpt_oss": Case("ep", "gpt_oss"),
-    "ep-q_proj": Case("ep", settings={"target_modules": ["q_proj"]}),
-    "ddp-q_proj": Case("ddp", settings={"target_modules": ["q_proj"]}),
+    "ep-beside": Case("ep", settings=_BESIDE),
+    "ddp-beside": Case("ddp", settings=_BESIDE),
+    "sharded-beside": Case("sharded", settings=_BESIDE),
     "ddp-router": Case("ddp", settings={"router": "train"}),
     "hybrid-router": Case("hybrid", settings={"router": "train"}),
     "loaded-router": Case("loaded", settings={"router": "train"}),

@@ -92,14 +92,15 @@ def assert_same_run(run: dict[str, Any], wanted: dict[str, Any]) -> None:
         ("ep-whole", "ddp-olmoe"),
         ("ep-router", "ddp-router"),
         ("loaded-router", "ddp-router"),
-        ("ep-q_proj", "ddp-q_proj"),
+        ("ep-beside", "ddp-beside"),
+        ("sharded-beside", "ddp-beside"),
         ("full", "ddp-router"),
         ("sharded", "ddp-olmoe"),
     ],
 )
 def test_what_the_trainer_makes_of_it_is_what_ddp_makes(two, name, wanted):
     """Accumulation, clipping, weight decay, ranks that move: spread experts with gradient
-    checkpointing, biases and interleaving, and with LoRA on attention beside them."""
+    checkpointing, biases and interleaving, and with LoRA on all linear layers beside them."""
     assert_same_run(found(two, name), found(two, wanted))
 
 
