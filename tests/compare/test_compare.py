@@ -1,8 +1,10 @@
 """`drlora compare`: every run of a plan once, whatever stops it, and a page of what came out."""
 
+import gzip
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -215,7 +217,7 @@ def test_a_place_finds_its_result_when_settings_have_other_names(finished, capsy
 
 
 def test_packing_again_changes_no_byte_and_a_kill_loses_nothing(finished, tmp_path):
-    names = ("cells.jsonl", "items.jsonl.gz")
+    names = ("cells.jsonl.gz", "items.jsonl.gz")
     kept = {name: (finished / "results" / name).read_bytes() for name in names}
     known = read_packed(finished / "results")
     for number, one in enumerate(known.values()):  # another order of arrival
@@ -232,6 +234,17 @@ def test_packing_again_changes_no_byte_and_a_kill_loses_nothing(finished, tmp_pa
     (tmp_path / "again" / "items.jsonl.gz").write_bytes(b"cut off")
     with pytest.raises(CheckpointError, match="again are damaged"):
         read_packed(tmp_path / "again")
+
+
+def test_results_of_before_are_read_and_compressed_when_they_are_packed(finished, tmp_path):
+    known, places = (read(finished / "results") for read in (read_packed, read_places))
+    kept = (finished / "results" / "cells.jsonl.gz").read_bytes()
+    (tmp_path / "cells.jsonl").write_bytes(gzip.decompress(kept))
+    shutil.copy(finished / "results" / "items.jsonl.gz", tmp_path)
+    assert read_packed(tmp_path) == known and read_places(tmp_path) == places
+    pack(tmp_path, tmp_path / "single", {**places, "one more": "place"})
+    assert not (tmp_path / "cells.jsonl").exists()
+    assert read_packed(tmp_path) == known and "one more" in read_places(tmp_path)
 
 
 def test_runs_of_another_plan_count_where_they_are_the_same(finished, tmp_path, capsys):

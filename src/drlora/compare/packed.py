@@ -1,13 +1,14 @@
 """Results as they are kept: two files of all finished cells, and the place of each in the plan.
 
-    cells.jsonl       one line a cell, sorted, all but its items; then one line a place in the plan,
+    cells.jsonl.gz    one line a cell, sorted, all but its items; then one line a place in the plan,
                       with the key of the cell that stands there (in this folder or another)
     items.jsonl.gz    one line a cell: what each held-out example came to
 
 While a plan runs, a finished cell is one file (runs/cells, ignored by git), so that no two
 processes write to one; `pack` puts these into the two. A place is known by the plan's own names,
 so it is found also when drlora's settings are called otherwise by now, and for results of version
-0.1, which do not say what their data were, when the data are not at hand.
+0.1, which do not say what their data were, when the data are not at hand. Results of before are in
+a cells.jsonl, which is read too, and compressed when it is packed again.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import zlib
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -24,9 +26,10 @@ from drlora.compare.cells import Cell
 from drlora.errors import CheckpointError
 from drlora.io.files import read_json
 from drlora.io.jsonl import finite
-from drlora.io.writing import move_into_place, write_at_once
+from drlora.io.writing import move_into_place
 
-CELLS, ITEMS = "cells.jsonl", "items.jsonl.gz"
+CELLS, ITEMS = "cells.jsonl.gz", "items.jsonl.gz"
+_PLAIN = "cells.jsonl"
 
 Result = dict[str, Any]
 
@@ -52,10 +55,10 @@ def read_places(folder: Path) -> Mapping[str, str]:
 
 
 def _packed(folder: Path) -> tuple[dict[str, Result], dict[str, str]]:
-    if not (folder / CELLS).is_file():
+    if not any((folder / name).is_file() for name in (CELLS, _PLAIN)):
         return {}, {}
     stamps = tuple((folder / n).stat().st_mtime_ns if (folder / n).is_file() else 0
-                   for n in (CELLS, ITEMS))  # fmt: skip
+                   for n in (CELLS, _PLAIN, ITEMS))  # fmt: skip
     return _read(folder, stamps)
 
 
@@ -89,7 +92,8 @@ def write_packed(folder: Path, lines: list[Result], places: Mapping[str, str]) -
     cells = ({k: v for k, v in line.items() if k != "items"} for line in lines)
     placed = ({"place": place, "key": key} for place, key in sorted(places.items()))
     text = "".join(f"{json.dumps(finite(one))}\n" for one in (*cells, *placed))
-    write_at_once(folder / CELLS, text)
+    _write_compressed(folder / CELLS, text)
+    (folder / _PLAIN).unlink(missing_ok=True)
 
 
 def _order(result: Result) -> tuple[str, ...]:
@@ -101,6 +105,10 @@ def _write_items(path: Path, lines: list[Result]) -> None:
     text = "".join(
         json.dumps({"key": line["key"], "items": line.get("items")}) + "\n" for line in lines
     )
+    _write_compressed(path, text)
+
+
+def _write_compressed(path: Path, text: str) -> None:
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
     # Without the time, so that equal contents are equal bytes.
@@ -112,7 +120,9 @@ def _write_items(path: Path, lines: list[Result]) -> None:
 def _read(folder: Path, stamps: tuple[int, ...]) -> tuple[dict[str, Result], dict[str, str]]:
     """`stamps`, the times of the files, keep what changed since from coming out of the cache."""
     try:
-        lines = (folder / CELLS).read_text("utf-8").splitlines()
+        is_plain = not (folder / CELLS).is_file()
+        raw = (folder / (_PLAIN if is_plain else CELLS)).read_bytes()
+        lines = (raw if is_plain else gzip.decompress(raw)).decode().splitlines()
         parsed = [json.loads(line) for line in lines]
         places = {one["place"]: one["key"] for one in parsed if "place" in one}
         found = {one["key"]: one for one in parsed if "place" not in one}
@@ -123,7 +133,7 @@ def _read(folder: Path, stamps: tuple[int, ...]) -> tuple[dict[str, Result], dic
                 one = json.loads(line)
                 if one["key"] in found:
                     found[one["key"]]["items"] = one["items"]
-    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
+    except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"the packed results in {folder} are damaged: {error}") from error
     missing = [key for key, one in found.items() if "items" not in one]
     if missing:

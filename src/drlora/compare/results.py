@@ -1,6 +1,6 @@
 """The folder of results: the finished cells, the failed ones; reading and pairing.
 
-cells.jsonl, items.jsonl.gz                  the finished cells (see drlora.compare.packed)
+cells.jsonl.gz, items.jsonl.gz               the finished cells (see drlora.compare.packed)
 failed/NAME-KEY.json                         the error of a cell that failed
 README.md, figures.svg                       the page
 runs/                                        what is under way; never committed

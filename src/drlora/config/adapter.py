@@ -346,7 +346,7 @@ class DrLoraConfig(SavedConfig):
     def _check_targets(self) -> None:
         assert self.lora_alpha is not None
         if not self.target_modules:
-            given = {"target_rank": self.target_rank, "target_alpha": self.target_alpha}
+            given: dict[str, Any] = {n: getattr(self, n) for n in ("target_rank", "target_alpha")}
             if self.options.get("start_a") == GRADIENT_ALL:
                 given["options.start_a"] = GRADIENT_ALL
             for name, value in given.items():
