@@ -69,9 +69,18 @@ def test_routing_stays_frozen_where_routers_are_made_of_linear_layers(class_name
     assert not inside
 
 
-def test_a_part_of_a_router_that_is_named_is_refused():
-    with pytest.raises(ConfigError, match="router.layer, which is a router or a part of one"):
-        get_peft_model(make_base("DbrxForCausalLM"), make_settings(target_modules=["router.layer"]))
+@pytest.mark.parametrize(
+    ("class_name", "wanted"),
+    [
+        ("DbrxForCausalLM", ["router.layer"]),
+        ("DbrxForCausalLM", r".*\.layer"),
+        ("ZayaForCausalLM", ["down_proj"]),  # whose experts' down_proj is no layer
+        ("JetMoeForCausalLM", ["router.layer"]),
+    ],
+)
+def test_a_part_of_a_router_that_is_named_is_refused(class_name, wanted):
+    with pytest.raises(ConfigError, match="which is a router or a part of one"):
+        get_peft_model(make_base(class_name), make_settings(target_modules=wanted))
 
 
 def test_a_linear_layer_that_computes_something_else_is_left_alone():
@@ -135,4 +144,6 @@ def test_ranks_are_placed_where_layers_have_states_instead_of_a_cache(class_name
     del batch["use_cache"]
     drlora.place_ranks(model, [batch])
     assert text.use_cache is True
-    assert {sum(r) for ranks in drlora.rank_map(model).values() for r in ranks.values()} != {0}
+    r_target = model.peft_config["default"].r_target
+    found = [r for ranks in drlora.rank_map(model).values() for rs in ranks.values() for r in rs]
+    assert found and set(found) == {r_target}

@@ -58,7 +58,7 @@ def test_rows_span_the_strongest_directions_of_each_layer():
         g_OI = gradients[name]
         kept = (g_OI @ a_RI.T / length).square().sum()
         best = torch.linalg.svdvals(g_OI)[:5].square().sum()
-        assert kept >= 0.999 * best * 0.85, name
+        assert kept >= 0.85 * best, name
         assert not layer.lora_B["default"].weight.any()
 
 

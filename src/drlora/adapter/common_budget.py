@@ -19,34 +19,9 @@ from drlora.errors import ConfigError
 from drlora.moe.blocks import MoEBlock
 
 
-def narrow_targets(model: nn.Module, config: DrLoraConfig, blocks: Sequence[MoEBlock]) -> None:
-    """With a budget in common `all-linear` is `all-stack`: what the experts save goes to no tower.
-
-    A tower for images or sound learns nothing of text, and projectors beside it neither, so numbers
-    spent there would be lost to a run on text. What is left out is said.
-
-    Args:
-        model: with its adapters, or without.
-        config: its `target_modules` is changed, so that the saved adapter says what it has.
-        blocks: those that the configuration adapts.
-    """
-    if not config.option("common_budget") or config.target_modules != ALL_LINEAR:
-        return
-    wide = choose_targets(model, config, blocks)
-    config.target_modules = ALL_STACK
-    left_out = [n for n in wide if n not in set(choose_targets(model, config, blocks))]
-    if left_out:
-        warnings.warn(
-            f"common_budget: {len(left_out)} linear layers outside of the stack of layers that has "
-            f"the experts get no LoRA, such as {left_out[0]}; name layers in target_modules to "
-            f"have others.",
-            stacklevel=2,
-        )
-
-
 def share_budget(
-    model: nn.Module, config: DrLoraConfig, blocks: Sequence[MoEBlock], targets: Sequence[str]
-) -> None:
+    model: nn.Module, config: DrLoraConfig, blocks: Sequence[MoEBlock], targets: list[str]
+) -> list[str]:
     """Do what `common_budget` asks for, once: the saved configuration has the final ranks.
 
     With `start=none` the layers of `target_modules` get the whole budget, at one rank, rounded.
@@ -55,18 +30,24 @@ def share_budget(
     that is the rank they have on average in the end; r_init and r_max change in proportion, so that
     the layers have their rank from the start and the experts reach theirs.
 
+    `all-linear` becomes `all-stack`: a tower for images or sound has no gradient in a run on text,
+    so what it took from the experts would be lost. What is left out is said.
+
     Args:
         model: with its adapters, or without.
         config: its ranks and alphas are changed; alpha / rank stays as it is everywhere.
         blocks: those that the configuration adapts.
         targets: full names of the layers that `target_modules` stands for.
 
+    Returns:
+        The names of those that share the budget; without `common_budget` all.
+
     Raises:
         ConfigError: if experts start with unequal ranks or lose some, or the budget gives a layer
             no rank, or more than its width, or leaves nothing to grow.
     """
     if not config.option("common_budget"):
-        return
+        return targets
     is_equal = config.r_init == config.r_target == config.r_max
     fits = config.start == EQUAL and config.r_init <= config.r_target
     fits |= config.start == NOTHING and is_equal
@@ -78,6 +59,10 @@ def share_budget(
             f"with one rank and lose none; use method='lora-attention', method='lora-all-linear' "
             f"or start='uniform'."
         )
+    if config.target_modules == ALL_LINEAR:
+        config.target_modules = ALL_STACK  # so that the saved adapter says what it has
+        wide, targets = targets, choose_targets(model, config, blocks)
+        _tell_of_left_out(sorted(set(wide) - set(targets)))
     shapes = [_shape(model.get_submodule(name)) for name in targets]
     beside = sum(inputs + outputs for inputs, outputs in shapes)
     of_experts = sum(
@@ -116,6 +101,17 @@ def share_budget(
     config.r_init, config.r_target, config.r_max = first, rank, max(rank, most)
     config.target_rank = target_rank
     config.lora_alpha, config.target_alpha = scale * rank, scale * target_rank
+    return targets
+
+
+def _tell_of_left_out(layers: list[str]) -> None:
+    if layers:
+        warnings.warn(
+            f"common_budget: {len(layers)} linear layers outside of the stack of layers that has "
+            f"the experts get no LoRA, such as {layers[0]}; name layers in target_modules to "
+            f"have others.",
+            stacklevel=3,
+        )
 
 
 def _shape(layer: nn.Module) -> tuple[int, int]:

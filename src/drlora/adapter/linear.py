@@ -31,10 +31,11 @@ ALL_LINEAR = "all-linear"
 ALL_STACK = "all-stack"
 ALL_ATTENTION = "all-attention"
 _ALL = (ALL_LINEAR, ALL_STACK, ALL_ATTENTION)
-# Classes of attention modules in transformers, linear attention too; and of what only chooses:
-# positions, with no gradient, or experts.
+# Classes of attention modules in transformers, linear attention too; of routers, where a family's
+# own is not recognised or lies in attention; and of what chooses positions, with no gradient.
 _ATTENTION_CLASS = re.compile(r"\w*(Attention|MLA|DeltaNet)\d*")
-_CHOOSING_CLASS = re.compile(r"\w*(Indexer|Gating|Router)")
+_ROUTER_CLASS = re.compile(r"\w*(Gating|Router)")
+_INDEXER_CLASS = re.compile(r"\w*Indexer")
 LONGEST_MATCH_SECONDS = 3.0  # of all names together
 _MATCH_ALL = "import json, re, sys; p, *n = json.load(sys.stdin); [re.fullmatch(p, k) for k in n]"
 _FORWARD = nn.Linear.forward
@@ -65,13 +66,14 @@ def choose_targets(model: nn.Module, config: DrLoraConfig, blocks: Sequence[MoEB
     if wanted in _ALL:
         head = getattr(model, "get_output_embeddings", lambda: None)()
         found = [n for n in modules if n in linear and modules[n] is not head]
-        found = [n for n in found if not _is_inside(n, routers) and not _chooses(model, n)]
+        found = [n for n in found if not _is_of_router(model, n, routers)]
+        found = [n for n in found if not _lies_in(_INDEXER_CLASS, model, n)]
         kind = "linear layer"
         if wanted != ALL_LINEAR:
             stacks = {_stack(block.experts_name) for block in blocks}
             found = [n for n in found if _stack(n) in stacks]
         if wanted == ALL_ATTENTION:
-            found = [n for n in found if _is_of_attention(model, n)]
+            found = [n for n in found if _lies_in(_ATTENTION_CLASS, model, n)]
             kind = "linear layer in a module of attention"
         if not found:
             raise ConfigError(
@@ -89,7 +91,7 @@ def choose_targets(model: nn.Module, config: DrLoraConfig, blocks: Sequence[MoEB
             )
     found = [n for n in modules if any(_matches(pattern, n, wanted) for pattern in patterns)]
     for name in found:
-        _refuse_unfit(name, modules[name], _is_inside(name, routers))
+        _refuse_unfit(name, modules[name], _is_of_router(model, name, routers))
     return found
 
 
@@ -98,27 +100,17 @@ def _stack(name: str) -> str:
     return re.split(r"\.\d+\.", name, maxsplit=1)[0]
 
 
-def _is_inside(name: str, modules: Iterable[str | None]) -> bool:
-    """Whether the layer is one of the modules or lies in one."""
-    return any(m is not None and f"{name}.".startswith(f"{m}.") for m in modules)
+def _is_of_router(model: nn.Module, name: str, routers: Iterable[str | None]) -> bool:
+    """Whether the layer is a router or lies in one, by the blocks' routers or by class."""
+    is_inside = any(r is not None and f"{name}.".startswith(f"{r}.") for r in routers)
+    return is_inside or _lies_in(_ROUTER_CLASS, model, name)
 
 
-def _is_of_attention(model: nn.Module, name: str) -> bool:
-    """Whether the layer lies in an attention module, by the class of those around it."""
-    return any(map(_ATTENTION_CLASS.fullmatch, _classes_around(model, name)))
-
-
-def _chooses(model: nn.Module, name: str) -> bool:
-    """Whether the layer lies in what only chooses, by the class of those around it."""
-    return any(map(_CHOOSING_CLASS.fullmatch, _classes_around(model, name)))
-
-
-def _classes_around(model: nn.Module, name: str) -> list[str]:
+def _lies_in(kind: re.Pattern[str], model: nn.Module, name: str) -> bool:
+    """Whether the class of any module around the layer is of this kind."""
     steps = name.split(".")
-    return [
-        type(model.get_submodule(".".join(steps[:depth]))).__name__
-        for depth in range(1, len(steps))
-    ]
+    around = (model.get_submodule(".".join(steps[:depth])) for depth in range(1, len(steps)))
+    return any(kind.fullmatch(type(module).__name__) for module in around)
 
 
 def refuse_endless(pattern: object, names: Iterable[str]) -> None:

@@ -24,7 +24,7 @@ from peft.utils import (
 )
 from torch import Tensor, nn
 
-from drlora.adapter.common_budget import narrow_targets, share_budget
+from drlora.adapter.common_budget import share_budget
 from drlora.adapter.files import (
     CONTAINER,
     put_embeddings_in_place,
@@ -72,9 +72,8 @@ class DrLoraModel(LoraModel):
         config = copy.copy(peft_config)
         blocks = prepare(self.model, config, model_config.get("model_type"))
         # The injection works on a copy with full names; what is saved is what the user said.
-        narrow_targets(self.model, config, blocks)
         targets = choose_targets(self.model, config, blocks)
-        share_budget(self.model, config, blocks, targets)
+        targets = share_budget(self.model, config, blocks, targets)
         resolved = copy.copy(config)
         resolved.target_modules = targets
         peft_config.__dict__.update(config.__dict__)
