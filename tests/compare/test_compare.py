@@ -216,6 +216,25 @@ def test_a_place_finds_its_result_when_settings_have_other_names(finished, capsy
     assert (finished / "results" / "README.md").read_bytes() == page
 
 
+@pytest.mark.parametrize("is_other", [False, True])
+def test_results_stay_known_where_their_data_are_not_at_hand(finished, capsys, is_other):
+    """As those of a task whose data may not be committed; other data are other runs still."""
+    held_out = finished / "test.jsonl"
+    text = held_out.read_text()
+    try:
+        held_out.unlink()
+        if is_other:
+            train = finished / "train.jsonl"
+            kept = train.read_text()
+            train.write_text(kept + kept.splitlines()[0] + "\n")
+        assert main(["compare", str(finished / "plan.yaml"), "--dry-run"]) == 0
+        assert ("nothing is left to run" in capsys.readouterr().out) == (not is_other)
+    finally:
+        held_out.write_text(text)
+        if is_other:
+            train.write_text(kept)
+
+
 def test_packing_again_changes_no_byte_and_a_kill_loses_nothing(finished, tmp_path):
     names = ("cells.jsonl.gz", "items.jsonl.gz")
     kept = {name: (finished / "results" / name).read_bytes() for name in names}

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -29,6 +30,8 @@ HASHED_WHOLE = 64 << 20
 ENDS = 1 << 20
 # Fields of TrainingArguments that leave the weights as they are.
 NOT_DECIDING = ("save_", "logging_", "report_to", "per_device_eval_batch_size")
+# Of a file, or of the files in a folder; what is not local is a name.
+_HASHES = re.compile(r"[0-9a-f]{64}|\S+=[0-9a-f]{64}( \S+=[0-9a-f]{64})*")
 TUNE, COMPARE = "tune", "compare"
 
 
@@ -175,6 +178,26 @@ def contents_of(recipe: Recipe) -> dict[str, Any]:
         "tokenizer": _contents(resolve_model(recipe.tokenizer or "-")),
         "data": sorted(_contents(_data_path(*source)) for source in sources),
     }
+
+
+def is_made_of_other(recipe: Recipe, recorded: Mapping[str, Any]) -> bool:
+    """Whether a result was made of other contents than those at hand.
+
+    What is not at hand cannot differ: such as the data of a task that its licence keeps out of a
+    repository, whose results are in it.
+
+    Args:
+        recipe: of the cell.
+        recorded: `contents_of` the recipe that the result was made with.
+    """
+    for part, now in contents_of(recipe).items():
+        there = recorded.get(part)
+        here, made_of = ([one] if isinstance(one, str) else list(one or ()) for one in (now, there))
+        if len(here) != len(made_of):
+            return True
+        if any(_HASHES.fullmatch(one) and one not in made_of for one in here):
+            return True
+    return False
 
 
 def deciding(recipe: dict[str, Any]) -> dict[str, Any]:

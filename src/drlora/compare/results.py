@@ -19,8 +19,8 @@ from typing import Any
 from drlora.compare.cells import (
     Cell,
     compare_cells,
-    contents_of,
     deciding,
+    is_made_of_other,
     places,
     tune_cells,
 )
@@ -88,8 +88,9 @@ class Folder:
         for cell in cells:
             single = read_result(files[cell.key]) if cell.key in files else None
             placed = packed.get(locations.get(place_of(cell), ""))
-            if placed and "contents" in placed and placed["contents"] != contents_of(cell.recipe):
-                placed = None  # made of other data
+            recorded = placed.get("contents") if placed else None  # version 0.1 did not say
+            if recorded is not None and is_made_of_other(cell.recipe, recorded):
+                placed = None
             for result in (single, packed.get(cell.key), placed):
                 if result is not None and _is_of(cell, result):
                     found[cell.key] = result
