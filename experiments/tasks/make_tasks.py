@@ -35,10 +35,10 @@ LONGEST_DEFINITION_CHARS = 70
 LEAST_TAGGED = 2
 
 
-def read_pronunciations(path: Path) -> dict[str, list[str]]:
+def pronunciations_of(dictionary: str) -> dict[str, list[str]]:
     """Lower-case word to its distinct pronunciations, without stress, in the dictionary's order."""
     pronunciations: dict[str, list[str]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in dictionary.splitlines():
         entry, _, phones = line.partition("  ")
         word = re.sub(r"\(\d+\)$", "", entry).lower()
         answer = re.sub(r"\d", "", phones).strip()
@@ -49,7 +49,7 @@ def read_pronunciations(path: Path) -> dict[str, list[str]]:
 
 def pronunciation_splits(cmudict: Path, wordnet: Path) -> dict[str, list[Example]]:
     """Common words and their sounds; no family of words is in two splits."""
-    pronunciations = read_pronunciations(cmudict)
+    pronunciations = pronunciations_of(cmudict.read_text(encoding="utf-8"))
     irregular = read_irregular(wordnet)
     known = {lemma for synset in read_synsets(wordnet) for lemma in synset.lemmas}
 

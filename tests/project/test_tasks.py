@@ -192,3 +192,22 @@ def test_an_archive_that_cannot_be_had_is_told(script, monkeypatch, tmp_path):
     (tmp_path / "archives" / "a.whl").write_bytes(b"other")
     with pytest.raises(SystemExit, match="has the SHA-256"):
         script.fetched("a.whl", "0", "false")
+
+
+@pytest.mark.parametrize("script", ["long"], indirect=True)
+def test_long_pronunciation_trains_on_no_family_of_dev_or_test(script, monkeypatch):
+    held_out = script.word_of(read_embedded("test")[0])
+    own = {script.word_of(example) for example in read_embedded("train")}
+    dictionary = "".join(
+        f"{word.upper()}  K AE1 T\n"
+        for word in (*sorted(own), held_out, f"{held_out}s", f"{held_out}ed", "zorblat", "quixomel")
+    )
+    monkeypatch.setattr(script, "cmudict", lambda: dictionary)
+    monkeypatch.setattr(script, "LONG_TRAIN_LINES", len(own) + 2)
+    splits = script.long_pronunciation_splits()
+    assert splits["test"] == read_embedded("test")
+    assert {script.word_of(example) for example in splits["train"]} == {*own, "zorblat", "quixomel"}
+
+
+def read_embedded(split: str) -> list[dict]:
+    return list(load_examples("embedded:pronunciation", split=split))
