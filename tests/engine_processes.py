@@ -33,6 +33,19 @@ _ROWS: dict[str, Any] = {
     "young_rows": "inherit",
     "options": {"young_a": "gradient", "move_share": 0.2},
 }
+_PROBED: dict[str, Any] = {
+    "young_rows": "inherit",
+    "options": {"young_a": "probe", "move_share": 0.2},
+}
+# Ranks and rows are placed from the first batches, by the callback.
+_PLACED: dict[str, Any] = {
+    "start": "gradient",
+    "options": {"start_a": "gradient", "start_a_scale": 3.0, "move_share": 0.2},
+}
+_BESIDE: dict[str, Any] = {
+    "target_modules": ["q_proj", "o_proj"],
+    "options": {"start_a": "gradient-all", "start_a_scale": 3.0, "move_share": 0.2},
+}
 # Name of a run -> what is said to DeepSpeed (None: DDP), and what differs in settings.
 RUNS: dict[str, tuple[dict[str, Any] | None, dict[str, Any]]] = {
     "ddp": (None, {}),
@@ -58,9 +71,26 @@ RUNS: dict[str, tuple[dict[str, Any] | None, dict[str, Any]]] = {
     "ddp-rows": (None, _ROWS),
     "z2-rows": ({"stage": 2}, _ROWS),
     "z3-rows": (_STAGE_3, _ROWS),
+    "ddp-probed": (None, _PROBED),
+    "z2-probed": ({"stage": 2}, _PROBED),
+    "z3-probed": (_STAGE_3, _PROBED),
+    "ddp-placed": (None, _PLACED),
+    "z1-placed": ({"stage": 1}, _PLACED),
+    "z2-placed": ({"stage": 2}, _PLACED),
+    "z3-placed": (_STAGE_3, _PLACED),
+    "z2-placed-checkpointed": ({"stage": 2}, _PLACED),
+    "z3-placed-checkpointed-init": (_STAGE_3, _PLACED),
+    "z2-placed-bf16": ({"stage": 2}, _PLACED),
+    "z3-placed-bf16": (_STAGE_3, _PLACED),
+    "ddp-beside": (None, _BESIDE),
+    "z2-beside": ({"stage": 2}, _BESIDE),
+    "z3-beside": (_STAGE_3, _BESIDE),
 }
-RESUMED = ("z2", "z3", "z3-init", "z2-offload", "z2-bf16", "z3-bf16", "z2-router")
-LOOPS = {"loop": None, "loop-z2": {"stage": 2}, "loop-z3": _STAGE_3}
+RESUMED = ("z2", "z3", "z3-init", "z2-offload", "z2-bf16", "z3-bf16", "z2-router", "z3-placed")
+LOOPS: dict[str, Any] = {
+    "loop": None, "loop-z2": {"stage": 2}, "loop-z3": _STAGE_3,
+    "loop-placed": None, "loop-placed-z2": {"stage": 2}, "loop-placed-z3": _STAGE_3,
+}  # fmt: skip
 """Loops of one's own, the first by every process alone on the examples of both."""
 
 
@@ -142,7 +172,8 @@ def make_trainer(folder: Path, name: str, **changes: Any) -> tuple[Trainer, Hist
         max_steps=STEPS, use_cpu=True, seed=3, deepspeed=config, report_to=[], logging_steps=1,
         save_steps=CUT, optim="adamw_torch", learning_rate=3e-3, disable_tqdm=True,
         weight_decay=0.1, max_grad_norm=CLIP, dataloader_pin_memory=False,
-        bf16=name.endswith("bf16"), ddp_find_unused_parameters=False, **changes,
+        bf16=name.endswith("bf16"), ddp_find_unused_parameters=False,
+        gradient_checkpointing="checkpointed" in name, **changes,
     )  # fmt: skip
     if name.endswith("init"):
         base = OlmoeForCausalLM.from_pretrained(folder / "model")  # zero.Init, by the arguments
@@ -184,8 +215,9 @@ def loop(folder: Path, name: str) -> None:
     """A loop of one's own, two batches a step and process; all four in one without ZeRO."""
     zero, rank = LOOPS[name], dist.get_rank()
     torch.manual_seed(1)
+    settings = {**SETTINGS, **(_PLACED if "placed" in name else {})}
     model = get_peft_model(
-        make_model(num_hidden_layers=1), drlora.DrLoraConfig(**SETTINGS, router="frozen")
+        make_model(num_hidden_layers=1), drlora.DrLoraConfig(**settings, router="frozen")
     ).train()
     optimizer: Any = torch.optim.AdamW(trainable(model), lr=3e-3, weight_decay=0.1)
     engine: Any = None
@@ -199,6 +231,10 @@ def loop(folder: Path, name: str) -> None:
         }
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
         optimizer = engine.optimizer
+    if "placed" in name:
+        if engine:
+            refuse_without_optimizer(model)
+        drlora.place_ranks(model, [make_batch(number) for number in range(4)], optimizer=optimizer)
     dynamics = drlora.RankDynamics(model, STEPS)
     dynamics.watch(optimizer)
     found, budgets = {}, []
@@ -225,6 +261,16 @@ def loop(folder: Path, name: str) -> None:
     final = {key: value.clone() for key, value in drlora.adapter_state(model).items()}
     kept = {"history": found, "final": final, "budgets": budgets}
     torch.save(kept, folder / f"{name}.{rank}")
+
+
+def refuse_without_optimizer(model: Any) -> None:
+    """`place_ranks` says what it needs, before it reads a batch."""
+    try:
+        drlora.place_ranks(model, [])
+    except drlora.ConfigError as error:
+        assert "give it optimizer=engine.optimizer" in str(error)
+    else:
+        raise AssertionError("placed without the optimizer")
 
 
 def main() -> None:

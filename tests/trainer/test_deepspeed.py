@@ -28,14 +28,22 @@ pytestmark = [
 HERE = Path(__file__).parents[1]
 STEPS, CUT, CLIP = 18, 9, 0.04
 RUNS = ["ddp", "z1", "z2", "z3", "z3-persistent", "z3-init", "z2-offload", "z2-bf16", "z3-bf16",
-        "ddp-router", "z2-router", "z3-router-init", "ddp-rows", "z2-rows", "z3-rows"]  # fmt: skip
+        "ddp-router", "z2-router", "z3-router-init", "ddp-rows", "z2-rows", "z3-rows",
+        "ddp-probed", "z2-probed", "z3-probed", "ddp-placed", "z1-placed", "z2-placed",
+        "z3-placed", "z2-placed-checkpointed", "z3-placed-checkpointed-init", "z2-placed-bf16",
+        "z3-placed-bf16", "ddp-beside", "z2-beside", "z3-beside"]  # fmt: skip
 TWINS = {
     "z1": "ddp", "z2": "ddp", "z3": "ddp", "z3-persistent": "ddp", "z3-init": "ddp",
     "z2-offload": "ddp", "z2-router": "ddp-router", "z3-router-init": "ddp-router",
     "z2-rows": "ddp-rows", "z3-rows": "ddp-rows", "loop-z2": "loop", "loop-z3": "loop",
-    "z3-bf16": "z2-bf16",
+    "z3-bf16": "z2-bf16", "z3-placed-bf16": "z2-placed-bf16",
+    "z2-probed": "ddp-probed", "z3-probed": "ddp-probed",
+    "z1-placed": "ddp-placed", "z2-placed": "ddp-placed", "z3-placed": "ddp-placed",
+    "z2-placed-checkpointed": "ddp-placed", "z3-placed-checkpointed-init": "ddp-placed",
+    "z2-beside": "ddp-beside", "z3-beside": "ddp-beside",
+    "loop-placed-z2": "loop-placed", "loop-placed-z3": "loop-placed",
 }  # fmt: skip
-RESUMED = ["z2", "z3", "z3-init", "z2-offload", "z2-bf16", "z3-bf16", "z2-router"]
+RESUMED = ["z2", "z3", "z3-init", "z2-offload", "z2-bf16", "z3-bf16", "z2-router", "z3-placed"]
 
 
 @pytest.fixture(scope="module")

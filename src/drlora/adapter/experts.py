@@ -41,11 +41,9 @@ class ProbeRows(NamedTuple):
         """`rows` rows for each expert of `pool`, drawn from its seed alone."""
         count = pool.book.num_experts * rows
         generator = torch.Generator().manual_seed(int(pool.seed))
-        b_RO = torch.randn(count, pool.lora_B.shape[1], generator=generator) / math.sqrt(rows)
+        b_RO = torch.randn(count, pool.out_features, generator=generator) / math.sqrt(rows)
         device, dtype = pool.owner.device, pool.lora_A.dtype
-        a_RI = torch.zeros(
-            count, pool.lora_A.shape[1], device=device, dtype=dtype, requires_grad=True
-        )
+        a_RI = torch.zeros(count, pool.in_features, device=device, dtype=dtype, requires_grad=True)
         return cls(a_RI, b_RO.to(device, dtype), tuple(range(0, count + 1, rows)))
 
 

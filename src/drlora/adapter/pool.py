@@ -137,7 +137,7 @@ class RankPool(nn.Module):
     @property
     def spare_numbers(self) -> int:
         """Numbers that are trained only in copies of others, or not at all: rows nobody owns."""
-        widths = {"lora_A": self.lora_A.shape[1], "lora_B": self.lora_B.shape[1]}
+        widths = {"lora_A": self.in_features, "lora_B": self.out_features}
         free, copies = self.book.free, 0
         if self.shared:
             rows = len(self.owner)

@@ -143,6 +143,23 @@ def refuse_without_zero(optimizer: object) -> None:
         )
 
 
+def refuse_without_engine(parameters: Iterable[Tensor]) -> None:
+    """Refuse a model that ZeRO has split and that no engine brings together yet.
+
+    Args:
+        parameters: of the model, all of them.
+
+    Raises:
+        ConfigError: if it is so.
+    """
+    split = [parameter for parameter in parameters if is_split(parameter)]
+    if split and not any(hasattr(parameter, "_z3_optimizer") for parameter in split):
+        raise ConfigError(
+            "DeepSpeed ZeRO has split the weights of this model as it was loaded, and no engine "
+            "brings them together to compute with: call this after deepspeed.initialize."
+        )
+
+
 @contextmanager
 def whole_shapes(model: nn.Module) -> Iterator[None]:
     """While it lasts, parameters that zero.Init has split show their whole shape, on meta."""

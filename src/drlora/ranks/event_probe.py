@@ -15,7 +15,6 @@ from torch import Tensor
 from drlora.adapter.experts import ExpertsAdapter, ProbeRows
 from drlora.adapter.pool import RankPool
 from drlora.distributed import add_up
-from drlora.distributed.zero import refuse_partitioned
 from drlora.ranks.probe import OVERSAMPLING
 
 Sketches = dict[RankPool, Tensor]
@@ -34,17 +33,10 @@ class EventProbes:
         self._rows = count + OVERSAMPLING
 
     def attach(self) -> None:
-        """Put probes beside all experts, new ones where some stand already.
-
-        Raises:
-            ConfigError: if ZeRO has the rows, whose sizes nobody can see then.
-        """
+        """Put probes beside all experts, new ones where some stand already."""
         for adapter in self._adapters:
             for projection, pool in adapter.rank_pools.items():
-                refuse_partitioned(
-                    pool.parameters(), "young_a='probe' cannot work; use young_a='gradient'."
-                )
-                rows = min(self._rows, pool.lora_A.shape[1], pool.lora_B.shape[1])
+                rows = min(self._rows, pool.in_features, pool.out_features)
                 adapter.probes[projection] = ProbeRows.beside(pool, rows)
 
     def take(self) -> Sketches:

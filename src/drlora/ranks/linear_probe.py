@@ -18,7 +18,8 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from drlora.distributed.held import write_rows
+from drlora.distributed.held import row_width, write_rows
+from drlora.distributed.zero import shape_of
 from drlora.ranks.probe import OVERSAMPLING, sketch_gradients
 from drlora.ranks.rank_map import adapters_of
 
@@ -70,7 +71,8 @@ def _probes(
     try:
         for name, layer in layers.items():
             weight: Tensor = layer.lora_A[adapter].get_parameter("weight")
-            width, out = weight.shape[1], layer.lora_B[adapter].get_parameter("weight").shape[0]
+            width = row_width(weight)
+            out = shape_of(layer.lora_B[adapter].get_parameter("weight"))[0]
             rows = min(layer.r[adapter] + OVERSAMPLING, width, out)
             b_PO = torch.randn(rows, out, generator=generator) / math.sqrt(rows)
             leaf = torch.zeros(rows, width, device=weight.device, requires_grad=True)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from drlora.adapter.experts import ExpertsAdapter, ProbeRows
 from drlora.distributed import add_up
-from drlora.distributed.zero import refuse_partitioned
+from drlora.distributed.zero import is_partitioned, refuse_without_engine
 from drlora.errors import ConfigError
 
 # More rows than directions wanted, since a sketch of exactly as many misses part of them.
@@ -84,7 +84,7 @@ def _probes(
     try:
         for adapter in adapters.values():
             for projection, pool in adapter.rank_pools.items():
-                rows = min(num_rows, pool.lora_A.shape[1], pool.lora_B.shape[1])
+                rows = min(num_rows, pool.in_features, pool.out_features)
                 adapter.probes[projection] = ProbeRows.beside(pool, rows)
         yield {block: dict(adapter.probes) for block, adapter in adapters.items()}
     finally:
@@ -150,23 +150,24 @@ def gradients_of_batches(
 
     By `backward`, since reentrant checkpointing knows nothing else; every other gradient that the
     model has is put back as it was. With `may_miss` a leaf that no gradient reaches has zeros.
+    What ZeRO trains is out of the graph meanwhile, for ZeRO would take its gradients for those of
+    a step.
 
     Raises:
-        ConfigError: if checkpointing keeps a gradient from the leaves, or ZeRO has the weights.
+        ConfigError: if checkpointing keeps a gradient from the leaves, or ZeRO has split the
+            weights and no engine brings them together yet.
     """
-    refuse_partitioned(
-        model.parameters(),
-        "nothing can be learnt of batches before the first step. Call drlora.place_ranks(model, "
-        "batches) on the model as it is loaded without DeepSpeed, save the adapter, and train "
-        "from it (PeftModel.from_pretrained(..., is_trainable=True)).",
-    )
     modes = {module: module.training for module in model.modules()}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    refuse_without_engine(model.parameters())
+    of_zero = [parameter for parameter in trained if is_partitioned(parameter)]
     kept = [(tensor, tensor.grad) for tensor in (*trained, *leaves)]
     model.train()
     settings: Any = getattr(model.config, "get_text_config", lambda: None)()
     caches = getattr(settings, "use_cache", False)
     try:
+        for parameter in of_zero:
+            parameter.requires_grad_(False)
         if caches:  # what is kept for decoding is of no use here, and some models keep it in place
             settings.use_cache = False
         for batch in batches:
@@ -183,6 +184,8 @@ def gradients_of_batches(
     finally:
         if caches:
             settings.use_cache = caches
+        for parameter in of_zero:
+            parameter.requires_grad_(True)
         for tensor, gradient in kept:
             tensor.grad = gradient
         for module, training in modes.items():

@@ -21,6 +21,7 @@ from drlora.config.adapter import NOTHING, DrLoraConfig
 from drlora.config.options import GRADIENT_ALL, HOT_FRACTION
 from drlora.config.registry import STARTS
 from drlora.distributed import add_up
+from drlora.distributed.zero import adopt, refuse_partitioned, zero_of
 from drlora.errors import ConfigError
 from drlora.ranks.directions import lay_rows
 from drlora.ranks.linear_probe import point_linears
@@ -63,7 +64,11 @@ def ranks_from_routing(
 
 
 def place_ranks(
-    model: PeftModel, batches: Iterable[Mapping[str, Tensor]], adapter: str | None = None
+    model: PeftModel,
+    batches: Iterable[Mapping[str, Tensor]],
+    adapter: str | None = None,
+    *,
+    optimizer: object = None,
 ) -> None:
     """Place the ranks of a new adapter as its settings `start` and `start_a` say, once.
 
@@ -72,14 +77,18 @@ def place_ranks(
         batches: a few batches of the training data, on any device; with labels if a gradient is
             to be taken.
         adapter: its name; by default the model's active adapter.
+        optimizer: DeepSpeed's `engine.optimizer`, or a wrapper of it, where ZeRO trains the model
+            already; any other is not looked at.
 
     Raises:
-        ConfigError: if there is no batch, ranks are placed already, or an expert would pass r_max.
+        ConfigError: if there is no batch, ranks are placed already, or an expert would pass r_max;
+            or ZeRO has the weights, and its optimizer was not given or is of an unknown kind.
     """
     adapters = adapters_of(model, adapter)
     config = next(iter(adapters.values())).config
     if not needs_ranks(model, adapter):
         raise ConfigError(f"start={config.start!r}: the ranks are placed already.")
+    _let_zero_be_written(model, optimizer)
     device = next(iter(adapters.values())).frequency.device
     # Dropout must not move the generator, which the order of the data may depend on.
     with torch.random.fork_rng([] if device.type == "cpu" else [device]):
@@ -95,6 +104,19 @@ def place_ranks(
                 length = pool.row_norm * config.option("start_a_scale")
                 rows_EDI = evidence[block].directions[projection].rows_EDI
                 lay_rows(pool.lora_A, pool.owner, rows_EDI * length)
+
+
+def _let_zero_be_written(model: PeftModel, optimizer: object) -> None:
+    """Find out where ZeRO keeps what it trains, before time is spent."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if (zero := zero_of(optimizer)) is not None:
+        adopt(zero, trained)
+        return
+    refuse_partitioned(
+        trained,
+        "the rows that place_ranks lays cannot be written: give it optimizer=engine.optimizer, or "
+        "call it before deepspeed.initialize on a model that is loaded in one piece.",
+    )
 
 
 def _evidence(

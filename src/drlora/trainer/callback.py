@@ -110,7 +110,8 @@ class DrLoraCallback(TrainerCallback, ExportableState):
             self.log_start = saved.get("log_start", 0)
         model = kwargs["model"]
         if needs_ranks(model, self.adapter):
-            place_ranks(model, self._first_batches(args, **kwargs), self.adapter)
+            batches = self._first_batches(args, **kwargs)
+            place_ranks(model, batches, self.adapter, optimizer=kwargs.get("optimizer"))
         planned = Schedule(**saved["schedule"]) if "schedule" in saved else None
         step = saved.get("step", state.global_step)
         self.dynamics = RankDynamics(
