@@ -131,7 +131,19 @@ def test_layers_that_learn_nothing_are_told(wanted):
     messages = [str(one.message) for one in told]
     said = [one for one in messages if "had no gradient in the first step" in one]
     assert len(said) == (1 if wanted == "all-linear" else 0)
-    assert not said or "use target_modules='all-stack'" in said[0]
+    assert not said or "modules of target_modules" in said[0] and "use all-stack" in said[0]
+
+
+def test_a_copy_that_learns_nothing_is_told():
+    """The projector of images in a run on text; the head beside it learns."""
+    model = get_peft_model(
+        make_base("Llama4ForConditionalGeneration"),
+        make_settings(modules_to_save=["multi_modal_projector", "lm_head"]),
+    )
+    dynamics = drlora.RankDynamics(model, total_steps=4)
+    model(**text_batch(model)).loss.backward()
+    with pytest.warns(UserWarning, match="1 of the 2 modules of modules_to_save had no gradient"):
+        dynamics.before_optimizer_step()
 
 
 @pytest.mark.parametrize("class_name", ["Qwen3NextForCausalLM", "JambaForCausalLM"])

@@ -32,7 +32,7 @@ from drlora.distributed.zero import refuse_without_zero, zero_of
 from drlora.errors import CheckpointError, ConfigError
 from drlora.ranks.averages import update_frequencies, update_importances
 from drlora.ranks.event import Event, Growth
-from drlora.ranks.first_step import ordinary_lora, warn_of_equal_rates, warn_of_unreached
+from drlora.ranks.first_step import trained_beside, warn_of_equal_rates, warn_of_unreached
 from drlora.ranks.groups import schedule_for
 from drlora.ranks.optimizer_rows import is_adam, steps_taken, unwrap_optimizer
 from drlora.ranks.row_starter import warn_of_idle_options
@@ -90,7 +90,7 @@ class RankDynamics:
         self._follow(schedule or schedule_for(self.adapters, self.config, total_steps, begins))
         self.routers = TrainedRouters(model, self.adapter_name)
         self.routers.hold(until=lambda: self.step >= self.warmup_steps)
-        self._linears = ordinary_lora(model, self.adapter_name)
+        self._beside = trained_beside(model, self.adapter_name, self.routers.copies)
         self._clocks = OwnClocks()
         self._watched: WatchedZero | None = None
         # Counted on the device, so that an ordinary step does not make the host wait.
@@ -192,7 +192,7 @@ class RankDynamics:
         self._poisoned = update_importances(self._pools(), self.config, sums)
         self.routers.skip_step()
         if not self.run_step and self._watched is None:
-            warn_of_unreached(self._linears)
+            warn_of_unreached(self._beside)
 
     @torch.no_grad()
     def after_optimizer_step(self, optimizer: object = None, *, skipped: bool = False) -> Event:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from drlora.adapter.pool import RankPool
@@ -15,32 +16,52 @@ from drlora.distributed.held import trained_tensor
 from drlora.ranks.optimizer_rows import parameter_groups, unwrap_optimizer
 
 
-def ordinary_lora(model: nn.Module, adapter: str) -> dict[str, Tensor]:
-    """Name of each layer of `target_modules` -> its B (out, rank)."""
-    return {
-        name.removeprefix("base_model.model."): module.lora_B[adapter].get_parameter("weight")
-        for name, module in model.named_modules()
-        if isinstance(module, LoraLayer) and adapter in module.lora_B
-    }
+def trained_beside(
+    model: nn.Module, adapter: str, routers: Collection[nn.Module]
+) -> dict[str, list[Tensor]]:
+    """What is trained beside experts and routers, by its setting and name.
+
+    `target_modules: NAME` -> B (out, rank) of its LoRA; `modules_to_save: NAME` -> the parameters
+    of its copy.
+
+    Args:
+        model: with the adapter in it.
+        adapter: its name.
+        routers: PEFT's wrappers of those that are trained.
+    """
+    found: dict[str, list[Tensor]] = {}
+    for name, module in model.named_modules():
+        name = name.removeprefix("base_model.model.")
+        if isinstance(module, LoraLayer) and adapter in module.lora_B:
+            b_OR = module.lora_B[adapter].get_parameter("weight")
+            found[f"target_modules: {name}"] = [b_OR]
+        if isinstance(module, ModulesToSaveWrapper) and module not in routers:
+            copies = module.modules_to_save
+            if adapter in copies:
+                found[f"modules_to_save: {name}"] = list(copies[adapter].parameters())
+    return found
 
 
-def warn_of_unreached(layers: Mapping[str, Tensor]) -> None:
-    """Say which layers of `target_modules` have no gradient: they learn nothing and cost memory.
+def warn_of_unreached(trained: Mapping[str, Sequence[Tensor]]) -> None:
+    """Say which modules have no gradient: they learn nothing and cost memory.
 
     So it is with a tower for images in a run on text, and where a model reads a layer's weight
     without calling the layer. B has a gradient at the start wherever its layer was called.
 
     Args:
-        layers: name -> B, whose gradients are those of a whole step.
+        trained: as `trained_beside` gives it, with the gradients of a whole step.
     """
-    idle = [name for name, b_OR in layers.items() if not _has_gradient(b_OR)]
-    if idle:
-        warnings.warn(
-            f"{len(idle)} of the {len(layers)} layers of target_modules had no gradient in the "
-            f"first step, such as {idle[0]}: what is not called learns nothing. If that is no "
-            f"matter of this one batch, name the others, or use target_modules='all-stack'.",
-            stacklevel=3,
-        )
+    for setting in ("target_modules", "modules_to_save"):
+        of_setting = {name: own for name, own in trained.items() if name.startswith(setting)}
+        idle = [name for name, own in of_setting.items() if not any(map(_has_gradient, own))]
+        if idle:
+            warnings.warn(
+                f"{len(idle)} of the {len(of_setting)} modules of {setting} had no gradient in the "
+                f"first step, such as {idle[0].removeprefix(f'{setting}: ')}: what is not called "
+                f"learns nothing. If that is no matter of this one batch, name the others"
+                f"{', or use all-stack' if setting == 'target_modules' else ''}.",
+                stacklevel=3,
+            )
 
 
 def _has_gradient(parameter: Tensor) -> bool:
