@@ -6,6 +6,8 @@ the time goes into imports. Each trains a tiny OLMoE in transformers' Trainer, a
 
 from __future__ import annotations
 
+import json
+import shutil
 import sys
 import warnings
 from pathlib import Path
@@ -20,6 +22,7 @@ from torch.utils.data import Dataset
 from transformers import OlmoeForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 import drlora
+from drlora.runs.recipe import load_recipe
 
 STEPS, CUT = 18, 9  # ranks change after steps 3, 6, 9, 12 and 15
 SETTINGS: dict[str, Any] = dict(
@@ -94,6 +97,19 @@ LOOPS: dict[str, Any] = {
 """Loops of one's own, the first by every process alone on the examples of both."""
 
 
+# Recipes that `drlora train` runs on the embedded model; None: DDP.
+RECIPES: dict[str, Any] = {
+    "train-ddp": None, "train-z2": {"stage": 2}, "train-z3": _STAGE_3
+}  # fmt: skip
+RECIPE = [
+    "training.max_steps=12", "training.per_device_train_batch_size=4", "training.use_cpu=true",
+    "training.save_steps=6", "training.eval_strategy=no", "training.logging_steps=1",
+    "evaluation.loss_examples=8", "evaluation.exact_match_examples=4",
+    "adapter.warmup_steps=2", "adapter.grow_every=2",
+    "method=drlora-informed",
+]  # fmt: skip
+
+
 class Examples(Dataset):
     """64 rows of random tokens."""
 
@@ -152,21 +168,26 @@ class Counted:
         dist.all_reduce = self._real
 
 
+def deepspeed_config(zero: dict[str, Any]) -> dict[str, Any]:
+    """As a user has it in a file."""
+    return {
+        "zero_optimization": {"stage3_gather_16bit_weights_on_model_save": True, **zero},
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "train_batch_size": "auto",
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": "auto"},
+    }
+
+
 def make_trainer(folder: Path, name: str, **changes: Any) -> tuple[Trainer, History]:
     """A trainer of one of `RUNS`."""
     zero, settings = RUNS[name]
     config = None
     if zero:
-        config = {
-            "zero_optimization": {"stage3_gather_16bit_weights_on_model_save": True, **zero},
-            "train_micro_batch_size_per_gpu": "auto",
-            "gradient_accumulation_steps": "auto",
-            "gradient_clipping": "auto",
-            "train_batch_size": "auto",
-            "zero_allow_untested_optimizer": True,
-            "zero_force_ds_cpu_optimizer": False,
-            "bf16": {"enabled": "auto"},
-        }
+        config = deepspeed_config(zero)
     arguments = TrainingArguments(
         str(folder / name), per_device_train_batch_size=2, gradient_accumulation_steps=2,
         max_steps=STEPS, use_cpu=True, seed=3, deepspeed=config, report_to=[], logging_steps=1,
@@ -263,6 +284,33 @@ def loop(folder: Path, name: str) -> None:
     torch.save(kept, folder / f"{name}.{rank}")
 
 
+def run_recipe(folder: Path, name: str) -> None:
+    """`drlora train`, to the end; with ZeRO also from a checkpoint, and without a step left."""
+    settings = [*RECIPE, f"output_dir={folder / name}"]
+    if (zero := RECIPES[name]) is not None:
+        if dist.get_rank() == 0:
+            (folder / f"{name}.json").write_text(json.dumps(deepspeed_config(zero)))
+        dist.barrier()
+        settings.append(f"training.deepspeed={folder / name}.json")
+    recipe = load_recipe("embedded", settings)
+    run = folder / name
+    for kind in ("straight", "over", "resumed") if zero else ("straight",):
+        if dist.get_rank() == 0 and kind != "straight":
+            (run / "result.json").unlink()
+            (run / "adapter_model.safetensors").unlink(missing_ok=True)
+            if kind == "resumed":
+                shutil.rmtree(run / "checkpoints" / "checkpoint-12")
+        dist.barrier()
+        result = drlora.train(recipe, resume=kind != "straight")
+        kept = {
+            "before": result.before.loss.loss,
+            "after": result.after.loss.loss,
+            "ranks": result.ranks,
+            "trained": result.trainable_parameters,
+        }
+        torch.save(kept, folder / f"{name}-{kind}.{dist.get_rank()}")
+
+
 def refuse_without_optimizer(model: Any) -> None:
     """`place_ranks` says what it needs, before it reads a batch."""
     try:
@@ -276,7 +324,7 @@ def refuse_without_optimizer(model: Any) -> None:
 def main() -> None:
     """All runs, or those that are named."""
     folder, rank = Path(sys.argv[1]), int(sys.argv[2])
-    named = sys.argv[3:] or [*RUNS, *LOOPS]
+    named = sys.argv[3:] or [*RUNS, *LOOPS, *RECIPES]
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     meet = f"file://{folder}/meet"
@@ -287,8 +335,8 @@ def main() -> None:
     dist.barrier()
     for name in named:
         print("run", name, flush=True)
-        if name in LOOPS:
-            loop(folder, name)
+        if name in LOOPS or name in RECIPES:
+            (loop if name in LOOPS else run_recipe)(folder, name)
             continue
         train(folder, name)
         if name in RESUMED:

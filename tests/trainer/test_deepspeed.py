@@ -164,6 +164,22 @@ def test_the_adapter_loads_in_one_ordinary_process(folder, name):
     assert all(torch.equal(state[key], value) for key, value in final.items())
 
 
+@pytest.mark.parametrize("kind", ["straight", "over", "resumed"])
+@pytest.mark.parametrize("name", ["train-z2", "train-z3"])
+def test_drlora_train_runs_a_recipe(folder, name, kind):
+    """From the measurement before to the one after; `over` had only to be measured again."""
+    first, second = (
+        torch.load(folder / f"{name}-{kind}.{rank}", weights_only=True) for rank in range(2)
+    )
+    assert first == second
+    assert first == torch.load(folder / f"{name}-straight.0", weights_only=True)
+    wanted = torch.load(folder / "train-ddp-straight.0", weights_only=True)
+    assert first["ranks"] == wanted["ranks"] and first["trained"] == wanted["trained"]
+    assert first["before"] == pytest.approx(wanted["before"], abs=1e-5)
+    assert first["after"] == pytest.approx(wanted["after"], abs=1e-4)
+    assert first["after"] < first["before"] - 1
+
+
 @pytest.mark.parametrize("name", ["z1", "z2", "z3", "z3-init", "z2-offload"])
 def test_importances_cost_one_all_reduce_a_step(folder, name):
     """Of two float32 a row, for all pools together."""

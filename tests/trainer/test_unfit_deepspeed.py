@@ -10,13 +10,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from peft import get_peft_model
+from tiny import make_model
 from tiny_trainer import make_trainer
-from transformers import TrainingArguments
 
 import drlora
-from drlora.runs.arguments import _refuse_arguments
+from drlora.runs.arguments import training_arguments
+from drlora.runs.recipe import load_recipe
+from drlora.runs.rundir import RunDir
 from drlora.trainer.deepspeed import refuse_unfit_deepspeed
-from drlora.trainer.objectives import OwnSettings
 
 
 def arguments(compiled: bool = False, **config: Any) -> Any:
@@ -64,14 +66,26 @@ def test_not_refused(asked):
     refuse_unfit_deepspeed(asked)
 
 
-def test_a_recipe_may_not_ask_for_zero_3(tmp_path):
-    """A run measures its model outside of the engine."""
-    arguments = TrainingArguments(str(tmp_path), use_cpu=True, max_steps=1, report_to=[])
-    for is_stage_3 in (False, True):
-        arguments.hf_deepspeed_config = SimpleNamespace(is_zero3=lambda asked=is_stage_3: asked)
-        with pytest.raises(drlora.ConfigError) if is_stage_3 else nullcontext() as said:
-            _refuse_arguments(arguments, OwnSettings.of({}))
-    assert "asks for ZeRO-3" in str(said.value) and "Set the stage to 2" in str(said.value)
+@pytest.mark.parametrize("stage", [2, 3])
+def test_experts_in_few_bits_are_not_split(stage):
+    """They are read whole; what is trained beside them is shared out by ZeRO-2 as well."""
+    asked = arguments(zero_optimization={"stage": stage})
+    base = make_model(hidden_size=64, intermediate_size=64)
+    drlora.quantise_experts(base, "nf4")
+    packed = get_peft_model(base, drlora.DrLoraConfig(router="frozen"))
+    is_refused = pytest.raises(drlora.ConfigError, match="Set the stage to 2")
+    with is_refused if stage == 3 else nullcontext():
+        refuse_unfit_deepspeed(asked, packed)
+    refuse_unfit_deepspeed(asked, get_peft_model(make_model(), drlora.DrLoraConfig()))
+
+
+def test_a_recipe_with_experts_in_few_bits_may_not_ask_for_zero_3(tmp_path, monkeypatch):
+    monkeypatch.setattr("drlora.runs.arguments.asks_for_zero_3", lambda arguments: True)
+    settings = [f"output_dir={tmp_path / 'run'}", "training.use_cpu=true"]
+    training_arguments(load_recipe("embedded", settings), RunDir(tmp_path / "run"))
+    recipe = load_recipe("embedded", [*settings, "quantise.experts=nf4"])
+    with pytest.raises(drlora.ConfigError, match="quantise.experts='nf4': ZeRO-3 would split"):
+        training_arguments(recipe, RunDir(tmp_path / "run"))
 
 
 def test_the_callback_asks(tmp_path):

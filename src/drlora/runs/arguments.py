@@ -16,6 +16,7 @@ from drlora.distributed import are_several
 from drlora.errors import ConfigError, DataError
 from drlora.runs.recipe import Recipe
 from drlora.runs.rundir import RunDir
+from drlora.trainer.deepspeed import PACKED_UNDER_ZERO_3, asks_for_zero_3
 from drlora.trainer.grpo import refuse_settings
 from drlora.trainer.objectives import OWN, Objective, OwnSettings, as_off, objective_of
 
@@ -46,6 +47,8 @@ def training_arguments(recipe: Recipe, run: RunDir) -> TrainingArguments:
             f"the section training is refused by {objective.config.__name__}: {error}"
         ) from error
     _refuse_arguments(arguments, OwnSettings.of(recipe.training))
+    if recipe.quantise.experts is not None and asks_for_zero_3(arguments):
+        raise ConfigError(f"quantise.experts={recipe.quantise.experts!r}: {PACKED_UNDER_ZERO_3}")
     _refuse_names(arguments, objective)
     if isinstance(arguments, KTOConfig):
         _refuse_batches(arguments)
@@ -68,13 +71,6 @@ def _refuse_arguments(arguments: TrainingArguments, own: OwnSettings) -> None:
         raise ConfigError(
             "training.auto_find_batch_size=true: each process would find a batch of its own; set "
             "training.per_device_train_batch_size."
-        )
-    read: Any = getattr(arguments, "hf_deepspeed_config", None)
-    if read is not None and read.is_zero3():
-        raise ConfigError(
-            "training.deepspeed asks for ZeRO-3: a run measures its model before and after "
-            "training, by itself, and cannot while ZeRO has the weights. Set the stage to 2, or "
-            "write a script with transformers' Trainer (docs/many-processes.md)."
         )
     if arguments.n_gpu > 1:
         raise ConfigError(

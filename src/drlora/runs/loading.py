@@ -24,6 +24,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.modeling_utils import set_zero3_state
 
 from drlora.adapter.embeddings import fit_embeddings
 from drlora.adapter.inject import choose_blocks
@@ -81,7 +82,8 @@ def model_on_meta(config: PreTrainedConfig, trust_remote_code: bool = False) -> 
         ConfigError: if `config` is not of a causal language model.
     """
     what = f"{type(config).__name__} gives no causal language model"
-    with _told(what, _SCRIPT_HINT), torch.device("meta"):
+    # ZeRO-3 splits what is made while a run under it is set up, and here is nothing to split.
+    with _told(what, _SCRIPT_HINT), set_zero3_state(), torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
 
 

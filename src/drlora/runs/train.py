@@ -20,6 +20,7 @@ from drlora.adapter.state import adapter_state
 from drlora.config.adapter import DrLoraConfig
 from drlora.config.methods import METHODS
 from drlora.distributed import is_main, on_main
+from drlora.distributed.zero import shape_of
 from drlora.evaluation.measure import Measurement, measure, measurement_from
 from drlora.io.checkpoint import checkpoint_step
 from drlora.io.jsonl import append_lines, forget_kind, read_lines
@@ -113,9 +114,11 @@ def _run(job: Job, model: PeftModel, progress: Progress, forecast: dict[str, Any
         # What it refuses, it is to refuse now.
         RankDynamics(model, job.plan_steps, step=0).release()
     on_main(lambda: _begin(job, forecast))
-    before = _measure_before(job, training, progress)
-    if before:
-        progress.say(f"before: {before}")
+    before = Before(job, training, progress)
+    if training.waits_for_engine:
+        training.when_it_computes = before.measure
+    else:
+        before.measure()
     if job.checkpoint:
         progress.say(f"continuing from {job.checkpoint}")
     for note in training.beginning():
@@ -130,7 +133,7 @@ def _run(job: Job, model: PeftModel, progress: Progress, forecast: dict[str, Any
             progress.say(note)
         _save(job, model)
         after = _measure_and_log(job, training, "after", training.steps, progress)
-    result = _result(job, model, training, before, after)
+    result = _result(job, model, training, before.found, after)
     if not interrupted:
         on_main(lambda: write_json(job.run.result, _to_json(result, job, model, training)))
         on_main(lambda: write_card_if_possible(job.run.path))  # now with the results
@@ -144,7 +147,7 @@ def _result(
     before: Measurement | None,
     after: Measurement | None,
 ) -> TrainResult:
-    stored = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    stored = sum(shape_of(p).numel() for p in model.parameters() if p.requires_grad)
     return TrainResult(
         run=job.run,
         before=before,
@@ -195,15 +198,25 @@ def _save(job: Job, model: PeftModel) -> None:
     on_main(lambda: job.run.write_adapter(write))
 
 
-def _measure_before(job: Job, training: Training, progress: Progress) -> Measurement | None:
-    """The measurement at step 0; a resumed run has it in its metrics."""
-    if not job.recipe.evaluation.before:
-        return None
-    entries = (e for e in read_lines(job.run.metrics) if e.get("kind") == "before")
-    found = on_main(lambda: next(entries, None))
-    if found:
-        return measurement_from(found)
-    return _measure_and_log(job, training, "before", 0, progress)
+class Before:
+    """The measurement at step 0: `found`, None without one. A resumed run has it in its metrics."""
+
+    def __init__(self, job: Job, training: Training, progress: Progress) -> None:
+        self._job, self._training, self._progress = job, training, progress
+        self.found: Measurement | None = None
+
+    def measure(self) -> None:
+        """Measure, or read what was measured; once, however often training begins."""
+        job = self._job
+        if not job.recipe.evaluation.before or self.found is not None:
+            return
+        entries = (e for e in read_lines(job.run.metrics) if e.get("kind") == "before")
+        known = on_main(lambda: next(entries, None))
+        if known:
+            self.found = measurement_from(known)
+        else:
+            self.found = _measure_and_log(job, self._training, "before", 0, self._progress)
+        self._progress.say(f"before: {self.found}")
 
 
 def _measure_and_log(
@@ -244,7 +257,7 @@ def _to_json(result: TrainResult, job: Job, model: PeftModel, training: Training
         "method": job.recipe.method,
         "trainable_parameters": result.trainable_parameters,
         "stored_parameters": result.stored_parameters,
-        "total_parameters": sum(p.numel() for p in model.parameters()),
+        "total_parameters": sum(shape_of(p).numel() for p in model.parameters()),
         "steps": result.steps,
         "seconds": round(result.seconds, 2),
         "restarts": training.restarts,

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
 from transformers import PrinterCallback, TrainerCallback
 
 from drlora.distributed import on_main
+from drlora.distributed.zero import is_split
 from drlora.io.checkpoint import checkpoint_step
 from drlora.io.run_files import CHECKPOINT
 from drlora.ranks.rank_map import budget_of
@@ -37,6 +39,7 @@ class Training:
         seconds: in training, over all parts of the run.
         restarts: batch sizes that did not fit: `batch_size`, and the `steps` and
             `seconds` before it showed.
+        when_it_computes: is called once the model can be computed with, before the first step.
     """
 
     def __init__(self, job: Job, model: PeftModel, stop: StopOnInterrupt) -> None:
@@ -46,7 +49,13 @@ class Training:
         self.clock = Clock()
         self.restarts: list[dict[str, Any]] = list(job.record.get("restarts", []))
         self.is_over = self.steps >= self.due
+        self.when_it_computes: Callable[[], object] = lambda: None
         self.trainer = self._make_trainer()
+
+    @property
+    def waits_for_engine(self) -> bool:
+        """Whether the model is in parts until training begins, as ZeRO-3 loads it."""
+        return any(is_split(parameter) for parameter in self.model.parameters())
 
     @property
     def seconds(self) -> float:
@@ -65,6 +74,9 @@ class Training:
             # The run ended between its last step and its result; the Trainer would take one more.
             name = self.model.active_adapter
             self.model.load_adapter(str(checkpoint), name, is_trainable=True)
+            if self.waits_for_engine:
+                self._make_engine()
+            self.when_it_computes()
             return
         with self.stop:
             self.trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -136,6 +148,12 @@ class Training:
         self.growth.log_first(trainer)
         return trainer
 
+    def _make_engine(self) -> None:
+        """Have the model brought together to compute with, where there is nothing to train."""
+        few = self.job.held_out.tokens.select(range(min(8, len(self.job.held_out.tokens))))
+        batches = self.trainer.get_eval_dataloader(few)
+        self.trainer.evaluation_loop(batches, "engine", prediction_loss_only=True)
+
     def _restart(self, batch_size: int, step: int) -> None:
         """A batch did not fit: what was done with it is undone, and told once."""
         taken, begun = self.clock.seconds, self.steps
@@ -173,4 +191,6 @@ class _Share(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, *rest: Any, **kwargs: Any) -> None:
         """Once for each batch size that is tried."""
         self.progress.dynamics = self.training.growth.dynamics
+        with torch.random.fork_rng([] if args.device.type == "cpu" else [args.device]):
+            self.training.when_it_computes()
         self.training.note_length(state.max_steps, state.train_batch_size)

@@ -96,7 +96,7 @@ class DrLoraCallback(TrainerCallback, ExportableState):
                 ranks are to be placed and the data cannot be looked into, or DeepSpeed is to do
                 what ranks cannot grow with.
         """
-        refuse_unfit_deepspeed(args)
+        refuse_unfit_deepspeed(args, kwargs["model"])
         saved = self._saved(state)
         remember(saved.get("engines", {}))
         is_new = self.dynamics is None

@@ -7,13 +7,24 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
 from transformers import TrainingArguments
 
+from drlora.adapter.layer import DrLoraExperts
 from drlora.errors import ConfigError
 
+PACKED_UNDER_ZERO_3 = (
+    "ZeRO-3 would split experts in few bits, which are read whole. Set the stage to 2: they are "
+    "small, and it shares out what is trained."
+)
 
-def refuse_unfit_deepspeed(args: TrainingArguments) -> None:
+
+def refuse_unfit_deepspeed(args: TrainingArguments, model: nn.Module | None = None) -> None:
     """Refuse what ranks cannot grow with; what only ZeRO's optimizer knows, `watch` refuses.
+
+    Args:
+        args: as the Trainer has them.
+        model: that is to be trained, with adapters; None before it is loaded.
 
     Raises:
         ConfigError: naming the setting and the way out.
@@ -36,12 +47,22 @@ def refuse_unfit_deepspeed(args: TrainingArguments) -> None:
             "ranks cannot grow under DeepSpeed with zenflow, which steps on some of the elements "
             "at other times. Leave it out of zero_optimization."
         )
-    if zero.get("stage") == 3 and args.torch_compile:
+    if asks_for_zero_3(args) and args.torch_compile:
         raise ConfigError(
             "torch_compile cannot work with an adapter on experts under ZeRO-3: what is compiled "
             "reads weights that ZeRO has not brought together. Set torch_compile to false, or use "
             "ZeRO-2."
         )
+
+    if asks_for_zero_3(args) and model is not None:
+        layers = (module for module in model.modules() if isinstance(module, DrLoraExperts))
+        if reason := next((w.fixed for la in layers if (w := la.base_weights).fixed), None):
+            raise ConfigError(f"{reason}: {PACKED_UNDER_ZERO_3}")
+
+
+def asks_for_zero_3(args: TrainingArguments) -> bool:
+    """Whether the model is to be split by DeepSpeed."""
+    return (_config_of(args).get("zero_optimization") or {}).get("stage") == 3
 
 
 def _config_of(args: TrainingArguments) -> dict[str, Any]:
