@@ -22,10 +22,12 @@ def fsdp_on_a_cpu() -> Iterator[None]:
     def init(self: AcceleratorState, *args: Any, **kwargs: Any) -> None:
         processes = PartialState(kwargs.get("cpu", False))
         if kwargs.get("fsdp_plugin") is not None:
-            assert processes.distributed_type in (
-                DistributedType.MULTI_CPU, DistributedType.MULTI_GPU
+            known = processes.distributed_type
+            assert known in (
+                DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP
             )  # fmt: skip
-            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+            if known == DistributedType.MULTI_CPU:
+                PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
         real(self, *args, **kwargs)
 
     AcceleratorState.__init__ = init

@@ -157,11 +157,7 @@ def train(folder: Path, name: str, world: int) -> dict[str, Any]:
     case = CASES[name]
     fsdp: dict[str, Any] = {}
     if case.engine in ("full", "sharded"):
-        fsdp = {"fsdp": True, "fsdp_config": {
-            "version": 2, "reshard_after_forward": True, "cpu_ram_efficient_loading": False,
-            "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
-            "transformer_layer_cls_to_wrap": ["OlmoeDecoderLayer"],
-            "state_dict_type": f"{case.engine.upper()}_STATE_DICT"}}  # fmt: skip
+        fsdp = {"fsdp": True, "fsdp_config": fsdp_config(case.engine.upper())}
     place = folder / (case.start or name)
     callback = drlora.DrLoraCallback()
     history = History(callback, name == "killed")
@@ -196,6 +192,44 @@ def train(folder: Path, name: str, world: int) -> dict[str, Any]:
     }
 
 
+def run_recipe(folder: Path, name: str) -> dict[str, Any]:
+    """`drlora train` on the embedded model: under DDP, or FSDP2 (`recipe-fsdp`)."""
+    if dist.get_rank() == 0:
+        rows = [{"prompt": f"say {n}:", "completion": f" {n % 7}"} for n in range(96)]
+        for file, part in (("train", rows[:80]), ("dev", rows[80:])):
+            lines = "\n".join(map(json.dumps, part))
+            (folder / f"{file}.jsonl").write_text(lines, encoding="utf-8")
+    dist.barrier()
+    settings = [
+        f"output_dir={folder / name}", "method=drlora-informed",
+        f"data.train={folder / 'train.jsonl'}", f"data.eval={folder / 'dev.jsonl'}",
+        "training.max_steps=8", "training.per_device_train_batch_size=2", "training.use_cpu=true",
+        "training.save_strategy=no", "training.eval_strategy=no", "adapter.warmup_steps=2",
+        "adapter.grow_every=1", "evaluation.exact_match=false",
+    ]  # fmt: skip
+    if name == "recipe-fsdp":
+        settings += [
+            "training.fsdp=true",
+            f"training.fsdp_config={json.dumps(fsdp_config('FULL'))}",
+        ]
+    with fsdp_on_a_cpu():
+        run = drlora.train(drlora.load_recipe("embedded", settings))
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+    losses = [m.loss.loss for m in (run.before, run.after) if m is not None]
+    return {"ranks": run.ranks, "losses": losses, "trained": run.trainable_parameters}
+
+
+def fsdp_config(state: str) -> dict[str, Any]:
+    """FSDP2 by layer, with this kind of state in checkpoints."""
+    return {
+        "version": 2, "reshard_after_forward": True, "cpu_ram_efficient_loading": False,
+        "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+        "transformer_layer_cls_to_wrap": ["OlmoeDecoderLayer"],
+        "state_dict_type": f"{state}_STATE_DICT",
+    }  # fmt: skip
+
+
 def result(model: PeftModel, dynamics: drlora.RankDynamics) -> dict[str, Any]:
     """The adapter in full, and the state of growth."""
     return {
@@ -212,7 +246,10 @@ def main() -> None:
     dist.init_process_group("gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
     for name in names:
-        found = compare(folder) if name == "own-loop" else train(folder, name, world)
+        if name.startswith("recipe"):
+            found = run_recipe(folder, name)
+        else:
+            found = compare(folder) if name == "own-loop" else train(folder, name, world)
         torch.save(found, folder / f"{name}.{rank}")
         print(name, flush=True)
 

@@ -41,7 +41,8 @@ def two(once) -> Path:
     """All cases in two processes; DDP first, for FSDP's settings stay in the environment."""
     names = sorted(CASES, key=lambda name: CASES[name].engine in ("full", "sharded"))
     names = [name for name in names if not name.startswith(("killed", "hybrid"))]
-    return once("fsdp-two", lambda folder: run_processes(folder, 2, [*names, "own-loop"]))
+    names = ["recipe-ddp", *names, "own-loop", "recipe-fsdp"]
+    return once("fsdp-two", lambda folder: run_processes(folder, 2, names))
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +68,21 @@ def found(folder: Path, name: str, processes: int = 2) -> dict[str, Any]:
     return first
 
 
-def assert_same_run(run: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """The same ranks after every event; losses, norms, A and B within what rounding makes."""
+def test_drlora_train_runs_a_recipe(two):
+    """Measured before and after, in both processes; ranks grew as under DDP."""
+    run, same = (torch.load(two / f"recipe-fsdp.{rank}") for rank in range(2))
+    wanted = torch.load(two / "recipe-ddp.0")
+    assert run == same
+    assert run["ranks"] == wanted["ranks"] and run["trained"] == wanted["trained"]
+    assert run["losses"] == pytest.approx(wanted["losses"], abs=1e-4)
+    assert run["losses"][1] < run["losses"][0]
+
+
+def assert_same_run(run: dict[str, Any], wanted: dict[str, Any], of_a: float = 1e-5) -> None:
+    """The same ranks after every event; losses, norms, A and B within what rounding makes.
+
+    `of_a` is that of A.
+    """
     assert run["ranks"] == wanted["ranks"] and len(run["ranks"]) > 5
     assert run["budgets"] == wanted["budgets"]
     for key in ("losses", "norms", "drifts"):
@@ -77,7 +91,8 @@ def assert_same_run(run: dict[str, Any], wanted: dict[str, Any]) -> None:
     assert set(run["adapter"]) == set(wanted["adapter"])
     for key, value in wanted["adapter"].items():
         if value.is_floating_point():
-            torch.testing.assert_close(run["adapter"][key], value, rtol=0, atol=1e-5, msg=key)
+            atol = of_a if "lora_A" in key else 1e-5
+            torch.testing.assert_close(run["adapter"][key], value, rtol=0, atol=atol, msg=key)
     for key, value in wanted["state"].items():
         if key.endswith("importance"):
             torch.testing.assert_close(run["state"][key], value, rtol=1e-3, atol=1e-9, msg=key)
@@ -101,7 +116,9 @@ def assert_same_run(run: dict[str, Any], wanted: dict[str, Any]) -> None:
 def test_what_the_trainer_makes_of_it_is_what_ddp_makes(two, name, wanted):
     """Accumulation, clipping, weight decay, ranks that move: spread experts with gradient
     checkpointing, biases and interleaving, and with LoRA on all linear layers beside them."""
-    assert_same_run(found(two, name), found(two, wanted))
+    # Directions whose strengths are 4 % apart turn into each other by rounding: 2e-5 of a row.
+    of_a = 1e-4 if "beside" in name else 1e-5
+    assert_same_run(found(two, name), found(two, wanted), of_a)
 
 
 def test_spread_experts_that_are_sharded_too(two, four):

@@ -300,6 +300,7 @@ def _adapter(settings: dict[str, Any], training: dict[str, Any], method: Any) ->
 
 def _training(settings: dict[str, Any], objective: Objective) -> dict[str, Any]:
     known = {**_hints(cast(Any, objective.config)), **_hints(OwnSettings)}
+    known["fsdp"] = bool | str | None  # as transformers documents it; its annotation says text
     names = {f.name for f in (*fields(objective.config), *fields(OwnSettings))}
     common = COMMON_TRAINING.format(own=", ".join(OWN), config=objective.config.__name__)
     for key in settings:
