@@ -9,6 +9,7 @@ from importlib.metadata import version
 from typing import Any, cast
 
 import torch
+from accelerate.utils import parse_flag_from_env
 from transformers import PreTrainedConfig, TrainingArguments
 from trl import GRPOConfig, KTOConfig
 
@@ -55,6 +56,11 @@ def training_arguments(recipe: Recipe, run: RunDir) -> TrainingArguments:
     if isinstance(arguments, GRPOConfig):
         refuse_settings(arguments)
     return arguments
+
+
+def has_fsdp(arguments: TrainingArguments) -> bool:
+    """Whether FSDP is to shard the model, by the recipe or as accelerate was launched."""
+    return bool(arguments.fsdp) or parse_flag_from_env("ACCELERATE_USE_FSDP")
 
 
 def _refuse_arguments(arguments: TrainingArguments, own: OwnSettings) -> None:

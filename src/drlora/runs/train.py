@@ -30,7 +30,7 @@ from drlora.ranks.dynamics import RankDynamics
 from drlora.ranks.rank_map import budget_of, free_parameters, rank_map
 from drlora.ranks.starts import needs_ranks
 from drlora.report.card import write_card_if_possible
-from drlora.runs.arguments import training_arguments
+from drlora.runs.arguments import has_fsdp, training_arguments
 from drlora.runs.environment import peak_memory, versions
 from drlora.runs.forecast import forecast_for_the_record
 from drlora.runs.held_out import measured_on
@@ -90,7 +90,9 @@ def train(
         with told.at_work(f"loading {recipe.model}"):
             base = load_base_model(recipe)
         set_seed(job.arguments.seed)
-        model = add_adapter(base, recipe, checkpoint).to(job.arguments.device)
+        model = add_adapter(base, recipe, checkpoint)
+        if not has_fsdp(job.arguments):  # which moves it in parts, as it may not fit in one piece
+            model = model.to(job.arguments.device)
         result = _run(job, model, told, forecast)
     if result.interrupted:
         raise RunInterrupted(result)

@@ -54,8 +54,10 @@ class Training:
 
     @property
     def waits_for_engine(self) -> bool:
-        """Whether the model is in parts until training begins, as ZeRO-3 loads it."""
-        return any(is_split(parameter) for parameter in self.model.parameters())
+        """Whether training first makes of the model what computes: under ZeRO-3 it is in parts till
+        then, under FSDP whole and not on the device."""
+        is_in_parts = any(is_split(parameter) for parameter in self.model.parameters())
+        return is_in_parts or self.trainer.is_fsdp_enabled
 
     @property
     def seconds(self) -> float:
@@ -149,7 +151,11 @@ class Training:
         return trainer
 
     def _make_engine(self) -> None:
-        """Have the model brought together to compute with, where there is nothing to train."""
+        """Have the model made what computes, where there is nothing to train."""
+        if self.trainer.is_fsdp_enabled:  # accelerate wants an optimizer beside the model
+            trained = [p for p in self.model.parameters() if p.requires_grad]
+            self.trainer.accelerator.prepare(self.model, torch.optim.SGD(trained, lr=0.0))
+            return
         few = self.job.held_out.tokens.select(range(min(8, len(self.job.held_out.tokens))))
         batches = self.trainer.get_eval_dataloader(few)
         self.trainer.evaluation_loop(batches, "engine", prediction_loss_only=True)
