@@ -193,7 +193,7 @@ def train(folder: Path, name: str, world: int) -> dict[str, Any]:
 
 
 def run_recipe(folder: Path, name: str) -> dict[str, Any]:
-    """`drlora train` on the embedded model: under DDP, or FSDP2 (`recipe-fsdp`)."""
+    """`drlora train`, the embedded model in four bits: under DDP, or FSDP2 (`recipe-fsdp`)."""
     if dist.get_rank() == 0:
         rows = [{"prompt": f"say {n}:", "completion": f" {n % 7}"} for n in range(96)]
         for file, part in (("train", rows[:80]), ("dev", rows[80:])):
@@ -205,7 +205,7 @@ def run_recipe(folder: Path, name: str) -> dict[str, Any]:
         f"data.train={folder / 'train.jsonl'}", f"data.eval={folder / 'dev.jsonl'}",
         "training.max_steps=8", "training.per_device_train_batch_size=2", "training.use_cpu=true",
         "training.save_steps=4", "training.eval_strategy=no", "adapter.warmup_steps=2",
-        "adapter.grow_every=1", "evaluation.exact_match=false",
+        "adapter.grow_every=1", "evaluation.exact_match=false", "quantise.experts=nf4",
     ]  # fmt: skip
     if name == "recipe-fsdp":
         settings += [

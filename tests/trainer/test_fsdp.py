@@ -69,7 +69,7 @@ def found(folder: Path, name: str, processes: int = 2) -> dict[str, Any]:
 
 
 def test_drlora_train_runs_a_recipe(two):
-    """Measured before and after, in both processes; ranks grew as under DDP."""
+    """Experts in four bits, measured before and after; ranks grew as under DDP."""
     run, same = (torch.load(two / f"recipe-fsdp.{rank}") for rank in range(2))
     wanted = torch.load(two / "recipe-ddp.0")
     assert run == same
