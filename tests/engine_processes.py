@@ -1,7 +1,8 @@
-"""One of two gloo processes that train under DeepSpeed: `python engine_processes.py FOLDER RANK`.
+"""One of two gloo processes that train under DeepSpeed: `engine_processes.py FOLDER RANK RUN...`
 
-Used by tests/trainer/test_deepspeed.py. One pair of processes runs all configurations, for most of
-the time goes into imports. Each trains a tiny OLMoE in transformers' Trainer, as users do.
+Used by tests/trainer/test_deepspeed.py. One pair of processes runs many configurations, for most of
+the time goes into imports. Each trains a tiny OLMoE in transformers' Trainer, as users do, or is a
+recipe that `drlora train` runs.
 """
 
 from __future__ import annotations
@@ -97,16 +98,26 @@ LOOPS: dict[str, Any] = {
 """Loops of one's own, the first by every process alone on the examples of both."""
 
 
-# Recipes that `drlora train` runs on the embedded model; None: DDP.
-RECIPES: dict[str, Any] = {
-    "train-ddp": None, "train-z2": {"stage": 2}, "train-z3": _STAGE_3
-}  # fmt: skip
+# Recipes that `drlora train` runs on the embedded model; None: DDP. Those come first, since
+# accelerate keeps DeepSpeed's settings.
+_INFORMED, _PACKED = ["method=drlora-informed"], ["training.packing=true"]
+_DPO = [
+    "objective=dpo", "data.train=pairs.jsonl", "data.eval=held-out.jsonl", "adapter.settle_steps=3"
+]  # fmt: skip
+RECIPES: dict[str, tuple[dict[str, Any] | None, list[str]]] = {
+    "train-ddp": (None, _INFORMED),
+    "train-packed-ddp": (None, [*_INFORMED, *_PACKED]),
+    "train-dpo-ddp": (None, _DPO),
+    "train-z2": ({"stage": 2}, _INFORMED),
+    "train-z3": (_STAGE_3, _INFORMED),
+    "train-packed-z3": (_STAGE_3, [*_INFORMED, *_PACKED]),
+    "train-dpo-z3": (_STAGE_3, _DPO),
+}
 RECIPE = [
     "training.max_steps=12", "training.per_device_train_batch_size=4", "training.use_cpu=true",
     "training.save_steps=6", "training.eval_strategy=no", "training.logging_steps=1",
     "evaluation.loss_examples=8", "evaluation.exact_match_examples=4",
     "adapter.warmup_steps=2", "adapter.grow_every=2",
-    "method=drlora-informed",
 ]  # fmt: skip
 
 
@@ -286,15 +297,24 @@ def loop(folder: Path, name: str) -> None:
 
 def run_recipe(folder: Path, name: str) -> None:
     """`drlora train`, to the end; with ZeRO also from a checkpoint, and without a step left."""
-    settings = [*RECIPE, f"output_dir={folder / name}"]
-    if (zero := RECIPES[name]) is not None:
-        if dist.get_rank() == 0:
-            (folder / f"{name}.json").write_text(json.dumps(deepspeed_config(zero)))
-        dist.barrier()
+    zero, more = RECIPES[name]
+    more = [setting.replace("=pairs", f"={folder}/pairs") for setting in more]
+    more = [setting.replace("=held-out", f"={folder}/held-out") for setting in more]
+    settings = [*RECIPE, *more, f"output_dir={folder / name}"]
+    if zero is not None:
         settings.append(f"training.deepspeed={folder / name}.json")
+    if dist.get_rank() == 0:
+        (folder / f"{name}.json").write_text(json.dumps(deepspeed_config(zero or {})))
+        pairs = [
+            json.dumps({"prompt": f"{n}:", "chosen": " yes", "rejected": " no"}) for n in range(96)
+        ]
+        (folder / "pairs.jsonl").write_text("\n".join(pairs[:80]))
+        (folder / "held-out.jsonl").write_text("\n".join(pairs[80:]))
+    dist.barrier()
     recipe = load_recipe("embedded", settings)
     run = folder / name
-    for kind in ("straight", "over", "resumed") if zero else ("straight",):
+    kinds = ("straight", "over", "resumed") if name in ("train-z2", "train-z3") else ("straight",)
+    for kind in kinds:
         if dist.get_rank() == 0 and kind != "straight":
             (run / "result.json").unlink()
             (run / "adapter_model.safetensors").unlink(missing_ok=True)
@@ -307,6 +327,7 @@ def run_recipe(folder: Path, name: str) -> None:
             "after": result.after.loss.loss,
             "ranks": result.ranks,
             "trained": result.trainable_parameters,
+            "objective": (result.after.objective or {}).get("loss"),
         }
         torch.save(kept, folder / f"{name}-{kind}.{dist.get_rank()}")
 
@@ -322,9 +343,9 @@ def refuse_without_optimizer(model: Any) -> None:
 
 
 def main() -> None:
-    """All runs, or those that are named."""
+    """The runs that are named."""
     folder, rank = Path(sys.argv[1]), int(sys.argv[2])
-    named = sys.argv[3:] or [*RUNS, *LOOPS, *RECIPES]
+    named = sys.argv[3:]
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     meet = f"file://{folder}/meet"

@@ -193,20 +193,31 @@ def train(folder: Path, name: str, world: int) -> dict[str, Any]:
 
 
 def run_recipe(folder: Path, name: str) -> dict[str, Any]:
-    """`drlora train`, the embedded model in four bits: under DDP, or FSDP2 (`recipe-fsdp`)."""
+    """`drlora train`, the embedded model in four bits: under DDP, or FSDP2 (`recipe-fsdp`).
+
+    `recipe-dpo` learns from preferences, under DDP.
+    """
     if dist.get_rank() == 0:
-        rows = [{"prompt": f"say {n}:", "completion": f" {n % 7}"} for n in range(96)]
+        rows: list[dict[str, str]] = [
+            {"prompt": f"say {n}:", "completion": f" {n % 7}"} for n in range(96)
+        ]
+        if name == "recipe-dpo":
+            rows = [{"prompt": f"say {n}:", "chosen": " yes", "rejected": " no"} for n in range(96)]
         for file, part in (("train", rows[:80]), ("dev", rows[80:])):
             lines = "\n".join(map(json.dumps, part))
-            (folder / f"{file}.jsonl").write_text(lines, encoding="utf-8")
+            (folder / f"{name}-{file}.jsonl").write_text(lines, encoding="utf-8")
     dist.barrier()
     settings = [
-        f"output_dir={folder / name}", "method=drlora-informed",
-        f"data.train={folder / 'train.jsonl'}", f"data.eval={folder / 'dev.jsonl'}",
+        f"output_dir={folder / name}",
+        f"data.train={folder / name}-train.jsonl", f"data.eval={folder / name}-dev.jsonl",
         "training.max_steps=8", "training.per_device_train_batch_size=2", "training.use_cpu=true",
         "training.save_steps=4", "training.eval_strategy=no", "adapter.warmup_steps=2",
         "adapter.grow_every=1", "evaluation.exact_match=false", "quantise.experts=nf4",
     ]  # fmt: skip
+    if name == "recipe-dpo":
+        settings += ["objective=dpo", "adapter.settle_steps=2", "training.learning_rate=1e-4"]
+    else:
+        settings.append("method=drlora-informed")
     if name == "recipe-fsdp":
         settings += [
             "training.fsdp=true",
@@ -224,7 +235,9 @@ def run_recipe(folder: Path, name: str) -> dict[str, Any]:
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()
     losses = [m.loss.loss for m in (run.before, run.after, again and again.after) if m]
-    return {"ranks": run.ranks, "losses": losses, "trained": run.trainable_parameters}
+    objectives = [m.objective["loss"] for m in (run.before, run.after) if m and m.objective]
+    return {"ranks": run.ranks, "losses": losses, "trained": run.trainable_parameters,
+            "objectives": objectives}  # fmt: skip
 
 
 def fsdp_config(state: str) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """ZeRO-1, 2 and 3 in two gloo processes train what DDP trains: ranks, weights, files, resumed runs.
 
-Run: make test-engines. Skipped where DeepSpeed is not installed. One pair of processes runs all
+Run: make test-engines. Skipped where DeepSpeed is not installed. Two pairs of processes run all
 configurations (engine_processes). What it cannot show: NCCL, GPUs, DeepSpeed's own Adam, float16.
 """
 
@@ -32,6 +32,9 @@ RUNS = ["ddp", "z1", "z2", "z3", "z3-persistent", "z3-init", "z2-offload", "z2-b
         "ddp-probed", "z2-probed", "z3-probed", "ddp-placed", "z1-placed", "z2-placed",
         "z3-placed", "z2-placed-checkpointed", "z3-placed-checkpointed-init", "z2-placed-bf16",
         "z3-placed-bf16", "ddp-beside", "z2-beside", "z3-beside"]  # fmt: skip
+LOOPS = ["loop", "loop-z2", "loop-z3", "loop-placed", "loop-placed-z2", "loop-placed-z3"]
+RECIPES = ["train-ddp", "train-packed-ddp", "train-dpo-ddp",
+           "train-z2", "train-z3", "train-packed-z3", "train-dpo-z3"]  # fmt: skip
 TWINS = {
     "z1": "ddp", "z2": "ddp", "z3": "ddp", "z3-persistent": "ddp", "z3-init": "ddp",
     "z2-offload": "ddp", "z2-router": "ddp-router", "z3-router-init": "ddp-router",
@@ -51,12 +54,14 @@ def folder(once) -> Path:
     """What two processes have left."""
 
     def make(folder: Path) -> None:
-        printed = [folder / f"printed-{rank}" for rank in range(2)]
         script = str(HERE / "engine_processes.py")
-        commands = [[script, str(folder), str(rank)] for rank in range(2)]
-        jobs = start_together(commands, printed, DS_ACCELERATOR="cpu")
-        for job, file in zip(jobs, printed, strict=True):
-            finish(job, file, timeout=540)
+        for runs in ([*RUNS, *LOOPS], RECIPES):
+            printed = [folder / f"printed-{runs[0]}-{rank}" for rank in range(2)]
+            commands = [[script, str(folder), str(rank), *runs] for rank in range(2)]
+            jobs = start_together(commands, printed, DS_ACCELERATOR="cpu")
+            for job, file in zip(jobs, printed, strict=True):
+                finish(job, file, timeout=540)
+            (folder / "meet").unlink(missing_ok=True)
 
     return once("deepspeed", make)
 
@@ -178,6 +183,21 @@ def test_drlora_train_runs_a_recipe(folder, name, kind):
     assert first["before"] == pytest.approx(wanted["before"], abs=1e-5)
     assert first["after"] == pytest.approx(wanted["after"], abs=1e-4)
     assert first["after"] < first["before"] - 1
+
+
+@pytest.mark.parametrize("what", ["packed", "dpo"])
+def test_drlora_train_does_under_zero_3_what_else_it_does(folder, what):
+    """Documents in packed rows attend apart; preferences are measured by their own loss.
+
+    Under DDP they attend by another way of the same attention (`drlora.trainer.documents`).
+    """
+    first, second, wanted = (
+        torch.load(folder / f"train-{what}-{name}", weights_only=True)
+        for name in ("z3-straight.0", "z3-straight.1", "ddp-straight.0")
+    )
+    assert first == second and first["ranks"] == wanted["ranks"]
+    for key in ("before", "after", "objective"):
+        assert first[key] == (pytest.approx(wanted[key], abs=5e-4) if wanted[key] else None)
 
 
 @pytest.mark.parametrize("name", ["z1", "z2", "z3", "z3-init", "z2-offload"])

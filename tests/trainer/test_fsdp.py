@@ -6,6 +6,7 @@ accelerate's FSDP2 goes through tests/accelerate_double.py.
 
 from __future__ import annotations
 
+import math
 import shutil
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -41,7 +42,7 @@ def two(once) -> Path:
     """All cases in two processes; DDP first, for FSDP's settings stay in the environment."""
     names = sorted(CASES, key=lambda name: CASES[name].engine in ("full", "sharded"))
     names = [name for name in names if not name.startswith(("killed", "hybrid"))]
-    names = ["recipe-ddp", *names, "own-loop", "recipe-fsdp"]
+    names = ["recipe-ddp", "recipe-dpo", *names, "own-loop", "recipe-fsdp"]
     return once("fsdp-two", lambda folder: run_processes(folder, 2, names))
 
 
@@ -77,6 +78,17 @@ def test_drlora_train_runs_a_recipe(two):
     before, after, again = run["losses"]
     assert [before, after] == pytest.approx(wanted["losses"], abs=1e-4) and after < before
     assert again == pytest.approx(after, abs=1e-6)
+
+
+def test_drlora_train_learns_from_preferences(two):
+    """Measured by their own loss before DDP has the model, which must not keep it from it."""
+    run, same = (torch.load(two / f"recipe-dpo.{rank}") for rank in range(2))
+    assert run == same
+    before, after = run["objectives"]
+    assert before == pytest.approx(math.log(2), abs=1e-6) and after < before
+    assert (
+        len({rank for of in run["ranks"].values() for ranks in of.values() for rank in ranks}) > 1
+    )
 
 
 def assert_same_run(run: dict[str, Any], wanted: dict[str, Any], of_a: float = 1e-5) -> None:

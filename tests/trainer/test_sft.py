@@ -226,6 +226,26 @@ def test_packed_rows_are_the_same_documents(tmp_path, attention, strategy):
     torch.testing.assert_close(packed_meter.sum_E, meter.sum_E)
 
 
+@pytest.mark.filterwarnings("ignore:.*attention implementation.*")
+def test_ranks_are_placed_by_rows_without_padding(tmp_path):
+    """The rows of A that a padded batch of the same documents gives, of all layers."""
+    model = make_model(vocab_size=len(make_tokenizer()))
+    found = []
+    for settings in ({}, {"padding_free": True}):
+        config = drlora.DrLoraConfig.for_method("lora-all-gradient", r_target=4, r_max=4)
+        torch.manual_seed(1)
+        adapted = get_peft_model(copy.deepcopy(model), config)
+        trainer = trainer_of(tmp_path, model=copy.deepcopy(model), **settings)
+        batch = with_targets(trainer.data_collator([DATA[i] for i in range(len(DATA))]))
+        assert ("max_length_q" in batch) == bool(settings)
+        drlora.place_ranks(adapted, [batch])
+        found.append({n: p for n, p in adapted.named_parameters() if "lora_A" in n})
+    padded, flat = found
+    assert len(padded) > 4
+    for name, rows in padded.items():
+        torch.testing.assert_close(flat[name], rows, rtol=0, atol=1e-4, msg=name)
+
+
 def with_targets(batch):
     """The batch with no target at the start of a document, as packed rows have it."""
     labels = batch["labels"].clone()

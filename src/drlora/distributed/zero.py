@@ -143,6 +143,12 @@ def refuse_without_zero(optimizer: object) -> None:
         )
 
 
+def lacks_engine(parameters: Iterable[Tensor]) -> bool:
+    """Whether ZeRO has split a model, of all these parameters, that no engine computes with yet."""
+    split = [parameter for parameter in parameters if is_split(parameter)]
+    return bool(split) and not any(hasattr(parameter, "_z3_optimizer") for parameter in split)
+
+
 def refuse_without_engine(parameters: Iterable[Tensor]) -> None:
     """Refuse a model that ZeRO has split and that no engine brings together yet.
 
@@ -152,8 +158,7 @@ def refuse_without_engine(parameters: Iterable[Tensor]) -> None:
     Raises:
         ConfigError: if it is so.
     """
-    split = [parameter for parameter in parameters if is_split(parameter)]
-    if split and not any(hasattr(parameter, "_z3_optimizer") for parameter in split):
+    if lacks_engine(parameters):
         raise ConfigError(
             "DeepSpeed ZeRO has split the weights of this model as it was loaded, and no engine "
             "brings them together to compute with: call this after deepspeed.initialize."

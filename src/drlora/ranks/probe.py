@@ -173,7 +173,10 @@ def gradients_of_batches(
         for batch in batches:
             for tensor, _ in kept:
                 tensor.grad = None
-            moved = {key: value.to(leaves[0].device) for key, value in batch.items()}
+            moved = {
+                key: value.to(leaves[0].device) if isinstance(value, Tensor) else value
+                for key, value in batch.items()  # of packed rows lengths are numbers
+            }
             objective(model(**moved)).backward()
             if not may_miss and any(leaf.grad is None for leaf in leaves):
                 raise ConfigError(

@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel
 from transformers import PrinterCallback, TrainerCallback
 
-from drlora.distributed import on_main
+from drlora.distributed import are_several, on_main
 from drlora.distributed.zero import is_split
 from drlora.io.checkpoint import checkpoint_step
 from drlora.io.run_files import CHECKPOINT
@@ -23,7 +23,7 @@ from drlora.runs.moved import FindBest
 from drlora.runs.progress import TellProgress
 from drlora.runs.rundir import write_json
 from drlora.trainer.callback import DrLoraCallback
-from drlora.trainer.objectives import OwnSettings, make_trainer, objective_of
+from drlora.trainer.objectives import OwnSettings, make_trainer, objective_of, refuse_leaks
 from drlora.trainer.patience import Patience
 from drlora.trainer.preferences import PreferenceTrainer
 from drlora.trainer.sft import SftTrainer
@@ -54,10 +54,14 @@ class Training:
 
     @property
     def waits_for_engine(self) -> bool:
-        """Whether training first makes of the model what computes: under ZeRO-3 it is in parts till
-        then, under FSDP whole and not on the device."""
+        """Whether training first makes of the model what computes.
+
+        Under ZeRO-3 it is in parts till then, under FSDP whole and not on the device. Where the
+        trainer itself measures, accelerate would take the model for prepared and leave DDP out.
+        """
         is_in_parts = any(is_split(parameter) for parameter in self.model.parameters())
-        return is_in_parts or self.trainer.is_fsdp_enabled
+        measures = are_several() and isinstance(self.trainer, PreferenceTrainer)
+        return is_in_parts or self.trainer.is_fsdp_enabled or measures
 
     @property
     def seconds(self) -> float:
@@ -68,6 +72,12 @@ class Training:
     def stopped_early(self) -> bool:
         """Whether evaluations ended it before its last step."""
         return self.patience is not None and self.patience.has_ended
+
+    def begin_to_compute(self) -> None:
+        """Do what had to wait until the model can be computed with."""
+        if self.waits_for_engine:
+            refuse_leaks(self.trainer)
+        self.when_it_computes()
 
     def fit(self) -> None:
         """Train to the end, or until Ctrl-C or SIGTERM."""
@@ -198,5 +208,5 @@ class _Share(TrainerCallback):
         """Once for each batch size that is tried."""
         self.progress.dynamics = self.training.growth.dynamics
         with torch.random.fork_rng([] if args.device.type == "cpu" else [args.device]):
-            self.training.when_it_computes()
+            self.training.begin_to_compute()
         self.training.note_length(state.max_steps, state.train_batch_size)

@@ -217,8 +217,7 @@ def make_trainer(
         raise ConfigError(
             f"objective={objective.name!r} cannot be carried out: {first_line(error)}"
         ) from error
-    if getattr(settings, "packing", False) or getattr(settings, "padding_free", False):
-        refuse_leaks(trainer)
+    refuse_leaks(trainer)
     return trainer
 
 
@@ -276,11 +275,15 @@ def _silent() -> Iterator[None]:
 def refuse_leaks(trainer: RunTrainer) -> None:
     """Refuse packed rows where one document would read another.
 
+    A model that ZeRO-3 has split can be tried only once its engine is there.
+
     Raises:
         ConfigError: naming the model and how it attends.
     """
-    if getattr(trainer.args, "packing_strategy", "") == "wrapped":
-        return  # there they are meant to
+    args = trainer.args
+    packs = getattr(args, "packing", False) or getattr(args, "padding_free", False)
+    if not packs or getattr(args, "packing_strategy", "") == "wrapped":  # there they are meant to
+        return
     if sees_other_documents(trainer.model, trainer.data_collator):
         config: Any = cast(PeftModel, trainer.model).config
         raise ConfigError(

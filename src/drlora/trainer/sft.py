@@ -27,6 +27,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import add_fused_lm_head
 
+from drlora.distributed.zero import lacks_engine, shape_of
 from drlora.evaluation.head import has_plain_head, losses_at_targets
 from drlora.trainer.documents import apart, can_attend_apart
 from drlora.trainer.trainer import RunTrainer
@@ -154,10 +155,10 @@ def sees_other_documents(model: Any, collator: Any) -> bool:
         model: a causal language model.
         collator: of the trainer; makes a packed row of examples.
     """
-    size = model.get_input_embeddings().weight.shape[0]
-    # ZeRO-3 holds the weights elsewhere, and on paper there are none: nothing can be computed yet.
-    if size == 0 or model.device.type == "meta":
+    # On paper there are no weights, and under ZeRO-3 they lie apart until its engine is there.
+    if model.device.type == "meta" or lacks_engine(model.parameters()):
         return False
+    size = shape_of(model.get_input_embeddings().weight)[0]
     length = 8
     tokens = torch.arange(3 * length) % max(1, size - 3) + min(3, size - 1)
     first, other, second = tokens.split(length)
