@@ -13,6 +13,7 @@ from transformers import Trainer, TrainingArguments
 import drlora
 from drlora import ConfigError, DrLoraConfig
 from drlora.adapter.inject import adapted_layers
+from drlora.ranks import probe
 from drlora.ranks.placement import strongest_ranks
 from drlora.ranks.probe import probe_gradients
 
@@ -177,6 +178,42 @@ def test_what_was_placed_trains_on():
     losses = plain_loop(model, dynamics, optimizer, range(9), lambda step: batch)
     assert losses[-1] < losses[0]
     assert all(sum(r) == 18 for block in dynamics.ranks().values() for r in block.values())
+
+
+def directions(dtype, batches, gain, monkeypatch):
+    """Of all experts, where the loss is `gain` times what it is."""
+    whole = probe._loss
+    model = adapted()
+    model.get_base_model().to(dtype)
+    with monkeypatch.context() as patched:
+        patched.setattr(probe, "_loss", lambda output: whole(output) * gain)
+        return probe_gradients(model, adapters_of(model), batches, count=4)
+
+
+@pytest.mark.parametrize("gain", [2.0**-14, 2.0**6])
+def test_float16_finds_what_float32_finds(gain, monkeypatch):
+    """Where the loss of a token is so small that float16 holds no gradient of it, and where what
+    is scaled for that is too large for it."""
+    batches = [make_batch(seed) for seed in range(2)]
+    wanted = directions(torch.float32, batches, gain, monkeypatch)
+    found = directions(torch.float16, batches, gain, monkeypatch)
+    for block, projections in wanted.items():
+        for projection, (rows_EDI, strength_ED) in projections.items():
+            same_E = (rows_EDI[:, 0] * found[block][projection].rows_EDI[:, 0]).sum(1).abs()
+            assert same_E.min() > 0.99
+            torch.testing.assert_close(
+                found[block][projection].strength_ED[:, 0], strength_ED[:, 0], rtol=0.02, atol=0
+            )
+
+
+def test_scaling_changes_no_digit_elsewhere(monkeypatch):
+    batches = [make_batch(seed) for seed in range(2)]
+    scaled = directions(torch.float32, batches, 1.0, monkeypatch)
+    monkeypatch.setattr(probe, "_SCALES", (1.0,))
+    plain = directions(torch.float32, batches, 1.0, monkeypatch)
+    for block, projections in plain.items():
+        for projection, (rows_EDI, _) in projections.items():
+            assert torch.equal(scaled[block][projection].rows_EDI, rows_EDI)
 
 
 def test_a_batch_whose_gradient_is_not_finite_is_left_out():

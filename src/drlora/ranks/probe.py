@@ -30,6 +30,10 @@ from drlora.errors import ConfigError
 # More rows than directions wanted, since a sketch of exactly as many misses part of them.
 OVERSAMPLING = 8
 
+# The loss is scaled, as a GradScaler does it: in float16 gradients of single tokens are below what
+# it holds. In other dtypes a power of two changes no digit. A smaller one where one is too large.
+_SCALES = (2.0**16, 2.0**8, 1.0)
+
 
 class Directions(NamedTuple):
     """Those of the gradient of one block's projection.
@@ -111,22 +115,46 @@ def sketch_gradients(
     Raises:
         ConfigError: if there is no batch, or a batch gives no loss, or none that is finite.
     """
+    seen = list(batches)
+    best, most = None, 0.0
+    for scale in _SCALES:
+        sums, count, used = _summed(model, leaves, seen, scale, may_miss)
+        if used > most:
+            best, most = [total / (used * scale) for total in sums], used
+        if used == count:
+            break
+    if best is None:
+        raise ConfigError(
+            f"the gradient was to be averaged over {int(count)} batches, of which none had "
+            f"a finite one; give a few of the training's, or look at the data."
+        )
+    return best
+
+
+def _summed(
+    model: PeftModel,
+    leaves: list[Tensor],
+    batches: list[Mapping[str, Tensor]],
+    scale: float,
+    may_miss: bool,
+) -> tuple[list[Tensor], float, float]:
+    """Over all processes: the sums of the gradients of `scale` times the loss, float32; the
+    batches; and those whose gradients are finite, which alone are in the sums."""
     sums = [torch.zeros(leaf.shape, device=leaf.device) for leaf in leaves]
-    seen = torch.zeros(2, device=leaves[0].device)  # batches, and those that could be used
-    for gradients in gradients_of_batches(model, leaves, batches, _loss, may_miss=may_miss):
+    seen = torch.zeros(2, device=leaves[0].device)
+
+    def objective(output: Any) -> Tensor:
+        return _loss(output) * scale
+
+    for gradients in gradients_of_batches(model, leaves, batches, objective, may_miss=may_miss):
         usable = all(bool(gradient.isfinite().all()) for gradient in gradients)
         for total, gradient in zip(sums, gradients if usable else (), strict=usable):
             total += gradient
         seen += torch.tensor([1.0, float(usable)], device=seen.device)
     for total in [*sums, seen]:
         add_up(total)
-    batches_seen, used = seen.tolist()
-    if not used:
-        raise ConfigError(
-            f"the gradient was to be averaged over {int(batches_seen)} batches, of which none had "
-            f"a finite one; give a few of the training's, or look at the data."
-        )
-    return [total / used for total in sums]
+    count, used = seen.tolist()
+    return sums, count, used
 
 
 def _loss(output: Any) -> Tensor:
