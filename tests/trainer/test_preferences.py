@@ -42,9 +42,12 @@ def result_of(folder):
     return json.loads((folder / "run" / "result.json").read_text())
 
 
+@pytest.mark.parametrize("beside", [[], ["q_proj", "v_proj"]])
 @pytest.mark.parametrize("objective", ["dpo", "kto"])
-def test_the_loss_falls_and_the_budget_is_spent(tmp_path, objective, capsys):
-    recipe = save_preferences(tmp_path, objective)
+def test_the_loss_falls_and_the_budget_is_spent(tmp_path, objective, beside, capsys):
+    """With LoRA on layers beside the experts, too."""
+    adapter = {"adapter": {"target_modules": beside}} if beside else {}
+    recipe = save_preferences(tmp_path, objective, **adapter)
     assert main(["train", str(recipe), "--dry-run"]) == 0
     assert "the reference is the base model" in capsys.readouterr().out
     assert main(["train", str(recipe)]) == 0
@@ -61,6 +64,7 @@ def test_the_loss_falls_and_the_budget_is_spent(tmp_path, objective, capsys):
     assert list(losses(tmp_path / "run")) == list(range(1, 13))
     saved = load_file(tmp_path / "run" / "adapter_model.safetensors")
     assert saved and not (tmp_path / "run" / "ref").exists()
+    assert any("q_proj.lora_B" in name for name in saved) == bool(beside)
 
 
 @pytest.mark.parametrize("objective", ["dpo", "kto"])
@@ -75,11 +79,14 @@ def test_a_resumed_run_is_the_straight_one(tmp_path, objective, monkeypatch):
     assert_same_run(tmp_path / "cut" / "run", tmp_path / "straight" / "run")
 
 
-def test_a_run_that_continues_an_adapter_has_it_as_reference(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("beside", [[], ["q_proj", "v_proj"]])
+def test_a_run_that_continues_an_adapter_has_it_as_reference(tmp_path, beside, monkeypatch, capsys):
     """It is the adapter as it was, does not move, and is there again after a resume."""
     first = tmp_path / "first"
-    assert main(["train", str(save_all(first))]) == 0
-    more = dict(start_from=str(first / "run"), start_from_ranks="grow", model=str(first / "model"))
+    adapter = {"adapter": {"target_modules": beside}} if beside else {}
+    assert main(["train", str(save_all(first, **adapter))]) == 0
+    more = dict(start_from=str(first / "run"), start_from_ranks="grow", model=str(first / "model"),
+                **adapter)  # fmt: skip
     straight, cut = (save_preferences(tmp_path / n, "dpo", **more) for n in ("straight", "cut"))
     for recipe in (straight, cut):  # which is to keep the ranks that the adapter has
         recipe.write_text(recipe.read_text().replace("  r_init: 1\n", "").replace(

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from typing import Any, cast
 
 from peft import PeftModel
@@ -242,6 +243,8 @@ def rehearse_trainer(
     Raises:
         ConfigError: what TRL says against it.
     """
+    # TRL makes a reference beside it, whose LoRA on ordinary layers has to be without weights too.
+    model.add_adapter = partial(model.add_adapter, low_cpu_mem_usage=True)  # type: ignore[method-assign]
     on_paper = type("OnPaper", (objective.trainer,), {"_move_model_to_device": lambda *_: None})
     with tempfile.TemporaryDirectory() as folder, _silent():
         tried: Any = copy.copy(args)
