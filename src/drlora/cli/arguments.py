@@ -102,6 +102,8 @@ class Parser(argparse.ArgumentParser):
             word = message.partition("unrecognized arguments: ")[2].split(" ")[0]
         near = difflib.get_close_matches(word, _words(self), n=1) if word else []
         hint = f"; did you mean {near[0]}?" if near else ""
+        if near == [word]:  # of another verb
+            hint = f"; it is an option of drlora {', '.join(_verbs_with(self, word))}"
         self.exit(2, f"error: {message}{hint}\n(drlora --help shows what there is)\n")
 
 
@@ -115,6 +117,17 @@ def _words(parser: argparse.ArgumentParser) -> list[str]:
             for verb in action.choices.values():
                 found += _words(verb)
     return found
+
+
+def _verbs_with(parser: argparse.ArgumentParser, option: str) -> list[str]:
+    """The verbs of a parser that have an option."""
+    verbs = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
+    return [
+        name
+        for action in verbs
+        for name, verb in action.choices.items()
+        if option in verb._option_string_actions
+    ]
 
 
 def plugins_in(words: Sequence[str]) -> list[str]:
