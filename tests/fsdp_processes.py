@@ -192,6 +192,22 @@ def train(folder: Path, name: str, world: int) -> dict[str, Any]:
     }
 
 
+def evaluate_first(folder: Path) -> dict[str, Any]:
+    """What is said where the Trainer evaluates before it trains, under DDP."""
+    arguments = TrainingArguments(str(folder / "evaluated"), max_steps=STEPS, use_cpu=True,
+                                  report_to=[], save_strategy="no", disable_tqdm=True)  # fmt: skip
+    rows = Dataset.from_list(ROWS)
+    model = adapted(folder, Case("ddp"), dist.get_world_size())
+    trainer = Trainer(model, arguments, train_dataset=rows, eval_dataset=rows.select(range(4)),
+                      callbacks=[drlora.DrLoraCallback()])  # fmt: skip
+    trainer.evaluate()
+    try:
+        trainer.train()
+    except drlora.ConfigError as error:
+        return {"said": str(error)}
+    return {"said": ""}
+
+
 def run_recipe(folder: Path, name: str) -> dict[str, Any]:
     """`drlora train`, the embedded model in four bits: under DDP, or FSDP2 (`recipe-fsdp`).
 
@@ -266,7 +282,9 @@ def main() -> None:
     dist.init_process_group("gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
     for name in names:
-        if name.startswith("recipe"):
+        if name == "evaluated-first":
+            found = evaluate_first(folder)
+        elif name.startswith("recipe"):
             found = run_recipe(folder, name)
         else:
             found = compare(folder) if name == "own-loop" else train(folder, name, world)

@@ -42,7 +42,7 @@ def two(once) -> Path:
     """All cases in two processes; DDP first, for FSDP's settings stay in the environment."""
     names = sorted(CASES, key=lambda name: CASES[name].engine in ("full", "sharded"))
     names = [name for name in names if not name.startswith(("killed", "hybrid"))]
-    names = ["recipe-ddp", "recipe-dpo", *names, "own-loop", "recipe-fsdp"]
+    names = ["recipe-ddp", "recipe-dpo", "evaluated-first", *names, "own-loop", "recipe-fsdp"]
     return once("fsdp-two", lambda folder: run_processes(folder, 2, names))
 
 
@@ -89,6 +89,13 @@ def test_drlora_train_learns_from_preferences(two):
     assert (
         len({rank for of in run["ranks"].values() for ranks in of.values() for rank in ranks}) > 1
     )
+
+
+def test_a_trainer_that_has_left_ddp_out_is_refused(two):
+    """Plain LoRA trains on in it, a model of its own in each process."""
+    for rank in range(2):
+        said = torch.load(two / f"evaluated-first.{rank}")["said"]
+        assert "evaluate() was called before" in said and "eval_on_start=True" in said
 
 
 def assert_same_run(run: dict[str, Any], wanted: dict[str, Any], of_a: float = 1e-5) -> None:

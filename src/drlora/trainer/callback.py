@@ -27,13 +27,14 @@ from typing import Any, cast
 
 from peft import PeftModel
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from drlora.adapter.inject import active_adapter
 from drlora.adapter.state import adapter_state
-from drlora.distributed import wait_for_all
+from drlora.distributed import are_several, wait_for_all
 from drlora.errors import ConfigError
 from drlora.io.checkpoint import seal
 from drlora.io.jsonl import append_lines, forget_after, set_aside
@@ -94,9 +95,10 @@ class DrLoraCallback(TrainerCallback, ExportableState):
         Raises:
             ConfigError: if the adapter is frozen, or cannot spend its budget in this run, or its
                 ranks are to be placed and the data cannot be looked into, or DeepSpeed is to do
-                what ranks cannot grow with.
+                what ranks cannot grow with, or the Trainer has left DDP out.
         """
         refuse_unfit_deepspeed(args, kwargs["model"])
+        _refuse_without_ddp(args, kwargs["model"])
         saved = self._saved(state)
         remember(saved.get("engines", {}))
         is_new = self.dynamics is None
@@ -301,6 +303,26 @@ class DrLoraCallback(TrainerCallback, ExportableState):
                 f"planned for {planned}, the learning rate follows the new length.",
                 stacklevel=2,
             )
+
+
+def _refuse_without_ddp(args: TrainingArguments, model: Any) -> None:
+    """Refuse a model that several processes would train apart.
+
+    `trainer.evaluate()` before `trainer.train()` marks the model itself as prepared, and accelerate
+    (1.15) wraps nothing that is marked; in an ordinary run the mark is on the wrapper.
+    """
+    is_marked = getattr(model, "_is_accelerate_prepared", False)
+    if are_several() and is_marked and not (args.fsdp or args.deepspeed or _is_sharded(model)):
+        raise ConfigError(
+            "trainer.evaluate() was called before trainer.train(), and accelerate leaves DDP out "
+            "then: each process would train a model of its own. Call evaluate() afterwards, or set "
+            "eval_on_start=True."
+        )
+
+
+def _is_sharded(model: Any) -> bool:
+    """Whether FSDP or expert parallelism has its parameters."""
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
 def _scaler_of(optimizer: object) -> Any:
