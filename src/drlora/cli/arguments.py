@@ -121,13 +121,9 @@ def _words(parser: argparse.ArgumentParser) -> list[str]:
 
 def _verbs_with(parser: argparse.ArgumentParser, option: str) -> list[str]:
     """The verbs of a parser that have an option."""
-    verbs = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
-    return [
-        name
-        for action in verbs
-        for name, verb in action.choices.items()
-        if option in verb._option_string_actions
-    ]
+    subs = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
+    verbs = [verb for sub in subs for verb in sub.choices.items()]
+    return [name for name, verb in verbs if option in verb._option_string_actions]
 
 
 def plugins_in(words: Sequence[str]) -> list[str]:
