@@ -43,7 +43,7 @@ $(LOWEST)/.ok: requirements/lowest.txt
 # DeepSpeed in a venv of its own, which sees the packages of .venv beside its own few. A C++ compiler
 # is used at the first run.
 ENGINES := .venv-engines
-test-engines: $(ENGINES)/.ok ## run the tests of DeepSpeed's ZeRO, in two processes (two minutes)
+test-engines: $(ENGINES)/.ok ## run the tests of DeepSpeed's ZeRO, in two processes (five minutes)
 	PATH="$(CURDIR)/$(ENGINES)/bin:$$PATH" $(TEST_ENV) PYTHONPATH=src \
 		$(ENGINES)/bin/python -m pytest tests/trainer/test_deepspeed.py $(ARGS)
 
