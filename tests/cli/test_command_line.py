@@ -45,6 +45,7 @@ def test_help_has_examples_that_parse(verb, capsys):
         (["trian", "x"], "did you mean train?"),
         (["eval", "x", "--splti", "test"], "did you mean --split?"),
         (["eval", "x", "--overwrite"], "--overwrite; it is an option of drlora train"),
+        (["export", "x", "-o", "y", "--format", "lora"], "'per-expert', 'sglang')\n"),
         (["export", "x", "-o", "y", "--format", "pfet"], "did you mean peft?"),
         (["qqqq"], "invalid choice: 'qqqq'"),
         (["train"], "RECIPE.yaml"),

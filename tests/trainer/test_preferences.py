@@ -42,6 +42,14 @@ def result_of(folder):
     return json.loads((folder / "run" / "result.json").read_text())
 
 
+@pytest.mark.parametrize("objective", ["dpo", "kto"])
+def test_no_expert_needs_a_rank(tmp_path, objective):
+    """LoRA beside the experts alone places nothing by data, so it looks at no loss."""
+    adapter = {"start": "none", "target_modules": ["q_proj"], "r_init": 3, "r_max": 3}
+    recipe = load_recipe(save_preferences(tmp_path, objective, adapter=adapter))
+    assert recipe.adapter.start == "none" and not recipe.adapter.starts_from_data
+
+
 @pytest.mark.parametrize("beside", [[], ["q_proj", "v_proj"]])
 @pytest.mark.parametrize("objective", ["dpo", "kto"])
 def test_the_loss_falls_and_the_budget_is_spent(tmp_path, objective, beside, capsys):

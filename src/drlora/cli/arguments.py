@@ -100,10 +100,10 @@ class Parser(argparse.ArgumentParser):
         word = message.partition("invalid choice: '")[2].partition("'")[0]
         if "unrecognized arguments: " in message:
             word = message.partition("unrecognized arguments: ")[2].split(" ")[0]
-        near = difflib.get_close_matches(word, _words(self), n=1) if word else []
+        near = difflib.get_close_matches(word, {*_words(self)} - {word}, n=1) if word else []
         hint = f"; did you mean {near[0]}?" if near else ""
-        if near == [word]:  # of another verb
-            hint = f"; it is an option of drlora {', '.join(_verbs_with(self, word))}"
+        if others := _verbs_with(self, word):
+            hint = f"; it is an option of drlora {', '.join(others)}"
         self.exit(2, f"error: {message}{hint}\n(drlora --help shows what there is)\n")
 
 

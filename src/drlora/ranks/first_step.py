@@ -18,31 +18,30 @@ from drlora.ranks.optimizer_rows import parameter_groups, unwrap_optimizer
 
 def trained_beside(
     model: nn.Module, adapter: str, routers: Collection[nn.Module]
-) -> dict[str, list[Tensor]]:
-    """What is trained beside experts and routers, by its setting and name.
+) -> dict[str, dict[str, list[Tensor]]]:
+    """What is trained beside experts and routers: setting -> name of the module -> parameters.
 
-    `target_modules: NAME` -> B (out, rank) of its LoRA; `modules_to_save: NAME` -> the parameters
-    of its copy.
+    Of `target_modules` they are B (out, rank) alone, of `modules_to_save` all of the copy.
 
     Args:
         model: with the adapter in it.
         adapter: its name.
         routers: PEFT's wrappers of those that are trained.
     """
-    found: dict[str, list[Tensor]] = {}
+    found: dict[str, dict[str, list[Tensor]]] = {"target_modules": {}, "modules_to_save": {}}
     for name, module in model.named_modules():
         name = name.removeprefix("base_model.model.")
         if isinstance(module, LoraLayer) and adapter in module.lora_B:
             b_OR = module.lora_B[adapter].get_parameter("weight")
-            found[f"target_modules: {name}"] = [b_OR]
+            found["target_modules"][name] = [b_OR]
         if isinstance(module, ModulesToSaveWrapper) and module not in routers:
             copies = module.modules_to_save
             if adapter in copies:
-                found[f"modules_to_save: {name}"] = list(copies[adapter].parameters())
+                found["modules_to_save"][name] = list(copies[adapter].parameters())
     return found
 
 
-def warn_of_unreached(trained: Mapping[str, Sequence[Tensor]]) -> None:
+def warn_of_unreached(trained: Mapping[str, Mapping[str, Sequence[Tensor]]]) -> None:
     """Say which modules have no gradient: they learn nothing and cost memory.
 
     So it is with a tower for images in a run on text, and where a model reads a layer's weight
@@ -51,14 +50,13 @@ def warn_of_unreached(trained: Mapping[str, Sequence[Tensor]]) -> None:
     Args:
         trained: as `trained_beside` gives it, with the gradients of a whole step.
     """
-    for setting in ("target_modules", "modules_to_save"):
-        of_setting = {name: own for name, own in trained.items() if name.startswith(setting)}
-        idle = [name for name, own in of_setting.items() if not any(map(_has_gradient, own))]
+    for setting, modules in trained.items():
+        idle = [name for name, own in modules.items() if not any(map(_has_gradient, own))]
         if idle:
             warnings.warn(
-                f"{len(idle)} of the {len(of_setting)} modules of {setting} had no gradient in the "
-                f"first step, such as {idle[0].removeprefix(f'{setting}: ')}: what is not called "
-                f"learns nothing. If that is no matter of this one batch, name the others"
+                f"{len(idle)} of the {len(modules)} modules of {setting} had no gradient in the "
+                f"first step, such as {idle[0]}: what is not called learns nothing. If that is no "
+                f"matter of this one batch, name the others"
                 f"{', or use all-stack' if setting == 'target_modules' else ''}.",
                 stacklevel=3,
             )

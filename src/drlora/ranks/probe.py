@@ -14,6 +14,7 @@ Neither knows experts.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -127,6 +128,12 @@ def sketch_gradients(
         raise ConfigError(
             f"the gradient was to be averaged over {int(count)} batches, of which none had "
             f"a finite one; give a few of the training's, or look at the data."
+        )
+    if most < count:
+        warnings.warn(
+            f"{int(count - most)} of {int(count)} batches had a gradient that is NaN or infinite, "
+            f"and were left out of what ranks and rows are placed by; look at the data.",
+            stacklevel=2,
         )
     return best
 

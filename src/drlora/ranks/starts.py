@@ -91,7 +91,7 @@ def place_ranks(
     _let_zero_be_written(model, optimizer)
     device = next(iter(adapters.values())).frequency.device
     # Dropout must not move the generator, which the order of the data may depend on.
-    with torch.random.fork_rng([] if device.type == "cpu" else [device]):
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
         seen = list(batches)
         evidence = _evidence(model, adapters, config, seen)
         if config.option("start_a") == GRADIENT_ALL:

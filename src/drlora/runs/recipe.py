@@ -125,7 +125,7 @@ class Recipe:
             )
         placing = {"start": (self.adapter.start, "uniform"),
                    "options.start_a": (self.adapter.option("start_a"), "random")}  # fmt: skip
-        if objective_of(self.objective).compares:
+        if objective_of(self.objective).compares and self.adapter.starts_from_data:
             self._refuse_placing(placing)
         for name in ("start_from", "start_ranks"):
             for setting, (rule, nothing) in placing.items():

@@ -207,6 +207,6 @@ class _Share(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, *rest: Any, **kwargs: Any) -> None:
         """Once for each batch size that is tried."""
         self.progress.dynamics = self.training.growth.dynamics
-        with torch.random.fork_rng([] if args.device.type == "cpu" else [args.device]):
+        with torch.random.fork_rng([args.device] if args.device.type == "cuda" else []):
             self.training.begin_to_compute()
         self.training.note_length(state.max_steps, state.train_batch_size)

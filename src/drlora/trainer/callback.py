@@ -308,15 +308,15 @@ class DrLoraCallback(TrainerCallback, ExportableState):
 def _refuse_without_ddp(args: TrainingArguments, model: Any) -> None:
     """Refuse a model that several processes would train apart.
 
-    `trainer.evaluate()` before `trainer.train()` marks the model itself as prepared, and accelerate
-    (1.15) wraps nothing that is marked; in an ordinary run the mark is on the wrapper.
+    `trainer.evaluate()` or `predict()` before `trainer.train()` marks the model itself as prepared,
+    and accelerate (1.15) wraps nothing that is marked; in an ordinary run the wrapper has the mark.
     """
     is_marked = getattr(model, "_is_accelerate_prepared", False)
     if are_several() and is_marked and not (args.fsdp or args.deepspeed or _is_sharded(model)):
         raise ConfigError(
-            "trainer.evaluate() was called before trainer.train(), and accelerate leaves DDP out "
-            "then: each process would train a model of its own. Call evaluate() afterwards, or set "
-            "eval_on_start=True."
+            "trainer.evaluate() or predict() was called before trainer.train(), and accelerate "
+            "leaves DDP out then: each process would train a model of its own. Call it afterwards, "
+            "or evaluate by eval_on_start=True."
         )
 
 
