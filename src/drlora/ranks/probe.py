@@ -186,7 +186,8 @@ def gradients_of_batches(
     By `backward`, since reentrant checkpointing knows nothing else; every other gradient that the
     model has is put back as it was. With `may_miss` a leaf that no gradient reaches has zeros.
     What ZeRO trains is out of the graph meanwhile, for ZeRO would take its gradients for those of
-    a step.
+    a step; then the embeddings ask for one, so that there is a graph where the leaves are no part
+    of what is computed (those of routing).
 
     Raises:
         ConfigError: if checkpointing keeps a gradient from the leaves, or ZeRO has split the
@@ -200,6 +201,9 @@ def gradients_of_batches(
     model.train()
     settings: Any = getattr(model.config, "get_text_config", lambda: None)()
     caches = getattr(settings, "use_cache", False)
+    hooks = (
+        [model.get_input_embeddings().register_forward_hook(_ask_for_gradient)] if of_zero else []
+    )
     try:
         for parameter in of_zero:
             parameter.requires_grad_(False)
@@ -222,9 +226,15 @@ def gradients_of_batches(
     finally:
         if caches:
             settings.use_cache = caches
+        for hook in hooks:
+            hook.remove()
         for parameter in of_zero:
             parameter.requires_grad_(True)
         for tensor, gradient in kept:
             tensor.grad = gradient
         for module, training in modes.items():
             module.training = training
+
+
+def _ask_for_gradient(module: Any, args: Any, output: Tensor) -> None:
+    output.requires_grad_(True)

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import TrainingArguments
 
 from drlora.adapter.layer import DrLoraExperts
+from drlora.distributed.zero import whole_shapes
 from drlora.errors import ConfigError
 
 PACKED_UNDER_ZERO_3 = (
@@ -55,8 +56,10 @@ def refuse_unfit_deepspeed(args: TrainingArguments, model: nn.Module | None = No
         )
 
     if asks_for_zero_3(args) and model is not None:
-        layers = (module for module in model.modules() if isinstance(module, DrLoraExperts))
-        if reason := next((w.fixed for la in layers if (w := la.base_weights).fixed), None):
+        layers = [module for module in model.modules() if isinstance(module, DrLoraExperts)]
+        with whole_shapes(model):  # the engine has split the weights by now
+            reasons = [layer.base_weights.fixed for layer in layers]
+        if reason := next(filter(None, reasons), None):
             raise ConfigError(f"{reason}: {PACKED_UNDER_ZERO_3}")
 
 
