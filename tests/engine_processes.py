@@ -18,9 +18,9 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from peft import get_peft_model
-from tiny import make_batch, make_model, trainable
+from tiny import make_batch, make_class, make_model, trainable
 from torch.utils.data import Dataset
-from transformers import OlmoeForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 import drlora
 from drlora.runs.recipe import load_recipe
@@ -50,6 +50,8 @@ _BESIDE: dict[str, Any] = {
     "target_modules": ["q_proj", "o_proj"],
     "options": {"start_a": "gradient-all", "start_a_scale": 3.0, "move_share": 0.2},
 }
+# Ranks are placed by counts, which no gradient is needed for.
+_ROUTED: dict[str, Any] = {"start": "routing", "options": {"move_share": 0.2}}
 # Name of a run -> what is said to DeepSpeed (None: DDP), and what differs in settings.
 RUNS: dict[str, tuple[dict[str, Any] | None, dict[str, Any]]] = {
     "ddp": (None, {}),
@@ -89,6 +91,17 @@ RUNS: dict[str, tuple[dict[str, Any] | None, dict[str, Any]]] = {
     "ddp-beside": (None, _BESIDE),
     "z2-beside": ({"stage": 2}, _BESIDE),
     "z3-beside": (_STAGE_3, _BESIDE),
+    "ddp-routed": (None, _ROUTED),
+    "z2-routed": ({"stage": 2}, _ROUTED),
+    "z3-routed": (_STAGE_3, _ROUTED),
+    # A block of Mixtral is a leaf module: gradients are taken where the whole block is through.
+    "ddp-mixtral": (None, _PLACED),
+    "z3-mixtral": (_STAGE_3, _PLACED),
+    "ddp-mixtral-router": (None, _ROUTER),
+    "z3-mixtral-router-checkpointed-init": (_STAGE_3, _ROUTER),
+    # Experts with biases, and halves of a matrix that lie interleaved.
+    "ddp-gpt_oss": (None, _PLACED),
+    "z3-gpt_oss": (_STAGE_3, _PLACED),
 }
 RESUMED = ("z2", "z3", "z3-init", "z2-offload", "z2-bf16", "z3-bf16", "z2-router", "z3-placed")
 LOOPS: dict[str, Any] = {
@@ -193,6 +206,13 @@ def deepspeed_config(zero: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def base_model(name: str) -> Any:
+    """The model that a run of `RUNS` or `LOOPS` trains: of the family that its name has in it."""
+    if "gpt_oss" in name:
+        return make_class("GptOssForCausalLM", num_hidden_layers=1)
+    return make_model("mixtral" if "mixtral" in name else "olmoe", num_hidden_layers=1)
+
+
 def make_trainer(folder: Path, name: str, **changes: Any) -> tuple[Trainer, History]:
     """A trainer of one of `RUNS`."""
     zero, settings = RUNS[name]
@@ -208,10 +228,11 @@ def make_trainer(folder: Path, name: str, **changes: Any) -> tuple[Trainer, Hist
         gradient_checkpointing="checkpointed" in name, **changes,
     )  # fmt: skip
     if name.endswith("init"):
-        base = OlmoeForCausalLM.from_pretrained(folder / "model")  # zero.Init, by the arguments
+        saved = folder / ("mixtral" if "mixtral" in name else "olmoe")
+        base = AutoModelForCausalLM.from_pretrained(saved)  # zero.Init, by the arguments
         assert next(base.parameters()).numel() == 0
     else:
-        base = make_model(num_hidden_layers=1)
+        base = base_model(name)
     torch.manual_seed(1)
     model = get_peft_model(
         base, drlora.DrLoraConfig(**{**SETTINGS, "router": "frozen", **settings})
@@ -352,7 +373,8 @@ def main() -> None:
     # Without this zero.Init would count one process where there is no accelerator.
     deepspeed.init_distributed("gloo", init_method=meet, rank=rank, world_size=2)
     if rank == 0:
-        make_model(num_hidden_layers=1).save_pretrained(folder / "model")
+        for kind in ("olmoe", "mixtral"):
+            base_model(kind).save_pretrained(folder / kind)
     dist.barrier()
     for name in named:
         print("run", name, flush=True)

@@ -37,6 +37,7 @@ import drlora
 from drlora.adapter.inject import adapted_layers
 from drlora.data import encode_examples, load_examples, pad_token_id
 from drlora.evaluation.evaluate import evaluate_loss
+from drlora.runs.environment import processor
 
 HERE = Path(__file__).parent
 WORK = Path(".cache/realistic")
@@ -129,6 +130,7 @@ def train(arm: str, seed: int, steps: int, rate: float, every: int) -> dict[str,
     )
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
     found: dict[str, Any] = {"loss": {}, "swallowed": {}, "cpu_s_a_step": 0.0}
+    found["processor"] = processor()
     taken = []
     for step in range(steps + 1):
         if step % every == 0:

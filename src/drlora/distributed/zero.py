@@ -5,6 +5,9 @@
     ZeRO-3           it has a part of the parameter too; `parameter.data` is empty except while a
                      module computes, or always whole if the parameter is small (persistent)
     zero.Init        ZeRO-3 from the moment that the model is loaded
+    leaf modules     under ZeRO-3, blocks that are brought together whole (of Mixtral, Qwen2-MoE and
+                     Qwen3-MoE without being asked); a backward hook on the module takes the
+                     gradients of its parameters
 
 A part is a run of elements that may begin and end inside of a row. Parts of several parameters lie
 behind each other in one flat float32 tensor, which is what the inner, ordinary optimizer is given:
@@ -21,6 +24,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from drlora.errors import ConfigError
 
@@ -183,6 +187,46 @@ def whole_shapes(model: nn.Module) -> Iterator[None]:
     finally:
         for module, name, parameter in kept:
             dict.__setitem__(module._parameters, name, parameter)
+
+
+def leaves_of(parameters: Iterable[Any]) -> list[nn.Module]:
+    """The leaf modules of ZeRO-3 that parameters are in, each once."""
+    marked = (getattr(parameter, "ds_z3_leaf_module", None) for parameter in parameters)
+    return list({id(leaf): leaf for leaf in marked if leaf is not None}.values())
+
+
+def ask_inputs_for_gradients(module: nn.Module) -> RemovableHandle:
+    """Have a leaf module's inputs require gradients wherever a graph is made.
+
+    torch calls the backward hook of a module whose inputs need no gradient before those of its
+    parameters are there, and ZeRO-3 (DeepSpeed 0.19) fails then. So it is with the first block that
+    an adapter is on, for all before it is frozen.
+    """
+
+    def ask(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        floats = [x for x in inputs if isinstance(x, Tensor) and x.is_floating_point()]
+        if not torch.is_grad_enabled() or any(x.requires_grad for x in floats):
+            return None
+        return tuple(
+            x.detach().requires_grad_() if any(x is one for one in floats) else x for x in inputs
+        )
+
+    return module.register_forward_pre_hook(ask)
+
+
+@contextmanager
+def leaf_hooks_off(parameters: Iterable[Any]) -> Iterator[None]:
+    """While it lasts, ZeRO-3 takes no gradients from leaf modules, and leaves none in them."""
+    marked = (getattr(parameter, "_z3_optimizer", None) for parameter in parameters)
+    optimizers = {id(zero): zero for zero in marked if zero is not None}.values()
+    handles = [handle for zero in optimizers for handle in zero._leaf_module_hooks]
+    hooks_of = [(handle.id, handle.hooks_dict_ref()) for handle in handles]
+    kept = [(hooks, key, hooks.pop(key)) for key, hooks in hooks_of if hooks and key in hooks]
+    try:
+        yield
+    finally:
+        for hooks, key, hook in kept:
+            hooks[key] = hook
 
 
 def refuse_partitioned(parameters: Iterable[Tensor], what: str) -> None:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from drlora.adapter.experts import ExpertsAdapter, ProbeRows
 from drlora.distributed import add_up
-from drlora.distributed.zero import is_partitioned, refuse_without_engine
+from drlora.distributed.zero import is_partitioned, leaf_hooks_off, refuse_without_engine
 from drlora.errors import ConfigError
 
 # More rows than directions wanted, since a sketch of exactly as many misses part of them.
@@ -216,7 +216,8 @@ def gradients_of_batches(
                 key: value.to(leaves[0].device) if isinstance(value, Tensor) else value
                 for key, value in batch.items()  # of packed rows lengths are numbers
             }
-            objective(model(**moved)).backward()
+            with leaf_hooks_off(of_zero):
+                objective(model(**moved)).backward()
             if not may_miss and any(leaf.grad is None for leaf in leaves):
                 raise ConfigError(
                     "gradients do not reach the experts: with reentrant checkpointing call "

@@ -27,7 +27,7 @@ from drlora.adapter.pool import RankPool
 from drlora.adapter.router import TrainedRouters
 from drlora.distributed import add_up
 from drlora.distributed.held import blocks_of, row_width, trained_tensor
-from drlora.distributed.zero import adopt, shape_of
+from drlora.distributed.zero import adopt, ask_inputs_for_gradients, leaves_of, shape_of
 from drlora.ranks.optimizer_rows import is_adam, parameter_groups
 from drlora.ranks.saliency import RowSums, row_sums
 from drlora.ranks.young_rows import Clock, Cohort, OwnClocks, correct_young_rows, young_spans
@@ -80,6 +80,7 @@ class WatchedZero:
         self._hooks = [
             inner.register_step_pre_hook(self._before),
             inner.register_step_post_hook(self._after),
+            *map(ask_inputs_for_gradients, leaves_of(self._factors())),
         ]
 
     def let_go(self) -> None:
