@@ -114,8 +114,10 @@ LOOPS: dict[str, Any] = {
 # Recipes that `drlora train` runs on the embedded model; None: DDP. Those come first, since
 # accelerate keeps DeepSpeed's settings.
 _INFORMED, _PACKED = ["method=drlora-informed"], ["training.packing=true"]
+# Ten times slower than the embedded recipe: there rounding would grow to 1e-2 of the loss.
 _DPO = [
-    "objective=dpo", "data.train=pairs.jsonl", "data.eval=held-out.jsonl", "adapter.settle_steps=3"
+    *_INFORMED, "objective=dpo", "data.train=pairs.jsonl", "data.eval=held-out.jsonl",
+    "adapter.settle_steps=3", "training.learning_rate=0.0005",
 ]  # fmt: skip
 RECIPES: dict[str, tuple[dict[str, Any] | None, list[str]]] = {
     "train-ddp": (None, _INFORMED),
@@ -326,8 +328,16 @@ def run_recipe(folder: Path, name: str) -> None:
         settings.append(f"training.deepspeed={folder / name}.json")
     if dist.get_rank() == 0:
         (folder / f"{name}.json").write_text(json.dumps(deepspeed_config(zero or {})))
+        said = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
         pairs = [
-            json.dumps({"prompt": f"{n}:", "chosen": " yes", "rejected": " no"}) for n in range(96)
+            json.dumps(
+                {
+                    "prompt": f"{37 * n + 101}:",
+                    "chosen": "".join(f" {said[int(digit)]}" for digit in str(37 * n + 101)),
+                    "rejected": "".join(f" {digit}" for digit in str(37 * n + 101)),
+                }
+            )
+            for n in range(96)
         ]
         (folder / "pairs.jsonl").write_text("\n".join(pairs[:80]))
         (folder / "held-out.jsonl").write_text("\n".join(pairs[80:]))

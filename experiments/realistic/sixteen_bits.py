@@ -75,7 +75,7 @@ def factors(model: nn.Module) -> Iterator[tuple[str, Any, Any, Tensor, bool]]:
         a, b = wrapper.lora_A["default"].weight, wrapper.lora_B["default"].weight
         yield place, a, b, wrapper.get_param(), True
     for block, layer in ({} if wrappers else adapted_layers(model, "default")).items():
-        experts = model.get_submodule(f"base_model.model.{block}").block.experts
+        experts = layer.get_base_layer()
         for parameter, projection in PROJECTIONS.items():
             pool = layer.drlora_adapters["default"].pools[projection]
             yield (f"{block} {projection}", pool.lora_A, pool.lora_B,

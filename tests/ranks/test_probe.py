@@ -15,7 +15,7 @@ from drlora import ConfigError, DrLoraConfig
 from drlora.adapter.inject import adapted_layers
 from drlora.ranks import probe
 from drlora.ranks.placement import strongest_ranks
-from drlora.ranks.probe import probe_gradients
+from drlora.ranks.probe import own_loss, probe_gradients
 
 RANKS = dict(r_init=2, r_target=3, r_max=8, p_grow=0.5)
 
@@ -29,12 +29,12 @@ def adapters_of(model):
     return {n: layer.adapter("default") for n, layer in adapted_layers(model, "default").items()}
 
 
-def true_gradients(seed, batches):
+def true_gradients(seed, batches, loss=own_loss):
     """Block -> projection -> (E, O, I), from the base model itself."""
     torch.manual_seed(seed)
     model = make_model().train()
     for batch in batches:
-        (model(**batch).loss / len(batches)).backward()
+        (loss(model, batch) / len(batches)).backward()
     return {
         f"model.layers.{number}.mlp": {
             "gate_up": layer.mlp.experts.gate_up_proj.grad,
@@ -63,6 +63,36 @@ def test_a_probe_spans_the_gradient_of_every_expert(engine):
             unit = torch.eye(12).expand(6, 12, 12)
             torch.testing.assert_close(rows_EDI @ rows_EDI.mT, unit, atol=1e-4, rtol=0)
             assert bool((strength_ED.diff(dim=1) <= 0).all())
+
+
+def preference(model, batch):
+    """That the first row be likelier than the second, as DPO has it where nothing moved yet."""
+    ids = batch["input_ids"]
+    likelihood_BT = model(input_ids=ids).logits[:, :-1].log_softmax(-1)
+    of_rows = likelihood_BT.gather(2, ids[:, 1:, None]).sum((1, 2))
+    return -torch.nn.functional.logsigmoid(0.1 * (of_rows[0] - of_rows[1]))
+
+
+def test_the_loss_may_be_given():
+    batches = [{"input_ids": make_batch(seed)["input_ids"][:, :3]} for seed in (1, 2)]
+    model = adapted(start="gradient", options={"start_a": "gradient"})
+    found = probe_gradients(model, adapters_of(model), batches, 12, preference)
+    wanted = true_gradients(0, batches, preference)
+    for block, projections in wanted.items():
+        for projection, g_EOI in projections.items():
+            rows_EDI = found[block][projection].rows_EDI
+            assert (g_EOI - g_EOI @ rows_EDI.mT @ rows_EDI).norm() < 1e-4 * g_EOI.norm()
+    with pytest.raises(ConfigError, match="or the loss of the training"):
+        drlora.place_ranks(model, batches)
+    drlora.place_ranks(model, batches, loss=preference)
+    for block, adapter in adapters_of(model).items():
+        for projection, pool in adapter.rank_pools.items():
+            for expert, g_OI in enumerate(wanted[block][projection]):
+                _, strength_D, v_DI = torch.linalg.svd(g_OI)
+                span_DI = v_DI[: int((strength_D > 1e-4 * strength_D[0]).sum())]
+                rows_RI = pool.lora_A.detach()[pool.owner == expert][: len(span_DI)]
+                inside_RI = rows_RI @ span_DI.mT @ span_DI
+                torch.testing.assert_close(inside_RI, rows_RI, rtol=0, atol=1e-3)
 
 
 def test_the_strongest_directions_hold_most_of_the_gradient():

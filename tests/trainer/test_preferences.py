@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from drlora.adapter.inject import adapted_layers
 from drlora.cli.main import main
 from drlora.errors import ConfigError
+from drlora.ranks.starts import place_ranks
 from drlora.runs.recipe import load_recipe
 from drlora.runs.training import Training
 
@@ -73,6 +74,33 @@ def test_the_loss_falls_and_the_budget_is_spent(tmp_path, objective, beside, cap
     saved = load_file(tmp_path / "run" / "adapter_model.safetensors")
     assert saved and not (tmp_path / "run" / "ref").exists()
     assert any("q_proj.lora_B" in name for name in saved) == bool(beside)
+
+
+@pytest.mark.parametrize(
+    ("objective", "method"),
+    [("dpo", "lora-all-gradient"), ("kto", "drlora-informed"), ("dpo", "hot")],
+)
+def test_ranks_and_rows_are_placed_by_the_objectives_loss(tmp_path, objective, method, monkeypatch):
+    """Of pairs or verdicts as they are trained on; what TRL logs shows nothing of it."""
+    found, tokens = [], []
+
+    def looked_at(model, batches, *args, loss, **kwargs):
+        kept = list(batches)
+        found.extend(loss(model, batch) for batch in kept)
+        tokens.extend(int(batch["attention_mask"].sum()) for batch in kept)
+        place_ranks(model, kept, *args, loss=loss, **kwargs)
+
+    monkeypatch.setattr("drlora.trainer.callback.place_ranks", looked_at)
+    recipe = save_preferences(tmp_path, objective, method=method)
+    assert main(["train", str(recipe)]) == 0
+    start = 0.6931 if objective == "dpo" else 0.5
+    assert [loss.item() for loss in found] == pytest.approx([start] * 4, abs=1e-3)
+    assert all(loss.requires_grad for loss in found)
+    result = result_of(tmp_path)
+    before, after = (result[when]["objective"]["loss"] for when in ("before", "after"))
+    assert result["verdict"] == "ok" and after < before - 0.01
+    logged = [line for line in lines(tmp_path / "run" / "metrics.jsonl") if "grad_norm" in line]
+    assert logged[-1]["num_tokens"] == 3 * sum(tokens)  # in 3 epochs of the same 16 examples
 
 
 @pytest.mark.parametrize("objective", ["dpo", "kto"])
@@ -176,7 +204,10 @@ def test_prompts_that_fill_the_length_are_counted(tmp_path, capsys):
         (dict(objective="dop"), "known are sft, dpo, kto, grpo"),
         (dict(objective="dpo", training=dict(packing=True)), "packing is not a setting"),
         (dict(objective="sft", training=dict(beta=0.1)), "beta"),
-        (dict(objective="dpo", adapter=dict(start="gradient")), "which objective='dpo' has not"),
+        (
+            dict(objective="grpo", reward="exact", adapter=dict(start="gradient")),
+            "which objective='grpo' has not before",
+        ),
         (dict(objective="dpo", training=dict(max_length=9)), "set data.max_length"),
     ],
 )

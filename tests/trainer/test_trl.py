@@ -319,3 +319,17 @@ def test_a_second_adapter_grows_and_the_first_stays(tmp_path):
     ranks = adapted_layers(model, "default")["model.layers.0.mlp"].adapter("default").ranks()
     assert set(ranks["down"]) == {2}
     assert (tmp_path / "checkpoint-4" / "second" / "adapter_model.safetensors").exists()
+
+
+def test_a_script_places_ranks_by_the_loss_that_it_tells(tmp_path):
+    """Otherwise the model's own would be wanted, and batches of pairs have none."""
+    placing = {**SETTINGS, "start": "gradient", "options": {"start_a": "gradient"}}
+    trainer = make_trainer("dpo", tmp_path, config=drlora.DrLoraConfig(**placing))
+    with pytest.raises(drlora.ConfigError, match="loss=trainer.compute_loss"):
+        trainer.train()
+    (growth,) = (
+        c for c in trainer.callback_handler.callbacks if isinstance(c, drlora.DrLoraCallback)
+    )
+    growth.loss = trainer.compute_loss
+    trainer.train()
+    assert growth.dynamics.budget()[0] == growth.dynamics.budget()[1]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from drlora.distributed.held import row_width, write_rows
 from drlora.distributed.zero import shape_of
-from drlora.ranks.probe import OVERSAMPLING, sketch_gradients
+from drlora.ranks.probe import OVERSAMPLING, Loss, own_loss, sketch_gradients
 from drlora.ranks.rank_map import adapters_of
 
 # Length of a row of A that PEFT draws: U(-b, b) with b = 1 / sqrt(in), so of mean square b^2 / 3.
@@ -28,7 +28,12 @@ _ROW_NORM = math.sqrt(1 / 3)
 
 
 @torch.no_grad()
-def point_linears(model: PeftModel, batches: Sequence[Mapping[str, Tensor]], adapter: str) -> None:
+def point_linears(
+    model: PeftModel,
+    batches: Sequence[Mapping[str, Tensor]],
+    adapter: str,
+    loss: Loss = own_loss,
+) -> None:
     """Lay A of the adapter's ordinary LoRA along the gradient of the layers' weights.
 
     Strongest directions first, each as long as a row that PEFT draws: three times as long, as rows
@@ -38,8 +43,9 @@ def point_linears(model: PeftModel, batches: Sequence[Mapping[str, Tensor]], ada
 
     Args:
         model: carries the adapter, not trained yet.
-        batches: what the model is called with, labels included.
+        batches: what the loss is computed of.
         adapter: its name.
+        loss: by default the model's own, for which batches have labels.
     """
     layers = {
         name: module
@@ -49,7 +55,7 @@ def point_linears(model: PeftModel, batches: Sequence[Mapping[str, Tensor]], ada
     blocks = list(adapters_of(model, adapter).values())
     seed = int(next(iter(blocks[0].rank_pools.values())).seed)  # the same in all processes
     with torch.enable_grad(), _probes(layers, adapter, seed) as leaves:
-        sketches = sketch_gradients(model, list(leaves.values()), batches, may_miss=True)
+        sketches = sketch_gradients(model, list(leaves.values()), batches, loss, may_miss=True)
     for block in blocks:
         block.meter.reset()  # which counted what the probes saw
     for (name, leaf), sketch_PI in zip(leaves.items(), sketches, strict=True):

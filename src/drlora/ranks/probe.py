@@ -15,9 +15,9 @@ Neither knows experts.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from peft import PeftModel
@@ -34,6 +34,25 @@ OVERSAMPLING = 8
 # The loss is scaled, as a GradScaler does it: in float16 gradients of single tokens are below what
 # it holds. In other dtypes a power of two changes no digit. A smaller one where one is too large.
 _SCALES = (2.0**16, 2.0**8, 1.0)
+
+
+# From the model and a batch to what is to be lowered, a scalar with a graph.
+Loss: TypeAlias = Callable[[PeftModel, Mapping[str, Any]], Tensor]
+
+
+def own_loss(model: PeftModel, batch: Mapping[str, Any]) -> Tensor:
+    """That which the model computes of labels.
+
+    Raises:
+        ConfigError: if it computes none.
+    """
+    output = model(**batch)
+    if output.get("loss") is None:
+        raise ConfigError(
+            "a gradient was to be taken, but the model gives no loss for a batch; give batches "
+            "with labels, or the loss of the training: loss=trainer.compute_loss."
+        )
+    return output.loss
 
 
 class Directions(NamedTuple):
@@ -53,24 +72,26 @@ def probe_gradients(
     adapters: Mapping[str, ExpertsAdapter],
     batches: Iterable[Mapping[str, Tensor]],
     count: int,
+    loss: Loss = own_loss,
 ) -> dict[str, dict[str, Directions]]:
     """Block -> projection -> the strongest directions of each expert's gradient.
 
-    The gradient is that of the model's own loss, averaged over the batches, in training mode.
-    Nothing of the model changes, and no gradient is left behind. All processes get the same.
+    The gradient is that of the loss, averaged over the batches, in training mode. Nothing of the
+    model changes, and no gradient is left behind. All processes get the same.
 
     Args:
         model: carries the adapters.
         adapters: block -> adapter.
-        batches: what the model is called with, labels included.
+        batches: what the loss is computed of.
         count: directions wanted for an expert; fewer where a matrix is narrower.
+        loss: by default the model's own, for which batches have labels.
 
     Raises:
         ConfigError: if there is no batch, or a batch gives no loss, or none that is finite.
     """
     with _probes(adapters, count + OVERSAMPLING) as probes:
         leaves = [probe.a_RI for of_block in probes.values() for probe in of_block.values()]
-        sketches = sketch_gradients(model, leaves, batches)
+        sketches = sketch_gradients(model, leaves, batches, loss)
         found: dict[str, dict[str, Directions]] = {}
         for block, of_block in probes.items():
             found[block] = {}
@@ -102,6 +123,7 @@ def sketch_gradients(
     model: PeftModel,
     leaves: list[Tensor],
     batches: Iterable[Mapping[str, Tensor]],
+    loss: Loss = own_loss,
     *,
     may_miss: bool = False,
 ) -> list[Tensor]:
@@ -110,7 +132,8 @@ def sketch_gradients(
     Args:
         model: carries what the leaves belong to.
         leaves: A of probes.
-        batches: what the model is called with, labels included.
+        batches: what the loss is computed of.
+        loss: by default the model's own, for which batches have labels.
         may_miss: whether a leaf that no gradient reaches has zeros; else that is an error.
 
     Raises:
@@ -119,7 +142,7 @@ def sketch_gradients(
     seen = list(batches)
     best, most = None, 0.0
     for scale in _SCALES:
-        sums, count, used = _summed(model, leaves, seen, scale, may_miss)
+        sums, count, used = _summed(model, leaves, seen, loss, scale, may_miss)
         if used > most:
             best, most = [total / (used * scale) for total in sums], used
         if used == count:
@@ -142,6 +165,7 @@ def _summed(
     model: PeftModel,
     leaves: list[Tensor],
     batches: list[Mapping[str, Tensor]],
+    loss: Loss,
     scale: float,
     may_miss: bool,
 ) -> tuple[list[Tensor], float, float]:
@@ -150,10 +174,10 @@ def _summed(
     sums = [torch.zeros(leaf.shape, device=leaf.device) for leaf in leaves]
     seen = torch.zeros(2, device=leaves[0].device)
 
-    def objective(output: Any) -> Tensor:
-        return _loss(output) * scale
+    def scaled(model: PeftModel, batch: Mapping[str, Any]) -> Tensor:
+        return loss(model, batch) * scale
 
-    for gradients in gradients_of_batches(model, leaves, batches, objective, may_miss=may_miss):
+    for gradients in gradients_of_batches(model, leaves, batches, scaled, may_miss=may_miss):
         usable = all(bool(gradient.isfinite().all()) for gradient in gradients)
         for total, gradient in zip(sums, gradients if usable else (), strict=usable):
             total += gradient
@@ -164,24 +188,15 @@ def _summed(
     return sums, count, used
 
 
-def _loss(output: Any) -> Tensor:
-    if output.get("loss") is None:
-        raise ConfigError(
-            "a gradient was to be taken, but the model gives no loss for a batch; give batches "
-            "with labels."
-        )
-    return output.loss
-
-
 def gradients_of_batches(
     model: PeftModel,
     leaves: list[Tensor],
     batches: Iterable[Mapping[str, Tensor]],
-    objective: Callable[[Any], Tensor],
+    loss: Loss,
     *,
     may_miss: bool = False,
 ) -> Iterator[list[Tensor]]:
-    """The gradient of `objective(model(**batch))` in `leaves`, batch by batch, in training mode.
+    """The gradient of `loss(model, batch)` in `leaves`, batch by batch, in training mode.
 
     By `backward`, since reentrant checkpointing knows nothing else; every other gradient that the
     model has is put back as it was. With `may_miss` a leaf that no gradient reaches has zeros.
@@ -201,12 +216,14 @@ def gradients_of_batches(
     model.train()
     settings: Any = getattr(model.config, "get_text_config", lambda: None)()
     caches = getattr(settings, "use_cache", False)
-    hooks = (
-        [model.get_input_embeddings().register_forward_hook(_ask_for_gradient)] if of_zero else []
-    )
+    hooks = []
+    if of_zero:
+        # Each time: PEFT lets an adapter ask for gradients again after it was off (a reference).
+        hooks = [
+            model.get_base_model().register_forward_pre_hook(lambda *_: _let_none_ask(of_zero)),
+            model.get_input_embeddings().register_forward_hook(_ask_for_gradient),
+        ]
     try:
-        for parameter in of_zero:
-            parameter.requires_grad_(False)
         if caches:  # what is kept for decoding is of no use here, and some models keep it in place
             settings.use_cache = False
         for batch in batches:
@@ -217,7 +234,7 @@ def gradients_of_batches(
                 for key, value in batch.items()  # of packed rows lengths are numbers
             }
             with leaf_hooks_off(of_zero):
-                objective(model(**moved)).backward()
+                loss(model, moved).backward()
             if not may_miss and any(leaf.grad is None for leaf in leaves):
                 raise ConfigError(
                     "gradients do not reach the experts: with reentrant checkpointing call "
@@ -235,6 +252,11 @@ def gradients_of_batches(
             tensor.grad = gradient
         for module, training in modes.items():
             module.training = training
+
+
+def _let_none_ask(parameters: Sequence[Tensor]) -> None:
+    for parameter in parameters:
+        parameter.requires_grad_(False)
 
 
 def _ask_for_gradient(module: Any, args: Any, output: Tensor) -> None:

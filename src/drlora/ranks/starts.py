@@ -26,7 +26,13 @@ from drlora.errors import ConfigError
 from drlora.ranks.directions import lay_rows
 from drlora.ranks.linear_probe import point_linears
 from drlora.ranks.placement import hot_ranks, proportional_ranks, strongest_ranks
-from drlora.ranks.probe import Directions, gradients_of_batches, probe_gradients
+from drlora.ranks.probe import (
+    Directions,
+    Loss,
+    gradients_of_batches,
+    own_loss,
+    probe_gradients,
+)
 from drlora.ranks.rank_map import adapters_of
 from drlora.ranks.saliency import routed_share
 
@@ -69,16 +75,19 @@ def place_ranks(
     adapter: str | None = None,
     *,
     optimizer: object = None,
+    loss: Loss | None = None,
 ) -> None:
     """Place the ranks of a new adapter as its settings `start` and `start_a` say, once.
 
     Args:
         model: carries a DR-LoRA adapter that owns no row yet.
         batches: a few batches of the training data, on any device; with labels if a gradient is
-            to be taken.
+            to be taken and no loss is given.
         adapter: its name; by default the model's active adapter.
         optimizer: DeepSpeed's `engine.optimizer`, or a wrapper of it, where ZeRO trains the model
             already; any other is not looked at.
+        loss: what is to be lowered, as a function of the model and a batch, where that is not the
+            model's own loss: `compute_loss` of TRL's trainers for preferences, for instance.
 
     Raises:
         ConfigError: if there is no batch, ranks are placed already, or an expert would pass r_max;
@@ -93,9 +102,9 @@ def place_ranks(
     # Dropout must not move the generator, which the order of the data may depend on.
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         seen = list(batches)
-        evidence = _evidence(model, adapters, config, seen)
+        evidence = _evidence(model, adapters, config, seen, loss)
         if config.option("start_a") == GRADIENT_ALL:
-            point_linears(model, seen, adapter or active_adapter(model))
+            point_linears(model, seen, adapter or active_adapter(model), loss or own_loss)
     for block, found in adapters.items():
         ranks_E = STARTS[config.start].place(evidence[block], config)
         for projection, pool in found.rank_pools.items():
@@ -124,15 +133,16 @@ def _evidence(
     adapters: Mapping[str, ExpertsAdapter],
     config: DrLoraConfig,
     batches: list[Mapping[str, Tensor]],
+    loss: Loss | None,
 ) -> dict[str, Evidence]:
     """What the settings need to know of each block."""
     start: Start = STARTS[config.start]
     shares = [[0.0] * adapter.block.num_experts for adapter in adapters.values()]
     if start.needs_routing:
-        shares = _routed_shares(model, list(adapters.values()), batches)
+        shares = _routed_shares(model, list(adapters.values()), batches, loss)
     directions: Mapping[str, Mapping[str, Directions]] = {}
     if start.needs_gradient or config.option("start_a") != "random":
-        directions = probe_gradients(model, adapters, batches, config.r_max)
+        directions = probe_gradients(model, adapters, batches, config.r_max, loss or own_loss)
     return {
         block: Evidence(share_E, directions.get(block, {}))
         for block, share_E in zip(adapters, shares, strict=True)
@@ -219,16 +229,20 @@ STARTS.add(NOTHING, Start(_nobody, leaves_some_out=True))
 
 
 def _routed_shares(
-    model: PeftModel, adapters: list[ExpertsAdapter], batches: Iterable[Mapping[str, Tensor]]
+    model: PeftModel,
+    adapters: list[ExpertsAdapter],
+    batches: Iterable[Mapping[str, Tensor]],
+    loss: Loss | None = None,
 ) -> list[list[float]]:
     """For each block the share of routing that each expert gets.
 
-    The meters count in the backward pass and hand their sums out as gradients.
+    The meters count in the backward pass and hand their sums out as gradients, so that any loss
+    will do that sees all tokens; one that was given knows how the model is called.
     """
     tallies = [adapter.meter.tally_E1 for adapter in adapters]
     sums = [torch.zeros_like(tally_E1) for tally_E1 in tallies]
     count = 0
-    for gradients in gradients_of_batches(model, tallies, batches, _sum_of_logits):
+    for gradients in gradients_of_batches(model, tallies, batches, loss or _sum_of_logits):
         for total_E1, sum_E1 in zip(sums, gradients, strict=True):
             total_E1 += sum_E1
         count += 1
@@ -239,5 +253,5 @@ def _routed_shares(
     return [routed_share(total_E1[:-1], total_E1[-1]).tolist() for total_E1 in sums]
 
 
-def _sum_of_logits(output: Any) -> Tensor:
-    return output.logits.float().sum()
+def _sum_of_logits(model: PeftModel, batch: Mapping[str, Any]) -> Tensor:
+    return model(**batch).logits.float().sum()

@@ -125,7 +125,7 @@ class Recipe:
             )
         placing = {"start": (self.adapter.start, "uniform"),
                    "options.start_a": (self.adapter.option("start_a"), "random")}  # fmt: skip
-        if objective_of(self.objective).compares and self.adapter.starts_from_data:
+        if objective_of(self.objective).tries and self.adapter.starts_from_data:
             self._refuse_placing(placing)
         for name in ("start_from", "start_ranks"):
             for setting, (rule, nothing) in placing.items():
@@ -136,13 +136,13 @@ class Recipe:
                     )
 
     def _refuse_placing(self, placing: Mapping[str, tuple[Any, str]]) -> None:
-        """Ranks are placed by the loss of a language model, which other objectives do not have."""
+        """Ranks are placed by a loss of the data, and nothing is lost before answers are tried."""
         for setting, (rule, nothing) in placing.items():
             if rule != nothing:
                 raise ConfigError(
-                    f"adapter.{setting}={rule!r} looks at the loss of answers, which "
-                    f"objective={self.objective!r} has not; leave it out, or name ranks as "
-                    f"start_ranks."
+                    f"adapter.{setting}={rule!r} looks at the loss of a few batches, which "
+                    f"objective={self.objective!r} has not before it has tried; leave it out, or "
+                    f"name ranks as start_ranks."
                 )
 
     @property

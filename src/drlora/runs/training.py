@@ -156,6 +156,7 @@ class Training:
             callbacks=callbacks,
         )
         trainer.on_restart = self._restart
+        self.growth.loss = trainer.places_by
         trainer.remove_callback(PrinterCallback)
         self.growth.log_first(trainer)
         return trainer

@@ -44,6 +44,7 @@ from drlora.ops.trial import found, remember
 from drlora.ranks.dynamics import RankDynamics
 from drlora.ranks.event import Grant
 from drlora.ranks.optimizer_rows import unwrap_optimizer
+from drlora.ranks.probe import Loss
 from drlora.ranks.schedule import Schedule
 from drlora.ranks.starts import needs_ranks, place_ranks
 from drlora.trainer.best_model import load_best, refuse_mixed_up
@@ -64,6 +65,8 @@ class DrLoraCallback(TrainerCallback, ExportableState):
 
     Attributes:
         dynamics: the RankDynamics, from the start of training on.
+        loss: what ranks and rows of A are placed by, of the model and a batch; by default the
+            model's own loss. Trainers that compute another have it as `compute_loss`.
         tells_of_length: whether it warns where a run that is resumed has another length than growth
             was planned for.
         ended_early: says whether a run that ends before its last step is over all the same, and is
@@ -81,6 +84,7 @@ class DrLoraCallback(TrainerCallback, ExportableState):
         self.log_dir = log_dir
         self.on_growth = on_growth
         self.dynamics: RankDynamics | None = None
+        self.loss: Loss | None = None
         self.tells_of_length = True
         self.ended_early: Callable[[], bool] = lambda: False
         self.log_start = 0
@@ -113,7 +117,8 @@ class DrLoraCallback(TrainerCallback, ExportableState):
         model = kwargs["model"]
         if needs_ranks(model, self.adapter):
             batches = self._first_batches(args, **kwargs)
-            place_ranks(model, batches, self.adapter, optimizer=kwargs.get("optimizer"))
+            optimizer = kwargs.get("optimizer")
+            place_ranks(model, batches, self.adapter, optimizer=optimizer, loss=self.loss)
         planned = Schedule(**saved["schedule"]) if "schedule" in saved else None
         step = saved.get("step", state.global_step)
         self.dynamics = RankDynamics(

@@ -21,6 +21,10 @@ from drlora.trainer.rewards import text_of
 class GrpoTrainer(PreferenceTrainer, GRPOTrainer):
     """TRL's GRPOTrainer as `drlora train` uses it."""
 
+    @property
+    def places_by(self) -> None:
+        """Nothing: there is no loss before answers were tried."""
+
     def measure(self) -> dict[str, float]:
         """The mean reward of answers to the held-out prompts, and TRL's other figures.
 

@@ -8,15 +8,19 @@ examples are left.
 
 from __future__ import annotations
 
+import copy
 import math
+from collections.abc import Mapping
 from typing import Any, cast
 
 from datasets import Dataset
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from trl import DPOTrainer, KTOTrainer
 from trl.data_utils import maybe_extract_prompt
 
 from drlora.errors import DataError
+from drlora.ranks.probe import Loss
 from drlora.trainer.trainer import RunTrainer
 
 REFERENCE = "ref"  # TRL's name of the frozen copy of an adapter
@@ -50,6 +54,20 @@ class PreferenceTrainer(RunTrainer):
         kept.clear()
         figures.pop("num_tokens", None)
         return {"loss": found["eval_loss"], **figures}
+
+    @property
+    def places_by(self) -> Loss | None:
+        """The objective's own loss."""
+        return self._loss_of
+
+    def _loss_of(self, model: Any, batch: Mapping[str, Any]) -> Tensor:
+        """The objective's loss of a batch, of which nothing is left in what TRL logs."""
+        trainer = cast(Any, self)
+        kept = copy.deepcopy(trainer._metrics), trainer._total_train_tokens
+        try:
+            return trainer.compute_loss(model, batch)
+        finally:
+            trainer._metrics, trainer._total_train_tokens = kept
 
 
 class DpoTrainer(PreferenceTrainer, DPOTrainer):

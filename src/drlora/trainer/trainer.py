@@ -35,6 +35,7 @@ from drlora.adapter.state import adapter_state
 from drlora.config.adapter import DrLoraConfig
 from drlora.distributed import are_several
 from drlora.errors import CheckpointError, ConfigError, first_line
+from drlora.ranks.probe import Loss
 
 
 def rehearse(arguments: TrainingArguments, total_steps: int) -> None:
@@ -114,6 +115,11 @@ class RunTrainer(Trainer):
             else:
                 self._begin_again(self._began)
         return super()._inner_training_loop(*args, **kwargs)
+
+    @property
+    def places_by(self) -> Loss | None:
+        """The loss that ranks are placed by; None for the model's own."""
+        return None
 
     @property
     def _adapted(self) -> PeftModel:
