@@ -42,7 +42,7 @@ ELSEWHERE = {"README.md": "tests/project/test_readme.py", "tutorial.md": "test_n
              "free-gpu.md": "test_notebooks"}  # fmt: skip
 # Page -> how many of its blocks are marked as not run, with the reason beside them.
 NOT_RUN_HERE = {
-    "many-processes.md": 4, "methods.md": 1, "quantised.md": 1, "serving.md": 2, "training.md": 1,
+    "many-processes.md": 4, "methods.md": 1, "quantised.md": 1, "serving.md": 2, "training.md": 2,
     "using-it.md": 1,
 }  # fmt: skip
 NOT_RUN = re.compile(r"<!-- not run: (.+?) -->\s*\Z")

@@ -122,7 +122,7 @@ def test_signatures_of_imports():
     for function, parameters in (
         (drlora.load_peft_lora, ["model", "folder", "config"]),
         (drlora.continue_adapter, ["model", "folder", "config", "ranks"]),
-        (drlora.place_ranks, ["model", "batches", "adapter", "optimizer"]),
+        (drlora.place_ranks, ["model", "batches", "adapter", "optimizer", "loss"]),
         (drlora.rank_map, ["model"]),
         (drlora.start_ranks, ["model", "ranks"]),
         (drlora.ranks_from_routing, ["model", "batches", "mean_rank"]),

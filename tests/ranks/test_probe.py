@@ -210,23 +210,24 @@ def test_what_was_placed_trains_on():
     assert all(sum(r) == 18 for block in dynamics.ranks().values() for r in block.values())
 
 
-def directions(dtype, batches, gain, monkeypatch):
+def directions(dtype, batches, gain):
     """Of all experts, where the loss is `gain` times what it is."""
-    whole = probe._loss
     model = adapted()
     model.get_base_model().to(dtype)
-    with monkeypatch.context() as patched:
-        patched.setattr(probe, "_loss", lambda output: whole(output) * gain)
-        return probe_gradients(model, adapters_of(model), batches, count=4)
+
+    def gained(model, batch):
+        return own_loss(model, batch) * gain
+
+    return probe_gradients(model, adapters_of(model), batches, 4, gained)
 
 
 @pytest.mark.parametrize("gain", [2.0**-14, 2.0**6])
-def test_float16_finds_what_float32_finds(gain, monkeypatch):
+def test_float16_finds_what_float32_finds(gain):
     """Where the loss of a token is so small that float16 holds no gradient of it, and where what
     is scaled for that is too large for it."""
     batches = [make_batch(seed) for seed in range(2)]
-    wanted = directions(torch.float32, batches, gain, monkeypatch)
-    found = directions(torch.float16, batches, gain, monkeypatch)
+    wanted = directions(torch.float32, batches, gain)
+    found = directions(torch.float16, batches, gain)
     for block, projections in wanted.items():
         for projection, (rows_EDI, strength_ED) in projections.items():
             same_E = (rows_EDI[:, 0] * found[block][projection].rows_EDI[:, 0]).sum(1).abs()
@@ -238,9 +239,9 @@ def test_float16_finds_what_float32_finds(gain, monkeypatch):
 
 def test_scaling_changes_no_digit_elsewhere(monkeypatch):
     batches = [make_batch(seed) for seed in range(2)]
-    scaled = directions(torch.float32, batches, 1.0, monkeypatch)
+    scaled = directions(torch.float32, batches, 1.0)
     monkeypatch.setattr(probe, "_SCALES", (1.0,))
-    plain = directions(torch.float32, batches, 1.0, monkeypatch)
+    plain = directions(torch.float32, batches, 1.0)
     for block, projections in plain.items():
         for projection, (rows_EDI, _) in projections.items():
             assert torch.equal(scaled[block][projection].rows_EDI, rows_EDI)
