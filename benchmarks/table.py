@@ -7,10 +7,13 @@ docs/benchmarks.md; runs end to end go into README.md and, in full, into docs/be
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from statistics import fmean
 
 from benchmarks import scaling
 from benchmarks.harness import RESULTS, Row, read
+from drlora.compare.statistics import interval
 from drlora.report.style import save
 
 COLOURS = {"ours": "#0072b2", "masked r_max": "#e69f00", "peft": "#999999"}
@@ -24,6 +27,8 @@ PAGES = (ROOT / "docs" / "benchmarks.md",)
 BEGIN, END = "<!-- benchmarks -->", "<!-- end of benchmarks -->"
 TO_END, END_TO_END = "<!-- end to end -->", "<!-- end of end to end -->"
 DETAILS, END_DETAILS = "<!-- details -->", "<!-- end of details -->"
+QUALITY = ROOT / "experiments" / "realistic" / "sixteen_bits.json"
+IN_16_BITS, END_IN_16_BITS = "<!-- 16 bits -->", "<!-- end of 16 bits -->"
 Newest = dict[tuple[str, str], Row]
 
 
@@ -168,6 +173,34 @@ def end_to_end(*, in_full: bool) -> str:
     return "\n".join(lines) + "\n" + (f"\n{_origin([*rows.values()])}" if in_full else "")
 
 
+def quality_in_16_bits() -> str:
+    """Held-out loss by step of PEFT and drlora beside the same bfloat16 weights, over seeds."""
+    kept = json.loads(QUALITY.read_text("utf-8"))
+    how, seeds = kept.pop("how"), kept
+    arms = list(next(iter(seeds.values())))
+    losses = {arm: [seeds[seed][arm]["loss"] for seed in seeds] for arm in arms}
+    lines = _head(["step", *arms, "PEFT over drlora, both bfloat16", "entries that PEFT swallows"])
+    for step in losses[arms[0]][0]:
+        means = {arm: fmean(of_seed[step] for of_seed in losses[arm]) for arm in arms}
+        above = [
+            p[step] / d[step] - 1 for p, d in zip(losses[arms[0]], losses[arms[1]], strict=True)
+        ]
+        found = interval([100 * value for value in above])
+        lost = fmean(of[arms[0]]["swallowed"][step] for of in seeds.values())
+        bounds = f" [{found.low:.1f}, {found.high:.1f}]" if found.sd else ""
+        lines.append(_line([step, *(f"{mean:.4f}" for mean in means.values()),
+                            f"{found.mean:+.1f} %{bounds}", f"{lost:.0%}"]))  # fmt: skip
+    seconds = {arm: fmean(of[arm]["cpu_s_a_step"] for of in seeds.values()) for arm in arms}
+    places = {of[arm].get("processor") for of in seeds.values() for arm in arms} - {None}
+    return "\n".join([
+        *lines, "",
+        f"{len(seeds)} seeds, rank {how['rank']}, {how['batch']} examples a step, rate "
+        f"{how['rate']:g}. CPU seconds a step: "
+        f"{', '.join(f'{arm} {each:.1f}' for arm, each in seconds.items())}, two runs side by "
+        f"side. torch {how['torch']}; {', '.join(sorted(places))}.", "",
+    ])  # fmt: skip
+
+
 def _head(cells: list[str]) -> list[str]:
     return [_line(cells), "|" + "---|" * len(cells)]
 
@@ -199,6 +232,7 @@ def write() -> str:
     fill(PAGES[-1], more, DETAILS, END_DETAILS)
     for page, in_full in ((ROOT / "README.md", False), (PAGES[-1], True)):
         fill(page, end_to_end(in_full=in_full), TO_END, END_TO_END)
+    fill(PAGES[-1], quality_in_16_bits(), IN_16_BITS, END_IN_16_BITS)
     for path in (RESULTS / "chart.svg", ROOT / "docs" / "images" / "benchmarks.svg"):
         chart(timed, path)
     return text
