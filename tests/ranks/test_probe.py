@@ -95,6 +95,30 @@ def test_the_loss_may_be_given():
                 torch.testing.assert_close(inside_RI, rows_RI, rtol=0, atol=1e-3)
 
 
+def test_rows_that_find_no_direction_stay_random():
+    """An expert that no token went to has no gradient, and one of few tokens few directions."""
+    batches = [few_tokens(1)]
+    settings = dict(r_init=8, r_target=8, r_max=8, options={"start_a": "gradient"})
+    model = adapted(**settings)
+    pools = [pool for one in adapters_of(model).values() for pool in one.rank_pools.values()]
+    drawn = [pool.lora_A.detach().clone() for pool in pools]
+    drlora.place_ranks(model, batches)
+    counts = []
+    for number, gradients in enumerate(
+        g_EOI for of_block in true_gradients(0, batches).values() for g_EOI in of_block.values()
+    ):
+        pool = pools[number]
+        for expert, g_OI in enumerate(gradients):
+            found = int(torch.linalg.matrix_rank(g_OI, rtol=1e-4))
+            own = (pool.owner == expert).nonzero().squeeze(1)
+            laid, kept = pool.lora_A.detach()[own[:found]], own[found:]
+            assert torch.equal(pool.lora_A.detach()[kept], drawn[number][kept])
+            length = torch.full((found,), pool.row_norm)
+            torch.testing.assert_close(laid.norm(dim=1), length, rtol=1e-4, atol=0)
+            counts.append(found)
+    assert 0 in counts and any(0 < count < 8 for count in counts)
+
+
 def test_the_strongest_directions_hold_most_of_the_gradient():
     """What a random sketch with 8 rows more than asked for is expected to keep."""
     batches = [make_batch(seed) for seed in range(3)]

@@ -114,15 +114,33 @@ def turn_apart(lora_A: Tensor, owner_R: Tensor, rows: Tensor, norm: float) -> No
     write_rows(lora_A, rows, a_RI[rows.cpu()])
 
 
+def num_found(strength_XD: Tensor) -> Tensor:
+    """How many directions are more than rounding; none where nothing has a gradient.
+
+    Args:
+        strength_XD: (..., D) the gradient's norm along each.
+    """
+    whole_X1 = strength_XD.norm(dim=-1, keepdim=True)
+    return (strength_XD > _NEGLIGIBLE * whole_X1).sum(dim=-1)
+
+
 @torch.no_grad()
-def lay_rows(lora_A: Tensor, owner_R: Tensor, rows_EDI: Tensor) -> None:
+def lay_rows(
+    lora_A: Tensor, owner_R: Tensor, rows_EDI: Tensor, strength_ED: Tensor, norm: float
+) -> None:
     """Write each expert's directions into the rows of `lora_A` that it owns, in their order.
+
+    Rows that find no direction stay as they are drawn: all of an expert that no token of the
+    batches went to, and those beyond the tokens that did.
 
     Args:
         lora_A: (R, I), as the engine has left it.
         owner_R: (R,) the expert of each row, -1 for none.
-        rows_EDI: (E, D, I); rows of an expert beyond its D stay as they are.
+        rows_EDI: (E, D, I) orthonormal, the strongest first.
+        strength_ED: (E, D) the gradient's norm along each, falling.
+        norm: length of a row.
     """
-    for expert, rows_DI in enumerate(rows_EDI):
-        own = (owner_R == expert).nonzero().squeeze(1)[: len(rows_DI)]
-        write_rows(lora_A, own, rows_DI[: len(own)])
+    counts = num_found(strength_ED).tolist()
+    for expert, (rows_DI, count) in enumerate(zip(rows_EDI, counts, strict=True)):
+        own = (owner_R == expert).nonzero().squeeze(1)[:count]
+        write_rows(lora_A, own, rows_DI[: len(own)] * norm)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from drlora.distributed.held import row_width, write_rows
 from drlora.distributed.zero import shape_of
+from drlora.ranks.directions import num_found
 from drlora.ranks.probe import OVERSAMPLING, Loss, own_loss, sketch_gradients
 from drlora.ranks.rank_map import adapters_of
 
@@ -38,8 +39,8 @@ def point_linears(
 
     Strongest directions first, each as long as a row that PEFT draws: three times as long, as rows
     of experts are, was worse than random rows (docs/evidence.md, the rivals of 2026). A layer that
-    no gradient reaches in these batches keeps its random rows, as do rows beyond its width. B stays
-    0, so the model computes what it did. All processes write the same.
+    no gradient reaches in these batches keeps its random rows, as do rows that find no direction in
+    it. B stays 0, so the model computes what it did. All processes write the same.
 
     Args:
         model: carries the adapter, not trained yet.
@@ -62,9 +63,8 @@ def point_linears(
         lora_A: Any = layers[name].lora_A[adapter]
         rank = min(layers[name].r[adapter], len(leaf))
         _, strength_P, rows_PI = torch.linalg.svd(sketch_PI, full_matrices=False)
-        if strength_P[0] > 0:
-            rows = torch.arange(rank, device=rows_PI.device)
-            write_rows(lora_A.weight, rows, rows_PI[:rank] * _ROW_NORM)
+        rows = torch.arange(min(rank, int(num_found(strength_P))), device=rows_PI.device)
+        write_rows(lora_A.weight, rows, rows_PI[: len(rows)] * _ROW_NORM)
 
 
 @contextmanager

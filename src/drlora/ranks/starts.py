@@ -111,8 +111,7 @@ def place_ranks(
             pool.grant(ranks_E, step=0)
             if config.option("start_a") != "random":
                 length = pool.row_norm * config.option("start_a_scale")
-                rows_EDI = evidence[block].directions[projection].rows_EDI
-                lay_rows(pool.lora_A, pool.owner, rows_EDI * length)
+                lay_rows(pool.lora_A, pool.owner, *evidence[block].directions[projection], length)
 
 
 def _let_zero_be_written(model: PeftModel, optimizer: object) -> None:
