@@ -13,6 +13,9 @@ import drlora
 from drlora import ConfigError, DrLoraConfig
 from drlora.adapter.inject import adapted_layers
 
+# Tiny batches leave some experts without a token.
+pytestmark = pytest.mark.filterwarnings("ignore:.*matrices of experts have no gradient")
+
 SCALE = 3.0
 
 

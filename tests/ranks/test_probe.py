@@ -17,6 +17,9 @@ from drlora.ranks import probe
 from drlora.ranks.placement import strongest_ranks
 from drlora.ranks.probe import own_loss, probe_gradients
 
+# Tiny batches leave some experts without a token.
+pytestmark = pytest.mark.filterwarnings("ignore:.*matrices of experts have no gradient")
+
 RANKS = dict(r_init=2, r_target=3, r_max=8, p_grow=0.5)
 
 
@@ -102,7 +105,8 @@ def test_rows_that_find_no_direction_stay_random():
     model = adapted(**settings)
     pools = [pool for one in adapters_of(model).values() for pool in one.rank_pools.values()]
     drawn = [pool.lora_A.detach().clone() for pool in pools]
-    drlora.place_ranks(model, batches)
+    with pytest.warns(UserWarning, match="of 24 matrices of experts have no gradient"):
+        drlora.place_ranks(model, batches)
     counts = []
     for number, gradients in enumerate(
         g_EOI for of_block in true_gradients(0, batches).values() for g_EOI in of_block.values()

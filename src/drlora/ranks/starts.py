@@ -7,6 +7,7 @@ drlora.start_ranks(model, ranks)
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +24,7 @@ from drlora.config.registry import STARTS
 from drlora.distributed import add_up
 from drlora.distributed.zero import adopt, refuse_partitioned, zero_of
 from drlora.errors import ConfigError
-from drlora.ranks.directions import lay_rows
+from drlora.ranks.directions import lay_rows, num_found
 from drlora.ranks.linear_probe import point_linears
 from drlora.ranks.placement import hot_ranks, proportional_ranks, strongest_ranks
 from drlora.ranks.probe import (
@@ -105,6 +106,8 @@ def place_ranks(
         evidence = _evidence(model, adapters, config, seen, loss)
         if config.option("start_a") == GRADIENT_ALL:
             point_linears(model, seen, adapter or active_adapter(model), loss or own_loss)
+    if config.option("start_a") != "random":
+        _tell_of_unseen([one for of in evidence.values() for one in of.directions.values()])
     for block, found in adapters.items():
         ranks_E = STARTS[config.start].place(evidence[block], config)
         for projection, pool in found.rank_pools.items():
@@ -112,6 +115,19 @@ def place_ranks(
             if config.option("start_a") != "random":
                 length = pool.row_norm * config.option("start_a_scale")
                 lay_rows(pool.lora_A, pool.owner, *evidence[block].directions[projection], length)
+
+
+def _tell_of_unseen(directions: list[Directions]) -> None:
+    """Say where no row could be laid, for no token of the batches went there."""
+    counts = [num_found(one.strength_ED) for one in directions]
+    unseen = sum(int((count_E == 0).sum()) for count_E in counts)
+    if unseen:
+        warnings.warn(
+            f"{unseen} of {sum(map(len, counts))} matrices of experts have no gradient in the "
+            f"batches that rows are placed by, since no token goes there; their rows of A stay "
+            f"random. More batches (options.start_batches) reach more of them.",
+            stacklevel=3,
+        )
 
 
 def _let_zero_be_written(model: PeftModel, optimizer: object) -> None:
