@@ -115,10 +115,12 @@ def test_rows_that_find_no_direction_stay_random():
         for expert, g_OI in enumerate(gradients):
             found = int(torch.linalg.matrix_rank(g_OI, rtol=1e-4))
             own = (pool.owner == expert).nonzero().squeeze(1)
-            laid, kept = pool.lora_A.detach()[own[:found]], own[found:]
-            assert torch.equal(pool.lora_A.detach()[kept], drawn[number][kept])
-            length = torch.full((found,), pool.row_norm)
-            torch.testing.assert_close(laid.norm(dim=1), length, rtol=1e-4, atol=0)
+            rows_RI = pool.lora_A.detach()[own] / pool.row_norm
+            torch.testing.assert_close(rows_RI @ rows_RI.T, torch.eye(8), rtol=0, atol=1e-4)
+            spanned_RI = torch.cat([rows_RI[:found], drawn[number][own[found:]]])
+            basis_IR = torch.linalg.qr(spanned_RI.T).Q
+            inside_RI = rows_RI @ basis_IR @ basis_IR.T
+            torch.testing.assert_close(inside_RI, rows_RI, rtol=0, atol=1e-4)
             counts.append(found)
     assert 0 in counts and any(0 < count < 8 for count in counts)
 

@@ -130,17 +130,23 @@ def lay_rows(
 ) -> None:
     """Write each expert's directions into the rows of `lora_A` that it owns, in their order.
 
-    Rows that find no direction stay as they are drawn: all of an expert that no token of the
-    batches went to, and those beyond the tokens that did.
+    Rows that find no direction are as long, and stay random: turned only until they are orthogonal
+    to their expert's others. Those are all rows of an expert that no token of the batches went to,
+    and of others those beyond the tokens that did.
 
     Args:
-        lora_A: (R, I), as the engine has left it.
+        lora_A: (R, I), as the engine has left it, just drawn.
         owner_R: (R,) the expert of each row, -1 for none.
         rows_EDI: (E, D, I) orthonormal, the strongest first.
         strength_ED: (E, D) the gradient's norm along each, falling.
         norm: length of a row.
     """
-    counts = num_found(strength_ED).tolist()
-    for expert, (rows_DI, count) in enumerate(zip(rows_EDI, counts, strict=True)):
-        own = (owner_R == expert).nonzero().squeeze(1)[:count]
-        write_rows(lora_A, own, rows_DI[: len(own)] * norm)
+    counts, owner_cpu_R = num_found(strength_ED).tolist(), owner_R.cpu()
+    a_RI = whole(lora_A, trained_tensor(lora_A)).detach().float().cpu()
+    for expert, count in enumerate(counts):
+        own = (owner_cpu_R == expert).nonzero().squeeze(1)[: a_RI.shape[1]]
+        found_NI = rows_EDI[expert, :count].float().cpu()[: len(own)]
+        basis_IR = torch.linalg.qr(torch.cat([found_NI, a_RI[own[len(found_NI) :]]]).T).Q
+        a_RI[own] = torch.cat([found_NI, basis_IR.T[len(found_NI) :]]) * norm
+    owned = (owner_cpu_R >= 0).nonzero().squeeze(1)
+    write_rows(lora_A, owned, a_RI[owned])
