@@ -177,27 +177,27 @@ def quality_in_16_bits() -> str:
     """Held-out loss by step of PEFT and drlora beside the same bfloat16 weights, over seeds."""
     kept = json.loads(QUALITY.read_text("utf-8"))
     how, seeds = kept.pop("how"), kept
-    arms = list(next(iter(seeds.values())))
-    losses = {arm: [seeds[seed][arm]["loss"] for seed in seeds] for arm in arms}
-    lines = _head(["step", *arms, "PEFT over drlora, both bfloat16", "entries that PEFT swallows"])
-    for step in losses[arms[0]][0]:
-        means = {arm: fmean(of_seed[step] for of_seed in losses[arm]) for arm in arms}
-        above = [
-            p[step] / d[step] - 1 for p, d in zip(losses[arms[0]], losses[arms[1]], strict=True)
-        ]
-        found = interval([100 * value for value in above])
-        lost = fmean(of[arms[0]]["swallowed"][step] for of in seeds.values())
+    peft, ours = "peft bfloat16", "drlora bfloat16"
+    runs = {arm: {seed: of[arm] for seed, of in seeds.items() if arm in of}
+            for arm in dict.fromkeys(arm for of in seeds.values() for arm in of)}  # fmt: skip
+    lines = _head(["step", *runs, "PEFT over drlora, both bfloat16", "entries that PEFT swallows"])
+    for step in next(iter(runs[peft].values()))["loss"]:
+        above = [100 * (runs[peft][seed]["loss"][step] / run["loss"][step] - 1)
+                 for seed, run in runs[ours].items() if seed in runs[peft]]  # fmt: skip
+        found = interval(above)
+        means = [fmean(run["loss"][step] for run in of.values()) for of in runs.values()]
+        lost = fmean(run["swallowed"][step] for run in runs[peft].values())
         bounds = f" [{found.low:.1f}, {found.high:.1f}]" if found.sd else ""
-        lines.append(_line([step, *(f"{mean:.4f}" for mean in means.values()),
+        lines.append(_line([step, *(f"{mean:.4f}" for mean in means),
                             f"{found.mean:+.1f} %{bounds}", f"{lost:.0%}"]))  # fmt: skip
-    seconds = {arm: fmean(of[arm]["cpu_s_a_step"] for of in seeds.values()) for arm in arms}
-    places = {of[arm].get("processor") for of in seeds.values() for arm in arms} - {None}
+    about = [f"{arm} {len(of)} seeds, {fmean(run['cpu_s_a_step'] for run in of.values()):.1f}"
+             for arm, of in runs.items()]  # fmt: skip
+    places = {run.get("processor") for of in runs.values() for run in of.values()} - {None}
     return "\n".join([
         *lines, "",
-        f"{len(seeds)} seeds, rank {how['rank']}, {how['batch']} examples a step, rate "
-        f"{how['rate']:g}. CPU seconds a step: "
-        f"{', '.join(f'{arm} {each:.1f}' for arm, each in seconds.items())}, two runs side by "
-        f"side. torch {how['torch']}; {', '.join(sorted(places))}.", "",
+        f"Rank {how['rank']}, {how['batch']} examples a step, rate {how['rate']:g}. Seeds, and CPU "
+        f"seconds a step beside other work: {'; '.join(about)}. torch {how['torch']}; "
+        f"{', '.join(sorted(places))}.", "",
     ])  # fmt: skip
 
 

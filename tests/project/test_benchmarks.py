@@ -184,6 +184,17 @@ def test_the_page_shows_the_table_that_was_made(page):
     assert page.split(table.BEGIN)[1].split(table.END)[0].strip() == made.strip()
 
 
+def test_what_is_said_of_16_bits_is_what_was_found():
+    made = table.quality_in_16_bits()
+    page = table.PAGES[-1].read_text("utf-8")
+    assert page.split(table.IN_16_BITS)[1].split(table.END_IN_16_BITS)[0].strip() == made.strip()
+    last = [line for line in made.splitlines() if line.startswith("| ")][-1].split(" | ")
+    above = last[-2].removeprefix("+")
+    assert f"PEFT's held-out loss is {above} above drlora's" in (ROOT / "README.md").read_text(
+        "utf-8"
+    )
+
+
 def test_filling_a_page(tmp_path):
     page = tmp_path / "page.md"
     page.write_text(f"a\n{table.BEGIN}\nold\n{table.END}\nb\n", "utf-8")
