@@ -113,20 +113,28 @@ LOOPS: dict[str, Any] = {
 
 # Recipes that `drlora train` runs on the embedded model; None: DDP. Those come first, since
 # accelerate keeps DeepSpeed's settings.
-_INFORMED, _PACKED = ["method=drlora-informed"], ["training.packing=true"]
-# Ten times slower than the embedded recipe: there rounding would grow to 1e-2 of the loss.
+# Slower than the embedded recipe: there rounding sends a token to another expert now and then.
+_INFORMED = ["method=drlora-informed", "training.learning_rate=0.002"]
+_PACKED = ["training.packing=true"]
 _DPO = [
-    *_INFORMED, "objective=dpo", "data.train=pairs.jsonl", "data.eval=held-out.jsonl",
-    "adapter.settle_steps=3", "training.learning_rate=0.0005",
+    "objective=dpo", "data.train=$pairs.jsonl", "data.eval=$held-out-pairs.jsonl",
+    "adapter.settle_steps=3",
+]  # fmt: skip
+# Slower still: rounding would grow to 1e-2 of a loss that falls to zero.
+_PLACED_DPO = [
+    *_DPO, *_INFORMED, "data.train=$numbers.jsonl", "data.eval=$held-out-numbers.jsonl",
+    "training.learning_rate=0.0005",
 ]  # fmt: skip
 RECIPES: dict[str, tuple[dict[str, Any] | None, list[str]]] = {
     "train-ddp": (None, _INFORMED),
     "train-packed-ddp": (None, [*_INFORMED, *_PACKED]),
     "train-dpo-ddp": (None, _DPO),
+    "train-placed-dpo-ddp": (None, _PLACED_DPO),
     "train-z2": ({"stage": 2}, _INFORMED),
     "train-z3": (_STAGE_3, _INFORMED),
     "train-packed-z3": (_STAGE_3, [*_INFORMED, *_PACKED]),
     "train-dpo-z3": (_STAGE_3, _DPO),
+    "train-placed-dpo-z3": (_STAGE_3, _PLACED_DPO),
 }
 RECIPE = [
     "training.max_steps=12", "training.per_device_train_batch_size=4", "training.use_cpu=true",
@@ -318,29 +326,32 @@ def loop(folder: Path, name: str) -> None:
     torch.save(kept, folder / f"{name}.{rank}")
 
 
+def write_pairs(folder: Path) -> None:
+    """Preferences: a word and another, the same for all; and numbers in words and in digits."""
+    said = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+    pairs: dict[str, list[dict[str, str]]] = {"pairs": [], "numbers": []}
+    for n in range(96):
+        pairs["pairs"].append({"prompt": f"{n}:", "chosen": " yes", "rejected": " no"})
+        digits = str(37 * n + 101)
+        words = "".join(f" {said[int(digit)]}" for digit in digits)
+        apart = "".join(f" {digit}" for digit in digits)
+        pairs["numbers"].append({"prompt": f"{digits}:", "chosen": words, "rejected": apart})
+    for name, rows in pairs.items():
+        lines = [json.dumps(row) for row in rows]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines[:80]))
+        (folder / f"held-out-{name}.jsonl").write_text("\n".join(lines[80:]))
+
+
 def run_recipe(folder: Path, name: str) -> None:
     """`drlora train`, to the end; with ZeRO also from a checkpoint, and without a step left."""
     zero, more = RECIPES[name]
-    more = [setting.replace("=pairs", f"={folder}/pairs") for setting in more]
-    more = [setting.replace("=held-out", f"={folder}/held-out") for setting in more]
+    more = [setting.replace("=$", f"={folder}/") for setting in more]
     settings = [*RECIPE, *more, f"output_dir={folder / name}"]
     if zero is not None:
         settings.append(f"training.deepspeed={folder / name}.json")
     if dist.get_rank() == 0:
         (folder / f"{name}.json").write_text(json.dumps(deepspeed_config(zero or {})))
-        said = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
-        pairs = [
-            json.dumps(
-                {
-                    "prompt": f"{37 * n + 101}:",
-                    "chosen": "".join(f" {said[int(digit)]}" for digit in str(37 * n + 101)),
-                    "rejected": "".join(f" {digit}" for digit in str(37 * n + 101)),
-                }
-            )
-            for n in range(96)
-        ]
-        (folder / "pairs.jsonl").write_text("\n".join(pairs[:80]))
-        (folder / "held-out.jsonl").write_text("\n".join(pairs[80:]))
+        write_pairs(folder)
     dist.barrier()
     recipe = load_recipe("embedded", settings)
     run = folder / name

@@ -35,8 +35,9 @@ RUNS = ["ddp", "z1", "z2", "z3", "z3-persistent", "z3-init", "z2-offload", "z2-b
         "z2-routed", "z3-routed", "ddp-mixtral", "z3-mixtral", "ddp-mixtral-router",
         "z3-mixtral-router-checkpointed-init", "ddp-gpt_oss", "z3-gpt_oss"]  # fmt: skip
 LOOPS = ["loop", "loop-z2", "loop-z3", "loop-placed", "loop-placed-z2", "loop-placed-z3"]
-RECIPES = ["train-ddp", "train-packed-ddp", "train-dpo-ddp",
-           "train-z2", "train-z3", "train-packed-z3", "train-dpo-z3"]  # fmt: skip
+RECIPES = ["train-ddp", "train-packed-ddp", "train-dpo-ddp", "train-placed-dpo-ddp",
+           "train-z2", "train-z3", "train-packed-z3", "train-dpo-z3",
+           "train-placed-dpo-z3"]  # fmt: skip
 TWINS = {
     "z1": "ddp", "z2": "ddp", "z3": "ddp", "z3-persistent": "ddp", "z3-init": "ddp",
     "z2-offload": "ddp", "z2-router": "ddp-router", "z3-router-init": "ddp-router",
@@ -64,7 +65,7 @@ def folder(once) -> Path:
             commands = [[script, str(folder), str(rank), *runs] for rank in range(2)]
             jobs = start_together(commands, printed, DS_ACCELERATOR="cpu")
             for job, file in zip(jobs, printed, strict=True):
-                finish(job, file, timeout=900)
+                finish(job, file, timeout=540)
             (folder / "meet").unlink(missing_ok=True)
 
     return once("deepspeed", make)
@@ -177,12 +178,7 @@ def test_the_adapter_loads_in_one_ordinary_process(folder, name):
 @pytest.mark.parametrize("kind", ["straight", "over", "resumed"])
 @pytest.mark.parametrize("name", ["train-z2", "train-z3"])
 def test_drlora_train_runs_a_recipe(folder, name, kind):
-    """From the measurement before to the one after; `over` had only to be measured again.
-
-    On one processor (AVX-512) one of 236 tokens of step 11 lay on the border between two experts
-    and went to the other under ZeRO-2, from the same input: 4e-4 of the loss in the end. Elsewhere
-    it is 1e-4 at most. The runs above hold the arithmetic to 1e-5.
-    """
+    """From the measurement before to the one after; `over` had only to be measured again."""
     first, second = (
         torch.load(folder / f"{name}-{kind}.{rank}", weights_only=True) for rank in range(2)
     )
@@ -191,11 +187,11 @@ def test_drlora_train_runs_a_recipe(folder, name, kind):
     wanted = torch.load(folder / "train-ddp-straight.0", weights_only=True)
     assert first["ranks"] == wanted["ranks"] and first["trained"] == wanted["trained"]
     assert first["before"] == pytest.approx(wanted["before"], abs=1e-5)
-    assert first["after"] == pytest.approx(wanted["after"], abs=1e-3)
+    assert first["after"] == pytest.approx(wanted["after"], abs=1e-4)
     assert first["after"] < first["before"] - 1
 
 
-@pytest.mark.parametrize("what", ["packed", "dpo"])
+@pytest.mark.parametrize("what", ["packed", "dpo", "placed-dpo"])
 def test_drlora_train_does_under_zero_3_what_else_it_does(folder, what):
     """Documents in packed rows attend apart; preferences are measured by their own loss.
 

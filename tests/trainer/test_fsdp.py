@@ -95,7 +95,10 @@ def test_a_trainer_that_has_left_ddp_out_is_refused(two):
     """Plain LoRA trains on in it, a model of its own in each process."""
     for rank in range(2):
         said = torch.load(two / f"evaluated-first.{rank}")["said"]
-        assert "was called before trainer.train()" in said and "eval_on_start=True" in said
+        assert (
+            "evaluate() or predict() was called before trainer.train()" in said
+            and "eval_on_start=True" in said
+        )
 
 
 def assert_same_run(run: dict[str, Any], wanted: dict[str, Any], of_a: float = 1e-5) -> None:

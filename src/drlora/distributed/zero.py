@@ -189,10 +189,9 @@ def whole_shapes(model: nn.Module) -> Iterator[None]:
             dict.__setitem__(module._parameters, name, parameter)
 
 
-def leaves_of(parameters: Iterable[Any]) -> list[nn.Module]:
-    """The leaf modules of ZeRO-3 that parameters are in, each once."""
-    marked = (getattr(parameter, "ds_z3_leaf_module", None) for parameter in parameters)
-    return list({id(leaf): leaf for leaf in marked if leaf is not None}.values())
+def leaves_of(zero: Any) -> list[nn.Module]:
+    """The leaf modules in which ZeRO-3 trains anything; none under ZeRO-1 and 2."""
+    return list(getattr(zero, "leaf_parameters", {}))
 
 
 def ask_inputs_for_gradients(module: nn.Module) -> RemovableHandle:

@@ -141,12 +141,12 @@ def lay_rows(
         strength_ED: (E, D) the gradient's norm along each, falling.
         norm: length of a row.
     """
-    counts, owner_cpu_R = num_found(strength_ED).tolist(), owner_R.cpu()
-    a_RI = whole(lora_A, trained_tensor(lora_A)).detach().float().cpu()
-    for expert, count in enumerate(counts):
-        own = (owner_cpu_R == expert).nonzero().squeeze(1)[: a_RI.shape[1]]
-        found_NI = rows_EDI[expert, :count].float().cpu()[: len(own)]
-        basis_IR = torch.linalg.qr(torch.cat([found_NI, a_RI[own[len(found_NI) :]]]).T).Q
-        a_RI[own] = torch.cat([found_NI, basis_IR.T[len(found_NI) :]]) * norm
-    owned = (owner_cpu_R >= 0).nonzero().squeeze(1)
-    write_rows(lora_A, owned, a_RI[owned])
+    undirected = []
+    counts = num_found(strength_ED).tolist()
+    for expert, (rows_DI, count) in enumerate(zip(rows_EDI, counts, strict=True)):
+        own = (owner_R == expert).nonzero().squeeze(1)
+        directed = own[:count]
+        write_rows(lora_A, directed, rows_DI[: len(directed)] * norm)
+        undirected.append(own[len(directed) :])
+    if any(map(len, undirected)):
+        turn_apart(lora_A, owner_R, torch.cat(undirected), norm)

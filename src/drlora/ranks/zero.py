@@ -80,7 +80,7 @@ class WatchedZero:
         self._hooks = [
             inner.register_step_pre_hook(self._before),
             inner.register_step_post_hook(self._after),
-            *map(ask_inputs_for_gradients, leaves_of(self._factors())),
+            *map(ask_inputs_for_gradients, leaves_of(zero)),
         ]
 
     def let_go(self) -> None:
