@@ -113,18 +113,14 @@ LOOPS: dict[str, Any] = {
 
 # Recipes that `drlora train` runs on the embedded model; None: DDP. Those come first, since
 # accelerate keeps DeepSpeed's settings.
-# Slower than the embedded recipe: there rounding sends a token to another expert now and then.
-_INFORMED = ["method=drlora-informed", "training.learning_rate=0.002"]
+_INFORMED = ["method=drlora-informed"]
 _PACKED = ["training.packing=true"]
 _DPO = [
-    "objective=dpo", "data.train=$pairs.jsonl", "data.eval=$held-out-pairs.jsonl",
+    "objective=dpo", "data.train=$pairs.jsonl", "data.eval=$held-out.jsonl",
     "adapter.settle_steps=3",
 ]  # fmt: skip
-# Slower still: rounding would grow to 1e-2 of a loss that falls to zero.
-_PLACED_DPO = [
-    *_DPO, *_INFORMED, "data.train=$numbers.jsonl", "data.eval=$held-out-numbers.jsonl",
-    "training.learning_rate=0.0005",
-]  # fmt: skip
+# Slower: on so few words the loss falls to zero, and rounding grows with each step.
+_PLACED_DPO = [*_INFORMED, *_DPO, "training.learning_rate=0.0005"]
 RECIPES: dict[str, tuple[dict[str, Any] | None, list[str]]] = {
     "train-ddp": (None, _INFORMED),
     "train-packed-ddp": (None, [*_INFORMED, *_PACKED]),
@@ -326,22 +322,6 @@ def loop(folder: Path, name: str) -> None:
     torch.save(kept, folder / f"{name}.{rank}")
 
 
-def write_pairs(folder: Path) -> None:
-    """Preferences: a word and another, the same for all; and numbers in words and in digits."""
-    said = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
-    pairs: dict[str, list[dict[str, str]]] = {"pairs": [], "numbers": []}
-    for n in range(96):
-        pairs["pairs"].append({"prompt": f"{n}:", "chosen": " yes", "rejected": " no"})
-        digits = str(37 * n + 101)
-        words = "".join(f" {said[int(digit)]}" for digit in digits)
-        apart = "".join(f" {digit}" for digit in digits)
-        pairs["numbers"].append({"prompt": f"{digits}:", "chosen": words, "rejected": apart})
-    for name, rows in pairs.items():
-        lines = [json.dumps(row) for row in rows]
-        (folder / f"{name}.jsonl").write_text("\n".join(lines[:80]))
-        (folder / f"held-out-{name}.jsonl").write_text("\n".join(lines[80:]))
-
-
 def run_recipe(folder: Path, name: str) -> None:
     """`drlora train`, to the end; with ZeRO also from a checkpoint, and without a step left."""
     zero, more = RECIPES[name]
@@ -351,7 +331,11 @@ def run_recipe(folder: Path, name: str) -> None:
         settings.append(f"training.deepspeed={folder / name}.json")
     if dist.get_rank() == 0:
         (folder / f"{name}.json").write_text(json.dumps(deepspeed_config(zero or {})))
-        write_pairs(folder)
+        pairs = [
+            json.dumps({"prompt": f"{n}:", "chosen": " yes", "rejected": " no"}) for n in range(96)
+        ]
+        (folder / "pairs.jsonl").write_text("\n".join(pairs[:80]))
+        (folder / "held-out.jsonl").write_text("\n".join(pairs[80:]))
     dist.barrier()
     recipe = load_recipe("embedded", settings)
     run = folder / name
