@@ -103,7 +103,7 @@ def test_every_method_trains_at_the_budget_resumes_exactly_and_loads(method, tmp
     assert all(torch.isfinite(torch.tensor([*first, *losses])))
     rank = {"lora-active": 2, "lora-shared-outer": SHARED_RANK, "lora-attention": 0,
             "lora-all-linear": 3, "lora-all-linear-gradient": 3, "lora-all-gradient": 3,
-            "beside": 3,
+            "drlora-all-informed": 3, "beside": 3,
             "hot-published": 1}.get(method, 4)  # fmt: skip
     assert dynamics.budget()[0] == LAYERS * 2 * EXPERTS * rank
 
@@ -470,9 +470,13 @@ def test_a_budget_in_common_is_refused_where_experts_start_with_unequal_ranks(be
         get_peft_model(make_model(), config)
 
 
-def test_experts_grow_within_the_budget_that_they_share_with_other_layers():
-    growing, grown, _ = start("beside")
-    equal, _, _ = start("lora-all-linear")
+@pytest.mark.parametrize(
+    ("method", "at_equal_ranks"),
+    [("beside", "lora-all-linear"), ("drlora-all-informed", "lora-all-gradient")],
+)
+def test_experts_grow_within_the_budget_that_they_share(method, at_equal_ranks):
+    growing, grown, _ = start(method)
+    equal, _, _ = start(at_equal_ranks)
     config, wanted = growing.peft_config["default"], equal.peft_config["default"]
     assert (config.r_init, config.r_target, config.r_max) == (2, 3, 6)
     assert config.target_rank == wanted.target_rank

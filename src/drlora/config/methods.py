@@ -67,8 +67,13 @@ def _beside(
     given: Mapping[str, Any], layers: str, start: str = "uniform", options: Settings | None = None
 ) -> Settings:
     """Ordinary LoRA on `layers`, out of the budget of the experts."""
-    chosen = {"target_modules": layers, "target_rank": None, "target_alpha": None, "start": start}
-    return _uniform(given, {"common_budget": True, **(options or {})}) | chosen
+    beside = {"common_budget": True, **(options or {})}
+    return _uniform(given, beside) | _ranks_of(layers) | {"start": start}
+
+
+def _ranks_of(layers: str) -> Settings:
+    """Of ordinary LoRA, by the common budget."""
+    return {"target_modules": layers, "target_rank": None, "target_alpha": None}
 
 
 def _hot(given: Mapping[str, Any]) -> Settings:
@@ -107,14 +112,19 @@ def _epng(given: Mapping[str, Any]) -> Settings:
     )
 
 
-def _informed(given: Mapping[str, Any]) -> Settings:
+def _informed(given: Mapping[str, Any], options: Settings | None = None) -> Settings:
     first = max(1, 3 * given["r_target"] // 4)
     return _choices(
-        {**_ALONG_GRADIENT, "young_a": "gradient"},
+        {**_ALONG_GRADIENT, "young_a": "gradient", **(options or {})},
         r_init=first,
         young_rows="shared",
         settle_steps=0.5,
     )
+
+
+def _all_informed(given: Mapping[str, Any]) -> Settings:
+    options = {"common_budget": True, "start_a": GRADIENT_ALL}
+    return _informed(given, options) | _ranks_of("all-linear")
 
 
 def _dr_lora(**changes: Any) -> Callable[[Mapping[str, Any]], Settings]:
@@ -302,6 +312,14 @@ METHODS.add(
         "three quarters of the ranks start along the gradient, saliency soon places the rest",
         "here",
         _informed,
+    ),
+)
+METHODS.add(
+    "drlora-all-informed",
+    Method(
+        "drlora-informed, and LoRA on all other linear layers along the gradient, in one budget",
+        "drlora-informed with lora-all-gradient",
+        _all_informed,
     ),
 )
 
