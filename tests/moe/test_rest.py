@@ -33,15 +33,17 @@ def test_dense_layers_of_a_mixed_model_are_among_them():
     assert not any("layers.1.mlp" in name or "lm_head" in name for name in names)
 
 
+def load(folder, dtype):
+    torch.manual_seed(0)
+    make_model("olmoe", **WIDE).save_pretrained(folder)
+    config = drlora.QuantisedExperts("nf4", rest="nf4")
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, quantization_config=config)
+
+
 @pytest.fixture
 def loaded(tmp_path):
     pytest.importorskip("bitsandbytes")
-    torch.manual_seed(0)
-    make_model("olmoe", **WIDE).save_pretrained(tmp_path)
-    config = drlora.QuantisedExperts("nf4", rest="nf4")
-    return AutoModelForCausalLM.from_pretrained(
-        tmp_path, dtype=torch.bfloat16, quantization_config=config
-    )
+    return load(tmp_path, torch.bfloat16)
 
 
 def gradients(model):
@@ -66,10 +68,12 @@ def test_a_look_at_the_model_before_training_changes_no_gradient(loaded):
         assert torch.equal(got[name], gradient), name
 
 
-def test_dequantized_it_is_an_ordinary_model_with_the_same_numbers(loaded):
+def test_dequantized_it_is_an_ordinary_model_with_the_same_numbers(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    loaded = load(tmp_path, torch.float32)  # in 16 bits rounding sends a token to another expert
     wanted = logits(loaded)
     plain = loaded.dequantize()
     assert not any("4bit" in type(m).__name__ or "Packed" in type(m).__name__
                    for m in plain.modules())  # fmt: skip
     off = (logits(plain) - wanted).float().norm() / wanted.float().norm()
-    assert off < 2e-2  # of products in 16 bits
+    assert off < 1e-5
