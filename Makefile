@@ -40,12 +40,15 @@ $(LOWEST)/.ok: requirements/lowest.txt
 	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements/lowest.txt
 	touch $@
 
-# DeepSpeed in a venv of its own, which sees the packages of .venv beside its own few. A C++ compiler
-# is used at the first run.
+# DeepSpeed, bitsandbytes and others in a venv of its own, which sees the packages of .venv beside its
+# own. Tests that these packages are for are skipped by `make test`; the files that have some are run
+# here. A C++ compiler is used at the first run.
 ENGINES := .venv-engines
-test-engines: $(ENGINES)/.ok ## run the tests of DeepSpeed's ZeRO, in two processes (five minutes)
+WITH_ENGINES = tests/trainer/test_deepspeed.py \
+	$(shell grep -rlE 'importorskip.*(bitsandbytes|compressed_tensors|torchao|tensorboard)' tests)
+test-engines: $(ENGINES)/.ok ## run the tests that want DeepSpeed, bitsandbytes, ... (five minutes)
 	PATH="$(CURDIR)/$(ENGINES)/bin:$$PATH" $(TEST_ENV) PYTHONPATH=src \
-		$(ENGINES)/bin/python -m pytest tests/trainer/test_deepspeed.py $(ARGS)
+		$(ENGINES)/bin/python -m pytest $(WITH_ENGINES) $(ARGS)
 
 $(ENGINES)/.ok: $(VENV)/.ok requirements/engines.txt
 	$(BIN)/python -m venv --without-pip $(ENGINES)

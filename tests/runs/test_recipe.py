@@ -153,6 +153,14 @@ def test_a_whole_float_is_a_whole_number():
     assert isinstance(steps, int)
 
 
+@pytest.mark.parametrize(("value", "wanted"), [("ipo", list[str]), (0.5, list[float] | None)])
+def test_one_value_is_a_list_of_it_where_only_lists_are_taken(value, wanted):
+    assert check_type(value, wanted, "x") == [value]
+    assert check_type(value, wanted | type(value), "x") == value
+    with pytest.raises(ConfigError, match="x="):
+        check_type({"a": value}, wanted, "x")
+
+
 def test_an_unquoted_no_is_a_strategy_and_not_false(tmp_path):
     tree = {
         "model": "embedded",

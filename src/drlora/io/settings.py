@@ -158,9 +158,11 @@ def refuse_unknown(
 
 
 def check_type(value: Any, wanted: Any, name: str) -> Any:
-    """`value`, refused unless it fits the annotation `wanted`; 100.0 becomes 100 for an int.
+    """`value`, refused unless it fits the annotation `wanted`.
 
-    Only plain types, lists, dicts and unions of them are looked at; anything else passes.
+    100.0 becomes 100 for an int, and one text or number a list of it where only lists are taken, as
+    in `loss_type: ipo`. Only plain types, lists, dicts and unions of them are looked at; anything
+    else passes.
 
     Raises:
         ConfigError: naming the setting, its value and what it must be.
@@ -170,6 +172,8 @@ def check_type(value: Any, wanted: Any, name: str) -> Any:
     if is_whole and int in takes and float not in takes:
         return int(value)
     if not _fits(value, wanted):
+        if isinstance(value, (str, int, float)) and _fits([value], wanted):
+            return [value]
         raise ConfigError(f"{name}={shown(value, 80)} must be {described(wanted)}.")
     return value
 
