@@ -12,6 +12,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import datasets
 import pytest
 import yaml
 from tiny_run import save_all, save_examples
@@ -21,15 +22,17 @@ import drlora
 import drlora.compare.cells as cells_module
 import drlora.runs.train as train_module
 from drlora.cli.main import main
-from drlora.compare.cells import compare_cells, places, tune_cells
+from drlora.compare.cells import compare_cells, key_of, places, tune_cells
 from drlora.compare.gains import best_baselines, gains_by_task, relative
 from drlora.compare.packed import pack, read_packed, read_places
 from drlora.compare.plan import Tune, load_plan, plan_from
 from drlora.compare.results import Folder, read_matrix, write_result
 from drlora.compare.run import _locked
 from drlora.errors import CheckpointError
+from drlora.runs.recipe import recipe_from
 
 GRID = [0.01, 0.03]
+SPLITS = {"train": "train[:1]", "eval": "train[1:]"}
 
 
 def save_plan(folder: Path, **changes) -> Path:
@@ -205,6 +208,34 @@ def test_a_changed_setting_makes_new_cells_only_where_it_matters(finished, capsy
         assert "4 cells to run" in capsys.readouterr().out
     finally:
         (finished / "test.jsonl").write_text(text)
+
+
+@pytest.mark.parametrize("kind", ["folder", "pattern", "saved", "template"])
+def test_a_run_is_known_by_the_contents_of_all_that_it_names(tmp_path, kind):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    template, changes = tmp_path / "t.jinja", {}
+
+    def write(text):
+        template.write_text(text if kind == "template" else "t")
+        text = "x" if kind == "template" else text
+        rows = [{"prompt": text, "completion": "b"}] * 2
+        if kind == "saved":
+            datasets.Dataset.from_list(rows).save_to_disk(str(folder))
+        else:
+            lines = "".join(json.dumps(row) + "\n" for row in rows)
+            (folder / "part.jsonl").write_text(lines)
+
+    source = str(folder / "*.jsonl") if kind == "pattern" else str(folder)
+    if kind == "template":
+        changes = {"chat_template": str(template)}
+    tree = {"model": "embedded", "output_dir": "-", "data": {"train": source, "splits": SPLITS}}
+    recipe = recipe_from({**tree, **changes})
+    write("a")
+    one = key_of(recipe)
+    assert key_of(recipe) == one
+    write("other")
+    assert key_of(recipe) != one
 
 
 def test_a_place_finds_its_result_when_settings_have_other_names(finished, capsys, monkeypatch):

@@ -166,6 +166,37 @@ def test_tool_calls_that_a_table_filled_up_are_refused(tmp_path):
         encode_examples(load_examples(str(tmp_path / "calls.parquet")), tokenizer, 1000)
 
 
+def test_tools_that_a_table_filled_up_are_as_they_were_written(tmp_path):
+    def tool(name, parameter):
+        properties = {parameter: {"type": "string"}}
+        parameters = {"type": "object", "properties": properties}
+        return {"type": "function", "function": {"name": name, "parameters": parameters}}
+
+    tools = [tool("f", "a"), tool("g", "b")]
+    row = {"messages": turns(("user", "q"), ("assistant", "a")), "tools": tools}
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "tools.parquet")
+    assert load_examples(str(tmp_path / "tools.parquet"))["tools"][:] == [tools]
+
+
+def test_a_tokenizer_that_does_not_say_where_its_tokens_stand_is_refused():
+    """As those written in Python, which come with code of a model's own."""
+
+    class Slow(PreTrainedTokenizerFast):
+        is_fast = False
+
+    known = byte_tokenizer()
+    slow = Slow(tokenizer_object=known._tokenizer, eos_token=known.eos_token)
+    with pytest.raises(DataError, match="written in Python.*use a fast one"):
+        encode(PLAIN, turns(("user", "a"), ("assistant", "b")), tokenizer=slow)
+
+
+def test_a_call_that_is_no_mapping_is_refused():
+    talk = turns(("user", "a"), ("assistant", ""))
+    talk[1]["tool_calls"] = [{"function": [{"name": "f"}]}]
+    with pytest.raises(DataError, match="tool call whose function is .* must be a mapping"):
+        encode(PLAIN, talk)
+
+
 @pytest.mark.parametrize("column", ["tools", "system", "input", "images", "chosen"])
 def test_a_column_with_something_to_see_is_refused_where_it_has_no_place(tmp_path, column):
     path = tmp_path / "data.jsonl"

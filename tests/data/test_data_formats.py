@@ -72,6 +72,23 @@ def test_sharegpt(write):
         trained(path)
 
 
+@pytest.mark.parametrize("is_wrapped", [False, True])
+def test_several_calls_in_one_turn_of_sharegpt(write, is_wrapped):
+    calls = [{"name": "f", "arguments": {"x": 1}}, {"name": "g", "arguments": {}}]
+    if is_wrapped:
+        calls = [{"type": "function", "function": call} for call in calls]
+    asked = {"from": "human", "value": "q"}
+
+    def path(value):
+        turn = {"from": "function_call", "value": json.dumps(value)}
+        return write({"conversations": [asked, turn]})
+
+    assert trained(path(calls)) == [("<user>q</s><assistant>", "f(x=1)g</s>")]
+    for none in ([], ["f"], [{"arguments": {}}], {"name": 1}):
+        with pytest.raises(DataError, match="line 1: function_call .* must be a call with name"):
+            trained(path(none))
+
+
 def test_alpaca(write):
     path = write(
         {"instruction": "add", "input": "2 and 3", "output": "5"},
@@ -189,6 +206,11 @@ def test_pairs_for_other_objectives(write):
     assert load_examples(pairs).column_names == ["chosen", "rejected", "prompt"]
     with pytest.raises(DataError, match="has pairs of answers .chosen, rejected."):
         trained(pairs)
+    # TRL looks at no row again, so all are looked at here.
+    for wrong in ([], [{"role": "asistant", "content": "a"}], [{"role": "user", "content": None}]):
+        rows = [{"chosen": turns, "rejected": one} for one in (turns, turns, wrong)]
+        with pytest.raises(DataError, match="data.jsonl, line 3: "):
+            load_examples(write(*rows))
     rated = write({"prompt": "a", "completion": "b", "label": True})
     assert load_examples(rated).column_names == ["prompt", "completion", "label"]
     with pytest.raises(DataError, match="says of completions whether they are good"):

@@ -9,6 +9,8 @@ import json
 from pathlib import Path
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from byte_tokens import byte_tokenizer
 
@@ -192,6 +194,71 @@ def test_a_mix_follows_its_weights(tmp_path):
             load_placed(wrong)
     with pytest.raises(DataError, match="is no path and no"):
         load_placed([{"file": one}])
+
+
+def test_types_are_those_of_a_whole_large_file(tmp_path):
+    """`datasets` takes those of the first 10 MB, where no call, no text id and no `more` is."""
+    asked = {"role": "user", "content": "q" * 1500}
+    call = {"function": {"name": "f", "arguments": {"a": 1}}}
+    rows = [
+        {"messages": [asked, {"role": "assistant", "content": "a"}], "id": n} for n in range(7000)
+    ]
+    called = {"role": "assistant", "content": None, "tool_calls": [call]}
+    rows.append({"messages": [asked, called], "id": "last", "more": 1})
+    found = load_placed(lines(tmp_path / "a.jsonl", rows)).rows
+    assert found[-1]["messages"][1]["tool_calls"] == [call] and found[-1]["line"] == 7001
+    assert found[0]["messages"] == rows[0]["messages"]
+
+
+def test_conversations_of_several_files_are_joined_whatever_keys_their_turns_have(tmp_path):
+    said = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    call = {"type": "function", "function": {"name": "f", "arguments": {}}}
+    called = [said[0], {"role": "assistant", "content": "", "tool_calls": [call]}]
+    shared = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+    parts = [[{"messages": said}], [{"messages": called}], [{"conversations": shared}]]
+    paths = [lines(tmp_path / f"{n}.jsonl", rows) for n, rows in enumerate(parts)]
+    for order in (paths, paths[::-1]):
+        assert sorted(map(str, load_examples(order)["messages"])) == sorted(
+            map(str, [said, called, said])
+        )
+    schema = pa.schema([(name, pa.large_string()) for name in PAIRS[0]])
+    pq.write_table(pa.Table.from_pylist(PAIRS[:1], schema), tmp_path / "a.parquet")
+    both = [str(tmp_path / "a.parquet"), lines(tmp_path / "b.jsonl", PAIRS[1:])]
+    assert load_examples(both).to_list() == PAIRS
+
+
+def test_what_pandas_and_editors_put_into_files(tmp_path, caplog):
+    """A column of row numbers without a name, and a mark before the first letter."""
+    rows = [{"": n, **pair} for n, pair in enumerate(PAIRS)]
+    assert load_examples(table(tmp_path / "a.csv", rows)).to_list() == PAIRS
+    assert "columns not used: Unnamed: 0" in caplog.text
+    (tmp_path / "a.txt").write_text("one\ntwo\n", "utf-8-sig")
+    assert load_examples(str(tmp_path / "a.txt"))["text"][:] == ["one", "two"]
+
+
+def test_a_column_may_be_called_as_a_place_is(tmp_path, caplog):
+    rows = [{"item": "p", "completion": " c", "line": 7}]
+    found = load_placed(lines(tmp_path / "a.jsonl", rows), columns={"prompt": "item"}).rows
+    assert found.to_list() == [{"prompt": "p", "completion": " c", "line": 1}]
+    assert "columns not used: line of the data" in caplog.text
+
+
+def test_verdicts_of_a_table(tmp_path):
+    rows = [{**PAIRS[n], "label": text} for n, text in enumerate(["true", "False", "1", "0"])]
+    found = load_examples(table(tmp_path / "a.csv", rows))
+    assert found["label"][:] == [True, False, True, False]
+    rows[3]["label"] = "maybe"
+    with pytest.raises(DataError, match="a.csv, row 4: 'label' must be true or false.*'maybe'"):
+        load_examples(table(tmp_path / "a.csv", rows))
+
+
+@pytest.mark.parametrize("weight", ["0.7", float("nan"), float("inf"), True, -1])
+def test_a_weight_that_is_none_is_refused(tmp_path, weight):
+    one = lines(tmp_path / "one.jsonl")
+    with pytest.raises(DataError, match="give a weight above 0 to every source"):
+        load_examples([{"path": one, "weight": weight}, {"path": one, "weight": 1}])
+    with pytest.raises(DataError, match="path: 5 in a list of data must be a text"):
+        load_examples([{"path": 5}])
 
 
 def test_a_list_in_a_recipe(tmp_path, monkeypatch):

@@ -104,3 +104,6 @@ def test_nothing_is_written_and_faults_are_named(recipe, tmp_path):
 def test_answers_of_a_preference_count_as_trained():
     row = {"chosen_ids": [3, 4], "prompt_ids": [1, 2], "rejected_ids": [5]}
     assert tokens_of(row) == ([1, 2, 3, 4, 5], [False, False, True, True, True])
+    # KTO's own loss has an answer to another prompt beside.
+    row = {"prompt_ids": [1], "completion_ids": [2], "KL_completion_ids": [9], "label": True}
+    assert tokens_of(row) == ([1, 2], [False, True])

@@ -117,6 +117,13 @@ def test_a_key_stands_once():
         parse_yaml("a: {b: 1, b: 2}", "here")
 
 
+def test_mappings_may_be_merged():
+    text = "base: &base {a: 1, b: 2}\nown: {<<: *base, b: 3}"
+    assert parse_yaml(text, "it")["own"] == {"a": 1, "b": 3}
+    with pytest.raises(ConfigError, match="b is set twice"):
+        parse_yaml(text.replace("b: 3", "b: 3, b: 4"), "it")
+
+
 def test_override_forms():
     assert split_override("a.b=c=d") == (["a", "b"], "c=d")
     for wrong in ("a", "=3", "a..b=3"):

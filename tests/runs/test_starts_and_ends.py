@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import warnings
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -128,6 +129,25 @@ def test_overwrite_replaces_a_run_and_nothing_else(recipe, tmp_path, capsys, mon
     drlora.runs.rundir.RunDir(run).clear()
     assert (outside / "checkpoint-9" / "mine").read_text() == "kept"
     assert [p.name for p in run.iterdir() if p.name != "README.md"] == ["notes.txt"]
+
+
+def test_templates_of_a_tokenizer_that_has_several_are_replaced(tmp_path):
+    """transformers saves them in a folder, which is not renamed onto another."""
+    run = drlora.runs.rundir.RunDir(tmp_path / "run")
+    run.path.mkdir()
+
+    def save(name, folder):
+        templates = folder / "additional_chat_templates"
+        templates.mkdir()
+        (templates / f"{name}.jinja").write_text(name)
+        (folder / "adapter_model.safetensors").write_text(name)
+
+    for name in ("tool", "rag"):
+        run.write_adapter(partial(save, name))
+    assert [p.name for p in run.path.glob("*/*")] == ["rag.jinja"]
+    assert run.adapter.read_text() == "rag"
+    run.clear()
+    assert not list(run.path.iterdir())
 
 
 @pytest.mark.parametrize("content", [None, "other: 1\n"], ids=["none", "another's"])

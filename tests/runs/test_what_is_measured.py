@@ -43,6 +43,16 @@ def test_model_dtype_and_examples(run, capsys):
     assert "on 6 examples" in text
 
 
+def test_the_tokens_are_those_that_the_run_learned_from(run, tmp_path, capsys):
+    """Of the run's settings, `completion_only_loss: false` has the prompts' tokens too."""
+    found, _ = evaluated(capsys, run)
+    shutil.copytree(run, tmp_path / "run")
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["training"]["completion_only_loss"] = False
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(config))
+    assert evaluated(capsys, tmp_path / "run")[0]["loss"]["target_tokens"] > found["loss"]["target_tokens"]
+
+
 @pytest.mark.parametrize(("format", "adapter"), [("peft", "LORA"), ("merged", None)])
 def test_an_export_is_measured_in_the_dtype_that_it_was_made_in(
     run, tmp_path, capsys, format, adapter

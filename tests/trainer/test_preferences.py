@@ -264,6 +264,34 @@ def test_pairs_without_a_prompt_and_of_messages(tmp_path, capsys):
     assert [s["prompt"] for s in after["samples"]] == [f"x{word}" for word in WORDS[:4]]
 
 
+@pytest.mark.parametrize("objective", ["dpo", "grpo"])
+def test_a_template_that_is_missing_or_refuses_is_told_before_a_weight_is_loaded(
+    tmp_path, capsys, objective
+):
+    tries = {"reward": "exact", "training": {"num_generations": 2}}
+    recipe = save_all(tmp_path, objective=objective, **(tries if objective == "grpo" else {}))
+    ask, answer = {"role": "user", "content": "a"}, [{"role": "assistant", "content": "b"}]
+    row = {"chosen": [ask, *answer], "rejected": [ask, *answer]}
+    row = row if objective == "dpo" else {"prompt": [ask], "completion": answer}
+    for name in ("train", "eval"):
+        rows = [{**row, "answers": [name]} if "prompt" in row else row] * 4
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    assert main(["train", str(recipe), "--dry-run"]) == 2
+    assert "has no chat template; use the tokenizer of" in capsys.readouterr().err
+    (tmp_path / "no.jinja").write_text("{{ raise_exception('no users here') }}")
+    assert main(["train", str(recipe), "--dry-run", f"chat_template={tmp_path / 'no.jinja'}"]) == 2
+    said = capsys.readouterr().err
+    assert "train.jsonl: no users here" in said and "chat_template: FILE" in said
+
+
+def test_held_out_verdicts_need_a_good_answer(tmp_path, capsys):
+    recipe = save_preferences(tmp_path, "kto")
+    bad = [{**row, "prompt": f"y{row['prompt']}"} for row in VERDICTS if not row["label"]]
+    (tmp_path / "eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in bad))
+    assert main(["train", str(recipe), "--dry-run"]) == 2
+    assert f"none of {len(bad)} held-out examples has a good answer" in capsys.readouterr().err
+
+
 def test_verdicts_are_not_learned_as_if_all_were_good(tmp_path, capsys):
     recipe = save_all(tmp_path)
     for name in ("train", "eval"):

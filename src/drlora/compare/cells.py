@@ -19,9 +19,9 @@ from typing import Any
 
 from drlora.compare.plan import SPLIT_ROLES, Plan, Settings, merged
 from drlora.config.methods import method_settings
-from drlora.data.sources import EMBEDDED_FOLDER, EMBEDDED_PREFIX
+from drlora.data.sources import data_files
 from drlora.embedded import resolve_model
-from drlora.errors import ConfigError
+from drlora.errors import ConfigError, DataError
 from drlora.io.files import local_path
 from drlora.runs.recipe import Recipe, recipe_from, settings_of
 
@@ -32,6 +32,8 @@ ENDS = 1 << 20
 NOT_DECIDING = ("save_", "logging_", "report_to", "per_device_eval_batch_size")
 # Of a file, or of the files in a folder; what is not local is a name.
 _HASHES = re.compile(r"[0-9a-f]{64}|\S+=[0-9a-f]{64}( \S+=[0-9a-f]{64})*")
+# What a recipe names beside the model and the data.
+_FILES = ("chat_template", "start_from", "start_from_ranks", "start_ranks")
 TUNE, COMPARE = "tune", "compare"
 
 
@@ -165,19 +167,30 @@ def _measured_on(recipe: Recipe, role: str) -> Recipe:
 
 def key_of(recipe: Recipe) -> str:
     """A short hash of all that decides the result of a run."""
-    parts = {"settings": _unusual(recipe), **contents_of(recipe)}
+    contents = contents_of(recipe)
+    contents.pop("forgetting", None)  # it is measured and decides nothing
+    parts = {"settings": _unusual(recipe), **contents}
     text = json.dumps(parts, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:KEY_LENGTH]
 
 
 def contents_of(recipe: Recipe) -> dict[str, Any]:
-    """`model`, `tokenizer` and `data` of a run by their contents, where these are local."""
+    """What a run is made of by its contents, where these are local.
+
+    `model`, `tokenizer` and `data`, and what else the recipe names: a chat template, an adapter or
+    ranks to start from, data for `forgetting`.
+    """
     sources = {pair for role in ("train", "eval") for pair in recipe.data.paths(role)}
-    return {
+    others = {name: getattr(recipe, name) for name in _FILES if getattr(recipe, name)}
+    found = {
         "model": _contents(resolve_model(recipe.model)),
         "tokenizer": _contents(resolve_model(recipe.tokenizer or "-")),
-        "data": sorted(_contents(_data_path(*source)) for source in sources),
+        "data": sorted(_data_contents(*source) for source in sources),
+        **{name: _contents(source) for name, source in others.items()},
     }
+    if recipe.evaluation.forgetting:
+        found["forgetting"] = _data_contents(recipe.evaluation.forgetting, "train")
+    return found
 
 
 def is_made_of_other(recipe: Recipe, recorded: Mapping[str, Any]) -> bool:
@@ -188,10 +201,13 @@ def is_made_of_other(recipe: Recipe, recorded: Mapping[str, Any]) -> bool:
 
     Args:
         recipe: of the cell.
-        recorded: `contents_of` the recipe that the result was made with.
+        recorded: `contents_of` the recipe that the result was made with; an earlier version had
+            fewer parts.
     """
     for part, now in contents_of(recipe).items():
-        there = recorded.get(part)
+        if part not in recorded:
+            continue
+        there = recorded[part]
         here, made_of = ([one] if isinstance(one, str) else list(one or ()) for one in (now, there))
         if len(here) != len(made_of):
             return True
@@ -248,11 +264,25 @@ def _difference(own: dict[str, Any], usual: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _data_path(source: str, split: str) -> str:
-    if source.startswith(EMBEDDED_PREFIX):
-        task = source.removeprefix(EMBEDDED_PREFIX)
-        return str(EMBEDDED_FOLDER / task / f"{split.partition('[')[0]}.jsonl")
-    return source
+def _data_contents(source: str, split: str) -> str:
+    """A hash of each file that a source of examples stands for; of a hub data set its name."""
+    try:
+        files = data_files(source, split)
+    except DataError:  # not here, such as what a licence keeps out of a repository
+        return source
+    if files is None:
+        return source
+    if len(files) == 1 and files[0].is_file():
+        return _digest(files[0], files[0].stat().st_mtime_ns)
+    # A folder that `save_to_disk` wrote is one of them.
+    parts = sorted(
+        part for file in files for part in (file.rglob("*") if file.is_dir() else [file])
+    )
+    return " ".join(
+        f"{part.name.replace(' ', '_')}={_digest(part, part.stat().st_mtime_ns)}"
+        for part in parts
+        if part.is_file()
+    )
 
 
 def _contents(source: str) -> str:

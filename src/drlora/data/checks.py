@@ -61,16 +61,22 @@ def suspects(found: Dataset, form: Form) -> list[int]:
     rows = {0}
     for name, column in form.columns.items():
         feature = found.features[column]
-        if feature == Value("string"):
+        if feature == Value("string") and name != "label":
             texts = enumerate(found[column][:])
             rows |= {row for row, text in texts if text is None or not text.strip()}
         elif (
             not isinstance(feature, List)
-            or name in ("conversations", "history")  # which are rewritten before they are used
+            # Rewritten before they are used, or not looked at again for every objective.
+            or name in ("conversations", "history", *_SIDES)
             or (name in ("answers", "choices") and feature != List(Value("string")))
         ):
             return list(range(len(found)))
     return sorted(rows)
+
+
+def as_verdict(value: object) -> bool | None:
+    """True or false as a table may have it: 1, 0, or a text; None of anything else."""
+    return {"true": True, "1": True, "false": False, "0": False}.get(str(value).lower())
 
 
 def _check_turns(turns: Collection[Mapping[str, Any]], where: str) -> None:
@@ -117,12 +123,13 @@ def _is_turns(value: object, role: str) -> bool:
 def _is_messages(value: object) -> bool:
     """Turns with a content, which is a text, parts of texts, or none beside a call."""
     return _is_turns(value, "role") and all(
-        _is_text(turn.get("content")) or _is_parts(turn.get("content")) or turn.get("tool_calls")
+        _is_text(turn.get("content")) or is_parts(turn.get("content")) or turn.get("tool_calls")
         for turn in value  # type: ignore[attr-defined]
     )
 
 
-def _is_parts(value: object) -> bool:
+def is_parts(value: object) -> bool:
+    """Whether a content is a list of parts, each with a text."""
     return isinstance(value, list) and all(
         isinstance(part, Mapping) and _is_text(part.get("text")) for part in value
     )
@@ -140,9 +147,15 @@ _CHECKS: dict[str, _Check] = {
     "rejected": _FILLED,
     "answers": (_is_texts, "a list of strings"),
     "choices": (_is_texts, "a list of strings"),
-    "label": (lambda v: isinstance(v, bool), "true or false (whether the completion is good)"),
+    "label": (
+        lambda v: as_verdict(v) is not None,
+        "true or false (whether the completion is good)",
+    ),
     "messages": (_is_messages, "a list of {role, content}, both strings"),
-    "conversations": (lambda v: _is_turns(v, "from"), "a list of {from, value}, both strings"),
+    "conversations": (
+        lambda v: _is_turns(v, "from") and _is_turns(v, "value"),
+        "a list of {from, value}, both strings",
+    ),
     "instruction": _STRING,
     "output": _TEXT,
     "input": _MAYBE,

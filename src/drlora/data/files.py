@@ -23,23 +23,28 @@ from drlora.data.checks import check_record, suspects
 from drlora.data.foreign import standard
 from drlora.data.formats import (
     KNOWN_COLUMNS,
+    OF_THE_DATA,
     PLACES,
     SETTINGS,
     choose_form,
     is_conversation,
     unused_columns,
 )
-from drlora.data.lines import diagnose, line_numbers, list_in, opened, suffix_of
+from drlora.data.lines import PACKED, diagnose, line_numbers, list_in, opened, suffix_of
 from drlora.data.slices import base_of, rows_of
 from drlora.data.sources import READERS, Mix, data_files, frozen
 from drlora.errors import DataError, counted
 from drlora.io.files import home
 
 MIX_SEED = 20260111
+# `datasets` takes the types in the first 10 MB of a JSON file for those of the whole.
+_PIECE_BYTES, _ONE_PIECE = 10 * 2**20, 2**31 - 1
 
 T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
+
+_TEXTS = (datasets.Value("string"), datasets.Value("large_string"))
 
 
 @dataclass(frozen=True)
@@ -127,6 +132,7 @@ def _joined(parts: Sequence[Loaded], shares: Sequence[float] = ()) -> Loaded:
     try:
         if len({choose_form(part.rows.column_names, None, "").name for part in parts}) > 1:
             raise ValueError("they are of several forms")
+        placed = _alike(placed)
         if shares:
             found = datasets.interleave_datasets(placed, list(shares), seed=MIX_SEED)
         else:
@@ -138,6 +144,24 @@ def _joined(parts: Sequence[Loaded], shares: Sequence[float] = ()) -> Loaded:
     total = sum(len(part.rows) for part in parts)
     used = f"; {len(found):,} of {total:,} by weight" if shares else ""
     return Loaded(found, names, "; ".join(dict.fromkeys(part.said for part in parts)) + used)
+
+
+def _alike(parts: Sequence[datasets.Dataset]) -> list[datasets.Dataset]:
+    """The parts with one type for texts and one for lists, where theirs differ.
+
+    Of conversations each file has the keys that its own turns have.
+    """
+    wanted: dict[str, Any] = {}
+    for name in set.intersection(*(set(part.column_names) for part in parts)):
+        types = [part.features[name] for part in parts]
+        if any(one != types[0] for one in types):
+            if all(one in _TEXTS for one in types):
+                wanted[name] = datasets.Value("string")
+            elif all(isinstance(one, datasets.List) for one in types):
+                wanted[name] = datasets.List(datasets.Json())
+    for name, feature in wanted.items():
+        parts = [part.cast_column(name, feature) for part in parts]
+    return list(parts)
 
 
 def _with_file(part: Loaded) -> datasets.Dataset:
@@ -180,9 +204,23 @@ def _whole(path: Path, reader: str, key: str | None) -> datasets.Dataset:
         with opened(path) as file:
             text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
             names = next(csv.reader(text, delimiter=options["sep"]))
+        names = [name or f"Unnamed: {n}" for n, name in enumerate(names)]  # as pandas reads it
         options["features"] = datasets.Features({name: datasets.Value("string") for name in names})
-        options |= {"keep_default_na": False, "encoding": "utf-8-sig"}
-    found = datasets.load_dataset(reader, data_files=str(path), split="train", **options)
+        options["keep_default_na"] = False
+    if reader in ("csv", "text"):
+        options["encoding"] = "utf-8-sig"
+
+    def load(**more: Any) -> datasets.Dataset:
+        given = {**options, **more}
+        return datasets.load_dataset(reader, data_files=str(path), split="train", **given)
+
+    try:
+        found = load()
+    except Exception:
+        is_small = path.stat().st_size <= _PIECE_BYTES and path.suffix not in PACKED
+        if reader != "json" or key is not None or is_small:
+            raise
+        found = load(chunksize=_ONE_PIECE)
     found.data.table.validate(full=True)  # what says it is text may be none
     return found
 
@@ -198,8 +236,8 @@ def _without_blanks(lines: datasets.Dataset, name: str) -> datasets.Dataset:
 
 
 def _placed(found: datasets.Dataset, place: str, numbers: Sequence[int]) -> datasets.Dataset:
-    found = found.remove_columns([name for name in found.column_names if name in PLACES])
-    return found.add_column(place, list(numbers))
+    own = {name: OF_THE_DATA.format(name) for name in found.column_names if name in PLACES}
+    return found.rename_columns(own).add_column(place, list(numbers))
 
 
 def _load_hub(source: str, split: str, config: str | None) -> tuple[datasets.Dataset, str]:
@@ -243,6 +281,9 @@ def _finished(
 ) -> Loaded:
     """What was loaded in the form that it has, its records checked."""
     found, where = loaded
+    columns = {
+        key: OF_THE_DATA.format(c) if c in PLACES else c for key, c in (columns or {}).items()
+    }
     form = choose_form([c for c in found.column_names if c not in PLACES], columns, where, name)
     if not is_conversation({name: found[0][column] for name, column in form.columns.items()}):
         form = replace(form, columns={n: c for n, c in form.columns.items() if n not in SETTINGS})

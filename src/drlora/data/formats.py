@@ -23,6 +23,7 @@ from datasets import Dataset, Json
 from drlora.errors import DataError
 
 PLACES = ("line", "item", "row", "file")  # columns that say where an example stands
+OF_THE_DATA = "{} of the data"  # a column of the data that has such a name
 SETTINGS = ("tools", "chat_template_kwargs")
 FORMS: dict[str, tuple[tuple[str, ...], tuple[str, ...], str]] = {
     "preference": (("chosen", "rejected"), ("prompt", *SETTINGS), "preference pairs"),
@@ -76,6 +77,11 @@ class Form:
     def has_history(self) -> bool:
         """Whether Alpaca's columns are turns of a conversation."""
         return self.name == "alpaca" and bool({"history", "system"} & self.columns.keys())
+
+
+def where_of(row: Mapping[str, Any]) -> str:
+    """`line 61`, as far as an example says where it stands."""
+    return ", ".join(f"{name} {row[name]}" for name in PLACES if name in row) or "an example"
 
 
 def choose_form(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ def frozen(source: Sequence[Any]) -> Mix:
         if isinstance(item, str):
             pairs.append((item, None))
         elif isinstance(item, Mapping) and "path" in item and item.keys() <= {"path", "weight"}:
-            pairs.append((str(item["path"]), item.get("weight")))
+            pairs.append((_text(item["path"]), item.get("weight")))
         elif isinstance(item, tuple) and len(item) == 2:
             pairs.append(item)
         else:
@@ -46,9 +47,21 @@ def frozen(source: Sequence[Any]) -> Mix:
                 f"{item!r} in a list of data is no path and no {{path: .., weight: ..}}"
             )
     weights = [weight for _, weight in pairs if weight is not None]
-    if not pairs or (weights and len(weights) < len(pairs)) or any(w <= 0 for w in weights):
+    is_each = not weights or len(weights) == len(pairs)
+    if not pairs or not is_each or not all(map(_is_weight, weights)):
         raise DataError(f"{list(source)!r}: give a weight above 0 to every source, or to none")
     return tuple(pairs)
+
+
+def _text(path: Any) -> str:
+    if not isinstance(path, str):
+        raise DataError(f"path: {path!r} in a list of data must be a text")
+    return path
+
+
+def _is_weight(value: Any) -> bool:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and 0 < value < math.inf
 
 
 def data_files(source: str, split: str) -> list[Path] | None:

@@ -144,6 +144,18 @@ def encode_examples(
     return prepare(examples, tokenizer, PlainSettings(max_length=max_length))
 
 
+def refuse_missing_template(raw: Dataset, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises:
+    DataError: the examples are conversations, and the tokenizer has no chat template.
+    """
+    if is_conversation(raw[0]) and not tokenizer.chat_template:
+        raise DataError(
+            f"the data has messages, but the tokenizer {tokenizer.name_or_path!r} has no "
+            f"chat template; use the tokenizer of an instruction-tuned model, name a template "
+            f"(chat_template: FILE), or use prompt and completion columns"
+        )
+
+
 def _packed(tokens: Dataset, arguments: PlainSettings | SFTConfig) -> Dataset:
     if arguments.max_length is None:
         raise ConfigError("packing needs a max_length")
@@ -227,12 +239,7 @@ class _Encoder:
                     f"the data {what}; learn from it with another objective (objective: dpo, kto), "
                     f"or say what is to be learned as columns: {{prompt: .., completion: ..}}"
                 )
-        if is_conversation(raw[0]) and not self.tokenizer.chat_template:
-            raise DataError(
-                f"the data has messages, but the tokenizer {self.tokenizer.name_or_path!r} has no "
-                f"chat template; use the tokenizer of an instruction-tuned model, name a template "
-                f"(chat_template: FILE), or use prompt and completion columns"
-            )
+        refuse_missing_template(raw, self.tokenizer)
 
     def _cut(self, ids: list[int]) -> list[int]:
         longest = self.settings.max_length

@@ -8,6 +8,7 @@ to the conversation before it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from itertools import groupby
@@ -20,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
 from drlora.data.checks import parsed
-from drlora.errors import DataError, first_line
+from drlora.errors import DataError, first_line, shown
 
 Turn = Mapping[str, Any]
 Span = tuple[int, int]
@@ -29,7 +30,7 @@ Marked = tuple[list[int], list[Span]]
 """Token ids of a conversation, and the spans of the assistant in their order."""
 
 WEIGHT = "weight"  # 0 on an assistant's turn: no loss on it
-TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, KeyError)
+TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, KeyError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -97,17 +98,34 @@ class ChatTemplate:
         Raises:
             DataError: the template cannot render one, or its turns cannot be told apart.
         """
-        try:
+        with refused_as_data():
             if not self.is_marked:
                 rows = self._plain(self.render(conversations))["input_ids"]
                 return [(ids, [(0, len(ids))]) for ids in rows]
+            if not getattr(self.tokenizer, "is_fast", False):
+                raise DataError(
+                    f"the tokenizer {self.tokenizer.name_or_path!r} is written in Python and does "
+                    f"not say where in a text a token stands, so the assistant's turns cannot be "
+                    f"told apart; use a fast one (tokenizer: NAME, or convert it with "
+                    f"transformers), or train on all turns (training.assistant_only_loss: false)"
+                )
             found = self._marked if self.text else self._by_prefixes
             return list(found(conversations))
-        except TEMPLATE_ERRORS as error:
+
+    def asked(self, conversations: Sequence[Conversation]) -> list[list[int]]:
+        """Token ids of each, up to where the next turn of the assistant begins.
+
+        Raises:
+            DataError: there is no template, or it cannot render one.
+        """
+        if not self.tokenizer.chat_template:
             raise DataError(
-                f"{first_line(error)}; write the conversation as it expects, or use another "
-                f"template (chat_template: FILE)"
-            ) from error
+                f"it is a conversation, and the tokenizer {self.tokenizer.name_or_path!r} has no "
+                f"chat template; name one (chat_template: FILE), or write texts"
+            )
+        with refused_as_data():
+            texts = self.render(conversations, add_generation_prompt=True)
+            return list(self._plain(texts)["input_ids"])
 
     def opened(self, conversations: Sequence[Conversation], rows: Sequence[Marked]) -> list[int]:
         """How many tokens of each the turns that are asked are, with the opening of an answer."""
@@ -199,6 +217,21 @@ class ChatTemplate:
             yield ids, spans
 
 
+@contextmanager
+def refused_as_data(where: str = "") -> Iterator[None]:
+    """What a chat template says against a conversation, as a DataError."""
+    try:
+        yield
+    except DataError:
+        raise
+    except TEMPLATE_ERRORS as error:
+        place = f"{where}: " if where else ""
+        raise DataError(
+            f"{place}{first_line(error)}; write the conversation as it expects, or use another "
+            f"template (chat_template: FILE)"
+        ) from error
+
+
 def conversation_of(record: Mapping[str, Any], where: str) -> Conversation:
     """A record with `messages`, or with a `prompt` and a `completion` of messages.
 
@@ -231,7 +264,13 @@ def _turn(turn: Turn, where: str) -> dict[str, Any]:
 
 def _call(call: Mapping[str, Any], where: str) -> dict[str, Any]:
     """A tool call whose arguments are no text: OpenAI's are JSON in a string."""
-    function = dict(call.get("function") or {})
+    function = call.get("function") or {}
+    if not isinstance(function, Mapping):
+        raise DataError(
+            f"{where} has a tool call whose function is {shown(function)}; it must be a mapping of "
+            f"name and arguments"
+        )
+    function = dict(function)
     arguments = function.get("arguments")
     if isinstance(arguments, str):
         function["arguments"] = parsed(arguments, f"{where}: arguments of a tool call")

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from drlora.data import pad_token_id
+from drlora.data.formats import where_of
+from drlora.data.turns import ChatTemplate, conversation_of
+from drlora.errors import DataError
 from drlora.evaluation.evaluate import Sample, end_tokens, evaluating
 from drlora.evaluation.prompts import encode_prompts, pad_left
 
@@ -30,10 +34,10 @@ def sample_answers(
             answer and are left out.
         max_new_tokens: longest answer, in tokens.
     """
-    asked = [found for row in rows if (found := _asked(row)) is not None]
+    asked = asked_of(rows, tokenizer)
     if not asked:
         return ()
-    prompts = [_tokens(prompt, row, tokenizer) for prompt, _, row in asked]
+    prompts = [one.ids for one in asked]
     ids_BL, mask_BL = pad_left(prompts, pad_token_id(tokenizer))
     device = next(model.parameters()).device
     with evaluating(model):
@@ -47,45 +51,55 @@ def sample_answers(
             pad_token_id=pad_token_id(tokenizer),
         )
     answers = [_text(row, tokenizer) for row in output[:, ids_BL.shape[1] :]]
-    parts = zip(asked, answers, strict=True)
     return tuple(
-        Sample(_shown(prompt), answer, (wanted,), answer == wanted)
-        for (prompt, wanted, _), answer in parts
+        Sample(one.shown, answer, (one.wanted,), answer == one.wanted)
+        for one, answer in zip(asked, answers, strict=True)
     )
 
 
-def _asked(row: Mapping[str, Any]) -> tuple[Any, str, Mapping[str, Any]] | None:
-    """(prompt: a text or messages, the wanted answer, the row), if it asks for an answer."""
-    if row.get("messages"):
-        *before, last = row["messages"]
-        has_answer = last.get("role") == "assistant" and before
-        return (before, _content(last), row) if has_answer else None
+@dataclass(frozen=True)
+class Asked:
+    """What the model is asked: token ids, what is shown of it, and the answer that is wanted."""
+
+    ids: list[int]
+    shown: str
+    wanted: str
+
+
+def asked_of(rows: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase) -> list[Asked]:
+    """The prompts of rows that ask for an answer, rendered as they are in training.
+
+    Raises:
+        DataError: a conversation cannot be put to the model.
+    """
+    found = (_asked(row, tokenizer) for row in rows)
+    return [one for one in found if one is not None]
+
+
+def _asked(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> Asked | None:
     prompt, completion = row.get("prompt"), row.get("completion")
-    if not prompt or completion is None:
+    if isinstance(prompt, str) and isinstance(completion, str):
+        ids = encode_prompts([prompt], tokenizer)[0]
+        return Asked(ids, prompt, completion.strip()) if prompt else None
+    if not row.get("messages") and (not prompt or not completion):
         return None
-    is_text = isinstance(completion, str)
-    return prompt, completion.strip() if is_text else _content(completion[-1]), row
+    whole = conversation_of(row, where_of(row))
+    asked = whole.asked or len(whole.turns) - 1
+    if not asked or whole.turns[-1]["role"] != "assistant":
+        return None
+    try:
+        (ids,) = ChatTemplate(tokenizer, is_marked=False).asked([whole.until(asked)])
+    except DataError as error:
+        raise DataError(
+            f"{where_of(row)}: the chat template cannot ask it: {error}. To have no sample "
+            f"answers: evaluation.samples: 0"
+        ) from error
+    return Asked(ids, _content(whole.turns[asked - 1]), _content(whole.turns[-1]))
 
 
 def _content(turn: Mapping[str, Any]) -> str:
-    return str(turn.get("content") or "").strip()
-
-
-def _tokens(prompt: Any, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    if isinstance(prompt, str):
-        return encode_prompts([prompt], tokenizer)[0]
-    turns = [{k: v for k, v in turn.items() if v is not None} for turn in prompt]
-    tools = row.get("tools") or None
-    given: Any = tokenizer.apply_chat_template(
-        turns, tools=tools, add_generation_prompt=True, return_dict=True
-    )
-    return list(given["input_ids"])
+    return str(turn["content"]).strip()
 
 
 def _text(row: torch.Tensor, tokenizer: PreTrainedTokenizerBase) -> str:
     return str(tokenizer.decode(row.tolist(), skip_special_tokens=True)).strip()
-
-
-def _shown(prompt: Any) -> str:
-    """What was asked last, of a conversation."""
-    return prompt if isinstance(prompt, str) else _content(prompt[-1])

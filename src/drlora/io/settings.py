@@ -22,11 +22,15 @@ LARGEST_YAML_BYTES = 128 * 2**10
 MOST_VALUES = 20_000
 
 
+_MERGE = "tag:yaml.org,2002:merge"  # `<<: *others`
+
+
 class _Loader(yaml.SafeLoader):
     """YAML as people write it: `1e-4` is a number, and a key may stand only once."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = Counter(str(self.construct_object(key, deep=True)) for key, _ in node.value)
+        own = [key for key, _ in node.value if key.tag != _MERGE]
+        keys = Counter(str(self.construct_object(key, deep=True)) for key in own)
         twice = sorted(key for key, count in keys.items() if count > 1)
         if twice:
             raise yaml.constructor.ConstructorError(

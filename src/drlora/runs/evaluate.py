@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from drlora.data import encode_examples
+from drlora.data import prepare
+from drlora.data.tokens import PlainSettings
 from drlora.distributed import best_device
 from drlora.errors import ConfigError
 from drlora.evaluation.measure import Measurement, measure
@@ -81,7 +82,8 @@ def evaluate(
     if source.adapter is not None:
         subject = load_adapter(subject, str(source.folder))
     tokenizer = load_tokenizer(source, vocabulary_size(subject))
-    examples = encode_examples(replace(loaded, rows=wanted(loaded.rows)), tokenizer, length)
+    settings = PlainSettings(max_length=length, **source.tokens)
+    examples = prepare(replace(loaded, rows=wanted(loaded.rows)), tokenizer, settings)
     device = best_device()
     found = measure(subject.to(device), tokenizer, examples, source.evaluation)
     model = from_root(source.model)

@@ -8,7 +8,8 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 from trl import GRPOConfig
 
 from drlora.data import Loaded, Prepared, prepare
-from drlora.data.tokens import PlainSettings
+from drlora.data.tokens import PlainSettings, refuse_missing_template
+from drlora.data.turns import refused_as_data
 from drlora.errors import DataError
 from drlora.runs.recipe import Recipe
 from drlora.trainer.grpo import questions, refuse_few
@@ -58,12 +59,15 @@ def encode(
             packing=settings.packing and role == "train",
             template_file=recipe.chat_template,
         )
+    refuse_missing_template(raw, tokenizer)
     if kind.tries:
-        rows = questions(raw, tokenizer, settings, settings.max_length)
+        with refused_as_data(loaded.name):
+            rows = questions(raw, tokenizer, settings, settings.max_length)
         if role == "train":
             refuse_few(len(rows), settings)
         return Prepared(raw, rows, len(raw) - len(rows), 0, loaded.said)
-    tokens, cut = tokenize(kind.trl, raw, tokenizer, arguments, role)
+    with refused_as_data(loaded.name):
+        tokens, cut = tokenize(kind.trl, raw, tokenizer, arguments, role)
     return Prepared(raw, tokens, len(raw) - len(tokens), cut, loaded.said)
 
 

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator
 
 from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
 
 from drlora.data.formats import PLACES
 from drlora.data.tokens import Prepared
@@ -15,10 +16,15 @@ from drlora.evaluation.choices import refuse_single_choice
 from drlora.evaluation.draw import draw
 from drlora.evaluation.evaluate import accepted_answers
 from drlora.evaluation.measure import EvaluationSection, notes_on, wants_match
+from drlora.evaluation.samples import asked_of
 
 
-def refuse_unanswerable(raw: Dataset, section: EvaluationSection) -> None:
+def refuse_unanswerable(
+    raw: Dataset, section: EvaluationSection, tokenizer: PreTrainedTokenizerBase
+) -> None:
     """Refuse held-out examples whose answers could not be compared, before anything is computed.
+
+    And those that the chat template could not ask, of those that would be.
 
     Raises:
         DataError: naming the first of them.
@@ -29,6 +35,8 @@ def refuse_unanswerable(raw: Dataset, section: EvaluationSection) -> None:
             accepted_answers(row)
             if rows[0].get("choices"):
                 refuse_single_choice(row)
+    elif section.samples:
+        asked_of(list(draw(raw, section.samples, section.draw)), tokenizer)
 
 
 def word_for_word(train: Dataset, held_out: Dataset) -> int:

@@ -51,6 +51,7 @@ def inspect(
     batch: Batch | None = None,
     quantise: QuantiseSection | None = None,
     optim: str = "adamw_torch",
+    trust_remote_code: bool = False,
 ) -> Inspection:
     """Blocks, parameters, memory and growth plan of an adapter on a model.
 
@@ -63,14 +64,15 @@ def inspect(
             of 512 tokens.
         quantise: how the base is to be kept; by default as its checkpoint has it.
         optim: the optimizer, by transformers' name.
+        trust_remote_code: whether code that comes with the model may run.
 
     Raises:
         ConfigError: if there is no such model, it has no MoE blocks, its experts cannot be kept so,
             or `dtype` is not known.
     """
     config = config or DrLoraConfig()
-    architecture = load_architecture(model)
-    skeleton = model_on_meta(architecture)
+    architecture = load_architecture(model, trust_remote_code)
+    skeleton = model_on_meta(architecture, trust_remote_code)
     blocks = choose_blocks(skeleton, config)
     weights_dtype = _dtype(dtype, architecture)
     kept = (quantise or QuantiseSection()).of_checkpoint(architecture)

@@ -221,7 +221,7 @@ def prepare(
         for role, loaded in zip(("train", "eval"), load_training_data(recipe.data), strict=True)
     )
     measured = examples_to_measure(held_out, recipe.objective, most, tokenizer)
-    refuse_unanswerable(measured.raw, recipe.evaluation)
+    refuse_unanswerable(measured.raw, recipe.evaluation, tokenizer)
     others = _others(recipe, tokenizer, most)
     record = data_record({"train": train, "eval": held_out}, tokenizer, most)
     if resume:

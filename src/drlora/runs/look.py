@@ -38,6 +38,7 @@ from drlora.runs.loading import (
 from drlora.runs.recipe import Recipe
 from drlora.runs.roles import load_training_data
 from drlora.runs.rundir import RunDir
+from drlora.trainer.preferences import ANSWERS, PROMPT
 
 EXAMPLES_SHOWN = 3
 _BATCH = 1000
@@ -236,10 +237,9 @@ def tokens_of(row: dict[str, Any]) -> tuple[list[int], list[bool]]:
     """
     if "labels" in row:
         return list(row["input_ids"]), [label != IGNORED for label in row["labels"]]
-    parts = [name for name in row if name.endswith("_ids")]
-    parts.sort(key=lambda name: not name.startswith("prompt"))
+    parts = [name for name in (PROMPT, *ANSWERS) if name in row]  # TRL's KTO has others beside
     ids = [token for name in parts for token in row[name]]
-    return ids, [not name.startswith("prompt") for name in parts for _ in row[name]]
+    return ids, [name != PROMPT for name in parts for _ in row[name]]
 
 
 def _named(source: Any) -> str:

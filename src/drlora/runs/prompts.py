@@ -12,10 +12,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from drlora.data.checks import is_parts
+from drlora.data.formats import SETTINGS
+from drlora.data.turns import Conversation, conversation_of
 from drlora.errors import DataError, shown
 from drlora.io.files import home, read_text
 
@@ -27,11 +30,27 @@ Turns = tuple[Mapping[str, Any], ...]
 
 @dataclass(frozen=True)
 class Prompt:
-    """A text or the turns so far, the tools that may be called, and what would be right."""
+    """What is asked.
+
+    Attributes:
+        content: a text, or the turns so far.
+        tools: that may be called.
+        expected: what would be right, where that is known.
+        settings: of the template, by its names.
+    """
 
     content: str | Turns
     tools: tuple[Any, ...] = ()
     expected: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def conversation(self) -> Conversation:
+        """As a template takes it; a text is a user's turn."""
+        content = self.content
+        said = ({"role": "user", "content": content},) if isinstance(content, str) else content
+        options = {"tools": list(self.tools) or None, **self.settings}
+        return Conversation([dict(turn) for turn in said], options)
 
 
 def read_prompts(path: str | Path) -> list[Prompt]:
@@ -90,17 +109,23 @@ def as_prompt(record: Any, where: str) -> Prompt:
             f"{where}: {shown(record)} is no prompt; write a text, a list of turns "
             f"(role and content), or an object with one of them as prompt or messages."
         )
-    turns, expected = tuple(asked), _expected(record)
+    given = {key: record[key] for key in SETTINGS if record.get(key)}
+    whole, expected = conversation_of({"messages": asked, **given}, where), _expected(record)
+    turns = tuple(whole.turns)
     if turns[-1]["role"] == "assistant":
-        expected = expected or turns[-1].get("content")
+        expected = expected or turns[-1]["content"]
         turns = turns[:-1]
     if not turns:
         raise DataError(f"{where}: there is no turn before the assistant's.")
-    return Prompt(turns, tuple(record.get("tools") or ()), expected)
+    tools, settings = whole.options["tools"] or (), record.get("chat_template_kwargs") or {}
+    return Prompt(turns, tuple(tools), expected, settings)
 
 
 def _is_turn(turn: Any) -> bool:
-    return isinstance(turn, Mapping) and isinstance(turn.get("role"), str)
+    if not isinstance(turn, Mapping) or not isinstance(turn.get("role"), str):
+        return False
+    content = turn.get("content")
+    return content is None or isinstance(content, str) or is_parts(content)
 
 
 def _expected(record: Mapping[str, Any]) -> str | None:

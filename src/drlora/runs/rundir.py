@@ -68,6 +68,7 @@ _OWN = (
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
+    "additional_chat_templates",
     "vocab.json",
     "vocab.txt",
     "merges.txt",
@@ -320,6 +321,8 @@ class RunDir:
         temporary.mkdir()
         save(temporary)
         for path in sorted(temporary.iterdir(), key=lambda p: p.name == ADAPTER_WEIGHTS):
+            if path.is_dir():  # which is not renamed onto one that is filled
+                shutil.rmtree(self.path / path.name, ignore_errors=True)
             move_into_place(path, self.path / path.name)
         temporary.rmdir()
 

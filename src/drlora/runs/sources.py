@@ -10,7 +10,7 @@ Paths in what is stored are followed as `drlora.io.places` says.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from drlora.runs.recipe import Recipe
 from drlora.runs.rundir import RunDir
 
 KINDS = ("DRLORA", "LORA")
+LEARNED = ("assistant_only_loss", "completion_only_loss", "truncation_mode")
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Source:
         data: of the run's recipe, or None.
         evaluation: of the run's recipe, or the default.
         quantise: how the base of an adapter is kept.
+        tokens: settings of the run's trainer that decide which tokens of its data are learned.
         run: the run that an export says it was made from, also where it is gone; else None.
     """
 
@@ -55,6 +57,7 @@ class Source:
     data: DataSection | None = None
     evaluation: EvaluationSection = EvaluationSection()
     quantise: QuantiseSection = QuantiseSection()
+    tokens: dict[str, Any] = field(default_factory=dict)
     run: Path | None = None
 
 
@@ -165,7 +168,13 @@ def _with_recipe(source: Source, recipe: Recipe) -> Source:
         )
     # What was merged has another base in it, and PEFT puts its LoRA on no packed experts.
     quantise = recipe.quantise if source.adapter == "DRLORA" else QuantiseSection()
-    return replace(source, data=recipe.data, evaluation=recipe.evaluation, quantise=quantise)
+    return replace(
+        source,
+        data=recipe.data,
+        evaluation=recipe.evaluation,
+        quantise=quantise,
+        tokens={name: recipe.training[name] for name in LEARNED if name in recipe.training},
+    )
 
 
 def _record(folder: Path) -> dict[str, Any]:

@@ -18,14 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import torch
 from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedTokenizerBase, TextStreamer
 
 from drlora.data import pad_token_id
+from drlora.data.turns import ChatTemplate, Conversation
 from drlora.distributed import best_device
-from drlora.errors import ConfigError, DataError, DrLoraError, counted, first_line, shown
+from drlora.errors import ConfigError, DataError, DrLoraError, counted, shown
 from drlora.evaluation.evaluate import evaluating
 from drlora.evaluation.prompts import encode_prompts
 from drlora.runs.hub import find_named
@@ -106,8 +106,7 @@ class Speaker:
         if isinstance(content, str) and not self.is_templated:
             found = encode_prompts([content], self.tokenizer)[0]
         else:
-            turns = [{"role": "user", "content": content}] if isinstance(content, str) else content
-            found = self._rendered(turns, prompt)
+            found = self._rendered(prompt.conversation)
         if not found:
             raise DataError("an empty prompt has no token to continue from.")
         if len(found) >= self._longest:
@@ -122,26 +121,20 @@ class Speaker:
         config = self.model.config.get_text_config()
         return getattr(config, "max_position_embeddings", None) or math.inf
 
-    def _rendered(self, turns: Sequence[Mapping[str, Any]], prompt: Prompt) -> list[int]:
+    def _rendered(self, asked: Conversation) -> list[int]:
         if not self.tokenizer.chat_template:
             raise DataError(
-                f"{shown(list(turns))} is a conversation, and the tokenizer of {self.source.model} "
+                f"{shown(asked.turns)} is a conversation, and the tokenizer of {self.source.model} "
                 f"has no chat template; write the prompt as a text."
             )
         try:
-            encoded: Any = self.tokenizer.apply_chat_template(
-                [dict(turn) for turn in turns],
-                tools=list(prompt.tools) or None,
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=True,
-            )
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
+            (ids,) = ChatTemplate(self.tokenizer, is_marked=False).asked([asked])
+        except DataError as error:
             raise DataError(
                 f"the chat template of {self.source.model} cannot be used on "
-                f"{shown(list(turns))}: {first_line(error)}."
+                f"{shown(asked.turns)}: {error}."
             ) from error
-        return list(encoded["input_ids"])
+        return ids
 
     def answer(
         self,

@@ -125,12 +125,24 @@ def lengths(tokens: Dataset) -> list[int]:
 
 
 def wanted(raw: Dataset) -> Dataset:
-    """Of preferences the answers that are to be preferred, as prompt and completion; else `raw`."""
+    """Of preferences the answers that are to be preferred, as prompt and completion; else `raw`.
+
+    Raises:
+        DataError: if no answer is good.
+    """
     if "chosen" in raw.column_names:
         if "prompt" not in raw.column_names:
             raw = raw.map(maybe_extract_prompt)
         return raw.rename_column("chosen", "completion").remove_columns("rejected")
-    return raw.filter(lambda row: row["label"]) if "label" in raw.column_names else raw
+    if "label" not in raw.column_names:
+        return raw
+    good = raw.filter(lambda row: row["label"])
+    if len(good) == 0:
+        raise DataError(
+            f"none of {len(raw)} held-out examples has a good answer (label: true), so there is "
+            f"nothing to measure; add some, or name other data as data.eval."
+        )
+    return good
 
 
 def wanted_answers(raw: Dataset, tokens: Dataset, max_length: int) -> tuple[Dataset, Dataset]:
@@ -142,10 +154,19 @@ def wanted_answers(raw: Dataset, tokens: Dataset, max_length: int) -> tuple[Data
     Returns:
         (columns prompt and completion, and the others of `raw`; columns input_ids and labels). The
         first has all examples, the second those with a token of the answer within `max_length`.
+
+    Raises:
+        DataError: if there is none.
     """
+    rows = wanted(raw)
     answers = "chosen_ids" if "chosen" in raw.column_names else "completion_ids"
     if answers == "completion_ids":
         tokens = tokens.filter(lambda row: row["label"])
+        if len(tokens) == 0:
+            raise DataError(
+                f"no good answer (label: true) of the held-out data has a token within "
+                f"max_length={max_length}; raise data.max_length, or name other data as data.eval."
+            )
 
     def labelled(row: dict[str, Any]) -> dict[str, Any]:
         prompt, answer = row[PROMPT], row[answers]
@@ -154,4 +175,4 @@ def wanted_answers(raw: Dataset, tokens: Dataset, max_length: int) -> tuple[Data
             "labels": [*[IGNORED] * len(prompt), *answer][:max_length],
         }
 
-    return wanted(raw), tokens.map(labelled, remove_columns=tokens.column_names)
+    return rows, tokens.map(labelled, remove_columns=tokens.column_names)
