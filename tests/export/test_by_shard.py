@@ -20,6 +20,8 @@ from transformers import AutoModelForCausalLM
 
 from drlora.cli.main import main
 from drlora.errors import CheckpointError, ConfigError
+from drlora.export.base_weights import find_base
+from drlora.export.by_shard import FromFiles
 from drlora.export.shards import bytes_of
 from drlora.runs import export_by_shard as by_shard
 from drlora.runs.export import export_adapter
@@ -55,10 +57,6 @@ def both_ways(adapter: Path, out: Path, **how) -> None:
     one, two = tensors_in(out / "whole"), tensors_in(out / "shards")
     assert one.keys() == two.keys()
     for key in one:
-        if (
-            "e_score_correction_bias" in key
-        ):  # which transformers widens, and the base has in 16 bits
-            one[key] = one[key].to(two[key].dtype)
         assert one[key].dtype == two[key].dtype and torch.equal(one[key], two[key]), key
     texts = [(out / name / "config.json").read_text() for name in ("whole", "shards")]
     assert texts[0] == texts[1]
@@ -160,6 +158,37 @@ def test_what_needs_the_whole_model_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="tied to the embeddings"):
         export_adapter(tmp_path / "tied", "merged", tmp_path / "out", by_shard=True)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"modules_to_save": ["embed_tokens"]}, "lm_head.weight is tied to model.embed_tokens"),
+        ({"trainable_token_indices": [5, 6]}, "trainable_token_indices.*leave --by-shard out"),
+    ],
+)
+def test_what_would_change_the_head_too_or_be_left_out_is_refused(tmp_path, changes, said):
+    adapter = save(tmp_path, make_model(tie_word_embeddings=True), torch.float32, **changes)
+    with pytest.raises(ConfigError, match=said):
+        export_adapter(adapter, "merged", tmp_path / "out", by_shard=True)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+def test_what_transformers_keeps_in_float32(tmp_path, dtype):
+    """A router's bias, where a last bit chooses other experts; the file has it in float32."""
+    name = "model.layers.1.mlp.gate.e_score_correction_bias"
+    model = make_model("deepseek_v3").to(torch.bfloat16)
+    bias_E = 5 + torch.arange(6) * 1e-3
+    model.get_submodule(name.rpartition(".")[0]).e_score_correction_bias = torch.nn.Buffer(bias_E)
+    model.save_pretrained(tmp_path)
+    wanted = None if dtype == "auto" else torch.bfloat16
+    source = FromFiles(find_base(str(tmp_path)), wanted, None)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype).state_dict()
+    assert torch.equal(source.read(name), bias_E)
+    for key in source.names():
+        found = source.read(key)
+        assert found.dtype == loaded[key].dtype and torch.equal(found, loaded[key]), key
 
 
 def test_what_is_of_no_part_of_the_model_is_told(tmp_path):

@@ -296,6 +296,22 @@ class TestRefusals:
         with pytest.raises(OSError, match="disk full"):
             export(trained(), tmp_path / "out", "peft")
         assert not list(tmp_path.iterdir())
+        (tmp_path / "empty").mkdir()
+        with pytest.raises(OSError, match="disk full"):
+            export(trained(), tmp_path / "empty", "peft")
+        assert not list((tmp_path / "empty").iterdir())
+
+
+@pytest.mark.parametrize("named", [".", "link", "empty", "link/new"])
+def test_an_empty_folder_stays_where_it_is(tmp_path, monkeypatch, named):
+    """The working directory, and what a link leads to: no other can take their place."""
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    monkeypatch.chdir(tmp_path / "empty" if named == "." else tmp_path)
+    export(trained(), Path(named), "peft")
+    out = tmp_path / "empty" / ("new" if named == "link/new" else "")
+    assert {path.name for path in out.iterdir()} == set(FORMATS["peft"].files)
+    assert (tmp_path / "link").is_symlink() and len(list(tmp_path.iterdir())) == 2
 
 
 @pytest.fixture(scope="module")

@@ -151,6 +151,22 @@ class TestPeftLora:
         with pytest.raises(error, match=match):
             drlora.load_peft_lora(make_model(), tmp_path, settings)
 
+    @pytest.mark.parametrize(
+        ("changes", "match"),
+        [
+            ({"trainable_token_indices": [5, 6]}, "trainable_token_indices=.*single tokens"),
+            ({"bias": "all"}, "bias='all', which trains biases.*merge_and_unload"),
+            ({"target_modules": ["q_proj"], "bias": "lora_only"}, "bias='lora_only'"),
+        ],
+    )
+    def test_what_else_a_lora_changes_is_refused(self, tmp_path, changes, match):
+        save_lora(tmp_path, "qwen2_moe", **changes)
+        base = make_model("qwen2_moe")
+        before = {key: value.clone() for key, value in base.state_dict().items()}
+        with pytest.raises(ConfigError, match=match):
+            drlora.load_peft_lora(base, tmp_path)
+        assert all(torch.equal(value, before[key]) for key, value in base.state_dict().items())
+
     @pytest.mark.parametrize("damage", ["other size", "truncated", "missing", "type", "no json"])
     def test_folders_that_do_not_fit(self, tmp_path, damage):
         save_lora(tmp_path)

@@ -31,7 +31,7 @@ def on_paper(family: str, dtype: torch.dtype, checkpoints: bool = False,
 
 
 def counted(family: str, dtype: torch.dtype, engine: str = "auto",
-            rows: int = ROWS, length: int = LENGTH, **changes) -> int:  # fmt: skip
+            rows: int = ROWS, length: int = LENGTH, passes: int = 1, **changes) -> int:  # fmt: skip
     """Most bytes of a real step, by the same count, as in a process that has kept no scratch.
 
     Scratch that another test left, which may be larger, would be counted at its own size.
@@ -45,7 +45,8 @@ def counted(family: str, dtype: torch.dtype, engine: str = "auto",
     counting = Counting()
     counting.ignore([*model.parameters(), *model.buffers(), *batch.values()])
     with counting:
-        model(**batch, use_cache=False).loss.backward()
+        for _ in range(passes):
+            model(**batch, use_cache=False).loss.backward()
     return counting.peak_bytes
 
 
@@ -56,6 +57,18 @@ def test_memory_is_that_of_a_real_step(family, dtype):
     sizes = dict(hidden_size=128, vocab_size=512)
     _, found = on_paper(family, dtype, **sizes)
     assert found.peak_bytes == pytest.approx(counted(family, dtype, **sizes), rel=0.1)
+
+
+@pytest.mark.parametrize("layers", [2, 13])
+def test_a_later_pass_of_a_step_has_the_gradients_of_those_before_it(layers):
+    """A small batch, beside which they matter; also where some layers stand for all."""
+    sizes = dict(rows=1, length=8, num_hidden_layers=layers)
+    model, first = on_paper("olmoe", torch.float32, **sizes)
+    later = pass_on_paper(model, Batch(1, 8, follows=True), torch.float32)
+    one, two = (counted("olmoe", torch.float32, passes=passes, **sizes) for passes in (1, 2))
+    assert later.peak_bytes - first.peak_bytes == pytest.approx(two - one, rel=0.1)
+    assert later.kept_bytes == first.kept_bytes
+    assert first == pass_on_paper(model, Batch(1, 8), torch.float32)  # none are left
 
 
 def test_a_count_does_not_depend_on_what_was_counted_before():

@@ -359,6 +359,7 @@ def test_a_checkpoint_that_lacks_experts_is_not_filled_with_random_numbers(tmp_p
     ({**files.FP8_SETTINGS, "expert_dtype": "fp4"}, "expert_dtype='fp4'"),
     (files.compressed_settings(symmetric=False), "one scale a row and no zero point"),
     (files.compressed_settings("pack-quantized", num_bits=4), "name the storage .*, 'nf4'"),
+    (files.compressed_settings("pack-quantized"), "name the storage .*, 'nf4'"),
     ({"quant_method": "newest"}, r"not known \(quant_method 'newest'\).*QuantisedExperts"),
     *[({"quant_method": m}, rf"is quantised with {n} .*16-bit checkpoint with")
       for m, n in REFUSED.items()],

@@ -6,6 +6,7 @@ Run: make test ARGS=tests/planning/test_plan.py
 import json
 
 import pytest
+import torch
 from tiny_run import save_examples, save_model_folder
 
 import drlora
@@ -66,6 +67,38 @@ def test_what_does_not_fit_is_changed_the_cheapest_first(folder):
     assert recipe.training["gradient_accumulation_steps"] == whole
 
 
+def test_gradients_are_kept_between_the_passes_of_a_step(folder):
+    words = [*SHORT, "training.per_device_train_batch_size=1", "data.max_length=8"]
+    peaks = []
+    for passes in (1, 4):
+        own = [*words, f"training.gradient_accumulation_steps={passes}"]
+        made = drlora.plan("model", "train.jsonl", f"{passes}.yaml", own, measures=False)
+        peaks.append(made.memory.step)
+    assert peaks[1] > peaks[0] + made.memory.adapter / 3
+
+
+def test_code_that_comes_with_the_model_runs_where_it_is_trusted(folder):
+    (folder / "model" / "own_code.py").write_text(
+        "from transformers import OlmoeConfig, OlmoeForCausalLM\n"
+        "class OwnConfig(OlmoeConfig):\n    model_type = 'own_moe'\n"
+        "class OwnModel(OlmoeForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    path = folder / "model" / "config.json"
+    config = json.loads(path.read_text()) | {
+        "model_type": "own_moe",
+        "architectures": ["OwnModel"],
+        "auto_map": {
+            "AutoConfig": "own_code.OwnConfig",
+            "AutoModelForCausalLM": "own_code.OwnModel",
+        },
+    }
+    path.write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match="cannot be loaded"):
+        drlora.plan("model", "train.jsonl", "a.yaml", SHORT, measures=False)
+    words = [*SHORT, "trust_remote_code=true"]
+    assert drlora.plan("model", "train.jsonl", "b.yaml", words, measures=False).fits
+
+
 def test_for_a_card_that_is_not_here(folder):
     made = drlora.plan("model", "train.jsonl", "a.yaml", SHORT, gpu="T4")
     assert made.fits and "not measured" in made.step_from
@@ -112,6 +145,14 @@ def test_changes_come_in_order():
 )
 def test_sizes(text, size):
     assert size_of(text, "gpu") == size
+
+
+def test_of_a_card_that_is_here_what_is_free_counts(monkeypatch):
+    for name, found in (("is_available", True), ("mem_get_info", (3e9, 24e9)),
+                        ("get_device_name", "a card"), ("is_bf16_supported", True)):  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, lambda *_, found=found: found)
+    room = find_room()
+    assert (room.name, room.memory_bytes, room.device) == ("a card", 3e9, "cuda")
 
 
 def test_rooms():

@@ -153,7 +153,9 @@ VERBS = {
     "train": ["recipe", "resume", "overwrite", "progress"],
     "load_recipe": ["source", "overrides", "resume"],
     "evaluate": ["folder", "split", "data", "model", "trust_remote_code"],
-    "inspect": ["model", "config", "steps", "dtype", "batch", "quantise", "optim"],
+    "inspect": [
+        "model", "config", "steps", "dtype", "batch", "quantise", "optim", "trust_remote_code",
+    ],
     "export_adapter": [
         "folder", "format", "output", "rank", "dry_run", "model", "data", "trust_remote_code",
         "max_shard_size", "rounding", "seed", "merge_into", "routers", "by_shard",

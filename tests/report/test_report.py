@@ -22,6 +22,7 @@ import drlora
 from drlora.cli.main import main
 from drlora.errors import CheckpointError
 from drlora.report.encode import SIGNAL_BYTES, encode_runs, quantise
+from drlora.report.facts import SUMMARY
 from drlora.report.markdown import markdown
 from drlora.report.page import page
 from drlora.report.read import SIGNALS, read_run
@@ -76,6 +77,29 @@ def test_runs_with_fewer_files_are_read(run, tmp_path, missing):
     assert np.array_equal(found.maps[0].history, whole.maps[0].history)
     assert "<html" in page([found])
     assert "made.jsonl" in markdown([found])
+
+
+@pytest.mark.parametrize(
+    ("spent", "stored", "said"),
+    [
+        (96, 96, "96 of 96"),
+        (96, 192, "96 of 96 (room for 192)"),  # budget_scope: model
+        (70, 192, "70 of 96 (room for 192)"),
+        (120, 120, "120 of 120"),  # the factors are those of the first block
+    ],
+)
+def test_a_budget_that_layers_share_is_less_than_there_is_room_for(
+    run, tmp_path, spent, stored, said
+):
+    shutil.copytree(run, tmp_path / "run")
+    path = tmp_path / "run" / "result.json"
+    factors = {"r_target": 4, "experts": 6, "layers": 2, "projections": 2}
+    result = {
+        **json.loads(path.read_text()),
+        "budget": {"spent": spent, "stored": stored, **factors},
+    }
+    path.write_text(json.dumps(result))
+    assert SUMMARY["Ranks spent"](read_run(tmp_path / "run")) == said
 
 
 def test_the_kept_run_is_read():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 from run_checks import assert_same_run, interrupt_at, lines
@@ -132,3 +133,17 @@ def test_what_cannot_be_is_refused(tmp_path, training, said):
     recipe = load_recipe(save_all(tmp_path, training=training))
     with pytest.raises(ConfigError, match=said):
         training_arguments(recipe, RunDir(tmp_path / "run"))
+
+
+def test_a_budget_that_layers_share_and_is_spent_is_not_called_unspent(tmp_path):
+    """Each layer stores more rows than it has ranks in the mean."""
+    shared = {"budget_scope": "model"}
+    recipe = save_all(
+        tmp_path, adapter=shared, training={**EACH_TWO, "load_best_model_at_end": True}
+    )
+    assert main(["train", str(recipe)]) == 0
+    result = result_of(tmp_path)
+    assert result["notes"] == ["the adapter is that of step 12, the best evaluation"]
+    budget = result["budget"]
+    planned = math.prod(budget[name] for name in ("r_target", "experts", "layers", "projections"))
+    assert budget["spent"] == planned < budget["stored"]

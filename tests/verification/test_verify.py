@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+import stored_checkpoints as files
 import torch
 from made_adapters import BATCHES, CONFIG, FAMILIES, by_peft, make_all, spoil, spoil_model
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -18,8 +19,10 @@ from transformers import AutoModelForCausalLM
 import drlora
 from drlora.cli.main import main
 from drlora.errors import CheckpointError, ConfigError
+from drlora.export.base_weights import Base
 from drlora.export.plan import apply_plan, make_plan
 from drlora.ops.merge import Rounding
+from drlora.runs.export import export_adapter
 from drlora.verification.findings import NAMES, WARNINGS
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -105,6 +108,53 @@ class TestSound:
         assert found.is_sound, [str(finding) for finding in found.findings]
         assert all(one.share == pytest.approx(1, abs=1e-3) for one in found.merged)
         assert {reading.engine: reading.reads for reading in found.engines}["SGLang"]
+
+    @pytest.mark.parametrize("projections", [["gate_up", "down"], ["gate", "up", "down"]])
+    def test_our_own_of_gate_and_up_in_turns(self, tmp_path, projections):
+        beside_experts("GptOssForCausalLM", tmp_path, "peft", projections=projections)
+        settings = make_settings(projections=projections)
+        model = train(get_peft_model(make_class("GptOssForCausalLM"), settings))
+        model.save_pretrained(tmp_path / "ours")
+        plan = make_plan(model, "merged")
+        apply_plan(plan, model, BATCHES, tmp_path / "own-merge")
+        for adapter, merged in (("ours", "own-merge"), ("peft", "merged")):
+            found = drlora.verify(tmp_path / adapter, str(tmp_path / "base"), tmp_path / merged)
+            assert found.is_sound and len(found.merged) >= 2 * 2, [str(f) for f in found.findings]
+            assert all(one.share == pytest.approx(1, abs=1e-3) for one in found.merged)
+        found = drlora.verify(tmp_path / "ours", str(tmp_path / "base"), tmp_path / "base")
+        assert faults(found) == {"dropped-in-merge"}
+
+    @pytest.mark.parametrize(
+        "changes", [{"target_rank": 2, "target_alpha": 1.0}, {"target_rank": 2, "use_rslora": True}]
+    )
+    def test_other_layers_have_a_scaling_of_their_own(self, tmp_path, changes):
+        make_model().save_pretrained(tmp_path / "base")
+        settings = make_settings(target_modules=["q_proj"], **changes)
+        model = train(get_peft_model(make_model(), settings))
+        model.save_pretrained(tmp_path / "ours")
+        apply_plan(make_plan(model, "merged"), model, BATCHES, tmp_path / "merged")
+        found = drlora.verify(tmp_path / "ours", str(tmp_path / "base"), tmp_path / "merged")
+        assert found.is_sound, [str(finding) for finding in found.findings]
+
+    @pytest.mark.parametrize("beside", [{}, {"target_modules": ["lm_head"], "target_rank": 2},
+                                        {"modules_to_save": ["embed_tokens"]}])  # fmt: skip
+    @pytest.mark.parametrize("format", ["ours", "peft", "per-expert"])
+    def test_embeddings_that_were_resized(self, tmp_path, format, beside):
+        make_model().save_pretrained(tmp_path / "base")
+        base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        base.resize_token_embeddings(base.config.vocab_size + 3)
+        model = train(get_peft_model(base, make_settings(**beside)))
+        model.save_pretrained(tmp_path / "ours")
+        plans = {name: export_adapter(tmp_path / "ours", name, tmp_path / name).plan
+                 for name in {format, "merged"} - {"ours"}}  # fmt: skip
+        found = drlora.verify(tmp_path / format, str(tmp_path / "base"), tmp_path / "merged")
+        assert found.is_sound, [str(finding) for finding in found.findings]
+        assert "not-compared" not in names(found)
+        assert {"lm_head", "lm_head.weight"} & {one.name for one in found.merged}
+        if format == "per-expert":  # the plan says what the files say
+            for readings in (plans[format].readings, found.engines):
+                reads = {reading.engine: reading.reads for reading in readings}
+                assert reads["vLLM"] is reads["llama.cpp"] is False
 
     def test_packing_is_told_by_what_training_leaves(self, made):
         found = drlora.verify(made("olmoe") / "by-peft")
@@ -287,6 +337,22 @@ def test_another_base(made, tmp_path, layout, other):
     assert faults(found) & {"wrong-base", "rank"}, [str(f) for f in found.findings]
 
 
+@pytest.mark.parametrize(
+    ("quantise", "settings"),
+    [(files.fp8_blocks, files.FP8_SETTINGS), (files.int8_rows, files.compressed_settings())],
+)
+def test_beside_a_base_that_is_quantised(tmp_path, quantise, settings):
+    """Its codes are no weights, so no norm of theirs and no merge is beside them."""
+    sizes = dict(hidden_size=128, intermediate_size=128)
+    make_model(**sizes).save_pretrained(tmp_path / "base")
+    train(get_peft_model(make_model(**sizes), make_settings())).save_pretrained(tmp_path / "ours")
+    files.rewrite(tmp_path / "base", quantise, settings)
+    found = drlora.verify(tmp_path / "ours", str(tmp_path / "base"))
+    assert found.is_sound and found.shares == {} and names(found) == {"not-compared"}
+    with pytest.raises(ConfigError, match="is quantised .*name the 16-bit checkpoint"):
+        drlora.verify(tmp_path / "ours", str(tmp_path / "base"), tmp_path / "base")
+
+
 def _experts(tensors):
     return [key for key in tensors if ".experts." in key]
 
@@ -445,6 +511,39 @@ class TestMerges:
                     tensors[key] += 0.1
 
         assert "wrong-base" in faults(self.spoilt(made, tmp_path, other))
+
+    @pytest.mark.parametrize("layout", ["ours", "by-peft"])
+    @pytest.mark.parametrize(
+        ("family", "changes"),
+        [("olmoe", {"hidden_size": 64}), ("olmoe", {"num_hidden_layers": 1}), ("mixtral", {})],
+    )
+    def test_a_merged_model_of_other_shapes(self, made, tmp_path, layout, family, changes):
+        make_model(family, **changes).save_pretrained(tmp_path / "other")
+        assert faults(self.verify(made, tmp_path / "other", layout)) == {"wrong-base"}
+
+    @pytest.mark.parametrize("tied", [False, True])
+    def test_single_tokens_are_not_merged(self, tmp_path, tied):
+        make_model(tie_word_embeddings=tied).save_pretrained(tmp_path / "base")
+        base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        settings = make_settings(trainable_token_indices={"embed_tokens": [5, 7]})
+        model = train(get_peft_model(base, settings))
+        model.save_pretrained(tmp_path / "ours")
+        apply_plan(make_plan(model, "merged"), model, BATCHES, tmp_path / "merged")
+        found = drlora.verify(tmp_path / "ours", str(tmp_path / "base"), tmp_path / "merged")
+        assert found.is_sound, [str(finding) for finding in found.findings]
+        before = load_file(tmp_path / "base" / "model.safetensors")
+
+        def forget(tensors):
+            tensors["model.embed_tokens.weight"] = before["model.embed_tokens.weight"]
+
+        merged = spoil_model(tmp_path / "merged", tmp_path / "m", forget)
+        found = drlora.verify(tmp_path / "ours", str(tmp_path / "base"), merged)
+        assert faults(found) == {"dropped-in-merge"}
+
+    def test_where_nothing_could_be_compared(self, made, monkeypatch):
+        """Of a base whose experts are under names that are not known."""
+        monkeypatch.setattr(Base, "keys_of", lambda base, block: [])
+        assert "not-compared" in faults(self.verify(made, made("olmoe") / "by-peft" / "merged"))
 
 
 def test_the_page_says_what_is_a_warning():

@@ -102,11 +102,14 @@ class Base:
         fitting = [b for b in self.blocks if numbers_in(b.experts_name) == numbers]
         return fitting[0] if len(fitting) == 1 else None
 
+    def keys_of(self, block: MoEBlock) -> list[str]:
+        """Names of all tensors of this block's experts in the files; none if they are not known."""
+        return [key for keys in self._keys(block).values() for key in keys]
+
     def has_weights(self, block: MoEBlock) -> bool:
         """Whether the files have this block's experts."""
-        return bool(self._keys(block)) and all(
-            key in self.weights.files for keys in self._keys(block).values() for key in keys
-        )
+        keys = self.keys_of(block)
+        return bool(keys) and all(key in self.weights.files for key in keys)
 
     def read(self, block: MoEBlock, matrix: str, expert: int, weights: Weights) -> Tensor:
         """(O, I) of one expert's `gate_up`, `gate`, `up` or `down`, in its own dtype.
@@ -161,8 +164,10 @@ class Base:
             if all(match for _, match in numbered):
                 for key, match in sorted(numbered, key=lambda pair: int(pair[1][1])):  # type: ignore[index]
                     found.setdefault(LEAVES.get(match[2], match[2]), []).append(key)  # type: ignore[index]
+            elif len(stored) > 1:
+                return {}  # gate and up of all experts, each by itself
             else:
-                found["down" if leaf == "down_proj" else "gate_up"] = stored[:1]
+                found["down" if leaf == "down_proj" else "gate_up"] = stored
         return found if "down" in found else {}
 
 

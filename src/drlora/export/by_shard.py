@@ -13,14 +13,14 @@ came out is checked for every one.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers.core_model_loading import revert_weight_conversion
+from transformers.core_model_loading import build_glob_alternation, revert_weight_conversion
 
 from drlora.adapter.embeddings import rows_before
 from drlora.adapter.inject import adapted_layers
@@ -30,7 +30,7 @@ from drlora.export.factors import Factors
 from drlora.export.merging import Kept
 from drlora.export.reference import BlockReference, block_reference
 from drlora.export.shards import ShardWriter
-from drlora.export.updates import PARAMETERS, linear_updates, trained_modules
+from drlora.export.updates import PARAMETERS, linear_updates, refuse_tokens, trained_modules
 from drlora.moe.packing import is_packed, parameter_at, places_of
 from drlora.ops.merge import Rounding
 from drlora.ops.storage.arranged import as_parameter, is_in_place
@@ -62,13 +62,15 @@ class FromFiles:
 
     Args:
         base: with the weights of its folder.
-        dtype: of the model in training; None: as they are stored.
+        dtype: of the model in training; None: what its configuration says. Parameters that
+            transformers keeps in float32 beside it are in float32.
         kind: what its experts were packed as in training; None: they were not.
     """
 
     def __init__(self, base: Base, dtype: torch.dtype | None, kind: PackedFormat | None) -> None:
         self.model, self.files = base.model, base.weights
-        self.dtype, self.kind = dtype, kind
+        self.kind = kind
+        self._dtypes = _loaded_dtypes(self.model, dtype)
         self._experts = {block.experts_name for block in base.blocks}
 
     def names(self) -> Iterator[str]:
@@ -95,8 +97,8 @@ class FromFiles:
         found = _put_together(self.files, keys)
         if found is None or found.shape != wanted.shape or not self._goes_back(name, found):
             raise ConfigError(f"the checkpoint keeps {name} in a form of its own; {_WHOLE}")
-        if self.dtype is not None and found.is_floating_point():
-            found = found.to(self.dtype)
+        if found.is_floating_point():
+            found = found.to(self._dtypes.get(name, found.dtype))
         if self.kind is not None and name.rpartition(".")[0] in self._experts and found.dim() == 3:
             for w_OI in found:
                 w_OI.copy_(as_parameter(Packed.of(w_OI[None], self.kind))[0])
@@ -170,6 +172,7 @@ def merge_by_shard(
     """
     updates = _Updates(model, rounding)
     updates.refuse_missing(set(source.names()))
+    updates.refuse_tied(getattr(source.model, "all_tied_weights_keys", None) or {})
     for name in source.names():
         weight = updates.added_to(source.read(name), name)
         for key, part in _as_stored(source.model, name, weight).items():
@@ -185,6 +188,7 @@ class _Updates:
         inner, adapter = model.get_base_model(), model.active_adapter
         if rows_before(inner) is not None:
             raise ConfigError(f"the embeddings were resized; {_WHOLE}")
+        refuse_tokens(inner, adapter, f"which are not merged file by file; {_WHOLE}")
         self.rounding, self.kept = rounding, Kept()
         self.experts: dict[str, tuple[BlockReference, Matrix]] = {}
         for layer in adapted_layers(inner, adapter).values():
@@ -213,6 +217,19 @@ class _Updates:
                 f"tied to the embeddings, or experts in lists; {_WHOLE}"
             )
 
+    def refuse_tied(self, tied: Mapping[str, str]) -> None:
+        """`tied`: name of a parameter -> the one that it is tied to, which alone is in the files.
+
+        Raises:
+            ConfigError: if one of a pair is changed: the other would change with it.
+        """
+        changed = {*self.experts, *self.linears, *self.trained}
+        for name, other in tied.items():
+            if changed & {name, other}:
+                raise ConfigError(
+                    f"{name} is tied to {other}, and the adapter changes one of them; {_WHOLE}"
+                )
+
     def added_to(self, weight: Tensor, name: str) -> Tensor:
         """The weight that the merged model has there; may be `weight` itself, changed."""
         if name in self.experts:
@@ -240,6 +257,23 @@ class _Updates:
             self.kept.add(before_OI, after_OI, block.update(matrix, expert))
             place_OI.copy_(after_OI)
         return weight
+
+
+def _loaded_dtypes(model: Any, dtype: torch.dtype | None) -> dict[str, torch.dtype]:
+    """What transformers makes of each weight: the model's dtype, float32 where it insists."""
+    said, own = model.config.dtype, torch.get_default_dtype()
+    if isinstance(said, torch.dtype):
+        dtype, own = dtype or said, said
+    if dtype is None:
+        return {}
+    plan: dict[str, torch.dtype] = model._get_dtype_plan(dtype)
+    kept = build_glob_alternation(list(plan))[0] if plan else None
+    found = {}
+    for name, tensor in model.state_dict().items():
+        is_kept = kept is not None and kept.search(name)
+        is_own = tensor.dtype != own  # made so by the model itself
+        found[name] = torch.float32 if is_kept else tensor.dtype if is_own else dtype
+    return found
 
 
 def _as_stored(model: Any, name: str, tensor: Tensor) -> dict[str, Tensor]:

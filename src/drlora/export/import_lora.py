@@ -11,7 +11,9 @@ from __future__ import annotations
 import copy
 import math
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
@@ -24,7 +26,7 @@ from drlora.adapter.inject import adapted_layers
 from drlora.adapter.layer import DrLoraExperts
 from drlora.adapter.pool import RankPool
 from drlora.config.adapter import DrLoraConfig
-from drlora.errors import CheckpointError, ConfigError, first_line
+from drlora.errors import CheckpointError, ConfigError, first_line, shown
 from drlora.export.factors import Factors
 from drlora.export.peft_lora import read
 from drlora.export.updates import PARAMETERS, Updates, base_of, seen_transposed
@@ -48,7 +50,8 @@ def load_peft_lora(
 
     Raises:
         CheckpointError: if the LoRA is missing, damaged, or was made for another model.
-        ConfigError: if it cannot be continued with these settings.
+        ConfigError: if it cannot be continued with these settings, or has trained what an adapter
+            of experts has no place for.
     """
     if config is not None and config.starts_from_data:
         raise ConfigError(
@@ -110,6 +113,7 @@ def _read_lora(model: PreTrainedModel, folder: Path) -> Updates:
 def refuse_other_files(folder: Path) -> None:
     """Raises:
     CheckpointError: if `folder` does not hold the two files of a LoRA.
+    ConfigError: if the LoRA has more than can be carried over.
     """
     for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         if not (folder / name).is_file():
@@ -117,11 +121,28 @@ def refuse_other_files(folder: Path) -> None:
                 f"{folder} holds no PEFT LoRA: it has no {name} (weights in other formats than "
                 f"safetensors are not read)."
             )
-    kind = read_adapter_config(folder, ADAPTER_WEIGHTS).get("peft_type")
+    config = read_adapter_config(folder, ADAPTER_WEIGHTS)
+    kind = config.get("peft_type")
     if kind != "LORA":
         raise CheckpointError(
             f"the adapter in {folder} is of type {kind!r}; LORA can be continued."
         )
+    for name, effect in _not_carried(config):
+        raise ConfigError(
+            f"the LoRA in {folder} has {name}={shown(config[name])}, which {effect} and cannot be "
+            f"carried over. Merge it into its base model (PEFT's merge_and_unload), and start a "
+            f"new adapter on that."
+        )
+
+
+def _not_carried(config: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Settings of a LoRA that change more than its own weights do, and what they change."""
+    if config.get("bias") not in (None, "none"):
+        yield "bias", "trains biases of the base model"
+    if config.get("trainable_token_indices"):
+        yield "trainable_token_indices", "trains single tokens of an embedding"
+    if config.get("layer_replication"):
+        yield "layer_replication", "makes a model of other layers"
 
 
 def _take_over_settings(config: DrLoraConfig, updates: Updates) -> None:

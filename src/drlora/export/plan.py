@@ -5,13 +5,12 @@
 
 What is said here holds for every format (see `format`). `apply_plan` has the export made in memory
 and compared with the adapter; only then are files written, into a folder beside the target that is
-renamed when it is complete.
+renamed when it is complete, or into one in it, where it is there already.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -223,7 +222,7 @@ def _readings(kind: Format, found: Contents, base: PreTrainedModel) -> tuple[Rea
         facts = replace(
             facts,
             rank=updates.rank,
-            has_modules=bool(updates.modules),
+            has_modules=bool(updates.modules or updates.embeddings),
             has_router_lora=bool(updates.routers),
         )
     return tuple(readings(facts))
@@ -242,13 +241,26 @@ def _owned_ranks(base: nn.Module, adapter: str) -> tuple[int, float, int]:
 
 @contextmanager
 def written_at_once(folder: Path) -> Iterator[Path]:
-    """A folder to write into, which takes the place of `folder` when nothing went wrong."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    """A folder to write into, whose files are in `folder` when nothing went wrong.
+
+    An empty `folder` stays the one it is: it may be the working directory, what a link leads to, or
+    a disk of its own, none of which another can take the place of.
+    """
+    folder = folder.resolve()
+    is_there = folder.is_dir()
+    place = folder if is_there else folder.parent
+    place.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=place))
     try:
         yield temporary
-        temporary.chmod(0o755)  # mkdtemp's own is for the user alone
-        os.replace(temporary, folder)
+        if is_there:
+            # The record last: an export that has one is complete.
+            for path in sorted(temporary.iterdir(), key=lambda path: path.name == EXPORT_RECORD):
+                path.replace(folder / path.name)
+            temporary.rmdir()
+        else:
+            temporary.chmod(0o755)  # mkdtemp's own is for the user alone
+            temporary.replace(folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise

@@ -79,7 +79,7 @@ def collect_updates(model: PeftModel, adapter: str, all_matrices: bool = False) 
         ConfigError: if a block's experts are not in one parameter a matrix; the block is named.
     """
     inner = model.get_base_model()
-    _refuse_tokens(inner, adapter)
+    refuse_tokens(inner, adapter, "which this format has no place for; use the format merged.")
     experts = {}
     for layer in adapted_layers(inner, adapter).values():
         for matrix in PARAMETERS:
@@ -201,14 +201,18 @@ def trained_modules(inner: nn.Module, adapter: str) -> dict[str, dict[str, Tenso
     }
 
 
-def _refuse_tokens(inner: nn.Module, adapter: str) -> None:
+def refuse_tokens(inner: nn.Module, adapter: str, way_out: str) -> None:
+    """`way_out` ends the sentence.
+
+    Raises:
+        ConfigError: if single tokens of an embedding were trained.
+    """
     for name, module in inner.named_modules():
         if isinstance(module, TrainableTokensWrapper) and (
             adapter in module.token_adapter.trainable_tokens_delta
         ):
             raise ConfigError(
-                f"the adapter trained single tokens of {name} (trainable_token_indices), which "
-                f"this format has no place for; use the format merged."
+                f"the adapter trained single tokens of {name} (trainable_token_indices), {way_out}"
             )
 
 

@@ -39,6 +39,8 @@ class Batch:
             form it.
         engine: of experts: `loop` on a CPU, `grouped` on a GPU.
         autocast: dtype of products, where it is not that of the weights.
+        follows: whether it is a later pass of an accumulated step, which begins with the gradients
+            of those before it.
     """
 
     examples: int
@@ -48,6 +50,7 @@ class Batch:
     head_chunk_bytes: int = 0
     engine: str = "loop"
     autocast: torch.dtype | None = None
+    follows: bool = False
 
     @property
     def tokens(self) -> int:
@@ -60,7 +63,7 @@ class PassOnPaper:
     """What a pass takes beside the weights.
 
     Attributes:
-        kept_bytes: between the forward and the backward pass.
+        kept_bytes: between the forward and the backward pass, gradients of earlier passes apart.
         peak_bytes: most at once, gradients of what is trained among them.
         work: what is computed.
     """
@@ -155,6 +158,7 @@ def _run(
     cast = torch.autocast("cpu", batch.autocast) if batch.autocast else nullcontext()
     paper = on_paper(model, counting, dtype, batch.engine, reads_mask)
     with counting, paper, torch.set_grad_enabled(trains), cast:
+        held = _hold_gradients(model) if batch.follows and trains else 0
         ids_BL = torch.zeros(batch.examples, batch.length, dtype=torch.int64, device="meta")
         given: dict[str, Any] = {"labels": ids_BL}
         if batch.fuses_head:
@@ -163,11 +167,19 @@ def _run(
         loss = out.logits.float().sum() if batch.fuses_head else out.loss
         _form_chunk(batch, out.logits)
         del out
-        kept = counting.bytes
+        kept = counting.bytes - held
         if trains:
             loss.backward()
     model.zero_grad()
     return PassOnPaper(kept, counting.peak_bytes, counting.work)
+
+
+def _hold_gradients(model: PeftModel) -> int:
+    """Give all that is trained a gradient, and return how many bytes they take."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.grad = torch.empty_like(parameter)
+    return sum(parameter.numel() * parameter.element_size() for parameter in trained)
 
 
 def _form_chunk(batch: Batch, logits_BLV: torch.Tensor) -> None:

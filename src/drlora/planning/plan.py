@@ -189,7 +189,7 @@ class _Draft:
         self.path, self.room, self.given = path, room, given
         words = [f"model={model}", f"data.train={data}", *overrides]
         if "data.max_length" not in given:
-            words.append(f"data.max_length={_longest_of(model)}")
+            words.append(f"data.max_length={_longest_of(model, _runs_code(overrides))}")
         self.text, notes = draft_recipe(path, words)
         self.why = [*notes, METHOD]
         self.changed: list[str] = []
@@ -307,9 +307,10 @@ class _Draft:
         """Of the recipe as it is now; the job may have been made with more examples at once."""
         at_once = recipe.training["per_device_train_batch_size"]
         checkpoints = bool(recipe.training.get("gradient_checkpointing"))
+        follows = recipe.training.get("gradient_accumulation_steps", 1) > 1
         self.job = replace(self.job, batch_size=at_once)
         made = batches(self.job, self.room.on_cpu)
-        largest, usual = (replace(one, checkpoints=checkpoints) for one in made)
+        largest, usual = (replace(one, checkpoints=checkpoints, follows=follows) for one in made)
         return largest, usual
 
     def step_seconds(self) -> tuple[float, str]:
@@ -334,11 +335,15 @@ class _Draft:
     def finish(self, seconds: float | None, known_from: str) -> None:
         """Say the rest, and write."""
         self._put(self.on_card, keep=True)
+        recipe = self.recipe
         growth = inspect(
-            self.recipe.model, self.recipe.adapter_config(), self.job.plan_steps
+            recipe.model,
+            recipe.adapter_config(),
+            self.job.plan_steps,
+            trust_remote_code=recipe.trust_remote_code,
         ).growth
         if isinstance(growth, GrowthForecast):
-            config = self.recipe.adapter
+            config = recipe.adapter
             self.why.append(
                 f"ranks {config.r_init}, {config.r_target} on average, {config.r_max} at most, "
                 f"given out in {growth.events} events up to step {growth.reached_at_step}"
@@ -353,8 +358,14 @@ class _Draft:
         write_at_once(self.path, self.text)
 
 
-def _longest_of(model: str) -> int:
-    text: Any = load_architecture(model).get_text_config()
+def _runs_code(overrides: Sequence[str]) -> bool:
+    """Whether code that comes with the model may run, as the recipe is going to say."""
+    said = [value for key, value in map(split_override, overrides) if key == ["trust_remote_code"]]
+    return bool(said) and said[-1] is True
+
+
+def _longest_of(model: str, trust_remote_code: bool) -> int:
+    text: Any = load_architecture(model, trust_remote_code).get_text_config()
     return min(LONGEST, getattr(text, "max_position_embeddings", None) or LONGEST)
 
 

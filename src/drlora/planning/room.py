@@ -57,9 +57,10 @@ def find_room(gpu: str | None = None, memory: str | None = None) -> Room:
     if gpu is not None:
         return _card(gpu)
     if torch.cuda.is_available():
-        properties = torch.cuda.get_device_properties(0)
-        size = size_of(memory, "memory") if memory else float(properties.total_memory)
-        return Room(properties.name, size, None, "cuda", torch.cuda.is_bf16_supported())
+        size = size_of(memory, "memory") if memory else float(torch.cuda.mem_get_info(0)[0])
+        return Room(
+            torch.cuda.get_device_name(0), size, None, "cuda", torch.cuda.is_bf16_supported()
+        )
     size = size_of(memory, "memory") if memory else float(psutil.virtual_memory().available)
     cores = torch.get_num_threads()
     return Room(f"this machine, {cores} threads", size, None, "cpu", True)

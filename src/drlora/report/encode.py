@@ -27,7 +27,7 @@ CURVES = {
     "tokens_per_second": "tokens a second",
     "rank_mean": "mean rank",
     "rank_gini": "Gini coefficient of ranks",
-    "budget_spent": "share of the budget spent",
+    "budget_spent": "share of the stored rows that experts own",
     "router_entropy": "evenness of the load of experts (1: even)",
     "router_load_max": "load of the busiest expert (1: even)",
     "router_dead": "share of experts without load",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ from drlora.ranks.concentration import gini, top_share
 from drlora.report.read import RankMap, RunRecord
 
 NONE = "–"
+_FACTORS = ("r_target", "experts", "layers", "projections")  # of a budget of ranks
 Row = tuple[str, list[str]]
 Facts = dict[str, Callable[[RunRecord], str]]
 
@@ -150,7 +152,13 @@ def _shape(run: RunRecord) -> str:
 
 def _spent(run: RunRecord) -> str:
     budget = run.result.get("budget")
-    return f"{budget['spent']:,} of {budget['stored']:,}" if budget else NONE
+    if not budget:
+        return NONE
+    spent, stored = budget["spent"], budget["stored"]
+    planned = math.prod(budget.get(name, 0) for name in _FACTORS)
+    if planned in (0, stored) or spent > planned:
+        return f"{spent:,} of {stored:,}"
+    return f"{spent:,} of {planned:,} (room for {stored:,})"  # of layers that share one budget
 
 
 def _over_blocks(measure: Callable[[Any], float], show: str) -> Callable[[RunRecord], str]:

@@ -71,6 +71,7 @@ def dry_run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) ->
         replace(batch, checkpoints=False, fuses_head=False),
         recipe.quantise,
         getattr(job.arguments.optim, "value", job.arguments.optim),
+        recipe.trust_remote_code,
     )
     notes = (*job.notes(), *evaluation_notes(job.measured, recipe.evaluation))
     return DryRun(recipe, job.total_steps, job.counts(), notes, found)

@@ -147,6 +147,7 @@ def batches(job: Job, on_cpu: bool) -> tuple[Batch, Batch]:
         examples=1,
         length=job.longest,
         checkpoints=bool(settings.gradient_checkpointing),
+        follows=settings.gradient_accumulation_steps > 1,
         fuses_head=not on_cpu,
         engine="loop" if on_cpu else "grouped",
         autocast=torch.bfloat16 if settings.bf16 else torch.float16 if settings.fp16 else None,

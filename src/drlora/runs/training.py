@@ -15,7 +15,7 @@ from drlora.distributed import are_several, on_main
 from drlora.distributed.zero import is_split
 from drlora.io.checkpoint import checkpoint_step
 from drlora.io.run_files import CHECKPOINT
-from drlora.ranks.rank_map import budget_of
+from drlora.ranks.rank_map import adapters_of, budget_of
 from drlora.runs.interrupt import StopOnInterrupt
 from drlora.runs.job import Job
 from drlora.runs.metrics_log import MetricsLog
@@ -112,12 +112,20 @@ class Training:
         best = self.trainer.state.best_model_checkpoint
         if self.job.arguments.load_best_model_at_end and best and not self.is_over:
             yield f"the adapter is that of step {checkpoint_step(Path(best))}, the best evaluation"
-        budget = budget_of(self.model)
-        if budget.spent < budget.stored and self.ends_before_its_time:
+        spent, ranks = budget_of(self.model).spent, self._ranks_of_budget()
+        if spent < ranks and self.ends_before_its_time:
             yield (
-                f"{budget.spent:,} of the {budget.stored:,} ranks of the budget are in use: the "
+                f"{spent:,} of the {ranks:,} ranks of the budget are in use: the "
                 f"rest was to be given out later"
             )
+
+    def _ranks_of_budget(self) -> int:
+        """Fewer than there are rows, where layers share one budget and may take from each other."""
+        planned = sum(
+            adapter.config.r_target * adapter.block.num_experts * len(adapter.rank_pools)
+            for adapter in adapters_of(self.model).values()
+        )
+        return min(planned, budget_of(self.model).stored)
 
     @property
     def ends_before_its_time(self) -> bool:

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from drlora.config.adapter import NOTHING
 from drlora.export.base_weights import LEAVES, Base
+from drlora.moe.stored.config import stored_settings
+from drlora.moe.stored.refused import method_of
 from drlora.verification.contents import Contents, Update
 from drlora.verification.findings import Finding, fault, warning
 from drlora.verification.keys import ROUTERS
@@ -158,6 +160,10 @@ def relative(
     contents: Contents, sizes: Sizes, base: Base
 ) -> tuple[dict[str, float], list[Finding]]:
     """For each matrix the largest update of an expert, as a share of the norm of its weight."""
+    settings = stored_settings(base.model.config)
+    if settings is not None:  # its files have codes, which are no weights to have a norm
+        detail = f"the base is quantised ({method_of(settings)}), so updates have no share of it"
+        return {}, [warning("not-compared", base.name, detail)]
     shares, found = {}, []
     for update in contents.updates:
         block = base.block_of(update.module)

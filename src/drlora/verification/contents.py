@@ -121,9 +121,10 @@ class Contents:
             return int(own.get("rank") or 0), float(own.get("scale") or 1.0)
         if self.type == "DRLORA":
             config = DrLoraConfig.from_pretrained(str(self.folder))
-            return int(config.target_rank or 0), config.scaling
-        rank = int(self._setting("rank_pattern", "r", target) or 0)
-        alpha = float(self._setting("alpha_pattern", "lora_alpha", target) or rank)
+            rank, alpha = int(config.target_rank or 0), float(config.target_alpha or 0)
+        else:
+            rank = int(self._setting("rank_pattern", "r", target) or 0)
+            alpha = float(self._setting("alpha_pattern", "lora_alpha", target) or rank)
         root = math.sqrt(rank) if self.config.get("use_rslora") else rank
         return rank, alpha / root if root else 1.0
 

@@ -33,6 +33,7 @@ NAMES = {
     "unread-keys": "names that PEFT does not find in the model, or misses in the file",
     "dropped-in-merge": "the merged model lacks the update",
     "lost-in-rounding": "rounding to the stored dtype has swallowed a part of the update",
+    "not-compared": "nothing is known of this: it could not be compared",
     "differs-in-merge": "the merged model has something else than the update",
 }
 # What may be a warning: right for some readers, or meant. All others are faults each time.
@@ -44,6 +45,7 @@ WARNINGS = (
     "rank-beyond-engine",
     "larger-than-weights",
     "keys-of-transformers-4",
+    "not-compared",  # where something of the experts was
     "lost-in-rounding",  # of less than a tenth of the update
 )
 

@@ -31,6 +31,8 @@ NEAR = 0.02  # of an update may be anywhere else
 LOST = 0.1  # of an update, and rounding has swallowed too much
 SURE = 4.0  # standard errors of rounding
 _PROBES = 8
+_TOKENS, _RESIZED = "trainable_tokens_delta", "base_layer"
+_COPIES = (_RESIZED, "original_module", "modules_to_save")  # of embeddings that were resized
 
 
 @dataclass
@@ -95,46 +97,101 @@ class Merged:
         return asdict(self) | {"share": self.share}
 
 
-def compare_merged(contents: Contents, base: Base, merged: Weights) -> list[Merged]:
-    """Each matrix of the base that the adapter changes, expert by expert."""
-    found = []
+def compare_merged(
+    contents: Contents, base: Base, merged: Weights
+) -> tuple[list[Merged], list[Finding]]:
+    """Each matrix that the adapter changes, experts one by one; and what could not be compared."""
+    found, left = [], list[str]()
     for update in contents.updates:
         block = base.block_of(update.module)
         if block is None or not base.has_weights(block) or not update.experts:
-            continue
-        if update.kind == "pool" and block.is_interleaved:
+            left.append(update.name)
             continue
         found.append(_compare(update, block, base, merged))
         update.forget()
-    return found + list(_others(contents, base, merged))
+    unseen = [(fault if not found else warning)("not-compared", few(left, 2))] if left else []
+    for name, before, after, wanted in _others(contents, base, merged):
+        if before is None or after is None or not before.shape == after.shape == wanted.shape:
+            unseen.append(_unlike(name, before, after, wanted))
+        elif before.is_floating_point():
+            one = Merged(name)
+            one.add(before, after, wanted)
+            found.append(one)
+    return found, unseen
 
 
-def _others(contents: Contents, base: Base, merged: Weights) -> Iterator[Merged]:
+# Name, and as it was, as it is in the merged model, and what it must have moved by.
+Other = tuple[str, Tensor | None, Tensor | None, Tensor]
+
+
+def _others(contents: Contents, base: Base, merged: Weights) -> Iterator[Other]:
     """Layers beside the experts: LoRA, and what was trained in full, routers for one."""
+    own = {key: f"{name.module}.{name.part}".replace(f".{_RESIZED}.bias", ".bias")
+           for key, name in contents.keys.items() if name.kind == "whole"}  # fmt: skip
+    # The base's own embeddings, of other rows than in its checkpoint.
+    resized = {name.replace(f".{_RESIZED}.", "."): key
+               for key, name in own.items() if f".{_RESIZED}." in name}  # fmt: skip
     for module, factors in contents.linears():
-        key = base.stored_name(f"{module}.weight")
-        if key in base.weights.files and key in merged.files:
-            before_OI = base.weights.read(key)
-            one = Merged(module)
-            one.add(before_OI, merged.read(key), _product(factors(), before_OI))
-            yield one
-    for key, name in contents.keys.items():
-        if name.kind != "whole" or not name.part:
+        name = f"{module}.weight"
+        before, after = _both(base, merged, name)
+        if name in resized:
+            before = contents.weights.read(resized[name])
+        like = next((x for x in (after, before) if x is not None), None)
+        product = factors()[1] @ factors()[0] if like is None else _product(factors(), like)
+        yield module, before, after, product
+    for key, name in own.items():
+        trained = contents.weights.read(key).float()
+        module, _, part = name.rpartition(".")
+        if part == _TOKENS:
+            name = f"{module.removesuffix('.token_adapter')}.weight"
+            rows = _tokens(contents, name)
+            before, after = (_rows(whole, rows) for whole in _both(base, merged, name))
+        elif module.rpartition(".")[2] in _COPIES or not part:
             continue
-        stored = base.stored_name(f"{name.module}.{name.part}")
-        if stored not in base.weights.files or stored not in merged.files:
-            continue
-        trained, before = contents.weights.read(key), base.weights.read(stored)
-        after = merged.read(stored)
-        if trained.shape == before.shape == after.shape and before.is_floating_point():
-            one = Merged(f"{name.module}.{name.part}")
-            one.add(before, after, trained.float() - before.float())
-            yield one
+        else:
+            before, after = _both(base, merged, name)
+        if before is not None and before.shape == trained.shape:
+            yield name, before, after, trained - before.float()
+        elif after is not None:  # new rows, or a head that was tied
+            yield name, torch.zeros_like(trained), after, trained
+        else:
+            yield name, before, after, trained
 
 
-def judge_merged(matrices: list[Merged], base: Base, merged: Weights) -> list[Finding]:
+def _both(base: Base, merged: Weights, name: str) -> tuple[Tensor | None, Tensor | None]:
+    """A tensor of the base, and of the merged model; None where it is not in the files."""
+    key = base.stored_name(name)
+    found = (w.read(key) if key in w.files else None for w in (base.weights, merged))
+    before, after = found
+    return before, after
+
+
+def _tokens(contents: Contents, name: str) -> list[int]:
+    """Which rows of an embedding were trained alone."""
+    said: Any = contents.config.get("trainable_token_indices")
+    if isinstance(said, dict):
+        module = name.removesuffix(".weight")
+        return next((v for k, v in said.items() if f".{module}".endswith(f".{k}")), [])
+    return list(said or ())
+
+
+def _rows(whole: Tensor | None, rows: list[int]) -> Tensor | None:
+    return None if whole is None or max(rows, default=0) >= len(whole) else whole[rows]
+
+
+def _unlike(name: str, before: Tensor | None, after: Tensor | None, update: Tensor) -> Finding:
+    """Of what could not be subtracted from each other."""
+    if before is None:
+        return warning("not-compared", name, "the base's files have no such tensor")
+    if after is None:
+        return fault("dropped-in-merge", name, "its files have no such tensor")
+    shapes = [tuple(x.shape) for x in (after, before, update)]
+    return fault("differs-in-merge", name, "merged {}, base {}, update {}".format(*shapes))
+
+
+def judge_merged(matrices: list[Merged]) -> list[Finding]:
     """What is wrong with the merge, by name."""
-    found = _other_base(base, merged)
+    found = []
     for one in matrices:
         if one.effect == 0:
             continue
@@ -205,12 +262,25 @@ def _is_permuted(order: tuple[int, ...]) -> bool:
     return wrong > 0 and len(set(known)) == len(known) and len(known) > len(order) // 2
 
 
-def _other_base(base: Base, merged: Weights) -> list[Finding]:
-    """Norms are not adapted: they are the base's, if it is the one."""
+def other_base(contents: Contents, base: Base, merged: Weights) -> list[Finding]:
+    """Whether the merged model is of another base.
+
+    It has the base's experts by their names and shapes. Norms are not adapted: they are the base's.
+    """
+    blocks = {update.module: base.block_of(update.module) for update in contents.updates}
+    for key in (k for block in blocks.values() if block for k in base.keys_of(block)):
+        if key in base.weights.files:
+            if key not in merged.files:
+                return [fault("wrong-base", key, "the merged model has no such tensor")]
+            own, other = base.weights.shape(key), merged.shape(key)
+            if own != other:
+                return [fault("wrong-base", key, f"it is {other} in the merged model, not {own}")]
     for key in base.weights.files:
         if not key.endswith("norm.weight") or key not in merged.files:
             continue
-        own, other = base.weights.read(key), merged.read(key)
-        if own.shape != other.shape or not torch.equal(own.float(), other.to(own.dtype).float()):
+        before, after = base.weights.read(key), merged.read(key)
+        if before.shape != after.shape or not torch.equal(
+            before.float(), after.to(before.dtype).float()
+        ):
             return [fault("wrong-base", key, "the merged model is of another base")]
     return []

@@ -18,18 +18,22 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 
+from drlora.adapter.embeddings import fit_embeddings
 from drlora.errors import CheckpointError, ConfigError, first_line
 from drlora.export.base_weights import Base, find_base, other_weights
 from drlora.export.engines import VLLM_RANKS, Facts, Reading, readings
 from drlora.export.updates import unread_keys
 from drlora.io.files import home, local_path
 from drlora.io.run_files import ADAPTER_CONFIG
+from drlora.moe.stored.config import stored_settings
+from drlora.moe.stored.refused import method_of
 from drlora.verification.checks import few, fits, measure, relative, touched, whole
 from drlora.verification.contents import Contents, read_contents
 from drlora.verification.findings import Finding, fault, warning
 from drlora.verification.keys import ROUTERS
-from drlora.verification.merges import Merged, compare_merged, judge_merged
+from drlora.verification.merges import Merged, compare_merged, judge_merged, other_base
 
+_COPY = ".modules_to_save."
 _LAYOUTS = {"packed": "peft", "apart": "per-expert", "stacked": "sglang"}
 
 
@@ -96,7 +100,8 @@ def verify(
 
     Raises:
         CheckpointError: if a file is missing or damaged.
-        ConfigError: if `base` is not there, or `merged` is given without its weights.
+        ConfigError: if `base` is not there, or `merged` is given without its weights, or those are
+            quantised.
     """
     path = Path(home(str(folder)))
     contents, found_base = _with_base(path, base)
@@ -117,8 +122,12 @@ def verify(
             weights = other_weights(home(str(merged)))
             if not found_base.weights.files:
                 raise ConfigError(f"base={found_base.name!r} has no weights to compare with.")
-            matrices = compare_merged(contents, found_base, weights)
-            findings += judge_merged(matrices, found_base, weights)
+            _refuse_codes(found_base)
+            other = other_base(contents, found_base, weights)
+            findings += other
+            if not other:
+                matrices, unseen = compare_merged(contents, found_base, weights)
+                findings += judge_merged(matrices) + unseen
     elif merged is not None:
         raise ConfigError("a merged model is compared with its base; name it with base (--base).")
     ranks = _ranks(contents)
@@ -138,6 +147,18 @@ def verify(
         tuple(_engines(contents, found_base, ranks, peft_loads=not unread)),
         tuple(findings),
     )
+
+
+def _refuse_codes(base: Base) -> None:
+    """Raises:
+    ConfigError: if the base's files have codes of few bits, which a merged model is not beside.
+    """
+    settings = stored_settings(base.model.config)
+    if settings is not None:
+        raise ConfigError(
+            f"base={base.name!r} is quantised ({method_of(settings)}), so a merged model cannot be "
+            f"compared with its files; name the 16-bit checkpoint, or leave merged (--merged) out."
+        )
 
 
 def _with_base(path: Path, base: str | None) -> tuple[Contents, Base | None]:
@@ -188,11 +209,16 @@ def _read_by_peft(contents: Contents, base: Base) -> list[Finding]:
     try:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            model = get_peft_model(copy.deepcopy(base.model), config)
+            own = copy.deepcopy(base.model)
+            fit_embeddings(own, contents.folder)  # PEFT wants that done before it loads
+            model = get_peft_model(own, config)
             assert isinstance(model, PeftModel)
             missing, unexpected = unread_keys(model, tensors)
     except (ValueError, KeyError, RuntimeError, TypeError, IndexError) as error:
         missing, unexpected = [first_line(error)], []
+    # Embeddings that were resized and trained in full: PEFT writes them twice and reads them once.
+    copies = {key for key in tensors if key.replace(_COPY, ".") in tensors and _COPY in key}
+    unexpected = [key for key in unexpected if key not in copies]
     if not missing and not unexpected:
         return []
     detail = f"missing {few(missing, 2) or 'nothing'}; unexpected {few(unexpected, 2) or 'nothing'}"

@@ -1,7 +1,7 @@
 """compressed-tensors: int8 by row is kept; of the rest transformers makes 16 bits, packed again.
 
-The other formats (int4 by group, FP8 by channel) have no storage of the same bytes. One matrix of
-all experts of a block is in 16 bits at a time.
+The other formats (int4 by group, FP8 by channel, four int8 in one int32) have no storage of the
+same bytes. One matrix of all experts of a block is in 16 bits at a time.
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ from torch import Tensor
 from drlora.errors import ConfigError
 from drlora.moe.stored.base import Kept, StoredForm, register_form
 
+# In which each number is a byte of its own, in a tensor called `weight`.
+_A_BYTE_EACH = (None, "int-quantized", "naive-quantized")
+
 
 class CompressedTensors(StoredForm):
     """`...experts.7.gate_proj.weight` and `.weight_scale`, or what transformers decodes."""
@@ -25,7 +28,11 @@ class CompressedTensors(StoredForm):
         super().__init__(settings)
         groups = dict(settings.get("config_groups") or {}).values()
         weights = [group.get("weights") or {} for group in groups]
-        is_int8 = [(w.get("type"), w.get("num_bits")) == ("int", 8) for w in weights]
+        formats = [group.get("format") or settings.get("format") for group in groups]
+        is_int8 = [
+            (w.get("type"), w.get("num_bits")) == ("int", 8) and form in _A_BYTE_EACH
+            for w, form in zip(weights, formats, strict=True)
+        ]
         self.is_decoded = not any(is_int8)
         by_row = [w.get("symmetric") and w.get("strategy") == "channel" for w in weights]
         if not self.is_decoded and not all(a and b for a, b in zip(is_int8, by_row, strict=True)):
