@@ -32,6 +32,7 @@ from safetensors.torch import load_file, save_file
 from tiny import make_batch, make_model
 from tiny_adapter import logits, make_settings, train, trained
 from tiny_config import tiny_config
+from torch.optim.swa_utils import AveragedModel
 from transformers import GptOssConfig, GptOssForCausalLM
 
 import drlora
@@ -437,6 +438,77 @@ def test_merging_one_of_two(kind):
         both = logits(model)
         assert not torch.equal(both, first) and not torch.equal(both, second)
         torch.testing.assert_close(logits(model.merge_and_unload()), both, rtol=1e-4, atol=1e-5)
+
+
+def with_second_router(**changes):
+    """An active adapter and another one, both with trained routers; and what each computes."""
+    model = trained(router="train", **changes)
+    model.add_adapter("second", make_settings(router="train", **changes))
+    model.set_adapter("second")
+    train(model, adapter="second", lr=5e-2)
+    second = logits(model)
+    model.set_adapter("default")
+    return model, logits(model), second
+
+
+@pytest.mark.parametrize("changes", [{}, {"modules_to_save": ["lm_head"]}])
+def test_what_is_trained_in_full_is_that_of_the_merged_adapter(changes):
+    model, first, second = with_second_router(**changes)
+    asks = {name for name, p in model.named_parameters() if p.requires_grad}
+    merged = copy.deepcopy(model).merge_and_unload(adapter_names=["second"])
+    torch.testing.assert_close(logits(merged), second, rtol=1e-4, atol=1e-5)
+    model.merge_adapter(["second"])
+    torch.testing.assert_close(logits(copy.deepcopy(model).unload()), logits(model))
+    torch.testing.assert_close(logits(model), second, rtol=1e-4, atol=1e-5)
+    model.unmerge_adapter()
+    assert torch.equal(logits(model), first)
+    model.merge_adapter(["second"])
+    with torch.no_grad(), model.disable_adapter():
+        assert torch.equal(logits(model), logits(make_model()))
+    assert torch.equal(logits(model), first), "disabling has unmerged"
+    model.merge_adapter(["second"])
+    with pytest.warns(UserWarning, match="Unmerging the model first"):
+        model.set_adapter("second")
+    assert torch.equal(logits(model), second)
+    model.set_adapter("default")
+    assert asks == {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+def test_two_that_train_the_same_in_full_are_not_merged_together():
+    model, first, _ = with_second_router()
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(drlora.ConfigError, match="'second'.*has trained .*mlp.gate in full"):
+            merge(adapter_names=["default", "second"])
+        assert torch.equal(logits(model), first)
+    model.merge_adapter(["second"])
+    with pytest.raises(drlora.ConfigError, match="cannot be merged together"):
+        model.merge_adapter()
+    model.unmerge_adapter()
+    assert torch.equal(logits(model), first)
+
+
+def test_an_adapter_that_is_not_there_is_not_merged():
+    model = adapter("experts")
+    with pytest.raises(drlora.ConfigError, match=r"no adapter 'typo'.*\['default'\]"):
+        model.merge_and_unload(adapter_names=["typo"])
+
+
+@kinds
+def test_an_average_of_weights_computes_as_the_model_does(kind):
+    """`AveragedModel` writes into the buffers of a copy, and a loop of one's own does."""
+    model = get_peft_model(make_model(), make_settings(**KINDS[kind]))
+    average = AveragedModel(model, avg_fn=lambda average, now, count: now)
+    own = copy.deepcopy(model)
+    train(model)
+    for _ in range(2):  # the first one copies parameters alone
+        average.update_parameters(model)
+    with torch.no_grad():
+        for mine, its in zip(own.state_dict().values(), model.state_dict().values(), strict=True):
+            mine.copy_(its)
+    assert torch.equal(logits(average.module), logits(model))
+    assert torch.equal(logits(own), logits(model))
+    merged = average.module.merge_and_unload()
+    torch.testing.assert_close(logits(merged), logits(model), rtol=1e-4, atol=1e-5)
 
 
 @kinds

@@ -167,6 +167,10 @@ def test_unset_rank_and_scaling_are_those_of_the_experts():
     assert (config.target_rank, config.target_alpha) == (4, 8.0)
     config = make_settings(target_modules=ATTENTION, target_rank=2)
     assert config.target_alpha / config.target_rank == config.scaling
+    config = make_settings(target_modules=ATTENTION, target_rank=2, use_rslora=True)
+    layers = lora_layers(get_peft_model(make_model(), config))
+    for layer in layers.values():
+        assert layer.scaling["default"] == pytest.approx(config.scaling)
     config = make_settings(target_modules={"v_proj", "q_proj"}, target_rank=2, target_alpha=32)
     assert config.target_modules == ["q_proj", "v_proj"]
     layers = lora_layers(get_peft_model(make_model(), config))

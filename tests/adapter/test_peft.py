@@ -10,7 +10,7 @@ import torch
 from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, PeftType, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny import make_batch, make_model, plain_loop, trainable
-from tiny_adapter import SETTINGS, logits, trained
+from tiny_adapter import SETTINGS, logits, make_settings, trained
 
 import drlora
 from drlora.adapter.inject import adapted_layers
@@ -176,6 +176,26 @@ def test_modules_to_save(tmp_path):
         model.base_model.model.lm_head.modules_to_save["default"].weight,
         make_model().lm_head.weight,
     )
+
+
+@pytest.mark.parametrize("name", ["experts", "mlp", "layers.1", "model"])
+def test_adapted_experts_are_not_trained_in_full(name):
+    model, settings = make_model(), make_settings(modules_to_save=["lm_head", name])
+    with pytest.raises(drlora.ConfigError, match=f"modules_to_save='{name}' matches .*experts"):
+        get_peft_model(model, settings)
+    assert not hasattr(model, "peft_config") and settings.experts is None
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_a_layer_beside_the_adapted_ones_may_be_trained_in_full(tmp_path):
+    settings = dict(experts=["model.layers.1.mlp.experts"], modules_to_save=["layers.0"])
+    model = trained(**settings)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(make_model(), tmp_path)
+    assert torch.equal(logits(loaded), logits(model))
+    model = trained()
+    with pytest.raises(drlora.ConfigError, match="layers.0.mlp.experts is adapted"):
+        model.add_adapter("b", make_settings(**settings))
 
 
 def test_one_block_alone():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
 from drlora.adapter.pool import RankPool
 from drlora.errors import CheckpointError
@@ -33,7 +34,11 @@ def by_method(pool):
     pool.set_owners(OWNERS)
 
 
-@pytest.mark.parametrize("change", [by_load, by_attribute, by_method])
+def by_copy(pool):
+    pool.owner.copy_(torch.from_numpy(OWNERS))
+
+
+@pytest.mark.parametrize("change", [by_load, by_attribute, by_method, by_copy])
 @pytest.mark.parametrize("first", ["book", "forward", "all_rows", "offsets", "packed_index"])
 def test_whatever_is_asked_first_knows_the_new_owners(change, first):
     pool = make_pool()
@@ -85,3 +90,30 @@ def test_births_of_an_earlier_run_are_forgotten():
     pool = make_pool()
     pool.forget_births()
     assert not pool.birth.any() and pool.importance.all()
+
+
+def test_owners_that_are_written_as_they_were_are_read_once(monkeypatch):
+    pool, asked = make_pool(), []
+    monkeypatch.setattr(pool, "_read_owners", lambda: pytest.fail("the index is made again"))
+    as_read = pool._is_as_read
+    monkeypatch.setattr(pool, "_is_as_read", lambda: asked.append(1) or as_read())
+    pool.owner.copy_(pool.owner.clone())
+    pool(torch.float32), pool(torch.float32)
+    assert len(asked) == 1
+
+
+def test_what_ddp_sends_out_is_not_looked_at(monkeypatch):
+    """It writes buffers in every step, and to look at them would make the host wait."""
+    pool = make_pool()
+    monkeypatch.setattr(pool, "_is_as_read", lambda: pytest.fail("the host waits"))
+    monkeypatch.setattr(DistributedDataParallel, "_active_ddp_module", pool)
+    pool.owner.copy_(pool.owner.clone())
+    pool(torch.float32)
+    monkeypatch.setattr(DistributedDataParallel, "_active_ddp_module", None)
+    assert pool.book.ranks().tolist() == [1, 1], "what was passed over then stays passed over"
+
+
+def test_a_pool_made_in_inference_mode_works_there():
+    with torch.inference_mode():
+        pool = make_pool()
+        assert len(pool(torch.float32)[0]) == 2

@@ -425,6 +425,17 @@ def test_shared_outer_has_lora_s_numbers_and_is_refused_with_unequal_ranks():
         get_peft_model(make_model(), DrLoraConfig(**SETTINGS, options={"shared_outer": True}))
 
 
+@pytest.mark.parametrize("method", ["lora-shared-outer", "lora-active", "lora-all-linear"])
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_ranks_that_a_method_changes_leave_the_scaling(method, use_rslora):
+    config = DrLoraConfig.for_method(method, **SETTINGS, use_rslora=use_rslora)
+    scaling, rank = config.scaling, config.r_target
+    model = get_peft_model(make_model(), config)
+    assert config.r_target != rank and config.scaling == pytest.approx(scaling)
+    linears = [m.scaling["default"] for m in model.modules() if isinstance(m, LoraLayer)]
+    assert all(found == pytest.approx(scaling) for found in linears)
+
+
 BESIDE = ["lora-attention", "lora-all-linear", "lora-all-linear-gradient", "lora-all-gradient"]
 
 

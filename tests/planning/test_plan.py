@@ -10,6 +10,7 @@ import torch
 from tiny_run import save_examples, save_model_folder
 
 import drlora
+import drlora.forecast.pace as pace
 from drlora.cli.main import main
 from drlora.errors import ConfigError
 from drlora.planning.fit import changes
@@ -123,6 +124,24 @@ def test_a_range_test_takes_the_best_rate(folder):
     best, tried = range_test(made.recipe, 1e-3, steps=2, multiples=(1, 4))
     losses = {one.rate: one.loss for one in tried if one.loss is not None}
     assert len(tried) == 2 and best == min(losses, key=losses.__getitem__)
+    # A warm-up in steps, which is longer than the test, is the same share of it.
+    words = [*SHORT[2:], "training.max_steps=12", "training.warmup_steps=6", "adapter.router=train"]
+    made = drlora.plan("model", "train.jsonl", "b.yaml", words, measures=False)
+    best, _ = range_test(made.recipe, 1e-3, steps=4, multiples=(1,))
+    assert best == 1e-3
+
+
+@pytest.mark.parametrize("method", ["lora-gradient", "static", "hot"])
+def test_layers_are_timed_with_the_ranks_that_data_will_place(folder, monkeypatch, method):
+    """An expert without ranks would be timed without its LoRA, and is refused in training."""
+    seen = []
+    step = pace._step
+    monkeypatch.setattr(pace, "_step", lambda m, b: seen.append(drlora.rank_map(m)) or step(m, b))
+    words = [*SHORT, f"method={method}"]
+    made = drlora.plan("model", "train.jsonl", "a.yaml", words)
+    ranks = {r for of in seen for block in of.values() for rs in block.values() for r in rs}
+    assert "not measured" not in made.step_from
+    assert ranks == {made.recipe.adapter.r_target}
 
 
 def test_the_rule_of_rates():

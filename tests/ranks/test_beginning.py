@@ -95,3 +95,61 @@ def test_routers_are_held_by_the_step_that_was_told():
         again.before_optimizer_step()
         assert all((p.grad is None) == is_held for p in again.routers.parameters)
         again.release()
+
+
+def own(total=20, **changes):
+    """A run whose events are after steps 10 and 16, and its young rows have clocks of their own."""
+    settings = {**SETTINGS, "router": "frozen", "warmup_steps": 10, "grow_every": 6, **changes}
+    model = get_peft_model(make_model(), drlora.DrLoraConfig(**settings))
+    return model, drlora.RankDynamics(model, total)
+
+
+def adam(model, kind):
+    return torch.optim.AdamW(trainable(model), lr=1e-3, weight_decay=0.0, fused=kind == "fused")
+
+
+@pytest.mark.parametrize("kind", ["plain", "fused"])
+def test_a_new_optimizer_gives_young_rows_their_first_steps(kind):
+    """A checkpoint without the optimizer's state: the count of the new one begins at 0."""
+    model, dynamics = own()
+    plain_loop(model, dynamics, adam(model, kind), range(13))
+    dynamics.release()
+    dynamics, optimizer = drlora.RankDynamics(model, 20, step=13), adam(model, kind)
+    plain_loop(model, dynamics, optimizer, range(13, 16))
+    assert set(births(model).tolist()) == {0, 3}, "in steps of this optimizer"
+    pools = [p for a in dynamics.adapters.values() for p in a.rank_pools.values()]
+    young = [pool.birth == 3 for pool in pools]
+    before = [pool.lora_B.detach().clone() for pool in pools]
+    dynamics, state = drlora.RankDynamics(model, 20, step=16), optimizer.state_dict()
+    optimizer = adam(model, kind)
+    optimizer.load_state_dict(state)  # and resumed once more, with its state
+    plain_loop(model, dynamics, optimizer, range(16, 17))
+    assert set(births(model).tolist()) == {0, 3}
+    for pool, rows, old in zip(pools, young, before, strict=True):
+        moved = (pool.lora_B.detach() - old)[rows].abs()
+        assert moved[moved > 0].median().item() == pytest.approx(1e-3, rel=0.01)
+
+
+def test_the_plan_of_the_run_is_kept_where_only_the_step_is_told():
+    """Ranks that begin unequal need a larger cap than the settings alone would give."""
+    ranks = []
+    for cut in (12, 4):
+        torch.manual_seed(0)
+        model, _ = own(12, warmup_steps=6, p_grow="auto")
+        blocks = drlora.rank_map(model)
+        drlora.start_ranks(
+            model, {b: dict.fromkeys(p, [7, 1, 1, 1, 1, 1]) for b, p in blocks.items()}
+        )
+        dynamics = drlora.RankDynamics(model, 12)
+        optimizer, planned = adam(model, "plain"), dynamics.schedule
+        plain_loop(model, dynamics, optimizer, range(cut))
+        dynamics.release()
+        if cut < 12:
+            dynamics = drlora.RankDynamics(model, 12, step=cut)
+            assert dynamics.schedule == planned
+            assert drlora.RankDynamics(model, 24, step=cut).schedule.total_steps == 24
+            dynamics = drlora.RankDynamics(model, 12, step=cut, schedule=planned)
+            plain_loop(model, dynamics, optimizer, range(cut, 12))
+        assert dynamics.budget()[0] == dynamics.budget()[1]
+        ranks.append(dynamics.ranks())
+    assert ranks[0] == ranks[1]

@@ -243,3 +243,52 @@ def test_gradients_that_an_engine_keeps_to_itself_are_not_taken_for_zero(mark):
     for pool in pools(model):
         setattr(pool.lora_A, mark, 1)
     dynamics.before_optimizer_step()
+
+
+class ScheduleFree(torch.optim.Optimizer):
+    """SGD that keeps a second iterate under `name`, which gradients move, and goes after it.
+
+    As schedule-free optimizers do; `z` is their name for it.
+    """
+
+    def __init__(self, parameters, name="z", weight_decay=0.0):
+        super().__init__(parameters, {"lr": 1e-2, "weight_decay": weight_decay})
+        self.name = name
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for parameter in self.param_groups[0]["params"]:
+            state = self.state[parameter]
+            iterate = state.setdefault(self.name, parameter.detach().clone())
+            parameter.lerp_(iterate, 0.1)
+            iterate.sub_(1e-2 * parameter.grad)
+
+
+@pytest.mark.parametrize("allocation", ["grow", "prune"])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.filterwarnings("ignore:ScheduleFree has no second moment")
+def test_iterates_of_an_optimizer_begin_where_rows_do(allocation, weight_decay):
+    """Weights are no moments: with zeros there, rows that change hands would be pulled to zero."""
+    start_at = {"r_init": 6} if allocation == "prune" else {}
+    model, dynamics, _ = start(allocation=allocation, **start_at)
+    optimizer = ScheduleFree(trainable(model), weight_decay=weight_decay)
+    owners = [pool.owner.clone() for pool in pools(model)]
+    plain_loop(model, dynamics, optimizer, range(5))
+    for pool, before in zip(pools(model), owners, strict=True):
+        rows = pool.owner != before
+        assert rows.any()
+        for parameter in (pool.lora_A, pool.lora_B):
+            assert torch.equal(optimizer.state[parameter]["z"][rows], parameter.detach()[rows])
+    norms = [pool.lora_A.detach().norm(dim=1) for pool in pools(model)]
+    plain_loop(model, dynamics, optimizer, range(5, 8))
+    for pool, before in zip(pools(model), norms, strict=True):
+        torch.testing.assert_close(pool.lora_A.detach().norm(dim=1), before, rtol=0.1, atol=0)
+
+
+def test_what_an_optimizer_keeps_under_an_unknown_name_is_told_once():
+    model, dynamics, _ = start()
+    optimizer = ScheduleFree(trainable(model), name="of_its_own")
+    with pytest.warns(UserWarning) as told:
+        plain_loop(model, dynamics, optimizer, range(TOTAL))
+    said = [str(w.message) for w in told if "of_its_own" in str(w.message)]
+    assert len(said) == 1 and "ScheduleFree keeps ['of_its_own'] for each weight" in said[0]

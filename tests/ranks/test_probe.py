@@ -6,8 +6,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from peft import get_peft_model
-from tiny import checkpointing_arguments, make_batch, make_model, plain_loop, trainable
+from peft import PeftModel, get_peft_model
+from tiny import (
+    checkpoint_activations,
+    checkpointing_arguments,
+    make_batch,
+    make_model,
+    plain_loop,
+    trainable,
+)
 from transformers import Trainer, TrainingArguments
 
 import drlora
@@ -238,6 +245,123 @@ def test_what_was_placed_trains_on():
     losses = plain_loop(model, dynamics, optimizer, range(9), lambda step: batch)
     assert losses[-1] < losses[0]
     assert all(sum(r) == 18 for block in dynamics.ranks().values() for r in block.values())
+
+
+UNPLACED = [
+    {"start": "routing"},
+    {"start": "gradient", "options": {"start_a": "gradient"}},
+    {"options": {"start_a": "gradient"}},
+]
+
+
+@pytest.mark.parametrize("settings", UNPLACED)
+@pytest.mark.parametrize("checkpointing", [None, True, False])
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # under no_grad
+def test_experts_whose_ranks_are_not_placed_are_not_trained(settings, checkpointing):
+    """A loop without RankDynamics would train nothing, and save nothing."""
+    model, batch = adapted(**settings), make_batch()
+    if checkpointing is not None:
+        model.enable_input_require_grads()
+        checkpoint_activations(model, use_reentrant=checkpointing)
+    with pytest.raises(ConfigError, match="no ranks are placed yet; call drlora.place_ranks"):
+        model(**batch).loss.backward()
+    with torch.no_grad():
+        model(**batch)
+    with model.disable_adapter():
+        model(**batch)
+    model.eval()(**batch)
+    drlora.place_ranks(model.train(), [batch])
+    model(**batch).loss.backward()
+    assert all(a.rank_pools["down"].lora_B.grad.any() for a in adapters_of(model).values())
+
+
+def test_others_train_beside_an_adapter_that_is_not_placed():
+    model = adapted()
+    model.add_adapter("second", DrLoraConfig(**RANKS, start="routing"))
+    model.train()(**make_batch()).loss.backward()
+    with pytest.raises(ConfigError, match=r"'second' is not active.*set_adapter\('second'\)"):
+        drlora.place_ranks(model, [make_batch()], "second")
+    model.set_adapter("second")
+    model.base_model.disable_adapter_layers()
+    with pytest.raises(ConfigError, match="'second' is disabled.*enable_adapter_layers"):
+        drlora.place_ranks(model, [make_batch()], "second")
+    model.base_model.enable_adapter_layers()
+    with pytest.raises(ConfigError, match="no ranks are placed"):
+        model(**make_batch())
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    model(**make_batch())  # a frozen one serves
+
+
+def test_a_block_without_ranks_trains_if_another_has_some():
+    model = adapted(start="hot")
+    blocks = drlora.rank_map(model)
+    ranks = {block: dict.fromkeys(blocks[block], [0] * 6) for block in blocks}
+    ranks[next(iter(blocks))] = dict.fromkeys(blocks[next(iter(blocks))], [2] * 6)
+    drlora.start_ranks(model, ranks)
+    model(**make_batch()).loss.backward()
+
+
+def test_as_many_batches_are_drawn_as_the_option_says():
+    drawn = []
+
+    def endless():
+        while True:
+            drawn.append(make_batch(len(drawn)))
+            yield drawn[-1]
+
+    for settings in UNPLACED:
+        drawn.clear()
+        options = {**settings.get("options", {}), "start_batches": 3}
+        model, twin = (adapted(**{**settings, "options": options}) for _ in range(2))
+        drlora.place_ranks(model, endless())
+        assert len(drawn) == 3
+        drlora.place_ranks(twin, drawn)
+        for one, other in zip(adapters_of(model).values(), adapters_of(twin).values(), strict=True):
+            assert one.ranks() == other.ranks()
+            assert torch.equal(one.rank_pools["down"].lora_A, other.rank_pools["down"].lora_A)
+
+
+def uneven(model):
+    return {
+        b: dict.fromkeys(inner, [3, 1, 2, 1, 4, 1]) for b, inner in drlora.rank_map(model).items()
+    }
+
+
+def test_rows_are_laid_in_the_ranks_that_were_given(tmp_path):
+    batches = [make_batch(seed) for seed in range(2)]
+    model = adapted(options={"start_a": "gradient"})
+    ranks = uneven(model)
+    drlora.start_ranks(model, ranks)
+    with pytest.raises(ConfigError, match="start_a='gradient', but no rows are laid yet"):
+        drlora.RankDynamics(model, 20)
+    with pytest.raises(ConfigError, match="no rows are laid yet"):
+        model(**make_batch())
+    model.save_pretrained(tmp_path)
+    model = PeftModel.from_pretrained(make_model(), tmp_path, is_trainable=True).train()
+    found = probe_gradients(model, adapters_of(model), batches, count=8)
+    drlora.place_ranks(model, batches)
+    assert drlora.rank_map(model) == ranks
+    for block, adapter in adapters_of(model).items():
+        pool = adapter.rank_pools["down"]
+        own = pool.lora_A[pool.owner == 4].detach()
+        wanted = found[block]["down"].rows_EDI[4, :4] * pool.row_norm
+        torch.testing.assert_close(
+            own, wanted * model.peft_config["default"].option("start_a_scale")
+        )
+    drlora.RankDynamics(model, 20)
+    with pytest.raises(ConfigError, match="placed already"):
+        drlora.place_ranks(model, batches)
+
+
+@pytest.mark.parametrize("start", ["routing", "gradient"])
+def test_ranks_that_are_given_and_placed_by_data_contradict_each_other(start):
+    model = adapted(start=start)
+    ranks = uneven(model)
+    with pytest.raises(ConfigError, match=f"start='{start}' places ranks by data.*keep one"):
+        drlora.start_ranks(model, ranks)
+    drlora.place_ranks(model, [make_batch()])
+    drlora.start_ranks(model, ranks)  # a change of what was placed
 
 
 def directions(dtype, batches, gain):

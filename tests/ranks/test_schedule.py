@@ -223,3 +223,13 @@ def test_growth_that_fills_every_expert_is_planned_for_the_worst_order():
 def test_no_growth_means_no_events():
     plan = plan_growth(DrLoraConfig(r_init=16, r_target=16, r_max=16), 8, 10)
     assert plan.event_steps == () and plan.event_number(5) == 0
+
+
+@pytest.mark.parametrize("target", [16, 8])
+def test_routers_that_would_never_train_are_refused(target):
+    settings = dict(r_init=8, r_target=target, router="train", settle_steps=0)
+    config = DrLoraConfig(**settings, warmup_steps=10)
+    with pytest.raises(ConfigError, match="train no router: a run of 10 steps .*warmup_steps=10"):
+        make_schedule(config, [Competitors(6)], 10)
+    make_schedule(config, [Competitors(6)], 11)
+    make_schedule(DrLoraConfig(**settings), [Competitors(6)], 1)  # a trial of one step

@@ -268,6 +268,37 @@ def test_a_continued_adapter_computes_the_same(grown):
         assert not any(p.importance.any() or p.birth.any() for p in pools), "a new run's statistics"
 
 
+@pytest.mark.parametrize(
+    "change",
+    [dict(lora_alpha=16.0), dict(lora_alpha=16.0, use_rslora=True), dict(target_alpha=2.0)],
+)
+def test_a_continued_adapter_computes_the_same_whatever_the_scaling(grown, change):
+    folder, logits, _ = grown
+    config = drlora.DrLoraConfig(
+        **{**SETTINGS, **change}, router="train", target_modules=["q_proj"], target_rank=4
+    )
+    model = drlora.continue_adapter(make_model(), folder, config, ranks="grow")
+    torch.testing.assert_close(model.eval()(**make_batch(5)).logits, logits)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (dict(target_rank=3), "target_rank=3, but the LoRA on target_modules in .* has rank"),
+        (dict(start="routing"), "start='routing' .* place what a new adapter begins with"),
+        (dict(options={"start_a": "gradient"}), "options.start_a='gradient' place"),
+    ],
+)
+def test_settings_that_an_adapter_cannot_be_continued_with(grown, change, said):
+    config = drlora.DrLoraConfig(
+        **{**SETTINGS, "router": "train", "target_modules": ["q_proj"], **change}
+    )
+    base = make_model()
+    with pytest.raises(drlora.ConfigError, match=said):
+        drlora.continue_adapter(base, grown[0], config, ranks="grow")
+    assert not hasattr(base, "peft_config")
+
+
 def test_ranks_given_out_again_keep_the_strongest_directions(grown):
     folder, logits, _ = grown
     config = dict(router="train", target_modules=["q_proj"], target_rank=4, target_alpha=8.0)

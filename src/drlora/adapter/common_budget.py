@@ -6,6 +6,7 @@ at an equal number of trained parameters: what E * r_target rows of every block 
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -95,12 +96,13 @@ def share_budget(
             f"and r_init={config.r_init} become {first}, so nothing is left to grow. "
             f"Raise r_target."
         )
-    assert config.lora_alpha is not None
-    scale = config.lora_alpha / config.r_target
+    scaling = config.scaling
     config.options = {**config.options, "common_budget": False}
     config.r_init, config.r_target, config.r_max = first, rank, max(rank, most)
     config.target_rank = target_rank
-    config.lora_alpha, config.target_alpha = scale * rank, scale * target_rank
+    config.lora_alpha, config.target_alpha = (
+        scaling * (math.sqrt(each) if config.use_rslora else each) for each in (rank, target_rank)
+    )
     return targets
 
 

@@ -10,6 +10,7 @@ Letters as in `drlora.ops.parts`; P probe rows of each expert.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -19,8 +20,30 @@ from drlora.adapter.observe import RoutingMeter
 from drlora.adapter.pool import RankPool, in_float32
 from drlora.adapter.shared_rows import shared_factor
 from drlora.config.adapter import NOTHING, DrLoraConfig
+from drlora.errors import ConfigError
 from drlora.moe.blocks import MoEBlock
 from drlora.ops import LoraPiece, TracedPiece
+
+# In a configuration's record: ranks were given before rows of A are laid along the gradient.
+ROWS_TO_LAY = "rows_to_lay"
+
+
+def refuse_unplaced(config: DrLoraConfig, owned: int) -> None:
+    """Refuse an adapter whose rows are placed by data, and are not yet.
+
+    Args:
+        config: its settings.
+        owned: ranks that its experts own.
+
+    Raises:
+        ConfigError: saying how rows are placed.
+    """
+    if config.starts_from_data and (not owned or config.recorded(ROWS_TO_LAY)):
+        raise ConfigError(
+            f"start={config.start!r}, start_a={config.option('start_a')!r}, but no "
+            f"{'rows are laid' if owned else 'ranks are placed'} yet; call "
+            f"drlora.place_ranks(model, batches) with a few batches of the training data first."
+        )
 
 
 class ProbeRows(NamedTuple):
@@ -52,6 +75,7 @@ class ExpertsAdapter(nn.Module):
 
     Attributes:
         pools: projection -> RankPool.
+        of_all_blocks: the adapters of the same name, one a block.
         frequency: (E,) float32 buffer, the routing frequency f.
         meter: routing sums of the optimizer step under way.
         probes: projection -> ProbeRows, only while `drlora.ranks.probe` is at work.
@@ -82,6 +106,22 @@ class ExpertsAdapter(nn.Module):
         self.register_buffer("frequency", torch.zeros(block.num_experts))
         self.meter = RoutingMeter(block.num_experts)
         self.probes: dict[str, ProbeRows] = {}
+        self.of_all_blocks: Sequence[ExpertsAdapter] = (self,)
+
+    def refuse_unplaced(self) -> None:
+        """Refuse to be trained where rows of no block are placed, and some should be.
+
+        Raises:
+            ConfigError: saying how rows are placed.
+        """
+        if not self.config.starts_from_data:
+            return
+        is_owned = any(pool.offsets[-1] for pool in self.rank_pools.values())
+        if is_owned and not self.config.recorded(ROWS_TO_LAY):
+            return
+        pools = [pool for found in self.of_all_blocks for pool in found.rank_pools.values()]
+        if any(pool.lora_B.requires_grad for pool in pools):
+            refuse_unplaced(self.config, sum(pool.offsets[-1] for pool in pools))
 
     @property
     def rank_pools(self) -> dict[str, RankPool]:

@@ -50,6 +50,7 @@ def prepare(model: nn.Module, config: DrLoraConfig, model_type: str | None) -> l
 
 def _prepare(model: nn.Module, config: DrLoraConfig) -> list[MoEBlock]:
     blocks = choose_blocks(model, config)
+    _refuse_experts_in_full(model, config, blocks)
     _refuse_other_layout(config, blocks)
     _tell_of_other_numbers(config, model, blocks)
     for block in blocks:
@@ -137,6 +138,23 @@ def _refuse_unfit_router(model: nn.Module, name: str, of_skeleton: bool) -> None
             f"accelerate shard it with the adapter in."
         )
     refuse_unfit_weights(model, name, router, of_skeleton)
+
+
+def _refuse_experts_in_full(model: nn.Module, config: DrLoraConfig, blocks: list[MoEBlock]) -> None:
+    """PEFT would train a copy of the experts, past the adapter, and nobody could load that."""
+    adapted = {block.experts_name for block in blocks}
+    adapted |= {name for name, m in model.named_modules() if isinstance(m, DrLoraExperts)}
+    for wanted in config.modules_to_save or []:
+        for name, _ in model.named_modules() if wanted else ():
+            if not name.endswith(wanted):  # as PEFT matches
+                continue
+            for experts in adapted:
+                if f"{experts}.".startswith(f"{name}.") or f"{name}.".startswith(f"{experts}."):
+                    raise ConfigError(
+                        f"modules_to_save={wanted!r} matches {name}, but {experts} is adapted: a "
+                        f"copy of it would be trained in full, and the adapter not at all. Name "
+                        f"modules without adapted experts, or leave these out of `experts`."
+                    )
 
 
 def _as_adapted(block: MoEBlock) -> MoEBlock:

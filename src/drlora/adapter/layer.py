@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from drlora.adapter.expert_parallel import Exchange
 from drlora.adapter.experts import ExpertsAdapter
+from drlora.adapter.merged_copies import InUse, put_back
 from drlora.adapter.observe import (
     FirstPasses,
     Masks,
@@ -59,9 +60,12 @@ class DrLoraExperts(nn.Module, BaseTunerLayer):
         self.router_logits: Tensor | None = None
         # PEFT's wrappers of routers and other modules that an adapter trains in full.
         self.trained_in_full: Sequence[nn.Module] = ()
+        # Which copies of them were in use before a merge; one list for all layers.
+        self.copies_before_merge: InUse = []
         self.rounding: Rounding = NEAREST  # of merged weights
         # Where transformers has spread the experts over processes.
         self.exchange: Exchange | None = None
+        self.is_probed = False  # while ranks are placed
         self._disable_adapters = False
         self._unmerged: list[Any] = []
 
@@ -149,6 +153,9 @@ class DrLoraExperts(nn.Module, BaseTunerLayer):
                 f"adapters {names} are active together with different lora_dropout; train one at "
                 f"a time, or give them the same."
             )
+        if self.training and torch.is_grad_enabled() and not self.is_probed:
+            for adapter in () if torch.compiler.is_compiling() else adapters:
+                adapter.refuse_unplaced()
         base = self.base_weights
         x_TH = hidden_states
         if self.cast_input_dtype_enabled:
@@ -258,6 +265,7 @@ class DrLoraExperts(nn.Module, BaseTunerLayer):
             base.matrix(matrix).restore(kept)
         self._unmerged.clear()
         self.merged_adapters.clear()
+        put_back(self.copies_before_merge)
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None

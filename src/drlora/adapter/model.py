@@ -39,6 +39,7 @@ from drlora.adapter.inject import (
 )
 from drlora.adapter.layer import DrLoraExperts
 from drlora.adapter.linear import choose_targets, lora_config, refuse_endless
+from drlora.adapter.merged_copies import InUse, put_back, use_copies_of
 from drlora.adapter.observe import forget_tokens
 from drlora.adapter.router import TrainedRouters, forget_router_logits, note_router_logits
 from drlora.adapter.sharded import (
@@ -149,7 +150,10 @@ class DrLoraModel(LoraModel):
         if autocast_adapter_dtype:
             TrainedRouters(self.model, adapter_name).train_in_float32()
         layers = adapted_layers(self.model, adapter_name).values()
-        pools = [p for layer in layers for p in layer.adapter(adapter_name).rank_pools.values()]
+        adapters = [layer.adapter(adapter_name) for layer in layers]
+        for adapter in adapters:
+            adapter.of_all_blocks = adapters
+        pools = [pool for adapter in adapters for pool in adapter.rank_pools.values()]
         share_out(self.model, adapter_name, pools if config.option("share_rows") else ())
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
@@ -169,10 +173,14 @@ class DrLoraModel(LoraModel):
     def merge_adapter(
         self, adapter_names: list[str] | None = None, safe_merge: bool = False
     ) -> None:
-        """As in PEFT; where `safe_merge` refuses one layer, no layer stays merged."""
+        """As in PEFT; where `safe_merge` refuses one layer, no layer stays merged.
+
+        Modules that are trained in full are those of the merged adapters until these are unmerged.
+        """
         layers = [m for m in self.model.modules() if isinstance(m, BaseTunerLayer)]
         was_merged = any(layer.merged for layer in layers)
         refuse_fixed_weights(self.model)
+        before = self._use_copies(adapter_names) if adapter_names != [] else []
         try:
             super().merge_adapter(adapter_names, safe_merge)
         except ValueError:
@@ -180,17 +188,54 @@ class DrLoraModel(LoraModel):
                 for layer in layers:
                     if layer.merged:
                         layer.unmerge()
+            put_back(before)
             raise
+        for layer in layers:
+            if isinstance(layer, DrLoraExperts) and not layer.copies_before_merge:
+                layer.copies_before_merge = before
 
-    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """As in PEFT, which unmerges first."""
+        for layer in self.model.modules():
+            if isinstance(layer, DrLoraExperts):
+                put_back(layer.copies_before_merge)
+        super().set_adapter(adapter_name, inference_mode)
+
+    def _use_copies(self, adapter_names: Any) -> InUse:
+        """Take what is trained in full from the adapters that are merged, and these as well."""
+        if adapter_names is not None and not isinstance(adapter_names, list | tuple):
+            return []  # PEFT says what is wrong with it
+        if unknown := [name for name in adapter_names or () if name not in self.peft_config]:
+            raise ConfigError(
+                f"adapter_names={adapter_names}: the model has no adapter {unknown[0]!r} to merge; "
+                f"its adapters are {list(self.peft_config)}."
+            )
+        layers = [m for m in self.model.modules() if isinstance(m, BaseTunerLayer)]
+        merged = [name for layer in layers for name in layer.merged_adapters]
+        if adapter_names is None and not merged:
+            return []
+        chosen = self.active_adapters if adapter_names is None else adapter_names
+        return use_copies_of(self.model, dict.fromkeys([*merged, *chosen]))
+
+    def _unload_and_optionally_merge(
+        self, merge: bool = True, *args: Any, adapter_names: Any = None, **kwargs: Any
+    ) -> Any:
+        is_merged = any(m.merged for m in self.model.modules() if isinstance(m, BaseTunerLayer))
+        before: InUse = []
         if merge:
             refuse_fixed_weights(self.model)
+            before = self._use_copies(adapter_names)
         for adapter_name in self.peft_config:
             routers = TrainedRouters(self.model, adapter_name)
             routers.train_as_the_model()
-            for copies in routers.copies if not merge else ():
+            for copies in routers.copies if not merge and not is_merged else ():
                 copies.set_adapter([])  # PEFT would leave the trained router in
-        base: Any = super()._unload_and_optionally_merge(merge, *args, **kwargs)
+        kwargs["adapter_names"] = adapter_names
+        try:
+            base: Any = super()._unload_and_optionally_merge(merge, *args, **kwargs)
+        except ValueError:
+            put_back(before)
+            raise
         _take_hooks_off(base)
         return base
 

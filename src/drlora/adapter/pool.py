@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from drlora.adapter.row_book import FREE, IntArray, RankBook
 from drlora.adapter.shared_rows import in_common
@@ -82,7 +83,6 @@ class RankPool(nn.Module):
         # place when ranks grow, so that what torch.compile made of them stays valid.
         self.register_buffer("row_order", torch.arange(rows), persistent=False)
         self.offset_E1 = torch.zeros(num_experts + 1, dtype=torch.int64, device="cpu")
-        self._owner_read = self.owner
         self._index_rows()
 
     @property
@@ -189,9 +189,9 @@ class RankPool(nn.Module):
                 statistic[changed] = 0
 
     @torch.no_grad()
-    def forget_births(self) -> None:
-        """All rows are old: the births that a new run finds are those of another run."""
-        self.birth.zero_()
+    def forget_births(self, after: int = 0) -> None:
+        """Rows that were born after that step are old: births that a run finds are another's."""
+        self.birth[self.birth > after] = 0
 
     def grant(self, grants_E: Sequence[int] | IntArray, step: int) -> Tensor:
         """Claim free rows for each expert; returns the claimed rows.
@@ -256,6 +256,7 @@ class RankPool(nn.Module):
         if self.row_order.device != self.owner.device:  # just loaded, after a start on meta
             self.row_order = torch.empty_like(self.row_order, device=self.owner.device)
         self.row_order.copy_(torch.from_numpy(order_R))
+        self._owner_read, self._version_read = self.owner, _version(self.owner)
 
     def _apply(self, fn: Any, recurse: bool = True) -> RankPool:
         before, uncertain_before = self.importance, self.uncertainty
@@ -275,14 +276,23 @@ class RankPool(nn.Module):
             self._read_owners()
 
     def _follow_owners(self) -> None:
-        """Read the owners where the buffer is another one than it was.
+        """Read the owners where the buffer is another one than it was, or was written into.
 
-        transformers' load_adapter puts tensors in one by one, past `_load_from_state_dict`. What is
-        written into the same buffer is not looked at: under DDP that is so in every step, and to
-        read it would make the host wait for the device.
+        transformers' load_adapter puts tensors in one by one, past `_load_from_state_dict`; an
+        average of models is copied into the buffers of one. DDP writes them in every step, as they
+        are, and to read them would make the host wait for the device: what it wrote is not looked
+        at. A compiled graph cannot look either; the next call outside of one does.
         """
         if self.owner is not self._owner_read:
             self._read_owners()
+        elif not torch.compiler.is_compiling() and _version(self.owner) != self._version_read:
+            if not _in_ddp() and not self._is_as_read():
+                self._read_owners()
+            self._version_read = _version(self.owner)
+
+    def _is_as_read(self) -> bool:
+        """Whether the owners are those of the book; waits for the device."""
+        return self.owner.is_meta or np.array_equal(self.owner.cpu().numpy(), self._book.owner_R)
 
     def _read_owners(self) -> None:
         if self.owner.device.type == "meta":
@@ -291,8 +301,17 @@ class RankPool(nn.Module):
             self._book = RankBook(self.owner.cpu().numpy(), self._book.num_experts)
         except ValueError as error:
             raise CheckpointError(f"the adapter's rank map is damaged: {error}") from error
-        self._owner_read = self.owner
         self._index_rows()
+
+
+def _version(tensor: Tensor) -> int:
+    """How often a tensor was written into; nobody counts that of one made in inference mode."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _in_ddp() -> bool:
+    """Whether this is a call by DistributedDataParallel, which has just sent the buffers out."""
+    return DistributedDataParallel._get_active_ddp_module() is not None
 
 
 def _placed_as(here: Tensor, found: Tensor) -> Tensor:

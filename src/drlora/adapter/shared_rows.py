@@ -4,8 +4,10 @@ A of what reads the block's input (gate and up) and B of what writes its output 
 matrix for all experts; the other factor is each expert's own. Megatron-Bridge, SGLang and Tinker
 lay LoRA on experts out so. Equal numbers buy a larger rank.
 
-Each expert keeps a copy. Copies begin equal and get the same gradient, so that they stay equal, and
-what they learn is what one matrix would, with any optimizer that works element by element.
+Each expert keeps a copy. Copies begin equal and get the same gradient, so that they stay equal
+under any optimizer that works element by element. Their gradient is the one matrix's over sqrt(E),
+so that clipping sees its norm. What they learn is what one matrix would under Adam, whose steps do
+not depend on the size of gradients; steps of SGD are shorter by that factor.
 """
 
 from __future__ import annotations
@@ -76,7 +78,8 @@ def raise_ranks(config: DrLoraConfig, blocks: Iterable[MoEBlock]) -> None:
         )
     (rank,) = ranks
     assert config.lora_alpha is not None
-    config.lora_alpha *= rank / config.r_target  # the scaling stays as it is
+    gain = rank / config.r_target
+    config.lora_alpha *= math.sqrt(gain) if config.use_rslora else gain  # the scaling stays
     config.note(shared_outer=config.r_target)
     config.r_init = config.r_target = config.r_max = rank
 

@@ -359,13 +359,12 @@ class DrLoraConfig(SavedConfig):
             return
         if not isinstance(self.target_modules, str):
             self.target_modules = target_names(self.target_modules)
-        if self.target_rank is None:
-            self.target_rank = self.r_target
-        rank = self.target_rank
+        rank = self.target_rank = self.r_target if self.target_rank is None else self.target_rank
         if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
             raise ConfigError(f"target_rank={rank!r} must be a whole number of at least 1.")
-        if self.target_alpha is None:
-            self.target_alpha = self.lora_alpha * rank / self.r_target
+        if self.target_alpha is None:  # the same scaling
+            ratio = self.lora_alpha * rank / self.r_target
+            self.target_alpha = self.scaling * math.sqrt(rank) if self.use_rslora else ratio
         if not 0 < number(self, "target_alpha") < math.inf:
             raise ConfigError(f"target_alpha={self.target_alpha} must be greater than 0.")
 

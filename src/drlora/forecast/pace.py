@@ -19,6 +19,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
+from drlora.adapter.inject import adapted_layers
 from drlora.config.adapter import DrLoraConfig
 from drlora.forecast.counting import Work
 from drlora.forecast.step import Batch, adapted_on_paper, pass_on_paper
@@ -125,6 +126,7 @@ def measure_pace(
         if storage is not None:
             quantise_experts(model, storage)
         adapted = get_peft_model(model.to(device or "cpu"), copy.deepcopy(config))
+        _give_ranks(adapted)
         return _step(adapted, batch)
 
     taken = _fastest([on_machine(depth) for depth in depths])
@@ -136,6 +138,17 @@ def measure_pace(
     more = max(more, 0.5 * taken[1] / _amount(work[1]))  # where the machine was busy meanwhile
     left = _amount(whole) - _amount(work[1])
     return Pace(depths[1], batch, taken[1] + more * left, whole)
+
+
+def _give_ranks(adapted: PeftModel) -> None:
+    """Where data are to place the ranks, each expert as many as it has on average."""
+    config = adapted.peft_config["default"]
+    assert isinstance(config, DrLoraConfig)
+    if not config.starts_from_data:
+        return
+    for layer in adapted_layers(adapted, "default").values():
+        for pool in layer.adapter("default").rank_pools.values():
+            pool.set_ranks([config.r_init] * pool.book.num_experts)
 
 
 def _amount(work: Work) -> float:

@@ -81,9 +81,20 @@ def range_test(
     return min(ended)[1], tuple(found)
 
 
+def _share(warmup: float, steps: int) -> float:
+    """A warm-up as a share of a run, which a shorter one has too; of an unknown length a tenth."""
+    if warmup < 1:
+        return warmup
+    return warmup / steps if steps > warmup else 0.1
+
+
 def _loss_after(recipe: Recipe, rate: float, steps: int) -> float | None:
     with tempfile.TemporaryDirectory() as folder:
-        short: dict[str, Any] = {"learning_rate": rate, "max_steps": steps, "save_strategy": "no"}
+        whole = recipe.training.get("max_steps", 0)
+        short: dict[str, Any] = {
+            "learning_rate": rate, "max_steps": steps, "save_strategy": "no",
+            "warmup_steps": _share(recipe.training["warmup_steps"], whole),
+        }  # fmt: skip
         training = {k: v for k, v in recipe.training.items() if k != "num_train_epochs"} | short
         evaluation = replace(
             recipe.evaluation, before=False, exact_match=False, samples=0,
@@ -91,6 +102,7 @@ def _loss_after(recipe: Recipe, rate: float, steps: int) -> float | None:
         )  # fmt: skip
         adapter = recipe.adapter_config()
         adapter.r_init, adapter.grow_every, adapter.settle_steps = adapter.r_target, "auto", "auto"
+        adapter.warmup_steps = _share(adapter.warmup_steps, whole)
         tried = replace(
             recipe, output_dir=str(Path(folder) / "run"), training=training, adapter=adapter,
             evaluation=evaluation,

@@ -154,10 +154,13 @@ def continue_adapter(
             f"one of {list(RANKS)}; for 'keep' both ranks must be the same."
         )
     tensors, before = _read(path)
+    _refuse_contradictions(config, before, path)
     fit_embeddings(model, path)
     adapted = cast(PeftModel, get_peft_model(model, config))
     change = before.scaling / config.scaling
     kept, lost = _refit(adapted, tensors, config, ranks, change)
+    if config.target_modules and before.target_modules:
+        _rescale_linears(kept, _linear_scaling(before) / _linear_scaling(config))
     try:
         set_peft_model_state_dict(adapted, kept)
     except (KeyError, RuntimeError, ValueError) as error:
@@ -172,6 +175,36 @@ def continue_adapter(
             stacklevel=2,
         )
     return adapted
+
+
+def _refuse_contradictions(config: DrLoraConfig, before: DrLoraConfig, folder: Path) -> None:
+    """Refuse settings that place ranks or rows anew, or give ordinary LoRA another rank."""
+    if config.starts_from_data:
+        raise ConfigError(
+            f"start={config.start!r} and options.start_a={config.option('start_a')!r} place what a "
+            f"new adapter begins with, but the adapter in {folder} is continued with what it has; "
+            f"leave them out."
+        )
+    ranks = config.target_rank, before.target_rank
+    both = config.target_modules and before.target_modules
+    if both and not config.option("common_budget") and ranks[0] != ranks[1]:
+        raise ConfigError(
+            f"target_rank={ranks[0]}, but the LoRA on target_modules in {folder} has rank "
+            f"{ranks[1]}, which stays as it is; set target_rank={ranks[1]}."
+        )
+
+
+def _linear_scaling(config: DrLoraConfig) -> float:
+    """The factor on B A x of ordinary LoRA."""
+    assert config.target_alpha is not None and config.target_rank is not None
+    rank = config.target_rank
+    return config.target_alpha / (math.sqrt(rank) if config.use_rslora else rank)
+
+
+def _rescale_linears(tensors: dict[str, Tensor], change: float) -> None:
+    """Have ordinary LoRA compute what it did under another scaling; pools are rescaled already."""
+    for key in [key for key in tensors if key.endswith(".lora_B.weight")]:
+        tensors[key] = (tensors[key].float() * change).to(tensors[key].dtype)
 
 
 def refuse_unfit(folder: Path) -> None:

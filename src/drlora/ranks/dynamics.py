@@ -22,7 +22,7 @@ from dataclasses import asdict, fields
 import torch
 from torch import Tensor, nn
 
-from drlora.adapter.experts import ExpertsAdapter
+from drlora.adapter.experts import ExpertsAdapter, refuse_unplaced
 from drlora.adapter.inject import active_adapter, adapted_layers
 from drlora.adapter.pool import RankPool
 from drlora.adapter.router import TrainedRouters
@@ -49,7 +49,8 @@ class RankDynamics:
         model: a PeftModel (or any model with injected adapters) that carries a DR-LoRA adapter.
         total_steps: optimizer steps of the whole run.
         adapter: its name; by default the model's active adapter.
-        schedule: that of the run that is continued, where it is one; by default it is made from the
+        schedule: that of the run that is continued, where it is one; by default that which the
+            adapter was trained by, if it is of `total_steps`, else one that is made from the
             settings and `total_steps`.
         step: steps that the run has taken: 0 for a new one, more for one that goes on. It may be
             left out for an adapter that was never trained, and where `load_state_dict` follows.
@@ -82,7 +83,7 @@ class RankDynamics:
             name: layer.adapter(self.adapter_name)
             for name, layer in adapted_layers(model, self.adapter_name).items()
         }
-        _refuse_unplaced(self.config, self.budget()[0])
+        refuse_unplaced(self.config, self.budget()[0])
         warn_of_idle_options(self.config)
         # Of an adapter that was trained, nobody can tell whether it is by this run.
         self._waits_for_step = step is None and self._has_history()
@@ -164,8 +165,8 @@ class RankDynamics:
             self.routers,
             has_own_clocks=self.config.young_rows == "own",
             is_signed=RANK_IMPORTANCES[self.config.option("rank_importance")].is_signed,
-            count=lambda: self.step + 1 + (self._optimizer_start or 0),
-            end_of_warmup=lambda: self.warmup_steps + (self._optimizer_start or 0),
+            count=lambda: self.step + 1 + self._start_of(zero.optimizer),
+            end_of_warmup=lambda: self.warmup_steps + self._start_of(zero.optimizer),
         )
 
     @property
@@ -225,7 +226,7 @@ class RankDynamics:
             self.growth.prepare(self.plan_step + 1)
             return Event()
         self._agree()
-        taken = self.step + (self._optimizer_start or 0)
+        taken = self._optimizer_count
         event = self.growth.event(StepCounts(self.plan_step, taken, self.run_step), optimizer)
         self._agree()
         self.growth.prepare(self.plan_step + 1)
@@ -244,6 +245,11 @@ class RankDynamics:
                 stacklevel=3,
             )
 
+    @property
+    def _optimizer_count(self) -> int:
+        """Steps that the optimizer took, as it counts them."""
+        return self.step + (self._optimizer_start or 0)
+
     def _has_history(self) -> bool:
         return any(bool(pool.importance.any() or pool.birth.any()) for pool in self._pools())
 
@@ -259,18 +265,29 @@ class RankDynamics:
     def _count_step(self, optimizer: object) -> None:
         """A step that the optimizer took."""
         inner = unwrap_optimizer(optimizer)
-        if self._optimizer_start is None:
-            taken = steps_taken(inner, self._pools()[0].lora_A)
-            self._optimizer_start = max(0, taken - self.step - 1)
+        start = self._start_of(inner)
         if self.step == 0:
             # Births of a run that the adapter was saved from, unless its optimizer goes on.
-            for pool in self._pools() if not self._optimizer_start else ():
+            for pool in self._pools() if not start else ():
                 pool.forget_births()
             warn_of_equal_rates(optimizer, self._pools()[0], self.config)
         self.step += 1
         if self._watched is None and self.config.young_rows == "own" and is_adam(inner):
-            self._clocks.correct(inner, self._pools(), self.step + self._optimizer_start)
+            self._clocks.correct(inner, self._pools(), self._optimizer_count)
         self._poisoned_steps = self._poisoned_steps + self._poisoned
+
+    def _start_of(self, inner: object) -> int:
+        """How many steps the optimizer had taken when the run began; asked after its first here.
+
+        Less than 0 where it was made anew for a run that goes on. To its moments, rows that were
+        there before it are old.
+        """
+        if self._optimizer_start is None:
+            taken = steps_taken(inner, self._pools()[0].lora_A)
+            self._optimizer_start = taken - self.step - 1 if taken else 0
+            for pool in self._pools() if self._optimizer_start < 0 else ():
+                pool.forget_births(after=taken - 1)
+        return self._optimizer_start
 
     def _agree(self) -> None:
         """Refuse to go on if the processes have come apart.
@@ -344,7 +361,7 @@ class RankDynamics:
                 own = {key: state[place + key] for key in pool.state_keys}
                 pool.load_state_dict(own, strict=False)  # weights are no part of it
         self.step = int(state["step"])
-        self._waits_for_step = False
+        self._waits_for_step, self._optimizer_start = False, None
         # States of version 0.1 do not have the two below.
         self.skipped = int(state.get("skipped", 0))
         if "schedule" in state:
@@ -360,15 +377,6 @@ class RankDynamics:
             for projection, pool in adapter.rank_pools.items():
                 for key in pool.state_keys:
                     yield f"{name}.{projection}.{key}", getattr(pool, key)
-
-
-def _refuse_unplaced(config: DrLoraConfig, owned: int) -> None:
-    if config.starts_from_data and not owned:
-        raise ConfigError(
-            f"start={config.start!r}, start_a={config.option('start_a')!r}, but no ranks are "
-            f"placed yet; call drlora.place_ranks(model, batches) with a few batches of the "
-            f"training data first."
-        )
 
 
 def _config_of(model: nn.Module, adapter: str) -> DrLoraConfig:

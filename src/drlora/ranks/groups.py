@@ -140,11 +140,15 @@ def schedule_for(
         config: the settings.
         total_steps: length of the run.
         begins: whether the run has yet to begin, with the ranks that the adapters have now. One
-            that is under way was checked when it began.
+            that is under way was checked when it began, and has the schedule that the adapter was
+            trained by if that is of `total_steps`.
 
     Raises:
         ConfigError: if a group cannot reach its budget.
     """
+    known = config.recorded("schedule")
+    if not begins and isinstance(known, dict) and known.get("total_steps") == total_steps:
+        return Schedule(**known)
     competing = _competing(adapters, config)
     groups = [
         Competitors(

@@ -27,6 +27,24 @@ from drlora.distributed.held import (
 from drlora.distributed.zero import is_partitioned, zero_of
 from drlora.ranks.eight_bits import FIRST, SECOND, numbers_of
 
+# Names under which optimizers keep, for each weight, what they have observed of its gradient ...
+MOMENTS = frozenset(
+    {
+        *("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "momentum_buffer", "square_avg"),
+        *("grad_avg", "acc_delta", "sum", "prev", "exp_avg_diff", "pre_grad", "hessian", "s"),
+        *("exp_avg_res", "exp_avg_var", "mu_product", FIRST, SECOND),
+    }
+)
+# ... and weights: other iterates, averages of them, copies in more bits, and where they began.
+WEIGHTS = frozenset(
+    {
+        *("z", "ax", "p0", "slow_buffer", "slow_param", "slow_params", "slow_weights", "ema"),
+        *("master_param", "master_params", "master_weight", "master_weights", "fp32_param"),
+    }
+)
+
+_STEP_SIZE = "step_size"  # of Rprop, for each weight; that of a free row is as it began
+
 
 def unwrap_optimizer(optimizer: object) -> object:
     """The innermost optimizer under wrappers such as accelerate's and DeepSpeed's."""
@@ -73,20 +91,43 @@ def steps_taken(optimizer: object, parameter: Tensor) -> int:
 
 
 @torch.no_grad()
-def forget_rows(parameter: Tensor, state: dict, rows: Tensor) -> None:
-    """Zero every per-element state (moments, momentum) of some rows.
+def forget_rows(parameter: Tensor, state: dict, rows: Tensor) -> list[str]:
+    """Zero what an optimizer has observed of some rows (moments, momentum), per element.
 
     Those of free rows are zero already unless the optimizer fed weight decay into its moments.
+    What is no observation but weights (`WEIGHTS`) is left to `restart_weights`.
+
+    Returns:
+        Names that are known as neither, and were not zero.
     """
-    blocks = blocks_of(parameter)
-    for value in state.values():
-        if _is_of(value, parameter) and value.is_floating_point():
-            _forget(blocks, value, rows)
+    blocks, unknown = blocks_of(parameter), []
+    for name, value in state.items():
+        if name in WEIGHTS or name == _STEP_SIZE:
+            continue
+        if not (_is_of(value, parameter) and value.is_floating_point()):
+            continue
+        if name not in MOMENTS and any(bool(_rows_of(b, value, rows).any()) for b in blocks):
+            unknown.append(name)
+        _forget(blocks, value, rows)
     for name in (FIRST, SECOND):
         if _is_of(state.get(name), parameter) and not state[name].is_floating_point():
             with numbers_of(state, name) as moment:
                 if moment is not None:
                     _forget(blocks, moment, rows)
+    return unknown
+
+
+@torch.no_grad()
+def restart_weights(parameter: Tensor, state: dict, rows: Tensor) -> None:
+    """Set what an optimizer keeps as weights to what some rows hold: they begin there."""
+    trained = trained_tensor(parameter)
+    for name in WEIGHTS & state.keys():
+        value = state[name]
+        if trained is None or not (_is_of(value, parameter) and value.is_floating_point()):
+            continue
+        for block in blocks_of(parameter):
+            own, local = _rows_of(block, trained, rows), block.of(value)
+            local[block.held(rows).local.to(local.device)] = own.to(local)
 
 
 @torch.no_grad()
@@ -149,6 +190,11 @@ def _is_of(value: object, parameter: Tensor) -> TypeGuard[Tensor]:
         trained = trained_tensor(parameter)
         return value.dim() == 1 if trained is None else value.shape == trained.shape
     return value.shape == parameter.shape
+
+
+def _rows_of(block: Block, value: Tensor, rows: Tensor) -> Tensor:
+    local = block.of(value)
+    return local[block.held(rows).local.to(local.device)]
 
 
 def _forget(blocks: Iterable[Block], value: Tensor, rows: Tensor) -> None:

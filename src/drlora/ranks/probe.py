@@ -24,6 +24,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from drlora.adapter.experts import ExpertsAdapter, ProbeRows
+from drlora.adapter.layer import DrLoraExperts
 from drlora.distributed import add_up
 from drlora.distributed.zero import is_partitioned, leaf_hooks_off, refuse_without_engine
 from drlora.errors import ConfigError
@@ -223,7 +224,10 @@ def gradients_of_batches(
             model.get_base_model().register_forward_pre_hook(lambda *_: _let_none_ask(of_zero)),
             model.get_input_embeddings().register_forward_hook(_ask_for_gradient),
         ]
+    layers = [module for module in modes if isinstance(module, DrLoraExperts)]
     try:
+        for layer in layers:
+            layer.is_probed = True
         if caches:  # what is kept for decoding is of no use here, and some models keep it in place
             settings.use_cache = False
         for batch in batches:
@@ -244,6 +248,8 @@ def gradients_of_batches(
     finally:
         if caches:
             settings.use_cache = caches
+        for layer in layers:
+            layer.is_probed = False
         for hook in hooks:
             hook.remove()
         for parameter in of_zero:

@@ -18,10 +18,11 @@ from typing import Any
 import numpy as np
 from peft import PeftModel
 
-from drlora.adapter.experts import ExpertsAdapter
+from drlora.adapter.experts import ROWS_TO_LAY, ExpertsAdapter
 from drlora.adapter.inject import active_adapter, adapted_layers
 from drlora.adapter.pool import RankPool
 from drlora.config.adapter import DrLoraConfig
+from drlora.config.options import EQUAL
 from drlora.config.registry import STARTS
 from drlora.errors import CheckpointError, ConfigError, shown
 from drlora.io.files import read_json
@@ -96,7 +97,7 @@ def start_ranks(model: PeftModel, ranks: RankMap | str | Path) -> None:
     """Give the experts of the active adapter the ranks of a map, before training.
 
     An adapter that was trained can only grow this way, since taking a row away would change what
-    the model computes.
+    the model computes. Where `start_a` lays rows of A, `place_ranks` lays them in these ranks.
 
     Args:
         model: carries a DR-LoRA adapter.
@@ -105,10 +106,17 @@ def start_ranks(model: PeftModel, ranks: RankMap | str | Path) -> None:
     Raises:
         CheckpointError: if the file is no rank map, or the map is for another model.
         ConfigError: if a rank lies outside 1 to r_max, the budget is overspent, projections that
-            share a rank differ, or a trained expert would shrink. Nothing is changed then.
+            share a rank differ, a trained expert would shrink, or `start` is yet to place ranks by
+            data. Nothing is changed then.
     """
-    for pool, ranks_E in fitting_ranks(model, ranks):
+    changes = fitting_ranks(model, ranks)
+    is_other = any(pool.book.ranks().tolist() != ranks_E for pool, ranks_E in changes)
+    for pool, ranks_E in changes:
         _assign(pool, ranks_E)
+    config = next(iter(adapters_of(model).values())).config
+    if is_other and config.starts_from_data and config.option("start_a") != "random":
+        is_new = not any(bool(pool.lora_B.any()) for pool, _ in changes)
+        config.note(**{ROWS_TO_LAY: is_new})
 
 
 def fitting_ranks(
@@ -129,6 +137,7 @@ def fitting_ranks(
     ]
     for name, adapter in adapters.items():
         _refuse_unequal(wanted[name], name, adapter.config)
+    _refuse_two_starts(adapters)
     return changes
 
 
@@ -207,6 +216,18 @@ def _refuse_unequal(ranks: Mapping[str, Sequence[int]], block: str, config: DrLo
         raise ConfigError(
             f"{block}: the projections have different ranks in the rank map, but share one with "
             f"rank_per='expert'; set rank_per='projection'."
+        )
+
+
+def _refuse_two_starts(adapters: Mapping[str, ExpertsAdapter]) -> None:
+    """Where some experts may have no rank, `start` says no more than that: a map may place all."""
+    config = next(iter(adapters.values())).config
+    if config.start == EQUAL or STARTS[config.start].leaves_some_out:
+        return
+    if not any(pool.offsets[-1] for pool in _pools(adapters)):
+        raise ConfigError(
+            f"start={config.start!r} places ranks by data, and a rank map gives them: keep one; "
+            f"make the configuration with start={EQUAL!r} to begin with the map."
         )
 
 

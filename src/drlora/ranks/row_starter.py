@@ -24,6 +24,7 @@ from drlora.ranks.optimizer_rows import (
     forget_rows,
     inherit_second_moment,
     is_adam,
+    restart_weights,
     state_of,
     unwrap_optimizer,
 )
@@ -78,11 +79,25 @@ class RowStarter:
         elif young_a == "orthogonal":
             pool.redraw(rows, now.run)
             turn_apart(pool.lora_A, pool.owner, rows, self._length(pool))
+        self._restart_weights(pool, rows)
 
     def forget(self, pool: RankPool, rows: Tensor) -> None:
-        """Zero what the optimizer keeps of rows."""
+        """Have the optimizer know nothing of rows but what they hold now."""
+        unknown: set[str] = set()
         for parameter in (pool.lora_A, pool.lora_B) if self.optimizer else ():
-            forget_rows(parameter, self._state_of(parameter), rows)
+            unknown |= {*forget_rows(parameter, self._state_of(parameter), rows)}
+        self._restart_weights(pool, rows)
+        if unknown:
+            self._warn_once(
+                "state",
+                f"{type(self.optimizer).__name__} keeps {sorted(unknown)} for each weight, which "
+                f"drlora does not know: rows that change hands begin with zeros there, as is right "
+                f"for averages of gradients. If they are weights, train with another optimizer.",
+            )
+
+    def _restart_weights(self, pool: RankPool, rows: Tensor) -> None:
+        for parameter in (pool.lora_A, pool.lora_B) if self.optimizer else ():
+            restart_weights(parameter, self._state_of(parameter), rows)
 
     def _restart_importance(self, pool: RankPool, rows: Tensor) -> None:
         """The averages of all rows that the grown experts own, or of all, begin at 0 again."""

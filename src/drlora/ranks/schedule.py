@@ -171,6 +171,12 @@ def make_schedule(
     every = _spacing(config, warmup, total_steps - settle)
     schedule = Schedule(total_steps, warmup, every, settle, _published_cap(config))
     policy = ALLOCATIONS[config.allocation]
+    if config.router == "train" and 1 < total_steps <= warmup:
+        raise ConfigError(
+            f"router='train' would train no router: a run of {total_steps} steps is over before "
+            f"the warm-up of {warmup} steps (warmup_steps={config.warmup_steps}), in which routers "
+            f"are held; lower warmup_steps, train longer, or use router='frozen'."
+        )
     if not policy.changes_ranks(config):
         return schedule
     if total_steps < 1:

@@ -10,14 +10,15 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor
 
-from drlora.adapter.experts import ExpertsAdapter
-from drlora.adapter.inject import active_adapter
+from drlora.adapter.experts import ROWS_TO_LAY, ExpertsAdapter
+from drlora.adapter.inject import active_adapter, adapted_layers
 from drlora.config.adapter import NOTHING, DrLoraConfig
 from drlora.config.options import GRADIENT_ALL, HOT_FRACTION
 from drlora.config.registry import STARTS
@@ -48,7 +49,8 @@ def ranks_from_routing(
 
     Args:
         model: carries a trainable DR-LoRA adapter.
-        batches: what the model is called with, labels or not.
+        batches: what the model is called with, labels or not; all of them are counted, so of an
+            endless iterator give the first few (`itertools.islice`).
         mean_rank: of the map, between 1 and r_target; by default r_init, so that growth goes on
             from there as planned.
 
@@ -80,41 +82,67 @@ def place_ranks(
 ) -> None:
     """Place the ranks of a new adapter as its settings `start` and `start_a` say, once.
 
+    Ranks that `start_ranks` gave stay as they are, and rows of A are laid in them.
+
     Args:
         model: carries a DR-LoRA adapter that owns no row yet.
-        batches: a few batches of the training data, on any device; with labels if a gradient is
-            to be taken and no loss is given.
-        adapter: its name; by default the model's active adapter.
+        batches: of the training data, on any device; with labels if a gradient is to be taken and
+            no loss is given. No more than the option `start_batches` says are drawn, so that it may
+            be a whole data loader.
+        adapter: its name, which has to be active; by default the model's active adapter.
         optimizer: DeepSpeed's `engine.optimizer`, or a wrapper of it, where ZeRO trains the model
             already; any other is not looked at.
         loss: what is to be lowered, as a function of the model and a batch, where that is not the
             model's own loss: `compute_loss` of TRL's trainers for preferences, for instance.
 
     Raises:
-        ConfigError: if there is no batch, ranks are placed already, or an expert would pass r_max;
-            or ZeRO has the weights, and its optimizer was not given or is of an unknown kind.
+        ConfigError: if there is no batch, ranks are placed already, the adapter is not active, or
+            an expert would pass r_max; or ZeRO has the weights, and its optimizer was not given or
+            is of an unknown kind.
     """
     adapters = adapters_of(model, adapter)
     config = next(iter(adapters.values())).config
     if not needs_ranks(model, adapter):
         raise ConfigError(f"start={config.start!r}: the ranks are placed already.")
+    name = adapter or active_adapter(model)
+    _refuse_inactive(model, name)
+    ranks_are_given = bool(config.recorded(ROWS_TO_LAY))
+    start: Start = STARTS["uniform" if ranks_are_given else config.start]
     _let_zero_be_written(model, optimizer)
     device = next(iter(adapters.values())).frequency.device
     # Dropout must not move the generator, which the order of the data may depend on.
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        seen = list(batches)
-        evidence = _evidence(model, adapters, config, seen, loss)
+        seen = list(islice(batches, config.option("start_batches")))
+        evidence = _evidence(model, adapters, config, start, seen, loss)
         if config.option("start_a") == GRADIENT_ALL:
-            point_linears(model, seen, adapter or active_adapter(model), loss or own_loss)
+            point_linears(model, seen, name, loss or own_loss)
     if config.option("start_a") != "random":
         _tell_of_unseen([one for of in evidence.values() for one in of.directions.values()])
     for block, found in adapters.items():
-        ranks_E = STARTS[config.start].place(evidence[block], config)
+        ranks_E = [] if ranks_are_given else start.place(evidence[block], config)
         for projection, pool in found.rank_pools.items():
-            pool.grant(ranks_E, step=0)
+            if not ranks_are_given:
+                pool.grant(ranks_E, step=0)
             if config.option("start_a") != "random":
                 length = pool.row_norm * config.option("start_a_scale")
                 lay_rows(pool.lora_A, pool.owner, *evidence[block].directions[projection], length)
+    if ranks_are_given:
+        config.note(**{ROWS_TO_LAY: False})
+
+
+def _refuse_inactive(model: PeftModel, name: str) -> None:
+    for layer in adapted_layers(model, name).values():
+        state, way_out = "not active", f"model.set_adapter({name!r})"
+        if layer.merged:
+            state, way_out = "merged", "model.unmerge_adapter()"
+        elif layer.disable_adapters:
+            state, way_out = "disabled", "model.base_model.enable_adapter_layers()"
+        elif name in layer.active_adapters:
+            continue
+        raise ConfigError(
+            f"adapter {name!r} is {state}, so nothing of it is computed and its ranks cannot be "
+            f"placed; call {way_out} first (active: {layer.active_adapters})."
+        )
 
 
 def _tell_of_unseen(directions: list[Directions]) -> None:
@@ -147,11 +175,11 @@ def _evidence(
     model: PeftModel,
     adapters: Mapping[str, ExpertsAdapter],
     config: DrLoraConfig,
+    start: Start,
     batches: list[Mapping[str, Tensor]],
     loss: Loss | None,
 ) -> dict[str, Evidence]:
     """What the settings need to know of each block."""
-    start: Start = STARTS[config.start]
     shares = [[0.0] * adapter.block.num_experts for adapter in adapters.values()]
     if start.needs_routing:
         shares = _routed_shares(model, list(adapters.values()), batches, loss)
@@ -165,11 +193,14 @@ def _evidence(
 
 
 def needs_ranks(model: PeftModel, adapter: str | None = None) -> bool:
-    """Whether `start` or `start_a` asks for `place_ranks`, and no expert owns a row yet."""
+    """Whether `start` or `start_a` asks for `place_ranks`, and it was not called yet."""
     adapters = adapters_of(model, adapter).values()
-    if not next(iter(adapters)).config.starts_from_data:
+    config = next(iter(adapters)).config
+    if not config.starts_from_data:
         return False
-    return not any(sum(ranks) for found in adapters for ranks in found.ranks().values())
+    return bool(config.recorded(ROWS_TO_LAY)) or not any(
+        sum(ranks) for found in adapters for ranks in found.ranks().values()
+    )
 
 
 @dataclass(frozen=True)

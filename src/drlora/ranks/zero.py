@@ -28,7 +28,7 @@ from drlora.adapter.router import TrainedRouters
 from drlora.distributed import add_up
 from drlora.distributed.held import blocks_of, row_width, trained_tensor
 from drlora.distributed.zero import adopt, ask_inputs_for_gradients, leaves_of, shape_of
-from drlora.ranks.optimizer_rows import is_adam, parameter_groups
+from drlora.ranks.optimizer_rows import WEIGHTS, is_adam, parameter_groups
 from drlora.ranks.saliency import RowSums, row_sums
 from drlora.ranks.young_rows import Clock, Cohort, OwnClocks, correct_young_rows, young_spans
 
@@ -165,12 +165,12 @@ def _put_back(optimizer: Optimizer, parameter: nn.Parameter, kept: list[Tensor])
     """Weights as they were before the step, and no moments."""
     flat = trained_tensor(parameter)
     assert flat is not None
-    moments = [
-        value
-        for value in optimizer.state[flat].values()
+    state = {
+        name: value
+        for name, value in optimizer.state[flat].items()
         if isinstance(value, Tensor) and value.shape == flat.shape
-    ]
+    }
     for block, before in zip(blocks_of(parameter), kept, strict=True):
         block.of(flat).copy_(before)
-        for moment in moments:
-            block.of(moment).zero_()
+        for name, value in state.items():
+            block.of(value).copy_(before if name in WEIGHTS else torch.zeros_like(before))
