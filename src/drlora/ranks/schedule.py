@@ -171,24 +171,23 @@ def make_schedule(
     every = _spacing(config, warmup, total_steps - settle)
     schedule = Schedule(total_steps, warmup, every, settle, _published_cap(config))
     policy = ALLOCATIONS[config.allocation]
-    if config.router == "train" and 1 < total_steps <= warmup:
-        raise ConfigError(
-            f"router='train' would train no router: a run of {total_steps} steps is over before "
-            f"the warm-up of {warmup} steps (warmup_steps={config.warmup_steps}), in which routers "
-            f"are held; lower warmup_steps, train longer, or use router='frozen'."
-        )
-    if not policy.changes_ranks(config):
-        return schedule
-    if total_steps < 1:
+    changes = policy.changes_ranks(config)
+    if changes and total_steps < 1:
         raise ConfigError(f"total_steps={total_steps} must be at least 1.")
-    if not schedule.event_steps:
+    if changes and not schedule.event_steps:
         raise ConfigError(
             f"a run of {total_steps} steps has no growth event: the warm-up takes {warmup} steps, "
             f"settle_steps={_said(config.settle_steps, settle)} are kept at the end, and events "
             f"are grow_every={_said(config.grow_every, every)} steps apart; "
             f"{schedule.way_out()}"
         )
-    return policy.fit(config, groups, schedule)
+    if config.router == "train" and 1 < total_steps <= warmup:
+        raise ConfigError(
+            f"router='train' would train no router: a run of {total_steps} steps is over before "
+            f"the warm-up of {warmup} steps (warmup_steps={config.warmup_steps}), in which routers "
+            f"are held; lower warmup_steps, train longer, or use router='frozen'."
+        )
+    return policy.fit(config, groups, schedule) if changes else schedule
 
 
 def plan_of(config: DrLoraConfig, num_experts: int, schedule: Schedule) -> GrowthPlan:
