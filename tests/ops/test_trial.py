@@ -6,6 +6,7 @@ The mechanism does not know the device; only which kinds have candidates.
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -84,6 +85,68 @@ def run(case, engine="auto", **settings):
         leaves[0], index_TK, leaves[1], base, pieces, engine=engine, **settings
     )
     return [out_TH, *torch.autograd.grad(out_TH.sum(), leaves)]
+
+
+class NoExpansion(torch.autograd.Function):
+    """B is read as zeros, which shows in no output while it is zero."""
+
+    @staticmethod
+    def forward(ctx, b_RO):
+        return torch.zeros_like(b_RO)
+
+    @staticmethod
+    def backward(ctx, grad_RO):
+        return grad_RO
+
+
+def without_expansion(x_TH, weight_TK, routing, base, pieces, masks):
+    pieces = [piece._replace(b_RO=NoExpansion.apply(piece.b_RO)) for piece in pieces]
+    return experts_grouped(x_TH, weight_TK, routing, base, pieces, masks)
+
+
+def test_an_engine_is_tried_with_numbers_where_b_is_zero_yet(candidates):
+    base, pieces, leaves, index_TK = make_case(**CASE)
+    before = [piece.b_RO.detach().zero_().clone() for piece in pieces]
+    candidates(blind=without_expansion, grouped=experts_grouped)
+    with pytest.warns(UserWarning, match="'blind' is not used.*its output is off"):
+        run((base, pieces, leaves, index_TK))
+    assert set(trial.found().values()) == {"grouped"}
+    assert all(torch.equal(p.b_RO, b) for p, b in zip(pieces, before, strict=True))
+
+
+def test_cards_without_tensor_cores_in_triton_are_not_tried(monkeypatch):
+    never = Engine("triton", raising, lambda base: None)
+    monkeypatch.setattr(trial, "ENGINES", {"triton": never})
+    call = SimpleNamespace(x_TH=SimpleNamespace(device=torch.device("cuda")), base=None)
+    for capability, is_tried in (((7, 5), False), ((8, 0), True), ((9, 0), True)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
+        assert trial._can("triton", call) == is_tried
+
+
+def test_no_memory_for_a_trial_is_no_fault_of_an_engine(candidates, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    candidates(first=full, grouped=experts_grouped)
+    with pytest.warns(UserWarning, match="no memory to try engines.*'grouped' computes, unchecked"):
+        run(make_case(**CASE))
+    assert set(trial.found().values()) == {"grouped"}
+
+
+def test_the_definition_is_formed_without_tf32(candidates):
+    seen = []
+
+    def noting(*given):
+        seen.append(torch.get_float32_matmul_precision())
+        return experts_grouped(*given)
+
+    candidates(noting=noting)
+    torch.set_float32_matmul_precision("high")
+    try:
+        run(make_case(**CASE))
+        assert seen[:-1] == ["highest"] * len(seen[:-1]) and seen[-1] == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 @pytest.mark.parametrize(

@@ -300,6 +300,22 @@ def test_verdicts_of_a_gpu():
     assert gpu_verdicts.report([]).count("not measured") == len(gpu_verdicts.bars([]))
 
 
+@pytest.mark.parametrize(
+    ("passed", "failed", "ended", "said"),
+    [
+        (9, [], "exit 0", "met           tests that failed: 0"),
+        (0, [], "exit 1", "not measured"),  # no pytest there
+        (0, [], "exit 4", "not measured"),
+        (9, [], "cut off", "not measured"),
+        (9, ["one"], "cut off", "MISSED        tests that failed: 1"),
+    ],
+)
+def test_tests_that_did_not_run_have_not_passed(passed, failed, ended, said):
+    row = {"case": "gpu tests", "implementation": "pytest", "passed": passed, "failed": failed}
+    last = gpu_verdicts.report([row | {"ended": ended}]).splitlines()[-1]
+    assert "tests that failed" in last and said in last
+
+
 def test_the_gpu_command_runs_at_toy_sizes(tmp_path, monkeypatch):
     """Cases of each kind; `make gpu ARGS=--toy` runs all."""
     names = ["layer-published", "trial", "packed-layer", "packed-qwen3", "growth-qwen3", "head"]

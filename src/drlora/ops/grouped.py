@@ -11,7 +11,7 @@ in the forward and again in the backward pass. Autograd keeps nothing of them.
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -139,29 +139,58 @@ def _add_lora(
             # Adds zero, but keeps the factors in the graph: data-parallel engines wait for them.
             out_SO = out_SO + (piece.a_RI.sum() + piece.b_RO.sum())
             continue
-        rows_EP = padded_rows(piece.offsets, ALIGNMENT_BYTES // x_SI.element_size(), x_SI.device)
-        a_EPI, b_EPO = pad_rows(piece.a_RI, rows_EP), pad_rows(piece.b_RO, rows_EP)
+        padding = padded_rows(piece.offsets, ALIGNMENT_BYTES // x_SI.element_size(), x_SI.device)
+        a_EPI, b_EPO = pad_rows(piece.a_RI, padding), pad_rows(piece.b_RO, padding)
         z_SP = F.grouped_mm(x_SI, a_EPI.transpose(1, 2), offs=ends_E)
         update_SO = F.grouped_mm(z_SP, b_EPO, offs=ends_E) * piece.scaling
         out_SO = out_SO + piece.spread(update_SO, out_SO.shape[1])
     return out_SO
 
 
-def pad_rows(factor_RO: Tensor, rows_EP: Tensor) -> Tensor:
+class Padding(NamedTuple):
+    """How R rows are laid out as P for each expert.
+
+    Attributes:
+        rows_EP: (E, P) rows of each expert; R stands for a row of zeros.
+        slot_R: (R,) where each row is among the E * P.
+    """
+
+    rows_EP: Tensor
+    slot_R: Tensor
+
+
+def pad_rows(factor_RO: Tensor, padding: Padding) -> Tensor:
     """(E, P, O): each expert's rows, filled up with zero rows."""
-    zero_1O = factor_RO.new_zeros(1, factor_RO.shape[1])
-    return torch.cat([factor_RO, zero_1O])[rows_EP]
+    padded_EPO: Tensor = _PadRows.apply(factor_RO, *padding)
+    return padded_EPO
+
+
+class _PadRows(torch.autograd.Function):
+    """That of an index would add up the gradients of all zero rows, one after the other."""
+
+    @staticmethod
+    def forward(ctx: Any, factor_RO: Tensor, rows_EP: Tensor, slot_R: Tensor) -> Tensor:
+        ctx.save_for_backward(slot_R)
+        zero_1O = factor_RO.new_zeros(1, factor_RO.shape[1])
+        filled = torch.cat([factor_RO, zero_1O]).index_select(0, rows_EP.flatten())
+        return filled.view(*rows_EP.shape, factor_RO.shape[1])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (slot_R,) = ctx.saved_tensors
+        return grads[0].flatten(0, 1).index_select(0, slot_R), None, None
 
 
 @lru_cache(maxsize=512)
-def padded_rows(offsets: tuple[int, ...], multiple: int, device: torch.device) -> Tensor:
-    """(E, P) rows of each expert; the number after the last row stands for the zero row."""
+def padded_rows(offsets: tuple[int, ...], multiple: int, device: torch.device) -> Padding:
+    """The layout with the largest rank, rounded up to a multiple, for every expert."""
     start_E = torch.tensor(offsets[:-1])
     rank_E = torch.tensor(offsets[1:]) - start_E
     width = -(-int(rank_E.max()) // multiple) * multiple
     step_P = torch.arange(width)
-    rows_EP = torch.where(step_P < rank_E[:, None], start_E[:, None] + step_P, offsets[-1])
-    return rows_EP.to(device)
+    is_row_EP = step_P < rank_E[:, None]
+    rows_EP = torch.where(is_row_EP, start_E[:, None] + step_P, offsets[-1])
+    return Padding(rows_EP.to(device), is_row_EP.flatten().nonzero()[:, 0].to(device))
 
 
 register_engine(

@@ -101,27 +101,20 @@ def backward_grouped(
     part_SI = dx_SI if part_SI is None else part_SI
     for piece, da_RI, db_RO in zip(pieces, grads[::2], grads[1::2], strict=True):
         if piece.offsets[-1]:
-            a_EPI, b_EPO, rows_EP = _padded(piece)
+            a_EPI, b_EPO, slot_R = _padded(piece)
             grad_SC = grad_SO[:, piece.columns].contiguous()
             z_SP = F.grouped_mm(adapter_SI, a_EPI.transpose(1, 2), offs=ends_E)
             dz_SP = F.grouped_mm(grad_SC, b_EPO.transpose(1, 2), offs=ends_E).mul_(piece.scaling)
             part_SI += F.grouped_mm(dz_SP, a_EPI, offs=ends_E)
             da_EPI = F.grouped_mm(dz_SP.T, adapter_SI, offs=ends_E)
             db_EPC = F.grouped_mm(z_SP.mul_(piece.scaling).T, grad_SC, offs=ends_E)
-            _unpad(da_RI, piece.offsets[-1], rows_EP, da_EPI)
-            _unpad(db_RO, piece.offsets[-1], rows_EP, db_EPC)
+            da_RI[: len(slot_R)] = da_EPI.flatten(0, 1).index_select(0, slot_R)
+            db_RO[: len(slot_R)] = db_EPC.flatten(0, 1).index_select(0, slot_R)
     return dx_SI
 
 
 def _padded(piece: LoraPiece) -> tuple[Tensor, Tensor, Tensor]:
-    """Both factors with P rows for each expert, and which rows these were."""
+    """Both factors with P rows for each expert, and where among these their own are."""
     multiple = ALIGNMENT_BYTES // piece.a_RI.element_size()
-    rows_EP = padded_rows(piece.offsets, multiple, piece.a_RI.device)
-    return pad_rows(piece.a_RI, rows_EP), pad_rows(piece.b_RO, rows_EP), rows_EP
-
-
-def _unpad(grad_RO: Tensor, owned: int, rows_EP: Tensor, padded_EPO: Tensor) -> None:
-    """Write the gradient of the owned rows; the padding all goes to one more row, left out."""
-    packed_RO = grad_RO.new_empty(owned + 1, grad_RO.shape[1])
-    packed_RO[rows_EP] = padded_EPO
-    grad_RO[:owned] = packed_RO[:owned]
+    padding = padded_rows(piece.offsets, multiple, piece.a_RI.device)
+    return pad_rows(piece.a_RI, padding), pad_rows(piece.b_RO, padding), padding.slot_R

@@ -20,7 +20,8 @@ import logging
 import statistics
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache, partial
 from itertools import pairwise
@@ -40,6 +41,8 @@ from drlora.ops.weights import ExpertWeights
 
 # Kind of device -> names of engines, those first that are preferred where nothing is timed.
 CANDIDATES: dict[str, tuple[str, ...]] = {"cuda": ("triton", "grouped")}
+# Cards before these have no tensor cores in Triton: its kernels compile for minutes, and lose.
+LEAST_CAPABILITY = {"triton": (8, 0)}
 REPEATS = 3
 EXPERTS_AT_ONCE = 8  # that are wide in the definition
 SLACK = 3.0  # times the error that the definition itself makes in the experts' dtype
@@ -118,16 +121,26 @@ def engine_by_trial(call: Call) -> Engine | None:
             layer = f"{call.layer}, "
             of_layer = (name for known, name in _FOUND.items() if known.startswith(layer))
             return next((ENGINES[name] for name in of_layer), None)
-        able = [name for name in names if _can(ENGINES[name], call.base)]
+        able = [name for name in names if _can(name, call)]
         if not able:
             return None
-        _FOUND[shape] = _try_all(call, able)
+        try:
+            _FOUND[shape] = _try_all(_with_numbers(call), able)
+        except torch.OutOfMemoryError:  # of the trial, which keeps results in float32 beside
+            _FOUND[shape] = able[-1]
+            warnings.warn(
+                f"there is no memory to try engines for {shape}; {able[-1]!r} computes, unchecked.",
+                stacklevel=2,
+            )
     return ENGINES[_FOUND[shape]]
 
 
-def _can(engine: Engine, base: ExpertWeights) -> bool:
+def _can(name: str, call: Call) -> bool:
+    device, least = call.x_TH.device, LEAST_CAPABILITY.get(name)
+    if device.type == "cuda" and least and torch.cuda.get_device_capability(device) < least:
+        return False
     try:
-        return engine.refuses(base) is None
+        return ENGINES[name].refuses(call.base) is None
     except ConfigError:  # not installed
         return False
 
@@ -136,7 +149,7 @@ def _try_all(call: Call, names: list[str]) -> str:
     """The name of the fastest candidate that is right; `naive` if none is."""
     # Checkpointing counts what is kept of a pass, and this is none of it.
     keep = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
-    with torch.enable_grad(), keep:
+    with torch.enable_grad(), keep, _in_full_precision():
         grad_TH = _random_like(call.x_TH)
         wanted = _definition(call, grad_TH, torch.float32)
         rounded = _definition(call, grad_TH, call.x_TH.dtype)
@@ -148,6 +161,7 @@ def _try_all(call: Call, names: list[str]) -> str:
         for name in names:
             fault = _fault(ENGINES[name].run, call, grad_TH, wanted, allowed)
             if fault is not None:
+                _refuse_dead(call.x_TH.device, name, fault)
                 warnings.warn(
                     f"engine {name!r} is not used for {call.shape}: {fault}.", stacklevel=2
                 )
@@ -162,8 +176,53 @@ def _try_all(call: Call, names: list[str]) -> str:
     return chosen
 
 
+def _with_numbers(call: Call) -> Call:
+    """The call with numbers in rows of factors that are zero, as B is before the first step.
+
+    With B = 0 the update, dz and dA are zero whatever an engine makes of them.
+    """
+
+    def filled(factor_RO: Tensor, rank: int) -> Tensor:
+        factor_RO = factor_RO.detach()
+        is_zero_R1 = (factor_RO == 0).all(dim=1, keepdim=True)
+        return torch.where(is_zero_R1, _random_like(factor_RO) / max(1, rank) ** 0.5, factor_RO)
+
+    pieces = []
+    for piece in call.pieces:
+        rank = _largest(piece.offsets)
+        a_RI, b_RO = filled(piece.a_RI, rank), filled(piece.b_RO, rank)
+        pieces.append(piece._replace(a_RI=a_RI, b_RO=b_RO))
+    return call._replace(pieces=pieces)
+
+
+@contextmanager
+def _in_full_precision() -> Iterator[None]:
+    """Products in float32 without TF32, in which the definition would be off itself."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _refuse_dead(device: torch.device, name: str, fault: str) -> None:
+    """Raises:
+    ConfigError: if the device computes nothing any more, as after a wrong access to its memory.
+    """
+    try:
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+    except Exception as error:
+        others = [other for other in CANDIDATES[device.type] if other != name]
+        raise ConfigError(
+            f"engine {name!r} has left {device} unusable ({fault}); start again with "
+            f"engine={others[0] if others else 'naive'!r}."
+        ) from error
+
+
 def _random_like(x_TH: Tensor) -> Tensor:
-    """A gradient of the output, without touching the generators of the run."""
+    """Normal numbers, always the same, without touching the generators of the run."""
     draw = torch.Generator(x_TH.device).manual_seed(0)
     return torch.randn(x_TH.shape, generator=draw, device=x_TH.device).to(x_TH.dtype)
 
@@ -175,6 +234,8 @@ def _fault(
     try:
         got = _results(run, call, grad_TH)
         errors = [row_error(g, w) for g, w in zip(got, wanted, strict=True)]
+    except torch.OutOfMemoryError:
+        raise
     except Exception as problem:  # compilers and drivers raise what they like
         return f"it fails: {type(problem).__name__}: {first_line(problem)}"
     for name, error, bound in zip(call.names, errors, allowed, strict=True):

@@ -98,9 +98,15 @@ def probe_gradients(
             found[block] = {}
             for projection, probe in of_block.items():
                 sketch_EPI = sketches.pop(0).view(len(probe.offsets) - 1, -1, probe.a_RI.shape[1])
-                _, strength_EP, rows_EPI = torch.linalg.svd(sketch_EPI, full_matrices=False)
+                _, strength_EP, rows_EPI = _svd(sketch_EPI)
                 found[block][projection] = Directions(rows_EPI[:, :count], strength_EP[:, :count])
     return found
+
+
+def _svd(sketch_EPI: Tensor) -> tuple[Tensor, ...]:
+    """Of each matrix; on the CPU, since a GPU takes matrices of this width one by one."""
+    parts = torch.linalg.svd(sketch_EPI.cpu(), full_matrices=False)
+    return tuple(part.to(sketch_EPI.device) for part in parts)
 
 
 @contextmanager

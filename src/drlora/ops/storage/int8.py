@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -39,7 +41,7 @@ class Int8(PackedFormat):
 
     def coded(self, parts: Parts) -> Coded:
         codes_EOI = parts["codes"]
-        table = torch.arange(256, dtype=torch.uint8).view(torch.int8).to(codes_EOI.device).float()
+        table = _numbers(codes_EOI.device)
         scale_EO1 = parts["scale"][:, :, None]
         shape = (codes_EOI.shape[1], codes_EOI.shape[2])
         return Coded(codes_EOI.view(torch.uint8), 8, True, table, scale_EO1, 1, shape[1], shape)
@@ -47,6 +49,12 @@ class Int8(PackedFormat):
     def shape(self, parts: Parts) -> tuple[int, int]:
         outputs, inputs = parts["codes"].shape
         return outputs, inputs
+
+
+@cache
+def _numbers(device: torch.device) -> Tensor:
+    """(256,) what each byte stands for; made once, as a copy from the host waits for the device."""
+    return torch.arange(256, dtype=torch.uint8).view(torch.int8).float().to(device)
 
 
 register_format(Int8())

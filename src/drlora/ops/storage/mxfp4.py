@@ -6,6 +6,7 @@ of a byte; the scale s stands for 2 ** (s - 127).
 
 from __future__ import annotations
 
+from functools import cache
 from itertools import pairwise
 
 import torch
@@ -46,7 +47,7 @@ class Mxfp4(BlockFormat):
 
     def coded(self, parts: Parts) -> Coded:
         blocks, scales = parts["blocks"], parts["scales"]
-        table = torch.tensor(_NUMBERS.codes, device=blocks.device)
+        table = _table(blocks.device)
         scale_EOB = torch.exp2(scales.float() - BIAS)
         shape = (scales.shape[1], scales.shape[2] * BLOCK)
         return Coded(blocks, 4, False, table, scale_EOB, 1, BLOCK, shape)
@@ -64,5 +65,11 @@ class Mxfp4(BlockFormat):
 _BOUNDS = tuple((low + high) / 2 for low, high in pairwise(CODES))
 # Powers of two times such codes are numbers of bfloat16.
 _NUMBERS = FourBits([*CODES, *(-c for c in CODES)], is_high_first=False, in_bfloat16=True)
+
+
+@cache
+def _table(device: torch.device) -> Tensor:
+    return torch.tensor(_NUMBERS.codes, device=device)
+
 
 register_format(Mxfp4())
