@@ -9,7 +9,9 @@ import pytest
 from run_checks import assert_same_run, interrupt_at, lines
 from safetensors.torch import load_file
 from tiny_run import save_all
+from transformers import Trainer
 
+import drlora.runs.train as train_module
 import drlora.trainer.patience
 from drlora.cli.main import main
 from drlora.errors import ConfigError
@@ -87,6 +89,63 @@ def test_patience_is_carried_over_a_resume(tmp_path, monkeypatch):
     assert main(["train", str(cut), "--resume"]) == 0
     assert result_of(tmp_path / "cut")["steps"] == 8
     assert_same_run(tmp_path / "cut" / "run", tmp_path / "straight" / "run")
+
+
+@pytest.mark.parametrize(
+    "training", [{"early_stopping_patience": 1}, {"load_best_model_at_end": True}]
+)
+def test_a_run_killed_while_it_measures_ends_as_the_straight_one(tmp_path, monkeypatch, training):
+    """Its steps are over, and what evaluations have decided stands."""
+    end_at(4, monkeypatch)
+    one_answer = "".join(
+        json.dumps({"prompt": "ab:", "completion": " zz"}) + "\n" for _ in "ab" * 12
+    )
+    settings = {**EACH_TWO, "save_total_limit": 3, "learning_rate": 0.1, **training}
+    for name in ("straight", "cut"):
+        save_all(tmp_path / name, training=settings)
+        (tmp_path / name / "train.jsonl").write_text(one_answer)
+    straight, cut = (tmp_path / name for name in ("straight", "cut"))
+    ended = main(["train", str(straight / "recipe.yaml")])
+    with monkeypatch.context() as patch:
+        measure = train_module._measure_and_log
+
+        def killed(job, training, when, *others):
+            if when == "after":
+                raise KeyboardInterrupt
+            return measure(job, training, when, *others)
+
+        patch.setattr(train_module, "_measure_and_log", killed)
+        assert main(["train", str(cut / "recipe.yaml")]) == 130
+    assert main(["train", str(cut / "recipe.yaml"), "--resume"]) == ended
+    assert_same_run(cut / "run", straight / "run")
+    assert result_of(cut)["notes"] == result_of(straight)["notes"] != []
+
+
+def test_an_epoch_that_is_broken_off_is_not_evaluated(tmp_path, monkeypatch):
+    """It would count for patience, and could end the run for good."""
+    end_at(2, monkeypatch)
+    each_epoch = {"eval_strategy": "epoch", "save_strategy": "epoch", "early_stopping_patience": 1}
+    straight = save_all(tmp_path / "straight", training=each_epoch)
+    cut = save_all(tmp_path / "cut", training=each_epoch)
+    assert main(["train", str(straight)]) == 0
+    with monkeypatch.context() as patch:
+        interrupt_at(5, patch)
+        assert main(["train", str(cut)]) == 130
+    assert list(evaluations(tmp_path / "cut")) == []
+    assert main(["train", str(cut), "--resume"]) == 0
+    assert list(evaluations(tmp_path / "cut")) == list(evaluations(tmp_path / "straight"))
+    assert_same_run(tmp_path / "cut" / "run", tmp_path / "straight" / "run")
+
+
+def test_where_the_best_alone_is_saved_an_interrupted_step_is_too(tmp_path, monkeypatch, capsys):
+    best = {"save_strategy": "best", "metric_for_best_model": "loss"}
+    recipe = save_all(tmp_path, training={**EACH_TWO, **best})
+    monkeypatch.setattr(Trainer, "_determine_best_metric", lambda *_, **__: False)
+    with monkeypatch.context() as patch:
+        interrupt_at(8, patch)
+        assert main(["train", str(recipe)]) == 130
+    assert "at step 8; a checkpoint is saved" in capsys.readouterr().err
+    assert (tmp_path / "run" / "checkpoints" / "checkpoint-8").is_dir()
 
 
 def test_the_best_checkpoint_is_the_adapter_and_what_it_left_is_said(tmp_path, capsys, monkeypatch):

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+import yaml
 from peft import PeftModel
 from run_checks import assert_same_run, interrupt_at, lines, losses
 from safetensors.torch import load_file
@@ -107,6 +108,27 @@ def test_ranks_and_rows_are_placed_by_the_objectives_loss(tmp_path, objective, m
 def test_a_resumed_run_is_the_straight_one(tmp_path, objective, monkeypatch):
     straight = save_preferences(tmp_path / "straight", objective)
     cut = save_preferences(tmp_path / "cut", objective)
+    assert main(["train", str(straight)]) == 0
+    with monkeypatch.context() as patch:
+        interrupt_at(8, patch)
+        assert main(["train", str(cut)]) == 130
+    assert main(["train", str(cut), "--resume"]) == 0
+    assert_same_run(tmp_path / "cut" / "run", tmp_path / "straight" / "run")
+
+
+@pytest.mark.filterwarnings("ignore:start_from_ranks 'again'")
+def test_a_reference_that_is_computed_beforehand_is_that_of_the_straight_run(tmp_path, monkeypatch):
+    """That of the adapter that the run began with, also when it is resumed."""
+    assert main(["train", str(save_all(tmp_path / "first"))]) == 0
+    from_first = {"start_from": str(tmp_path / "first" / "run")}
+    settings = {"precompute_ref_log_probs": True, "learning_rate": 0.003}
+    straight, cut = (
+        save_preferences(tmp_path / name, "dpo", training=settings, **from_first)
+        for name in ("straight", "cut")
+    )
+    for recipe in (straight, cut):
+        tree = yaml.safe_load(recipe.read_text()) | {"start_from_ranks": "again"}
+        recipe.write_text(yaml.safe_dump(tree))
     assert main(["train", str(straight)]) == 0
     with monkeypatch.context() as patch:
         interrupt_at(8, patch)

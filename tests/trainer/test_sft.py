@@ -289,6 +289,20 @@ def test_a_packed_run_from_the_command_line(tmp_path, capsys):
     assert result["after"]["loss"]["loss"] < result["before"]["loss"]["loss"]
 
 
+@pytest.mark.parametrize("token_metrics", [False, True])
+def test_a_row_with_nothing_to_learn_is_no_nan_and_no_divergence(tmp_path, token_metrics):
+    """The rest of wrapped texts may be one token, whose label is shifted away."""
+    training = dict(packing=True, packing_strategy="wrapped", per_device_train_batch_size=1,
+                    token_metrics=token_metrics)  # fmt: skip
+    recipe = save_all(tmp_path, training=training, data=dict(max_length=16))
+    texts = [{"text": "abcdef"}] * 4 + [{"text": "aaaa"}]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
+    (tmp_path / "eval.jsonl").write_text(json.dumps({"text": "abc"}) + "\n")
+    assert main(["train", str(recipe)]) == 0
+    found = losses(tmp_path / "run").values()
+    assert 0.0 in found and all(loss is not None and loss < 9 for loss in found)
+
+
 def test_wrapped_packing_says_what_it_does(tmp_path, capsys):
     recipe = save_all(tmp_path, training=dict(packing=True, packing_strategy="wrapped",
                                               max_steps=12), data=dict(max_length=16))  # fmt: skip

@@ -84,6 +84,8 @@ class RankDynamics:
             for name, layer in adapted_layers(model, self.adapter_name).items()
         }
         refuse_unplaced(self.config, self.budget()[0])
+        for found in self.adapters.values():
+            found.meter.reset()  # of passes that no step of this run came of
         warn_of_idle_options(self.config)
         # Of an adapter that was trained, nobody can tell whether it is by this run.
         self._waits_for_step = step is None and self._has_history()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import threading
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from types import FrameType
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import SaveStrategy
 
 from drlora.distributed import are_several
 from drlora.errors import Terminated
@@ -81,3 +83,14 @@ class StopOnInterrupt(TrainerCallback):
         if self.interrupted:
             control.should_save = True
             control.should_training_stop = True
+            if args.save_strategy == SaveStrategy.BEST:  # or an evaluation would decide on it
+                args.save_strategy = SaveStrategy.STEPS
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """An epoch that was broken off has not ended; what a whole one brings is saved with it."""
+        if self.interrupted:
+            is_whole = math.isclose(state.epoch or 0.0, round(state.epoch or 0.0), abs_tol=1e-9)
+            control.should_evaluate &= is_whole
+            control.should_save = control.should_evaluate

@@ -115,7 +115,9 @@ def _of_training(logged: list[tuple[int, Any]], is_rewarded: bool) -> Iterator[s
         del signs["exactly 0"]
     for what, is_so in signs.items():
         steps = [step for step, loss in logged if is_so(loss)]
-        if steps:
+        # A step without a token to learn has a loss of 0 too, but others follow.
+        stays_so = what != "exactly 0" or is_so(logged[-1][1]) if logged else False
+        if steps and stays_so:
             yield f"the training loss was {what} at step {steps[0]}"
 
 

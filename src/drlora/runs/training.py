@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import PrinterCallback, TrainerCallback
+from transformers import PrinterCallback, TrainerCallback, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 
 from drlora.distributed import are_several, on_main
 from drlora.distributed.zero import is_split
@@ -25,9 +26,13 @@ from drlora.runs.rundir import write_json
 from drlora.trainer.callback import DrLoraCallback
 from drlora.trainer.objectives import OwnSettings, make_trainer, objective_of, refuse_leaks
 from drlora.trainer.patience import Patience
-from drlora.trainer.preferences import PreferenceTrainer
+from drlora.trainer.preferences import REFERENCE, PreferenceTrainer
 from drlora.trainer.sft import SftTrainer
 from drlora.trainer.trainer import Clock, NewSchedule, RunTrainer, StopWhenLost
+
+
+def _state_of(checkpoint: Path) -> TrainerState:
+    return TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
 
 
 class Training:
@@ -50,7 +55,12 @@ class Training:
         self.restarts: list[dict[str, Any]] = list(job.record.get("restarts", []))
         self.is_over = self.steps >= self.due
         self.when_it_computes: Callable[[], object] = lambda: None
+        if job.checkpoint and (job.checkpoint / REFERENCE).is_dir():
+            # The adapter that the run began with, of which TRL makes the reference now.
+            self._load(job.checkpoint / REFERENCE)
         self.trainer = self._make_trainer()
+        if job.checkpoint and not self.is_over and not job.is_extended:
+            self.is_over = self._has_lost_patience(job.checkpoint)
 
     @property
     def waits_for_engine(self) -> bool:
@@ -84,8 +94,8 @@ class Training:
         checkpoint = self.job.checkpoint
         if self.is_over:
             # The run ended between its last step and its result; the Trainer would take one more.
-            name = self.model.active_adapter
-            self.model.load_adapter(str(checkpoint), name, is_trainable=True)
+            assert checkpoint is not None
+            self._load(self._best_of(checkpoint) or checkpoint)
             if self.waits_for_engine:
                 self._make_engine()
             self.when_it_computes()
@@ -93,6 +103,23 @@ class Training:
         with self.stop:
             self.trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         self.steps, self.due = self.trainer.state.global_step, self.trainer.state.max_steps
+
+    def _load(self, folder: Path) -> None:
+        self.model.load_adapter(str(folder), self.model.active_adapter, is_trainable=True)
+
+    def _best_of(self, checkpoint: Path) -> Path | None:
+        """The best checkpoint until that one, where it is to be the run's adapter."""
+        arguments, state = self.job.arguments, self.trainer.state
+        if not arguments.load_best_model_at_end:
+            return None
+        state.best_model_checkpoint = _state_of(checkpoint).best_model_checkpoint
+        FindBest().on_train_begin(arguments, state, self.trainer.control)
+        return Path(state.best_model_checkpoint) if state.best_model_checkpoint else None
+
+    def _has_lost_patience(self, checkpoint: Path) -> bool:
+        if self.patience is not None:
+            self.patience.go_on_from(_state_of(checkpoint))
+        return self.stopped_early
 
     def beginning(self) -> Iterator[str]:
         """What it does otherwise than a script would."""
@@ -110,7 +137,7 @@ class Training:
                 f"ended at step {self.steps} of {self.due}"
             )
         best = self.trainer.state.best_model_checkpoint
-        if self.job.arguments.load_best_model_at_end and best and not self.is_over:
+        if self.job.arguments.load_best_model_at_end and best:
             yield f"the adapter is that of step {checkpoint_step(Path(best))}, the best evaluation"
         spent, ranks = budget_of(self.model).spent, self._ranks_of_budget()
         if spent < ranks and self.ends_before_its_time:

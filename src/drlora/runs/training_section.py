@@ -34,6 +34,8 @@ NOT_IN_RECIPES = {
     "resume_from_checkpoint": "use --resume",
     "restore_callback_states_from_checkpoint": "use --resume",
     "save_only_model": "a run could not be resumed without the optimizer's state",
+    "push_to_hub": "the Trainer would push checkpoints under the name of their folder; push the "
+    "finished run, which has the card: hf upload NAME output_dir",
     "do_train": "drlora train trains",
     "do_eval": "see the section evaluation",
     "do_predict": "use drlora eval",

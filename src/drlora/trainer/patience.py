@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import EarlyStoppingCallback
+from transformers import EarlyStoppingCallback, TrainerState
 
 from drlora.trainer.objectives import OwnSettings
 
@@ -34,9 +34,15 @@ class Patience(EarlyStoppingCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Go on from what the checkpoint says; the Trainer leaves that to its callbacks."""
         super().on_train_begin(args, state, control, **kwargs)
-        saved = (state.stateful_callbacks or {}).get(type(self).__name__)
+        self.go_on_from(state)
+
+    def go_on_from(self, state: TrainerState) -> None:
+        """Take up the count of a checkpoint's state; it may have come to its end there."""
+        known: Any = state.stateful_callbacks or {}
+        saved = known.get(type(self).__name__)
         if state.global_step and isinstance(saved, dict):
             self.early_stopping_patience_counter = saved["attributes"][_COUNTER]
+            self.has_ended = self.early_stopping_patience_counter >= self.early_stopping_patience
 
     def on_evaluate(  # type: ignore[override]  # as transformers' own
         self, args: Any, state: Any, control: Any, metrics: Any, **kwargs: Any

@@ -107,7 +107,11 @@ class SftTrainer(RunTrainer, SFTTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
-        """Mean negative log-likelihood over the labels of the step, a scalar."""
+        """Mean negative log-likelihood over the labels of the step, 0 without any; a scalar."""
+        if isinstance(num_items_in_batch, Tensor):
+            num_items_in_batch = num_items_in_batch.clamp(min=1)
+        elif num_items_in_batch is not None:
+            num_items_in_batch = max(1, num_items_in_batch)
         if self.way == "trl":
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if self.way in _FLAGS:
