@@ -4,6 +4,7 @@ import json
 import signal
 from pathlib import Path
 
+from drlora.cli.main import main
 from drlora.runs.metrics_log import MetricsLog
 
 
@@ -26,6 +27,16 @@ def interrupt_at(step: int, monkeypatch) -> None:
             signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(MetricsLog, "on_log", pressing)
+
+
+def assert_resumed_is_straight(straight: Path, cut: Path, step: int, monkeypatch) -> None:
+    """Train two recipes of one run, press Ctrl-C in one of them, resume it and compare."""
+    assert main(["train", str(straight)]) == 0
+    with monkeypatch.context() as patch:
+        interrupt_at(step, patch)
+        assert main(["train", str(cut)]) == 130
+    assert main(["train", str(cut), "--resume"]) == 0
+    assert_same_run(cut.parent / "run", straight.parent / "run")
 
 
 def assert_same_run(run: Path, straight: Path) -> None:

@@ -208,6 +208,10 @@ def test_types_are_those_of_a_whole_large_file(tmp_path):
     found = load_placed(lines(tmp_path / "a.jsonl", rows)).rows
     assert found[-1]["messages"][1]["tool_calls"] == [call] and found[-1]["line"] == 7001
     assert found[0]["messages"] == rows[0]["messages"]
+    (tmp_path / "a.json").write_text(json.dumps({"data": rows[-3:]}))  # of any size under a key
+    under_key = load_placed(str(tmp_path / "a.json")).rows
+    assert under_key["messages"][:] == found["messages"][-3:]
+    assert under_key["item"][:] == [1, 2, 3]
 
 
 def test_conversations_of_several_files_are_joined_whatever_keys_their_turns_have(tmp_path):
@@ -221,6 +225,12 @@ def test_conversations_of_several_files_are_joined_whatever_keys_their_turns_hav
         assert sorted(map(str, load_examples(order)["messages"])) == sorted(
             map(str, [said, called, said])
         )
+    tools = [[{"name": "f"}], json.dumps([{"name": "g"}])]
+    paths = [
+        lines(tmp_path / f"tools-{n}.jsonl", [{"messages": said, "tools": some}])
+        for n, some in enumerate(tools)
+    ]
+    assert load_examples(paths)["tools"][:] == [[{"name": "f"}], [{"name": "g"}]]
     schema = pa.schema([(name, pa.large_string()) for name in PAIRS[0]])
     pq.write_table(pa.Table.from_pylist(PAIRS[:1], schema), tmp_path / "a.parquet")
     both = [str(tmp_path / "a.parquet"), lines(tmp_path / "b.jsonl", PAIRS[1:])]
@@ -247,6 +257,8 @@ def test_verdicts_of_a_table(tmp_path):
     rows = [{**PAIRS[n], "label": text} for n, text in enumerate(["true", "False", "1", "0"])]
     found = load_examples(table(tmp_path / "a.csv", rows))
     assert found["label"][:] == [True, False, True, False]
+    numbers = [{**PAIRS[0], "label": 1.0}, {**PAIRS[1], "label": 0}]
+    assert load_examples(lines(tmp_path / "a.jsonl", numbers))["label"][:] == [True, False]
     rows[3]["label"] = "maybe"
     with pytest.raises(DataError, match="a.csv, row 4: 'label' must be true or false.*'maybe'"):
         load_examples(table(tmp_path / "a.csv", rows))

@@ -6,7 +6,7 @@ import json
 import math
 
 import pytest
-from run_checks import assert_same_run, interrupt_at, lines
+from run_checks import assert_resumed_is_straight, assert_same_run, interrupt_at, lines
 from safetensors.torch import load_file
 from tiny_run import save_all
 from transformers import Trainer
@@ -82,13 +82,8 @@ def test_patience_is_carried_over_a_resume(tmp_path, monkeypatch):
     settings = {**EACH_TWO, "early_stopping_patience": 3}
     straight = save_all(tmp_path / "straight", training=settings)
     cut = save_all(tmp_path / "cut", training=settings)
-    assert main(["train", str(straight)]) == 0
-    with monkeypatch.context() as patch:
-        interrupt_at(6, patch)
-        assert main(["train", str(cut)]) == 130
-    assert main(["train", str(cut), "--resume"]) == 0
+    assert_resumed_is_straight(straight, cut, 6, monkeypatch)
     assert result_of(tmp_path / "cut")["steps"] == 8
-    assert_same_run(tmp_path / "cut" / "run", tmp_path / "straight" / "run")
 
 
 @pytest.mark.parametrize(

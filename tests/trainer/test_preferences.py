@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel
-from run_checks import assert_same_run, interrupt_at, lines, losses
+from run_checks import assert_resumed_is_straight, assert_same_run, interrupt_at, lines, losses
 from safetensors.torch import load_file
 from tiny_run import LETTERS, save_all
 from transformers import AutoModelForCausalLM, TrainerCallback
@@ -108,12 +108,7 @@ def test_ranks_and_rows_are_placed_by_the_objectives_loss(tmp_path, objective, m
 def test_a_resumed_run_is_the_straight_one(tmp_path, objective, monkeypatch):
     straight = save_preferences(tmp_path / "straight", objective)
     cut = save_preferences(tmp_path / "cut", objective)
-    assert main(["train", str(straight)]) == 0
-    with monkeypatch.context() as patch:
-        interrupt_at(8, patch)
-        assert main(["train", str(cut)]) == 130
-    assert main(["train", str(cut), "--resume"]) == 0
-    assert_same_run(tmp_path / "cut" / "run", tmp_path / "straight" / "run")
+    assert_resumed_is_straight(straight, cut, 8, monkeypatch)
 
 
 @pytest.mark.filterwarnings("ignore:start_from_ranks 'again'")
@@ -129,12 +124,7 @@ def test_a_reference_that_is_computed_beforehand_is_that_of_the_straight_run(tmp
     for recipe in (straight, cut):
         tree = yaml.safe_load(recipe.read_text()) | {"start_from_ranks": "again"}
         recipe.write_text(yaml.safe_dump(tree))
-    assert main(["train", str(straight)]) == 0
-    with monkeypatch.context() as patch:
-        interrupt_at(8, patch)
-        assert main(["train", str(cut)]) == 130
-    assert main(["train", str(cut), "--resume"]) == 0
-    assert_same_run(tmp_path / "cut" / "run", tmp_path / "straight" / "run")
+    assert_resumed_is_straight(straight, cut, 8, monkeypatch)
 
 
 @pytest.mark.parametrize("beside", [[], ["q_proj", "v_proj"]])

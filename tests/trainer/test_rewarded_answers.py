@@ -6,7 +6,7 @@ import json
 
 import pytest
 from datasets import Dataset
-from run_checks import assert_same_run, interrupt_at, lines, losses
+from run_checks import assert_resumed_is_straight, lines, losses
 from tiny_run import save_all
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer
@@ -97,12 +97,7 @@ def test_a_resumed_run_is_the_straight_one(tmp_path, vowels, monkeypatch, beta):
     straight, cut = (
         save_tries(tmp_path / n, training=dict(beta=beta)) for n in ("straight", "cut")
     )
-    assert main(["train", str(straight)]) == 0
-    with monkeypatch.context() as patch:
-        interrupt_at(8, patch)
-        assert main(["train", str(cut)]) == 130
-    assert main(["train", str(cut), "--resume"]) == 0
-    assert_same_run(tmp_path / "cut" / "run", tmp_path / "straight" / "run")
+    assert_resumed_is_straight(straight, cut, 8, monkeypatch)
     assert not (tmp_path / "straight" / "run" / "ref").exists()
 
 

@@ -76,7 +76,8 @@ def suspects(found: Dataset, form: Form) -> list[int]:
 
 def as_verdict(value: object) -> bool | None:
     """True or false as a table may have it: 1, 0, or a text; None of anything else."""
-    return {"true": True, "1": True, "false": False, "0": False}.get(str(value).lower())
+    text = str(value).lower().removesuffix(".0")
+    return {"true": True, "1": True, "false": False, "0": False}.get(text)
 
 
 def _check_turns(turns: Collection[Mapping[str, Any]], where: str) -> None:

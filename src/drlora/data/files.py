@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ from typing import Any, TypeVar
 
 import datasets
 
-from drlora.data.checks import check_record, suspects
+from drlora.data.checks import check_record, parsed, suspects
 from drlora.data.foreign import standard
 from drlora.data.formats import (
     KNOWN_COLUMNS,
@@ -29,6 +30,7 @@ from drlora.data.formats import (
     choose_form,
     is_conversation,
     unused_columns,
+    where_of,
 )
 from drlora.data.lines import PACKED, diagnose, line_numbers, list_in, opened, suffix_of
 from drlora.data.slices import base_of, rows_of
@@ -159,9 +161,24 @@ def _alike(parts: Sequence[datasets.Dataset]) -> list[datasets.Dataset]:
                 wanted[name] = datasets.Value("string")
             elif all(isinstance(one, datasets.List) for one in types):
                 wanted[name] = datasets.List(datasets.Json())
+            elif name == "tools":  # of which some are JSON in a text
+                parts = [_with_lists(part, name) for part in parts]
+                wanted[name] = datasets.List(datasets.Json())
     for name, feature in wanted.items():
         parts = [part.cast_column(name, feature) for part in parts]
     return list(parts)
+
+
+def _with_lists(part: datasets.Dataset, name: str) -> datasets.Dataset:
+    """Texts of JSON in a column as the lists that they are."""
+    if part.features[name] not in _TEXTS:
+        return part
+    features = datasets.Features({**part.features, name: datasets.List(datasets.Json())})
+
+    def read(row: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: parsed(row[name], f"{where_of(row)}: {name}") if row[name] else None}
+
+    return part.map(read, features=features)
 
 
 def _with_file(part: Loaded) -> datasets.Dataset:
@@ -218,11 +235,32 @@ def _whole(path: Path, reader: str, key: str | None) -> datasets.Dataset:
         found = load()
     except Exception:
         is_small = path.stat().st_size <= _PIECE_BYTES and path.suffix not in PACKED
+        if reader == "json" and key:
+            return _of_records(path, key)
         if reader != "json" or key is not None or is_small:
             raise
         found = load(chunksize=_ONE_PIECE)
     found.data.table.validate(full=True)  # what says it is text may be none
     return found
+
+
+def _of_records(path: Path, key: str) -> datasets.Dataset:
+    """The list under a key, where its items have values of several types."""
+    with opened(path) as file:
+        records = json.loads(file.read().decode("utf-8-sig"))[key]
+    names = dict.fromkeys(name for record in records for name in record)
+    rows = [{name: record.get(name) for name in names} for record in records]
+    types = {name: _type_of([row[name] for row in rows]) for name in names}
+    return datasets.Dataset.from_list(rows, features=datasets.Features(types))
+
+
+def _type_of(values: Sequence[Any]) -> Any:
+    known = [value for value in values if value is not None]
+    if all(isinstance(value, str) for value in known):
+        return datasets.Value("string")
+    if all(isinstance(value, list) for value in known):
+        return datasets.List(datasets.Json())
+    return datasets.Json()
 
 
 def _without_blanks(lines: datasets.Dataset, name: str) -> datasets.Dataset:
