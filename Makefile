@@ -45,7 +45,7 @@ $(LOWEST)/.ok: requirements/lowest.txt
 # here. A C++ compiler is used at the first run.
 ENGINES := .venv-engines
 WITH_ENGINES = tests/trainer/test_deepspeed.py \
-	$(shell grep -rlE 'importorskip.*(bitsandbytes|compressed_tensors|torchao|tensorboard)' tests)
+	$(shell grep -rlE 'importorskip.*(bitsandbytes|compressed_tensors|torchao|tensorboard|optuna)' tests)
 test-engines: $(ENGINES)/.ok ## run the tests that want DeepSpeed, bitsandbytes, ... (five minutes)
 	PATH="$(CURDIR)/$(ENGINES)/bin:$$PATH" $(TEST_ENV) PYTHONPATH=src \
 		$(ENGINES)/bin/python -m pytest $(WITH_ENGINES) $(ARGS)

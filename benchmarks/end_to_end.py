@@ -2,6 +2,8 @@
 
     PYTHONPATH=src python -m benchmarks.end_to_end [embedded] [slice] [--rounds 3] [--threads 2]
 
+Speed in a few steps; `benchmarks.to_the_loss` asks how long each takes to the same held-out loss.
+
 Both train the same model on the same files: tokens, order, batch, steps, learning rate, rank and
 what is adapted (`target_parameters` gate_up_proj and down_proj of the experts) are equal; one rank
 for all in PEFT, ranks that grow to the same mean here. The script is TRL's SFTTrainer as its
@@ -13,13 +15,13 @@ documentation has it, with autocast and checkpointing off on both sides.
 
 Each run is a process of its own; they take turns, and each round gives one ratio. Rows go to
 benchmarks/results/end_to_end.jsonl: seconds and tokens of a step (the first does not count), peak
-memory, seconds from the start of the process to the first step, held-out loss by step, and seconds
-of training until the other one's last held-out loss.
+memory, seconds from the start of the process to the first step, and held-out loss by step.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import shutil
@@ -42,7 +44,7 @@ from drlora.embedded import model_folder
 
 HERE = Path(__file__).resolve().parents[1]
 MINE, THEIRS = "drlora train", "TRL + PEFT"
-RANK, LENGTH, EVALUATIONS, HELD_OUT = 16, 64, 4, 64
+RANK, LENGTH = 16, 64
 OLMOE_SLICE = ModelShape(2048, 1024, 64, 8, 2, 4096, torch.bfloat16, vocab=50_304)
 # What both programs do around the training: note times, and say them at the end.
 NOTES = """
@@ -60,8 +62,9 @@ def on_step_begin(self, *args, **kwargs):
     marks.append([time.time(), time.process_time()])
     return begin(self, *args, **kwargs)
 def on_step_end(self, *args, **kwargs):
+    control = end(self, *args, **kwargs)  # growth is in there
     marks[-1] += [time.time(), time.process_time()]
-    return end(self, *args, **kwargs)
+    return control
 def on_evaluate(self, args, state, control, metrics):
     losses[state.global_step] = metrics["eval_loss"]
     return evaluated(self, args, state, control, metrics)
@@ -86,7 +89,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 recipe = yaml.safe_load(Path({folder!r}, "recipe.yaml").read_text())
-torch.manual_seed(0)
+torch.manual_seed(recipe["training"]["seed"])
 trainer = SFTTrainer(
     AutoModelForCausalLM.from_pretrained(recipe["model"], dtype=recipe["dtype"]),
     args=SFTConfig({folder!r} + "/theirs", max_length={length}, bf16=False,
@@ -114,6 +117,9 @@ class Case:
         batch: examples of a step.
         steps: in all; the first is not timed.
         rate: learning rate.
+        evaluations: measurements of the held-out loss.
+        held_out: examples of each.
+        decay: whether the rate rises over a tenth of the steps and falls to zero; else it stays.
     """
 
     shape: ModelShape | None
@@ -121,6 +127,9 @@ class Case:
     batch: int
     steps: int
     rate: float
+    evaluations: int = 4
+    held_out: int = 64
+    decay: bool = False
 
 
 CASES = {
@@ -140,7 +149,7 @@ def prepare(case: Case, folder: Path) -> float:
         tokenizer.save_pretrained(model)
         del made
     lengths = []
-    for split, count in (("train", case.batch * case.steps), ("dev", HELD_OUT)):
+    for split, count in (("train", case.batch * case.steps), ("dev", case.held_out)):
         rows = load_examples("embedded:kinds", split=split).select(range(count))
         lines = [json.dumps({k: row[k] for k in ("prompt", "completion")}) for row in rows]
         (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
@@ -159,9 +168,10 @@ def prepare(case: Case, folder: Path) -> float:
         "training": {
             "max_steps": case.steps, "per_device_train_batch_size": case.batch, "seed": 0,
             "per_device_eval_batch_size": case.batch, "learning_rate": case.rate,
-            "lr_scheduler_type": "constant", "warmup_steps": 0, "weight_decay": 0.0,
+            "lr_scheduler_type": "linear" if case.decay else "constant",
+            "warmup_steps": case.steps // 10 if case.decay else 0, "weight_decay": 0.0,
             "logging_steps": 1, "save_strategy": "no", "eval_strategy": "steps",
-            "eval_steps": max(1, case.steps // EVALUATIONS), "dataloader_drop_last": True,
+            "eval_steps": max(1, case.steps // case.evaluations), "dataloader_drop_last": True,
         },
         "evaluation": {"before": False, "loss_examples": 1, "exact_match": False, "samples": 0},
     }  # fmt: skip
@@ -198,16 +208,8 @@ def figures(notes: dict[str, Any], tokens: float) -> Row:
         "peak_bytes": notes["peak"],
         "startup_s": notes["marks"][0][0] - notes["began"],
         "held_out": {int(step): loss for step, loss in notes["losses"].items()},
-        "train_wall_s": wall,
+        "steps_s": list(itertools.accumulate(wall)),
     }
-
-
-def until(row: Row, loss: float) -> float | None:
-    """Seconds of training until the held-out loss was no more than `loss`; None if it never was."""
-    for step, found in row["held_out"].items():
-        if found <= loss:
-            return sum(row["train_wall_s"][:step])
-    return None
 
 
 def run(name: str, rounds: int, threads: int, dry: bool) -> list[Row]:
@@ -231,8 +233,6 @@ def run(name: str, rounds: int, threads: int, dry: bool) -> list[Row]:
             ratios = [a[key] / b[key] for a, b in zip(taken, other, strict=True)]
             row[f"{key}_over_other"] = statistics.median(ratios)
         row["held_out"] = taken[0]["held_out"]
-        last = list(other[0]["held_out"].values())[-1]
-        row["s_to_the_others_loss"] = until(taken[0], last)
         rows.append({**row, **where()})
         print(f"{row['case']}: {program:13} {row['tokens_per_s']:8.1f} tokens/s "
               f"({row['tokens_per_s_over_other']:.2f} x), CPU s a step {row['cpu_s_a_step']:.2f}, "

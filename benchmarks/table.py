@@ -2,7 +2,8 @@
 
 Made from the newest row of each case in benchmarks/results/*.jsonl, by `python -m benchmarks`. The
 table also goes into docs/benchmarks.md, and what the other benchmarks measured into details.md and
-docs/benchmarks.md; runs end to end go into README.md and, in full, into docs/benchmarks.md.
+docs/benchmarks.md; runs end to end, and the time to a loss, go into README.md and, in full, into
+docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ ROOT = RESULTS.parents[1]
 PAGES = (ROOT / "docs" / "benchmarks.md",)
 BEGIN, END = "<!-- benchmarks -->", "<!-- end of benchmarks -->"
 TO_END, END_TO_END = "<!-- end to end -->", "<!-- end of end to end -->"
+TO_LOSS, END_TO_LOSS = "<!-- to the loss -->", "<!-- end of to the loss -->"
 DETAILS, END_DETAILS = "<!-- details -->", "<!-- end of details -->"
 QUALITY = ROOT / "experiments" / "realistic" / "sixteen_bits.json"
 IN_16_BITS, END_IN_16_BITS = "<!-- 16 bits -->", "<!-- end of 16 bits -->"
@@ -173,6 +175,53 @@ def end_to_end(*, in_full: bool) -> str:
     return "\n".join(lines) + "\n" + (f"\n{_origin([*rows.values()])}" if in_full else "")
 
 
+def time_to_loss(*, in_full: bool) -> str:
+    """Seconds of training until the held-out loss that TRL and PEFT end with."""
+    rows = newest("to_the_loss")
+    arms = list(dict.fromkeys(arm for _, arm in rows))
+    if not in_full:
+        lines = _head(["seconds until TRL + PEFT's held-out loss at the end", *map(_program, arms)])
+        for case in dict.fromkeys(case for case, _ in rows):
+            cells = [_sooner(rows[case, arm], is_theirs=arm == arms[0]) for arm in arms]
+            lines.append(_line([_said_of(case), *cells]))
+        return "\n".join(lines) + "\n"
+    lines = _head(["a whole run", "program", "rate", "tokens a second", "to the first step",
+                   "held-out loss at the end", "seconds until TRL + PEFT's", "seeds"])  # fmt: skip
+    for (case, arm), row in rows.items():
+        lines.append(_line([_said_of(case) if arm == arms[0] else "", _program(arm),
+                            f"{row['rate']:g}", f"{row['tokens_per_s']:,.0f}",
+                            f"{row['startup_s']:.1f} s", f"{fmean(row['held_out']):.3f}",
+                            _sooner(row, is_theirs=arm == arms[0]),
+                            str(len(row["seeds"]))]))  # fmt: skip
+    return "\n".join(lines) + f"\n\n{_origin([*rows.values()])}"
+
+
+def _said_of(case: str) -> str:
+    name, dtype, how = case.removeprefix("to the loss ").split(", ", 2)
+    model = {"embedded": "the embedded model", "slice": "two layers of OLMoE-1B-7B"}[name]
+    return f"{model}, {dtype}, {how.rpartition(',')[0]}"
+
+
+def _program(arm: str) -> str:
+    """With code words marked."""
+    name, _, method = arm.partition(", ")
+    said = name if name.startswith("TRL") else f"`{name}`"
+    return f"{said}, `{method}`" if method else said
+
+
+def _sooner(row: Row, *, is_theirs: bool) -> str:
+    """Mean seconds, and by what less than TRL and PEFT: mean and range over the seeds."""
+    seconds, ratios = [s for s in row["goal_s"] if s], row["theirs_over_this"]
+    if not seconds:
+        return f"not reached in {fmean(row['whole_s']):.0f}"
+    missed = len(row["goal_s"]) - len(seconds)
+    said = f"{fmean(seconds):.0f}"
+    if not is_theirs:
+        between = f", {min(ratios):.1f} to {max(ratios):.1f}" if len(ratios) > 1 else ""
+        said += f" ({fmean(ratios):.1f} x{between})"
+    return said + (f"; not reached by {missed} of {len(row['seeds'])} seeds" if missed else "")
+
+
 def quality_in_16_bits() -> str:
     """Held-out loss by step of PEFT and drlora beside the same bfloat16 weights, over seeds."""
     kept = json.loads(QUALITY.read_text("utf-8"))
@@ -232,6 +281,7 @@ def write() -> str:
     fill(PAGES[-1], more, DETAILS, END_DETAILS)
     for page, in_full in ((ROOT / "README.md", False), (PAGES[-1], True)):
         fill(page, end_to_end(in_full=in_full), TO_END, END_TO_END)
+        fill(page, time_to_loss(in_full=in_full), TO_LOSS, END_TO_LOSS)
     fill(PAGES[-1], quality_in_16_bits(), IN_16_BITS, END_IN_16_BITS)
     for path in (RESULTS / "chart.svg", ROOT / "docs" / "images" / "benchmarks.svg"):
         chart(timed, path)

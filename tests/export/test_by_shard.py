@@ -141,23 +141,29 @@ def test_what_was_written_is_read_again(tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
+def refused_dry_or_not(adapter, said, out, **how):
+    how = {"format": "merged", "by_shard": True, **how}
+    for dry_run in (True, False):
+        with pytest.raises(ConfigError, match=said):
+            export_adapter(adapter, output=out, dry_run=dry_run, **how)
+    assert not out.exists()
+
+
 def test_what_needs_the_whole_model_is_refused(tmp_path):
     adapter = save(tmp_path, make_model(), torch.float32)
     for how, said in (
         ({"format": "peft"}, "is for the format merged"),
         ({"format": "merged", "data": "a.jsonl"}, "data needs the whole model"),
         ({"format": "merged", "merge_into": "original"}, "merge_into needs the whole model"),
+        ({"format": "merged", "max_shard_size": "many"}, "max_shard_size='many' is no size"),
     ):
-        with pytest.raises(ConfigError, match=said):
-            export_adapter(adapter, output=tmp_path / "out", by_shard=True, **how)
+        refused_dry_or_not(adapter, said, tmp_path / "out", **how)
     head = make_settings(target_modules=["lm_head"], target_rank=2)
     tied = make_model(tie_word_embeddings=True)
     tied.save_pretrained(tmp_path / "other")
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "other")
     train(get_peft_model(base, head)).save_pretrained(tmp_path / "tied")
-    with pytest.raises(ConfigError, match="tied to the embeddings"):
-        export_adapter(tmp_path / "tied", "merged", tmp_path / "out", by_shard=True)
-    assert not (tmp_path / "out").exists()
+    refused_dry_or_not(tmp_path / "tied", "tied to the embeddings", tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -169,9 +175,11 @@ def test_what_needs_the_whole_model_is_refused(tmp_path):
 )
 def test_what_would_change_the_head_too_or_be_left_out_is_refused(tmp_path, changes, said):
     adapter = save(tmp_path, make_model(tie_word_embeddings=True), torch.float32, **changes)
+    refused_dry_or_not(adapter, said, tmp_path / "out")
+    for path in (tmp_path / "base").glob("*.safetensors"):
+        path.unlink()
     with pytest.raises(ConfigError, match=said):
-        export_adapter(adapter, "merged", tmp_path / "out", by_shard=True)
-    assert not (tmp_path / "out").exists()
+        export_adapter(adapter, "merged", tmp_path / "out", by_shard=True, dry_run=True)
 
 
 @pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
@@ -210,6 +218,16 @@ def test_a_dry_run_reads_no_weights(tmp_path):
         path.unlink()
     found = export_adapter(adapter, "merged", tmp_path / "out", by_shard=True, dry_run=True)
     assert found.output is None and not (tmp_path / "out").exists()
+
+
+def test_a_size_of_files_is_for_merged_weights(tmp_path):
+    adapter = save(tmp_path, make_model(), torch.float32)
+    for format, size, said in (
+        ("merged", "5GX", "is no size"),
+        ("peft", "5GB", "is of merged weights, and the format peft has one file"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            export_adapter(adapter, format, tmp_path / "out", max_shard_size=size, dry_run=True)
 
 
 def test_sizes():

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from tiny import make_batch, make_class, make_model, plain_loop, trainable
 from tiny_adapter import SETTINGS, logits, trained
 from tiny_run import save_all, save_model_folder
@@ -247,6 +248,30 @@ class TestRecipe:
             for projection, row in inner.items():
                 grown = np.array(row) - ranks[block][projection]
                 assert (grown >= 0).all() and grown.sum() == 18 - 12
+
+    def test_rows_of_a_are_laid_in_the_ranks_of_a_file(self, tmp_path, capsys):
+        """A rule for rows goes with a map; one that would place ranks contradicts it."""
+        adapter = dict(r_init=2, r_target=2, r_max=8)
+        training = dict(max_steps=2, learning_rate=1e-9)
+        recipe = save_all(tmp_path, adapter=adapter, training=training)
+        ranks = uneven(
+            get_peft_model(make_model(), drlora.DrLoraConfig(**adapter)), (3, 1, 2, 1, 4, 1)
+        )
+        path = tmp_path / "ranks.json"
+        path.write_text(json.dumps(ranks))
+        beginnings = []
+        for rule in ("gradient", "random"):
+            out = tmp_path / rule
+            how = [f"start_ranks={path}", f"adapter.options.start_a={rule}", f"output_dir={out}"]
+            assert main(["train", str(recipe), *how]) == 0
+            assert json.loads((out / "result.json").read_text())["ranks"] == ranks
+            tensors = load_file(out / "adapter_model.safetensors")
+            beginnings.append({key: value for key, value in tensors.items() if "lora_A" in key})
+        laid, drawn = beginnings
+        assert laid.keys() == drawn.keys()
+        assert not any(torch.allclose(laid[key], drawn[key], atol=1e-4) for key in laid)
+        assert main(["train", str(recipe), f"start_ranks={path}", "adapter.start=routing"]) == 2
+        assert "contradict each other" in capsys.readouterr().err
 
     @pytest.mark.parametrize(
         ("overrides", "part"),

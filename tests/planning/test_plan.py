@@ -98,6 +98,8 @@ def test_code_that_comes_with_the_model_runs_where_it_is_trusted(folder):
         drlora.plan("model", "train.jsonl", "a.yaml", SHORT, measures=False)
     words = [*SHORT, "trust_remote_code=true"]
     assert drlora.plan("model", "train.jsonl", "b.yaml", words, measures=False).fits
+    assert main(["inspect", "model"]) == 2
+    assert main(["inspect", "model", "--trust-remote-code"]) == 0
 
 
 def test_for_a_card_that_is_not_here(folder):

@@ -6,6 +6,7 @@ Run: make test ARGS=tests/project/test_benchmarks.py
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import sys
 import time
@@ -22,6 +23,7 @@ from benchmarks import (
     growth_of_cost,
     scaling,
     table,
+    to_the_loss,
     train_step,
 )
 from benchmarks.checks import (
@@ -35,6 +37,7 @@ from benchmarks.gpu_setting import Setting
 from benchmarks.harness import LEAST_ROUNDS, alternate, read, rows_of
 from benchmarks.layers import Shape, make_experts, make_inputs, ours, peft, uneven_ranks
 from benchmarks.models import ModelShape
+from drlora.runs.recipe import load_recipe
 
 ROOT = Path(__file__).parents[2]
 FLOAT, HALF = (Shape(64, 32, 8, 2, 96, dtype) for dtype in (torch.float32, torch.bfloat16))
@@ -381,8 +384,36 @@ def test_figures_of_a_run_seen_from_outside():
     row = end_to_end.figures(notes, tokens=100)
     assert row["wall_s_a_step"] == 2.0 and row["cpu_s_a_step"] == 1.25
     assert row["tokens_per_s"] == 50 and row["startup_s"] == 7.0
-    assert end_to_end.until(row, 2.7) == 8.0 and end_to_end.until(row, 3.0) == 6.0
-    assert end_to_end.until(row, 1.0) is None
+    assert to_the_loss.until(row, 2.7) == 8.0 and to_the_loss.until(row, 3.0) == 6.0
+    assert to_the_loss.until(row, 1.0) is None
+
+
+def test_each_is_tuned_until_its_best_lies_between_two(monkeypatch, tmp_path):
+    """And each seed's goal is what PEFT ends with at its own rate."""
+    best = dict(zip(to_the_loss.ARMS, (4e-3, 1e-3, 16e-3), strict=True))
+
+    def run_arm(name, folder, rate, seed, threads, tokens):
+        end = 1 + abs(math.log2(rate / best[name])) - 0.1 * list(best).index(name)
+        return {"held_out": {1: end + 1, 2: end}, "steps_s": [3.0, 5.0], "startup_s": 1.0,
+                "peak_bytes": 1, "tokens_per_s": 1.0}  # fmt: skip
+
+    monkeypatch.setattr(to_the_loss, "run_arm", run_arm)
+    monkeypatch.setattr(to_the_loss, "prepare", lambda case, folder: 3)
+    theirs, mine, recommended = to_the_loss.compare("embedded", [0, 1], 1)
+    assert [row["rate"] for row in (theirs, mine, recommended)] == list(best.values())
+    assert set(mine["tuning"]) == {"0.004", "0.002", "0.001", "0.0005"}
+    assert theirs["goal_s"] == recommended["goal_s"] == [5.0, 5.0]
+    assert recommended["theirs_over_this"] == [1.0, 1.0]
+
+
+def test_a_run_is_told_its_method_rate_and_seed(tmp_path):
+    end_to_end.prepare(end_to_end.Case(None, "float32", 2, 3, 1e-3, decay=True), tmp_path)
+    to_the_loss.set_run(tmp_path, "lora-all-gradient", 0.25, 7)
+    recipe = load_recipe(tmp_path / "recipe.yaml")
+    assert (recipe.method, recipe.training["learning_rate"]) == ("lora-all-gradient", 0.25)
+    to_the_loss.set_run(tmp_path, None, 0.5, 8)
+    recipe = load_recipe(tmp_path / "recipe.yaml")
+    assert (recipe.method, recipe.training["seed"]) == (None, 8)
 
 
 def test_both_programs_are_given_the_same(tmp_path):

@@ -267,10 +267,9 @@ def _inspect(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("overrides", nargs="*", metavar="key=value", help="r_target=16, preset=...")
     verb.add_argument("--steps", type=int, metavar="N", help="show the growth plan of N steps")
     verb.add_argument("--dtype", help="of the weights; by default what they are stored in")
-    verb.add_argument(
-        "--quantise", metavar="STORAGE", help="of experts: nf4, nf4-nested, int8, ..."
-    )
+    verb.add_argument("--quantise", metavar="STORAGE", help="of experts: nf4, int8, mxfp4, ...")
     verb.add_argument("--tokens", type=int, metavar="N", help="of a batch, for activations")
+    _remote_code(verb)
 
 
 def _export(verb: argparse.ArgumentParser) -> None:
@@ -291,9 +290,7 @@ def _export(verb: argparse.ArgumentParser) -> None:
     _dry_run(verb, "print the plan, write nothing")
     verb.add_argument("--data", metavar="FILE", type=home, help="examples to compare logits on")
     verb.add_argument("--max-shard-size", metavar="5GB", help="of one file of merged weights")
-    verb.add_argument(
-        "--by-shard", action="store_true", help="merge in the memory of one file of weights"
-    )
+    verb.add_argument("--by-shard", action="store_true", help="merge in the memory of one file")
     verb.add_argument(
         "--rounding",
         default=ROUNDINGS[0],
@@ -313,9 +310,7 @@ def _export(verb: argparse.ArgumentParser) -> None:
 def _verify(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("adapter", metavar="ADAPTER", type=home, help="a folder with an adapter")
     verb.add_argument("--base", metavar="MODEL", type=home, help="default: what the adapter names")
-    verb.add_argument(
-        "--merged", metavar="DIR", type=home, help="the base with the adapter merged into it"
-    )
+    verb.add_argument("--merged", metavar="DIR", type=home, help="the base with the adapter in it")
 
 
 def _serve(verb: argparse.ArgumentParser) -> None:
@@ -375,6 +370,10 @@ def _base_model(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--model", type=home, help="the base model, where it is not where the adapter says"
     )
+    _remote_code(verb)
+
+
+def _remote_code(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--trust-remote-code", action="store_true", help="run code that comes with the model"
     )

@@ -250,6 +250,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
         arguments.dtype,
         _batch_of(arguments.tokens),
         quantise_section(kept),
+        trust_remote_code=arguments.trust_remote_code,
     )
     if arguments.json:
         print(json.dumps(found.to_dict(), indent=2))

@@ -15,6 +15,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 from datasets import Dataset
@@ -32,6 +33,8 @@ from drlora.errors import ConfigError, DataError, shown
 
 VERSION = 1
 """Of the tokens; they are cached by it, so whoever changes what is made here raises it."""
+
+_MADE_BY = {name: version(name) for name in ("jinja2", "tokenizers", "transformers", "trl")}
 
 _SHOWN = 300  # characters of a conversation that is refused
 _OTHER_OBJECTIVES = {
@@ -219,6 +222,7 @@ class _Encoder:
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         parts = (
             VERSION,
+            _MADE_BY,
             raw._fingerprint,
             self.name,
             backend.to_str() if backend else self.tokenizer,

@@ -13,7 +13,7 @@ came out is checked for every one.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -170,15 +170,36 @@ def merge_by_shard(
     Raises:
         ConfigError: if the adapter is on something that is not one parameter of the checkpoint.
     """
-    updates = _Updates(model, rounding)
-    updates.refuse_missing(set(source.names()))
-    updates.refuse_tied(getattr(source.model, "all_tied_weights_keys", None) or {})
+    updates = _updates(model, source.model, source.names(), rounding)
     for name in source.names():
         weight = updates.added_to(source.read(name), name)
         for key, part in _as_stored(source.model, name, weight).items():
             writer.add(key, part)
     writer.close()
     return updates.kept
+
+
+def refuse_unfit(model: PeftModel, source: Source | None, base: Any) -> None:
+    """What `merge_by_shard` refuses before it reads a weight.
+
+    Args:
+        model: carries the adapter.
+        source: of the base's weights; None: there are none here.
+        base: the base without memory for its weights.
+
+    Raises:
+        ConfigError: if the adapter is on something that is not one parameter of the checkpoint.
+    """
+    names = base.state_dict() if source is None else source.names()
+    _updates(model, base, names, Rounding())
+
+
+def _updates(model: PeftModel, base: Any, names: Iterable[str], rounding: Rounding) -> _Updates:
+    tied = getattr(base, "all_tied_weights_keys", None) or {}
+    updates = _Updates(model, rounding)
+    updates.refuse_missing(set(names))
+    updates.refuse_tied(tied)
+    return updates
 
 
 class _Updates:

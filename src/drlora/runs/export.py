@@ -19,8 +19,11 @@ from drlora.distributed import best_device
 from drlora.errors import ConfigError
 from drlora.export.check import Gap, logits_of
 from drlora.export.choices import MERGE_INTO, ROUNDINGS, ROUTERS
+from drlora.export.format import LoraFormat
+from drlora.export.formats import FORMATS
 from drlora.export.make import ROUNDING
 from drlora.export.plan import apply_plan, make_plan, refuse_full_folder
+from drlora.export.shards import bytes_of
 from drlora.io.files import home
 from drlora.io.places import from_root
 from drlora.moe.packing import is_packed
@@ -102,6 +105,7 @@ def export_adapter(
         raise ConfigError(
             f"merge_into={merge_into!r} is not known; choose one of {list(MERGE_INTO)}."
         )
+    _refuse_size(format, max_shard_size)
     how, notes = Rounding(rounding, seed), list[str]()
     if by_shard:
         _refuse_by_shard(format, merge_into, data, trust_remote_code)
@@ -116,10 +120,10 @@ def export_adapter(
     source = find_adapter(Path(folder), model, trust_remote_code)
     output = home(str(output))
     refuse_full_folder(output)
-    if dry_run:
-        return ExportResult(make_plan(adapter_without_base(source), format, rank, routers))
     if merge_into != MERGE_INTO[0]:
         _refuse_original(source, format)
+    if dry_run:
+        return ExportResult(make_plan(adapter_without_base(source), format, rank, routers))
     base: Any = load_base_model(source)
     # Also a checkpoint that is quantised already, of which a recipe need not say anything.
     was_packed = any(is_packed(module) for module in base.modules())
@@ -148,6 +152,20 @@ def export_adapter(
     written = apply_plan(plan, adapted, batches, output, tokenizer, record, max_shard_size, how)
     difference = written.difference
     return ExportResult(plan, Path(output), difference, (*notes, *written.notes), str(difference))
+
+
+def _refuse_size(format: str, max_shard_size: str | None) -> None:
+    """Raises:
+    ConfigError: if it is no size, or the format has one file of weights.
+    """
+    if max_shard_size is None:
+        return
+    bytes_of(max_shard_size)
+    if isinstance(FORMATS.get(format), LoraFormat):
+        raise ConfigError(
+            f"max_shard_size={max_shard_size!r} is of merged weights, and the format {format} has "
+            f"one file; leave it out."
+        )
 
 
 def _refuse_by_shard(

@@ -11,12 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 
 from drlora.embedded import resolve_model
 from drlora.errors import CheckpointError, ConfigError, counted
 from drlora.export.base_files import base_file, own_config, write_config, write_tokenizer
 from drlora.export.base_weights import Base, find_base
-from drlora.export.by_shard import FromFiles, FromPacked, Source, merge_by_shard
+from drlora.export.by_shard import (
+    FromFiles,
+    FromPacked,
+    Source,
+    merge_by_shard,
+    refuse_unfit,
+)
 from drlora.export.formats.merged import in_words, rounding_record
 from drlora.export.plan import make_plan, refuse_full_folder, write_about, written_at_once
 from drlora.export.shards import ShardWriter, bytes_of
@@ -57,7 +64,7 @@ def export_by_shard(
         model: the base model, where the adapter does not say or it has moved.
         max_shard_size: of one file of weights; by default 4GB. About as much memory is needed, and
             one matrix of a block's experts besides.
-        dry_run: make the plan and stop.
+        dry_run: make the plan, refuse what cannot be merged this way, and stop.
 
     Raises:
         ConfigError: if the base or the adapter is of a kind that must be merged whole.
@@ -69,6 +76,7 @@ def export_by_shard(
     adapted = adapter_without_base(source)
     plan = make_plan(adapted, "merged")
     if dry_run:
+        _refuse_unfit(source, adapted)
         return ExportResult(plan)
     weights, base = _weights(source)
     skeleton = base.model if source.dtype == "auto" else base.model.to(_dtype(source))
@@ -107,18 +115,44 @@ def export_by_shard(
 def _weights(source: AdapterSource) -> tuple[Source, Base]:
     """What is read, and the base without memory for its weights."""
     base = find_base(_name(source))
-    if stored_settings(load_architecture(source.model)) is not None:
+    if _is_packed(source):
         return FromPacked(load_base_model(source), base.model), base
+    _refuse_quantised_rest(source)
+    if not base.weights.files:
+        raise ConfigError(f"{source.model!r} has no safetensors here; leave --by-shard out.")
+    return _files(source, base), base
+
+
+def _files(source: AdapterSource, base: Base) -> FromFiles:
+    config = source.quantise.config()
+    kind = None if config is None else packed_format(config.storage)
+    return FromFiles(base, None if source.dtype == "auto" else _dtype(source), kind)
+
+
+def _is_packed(source: AdapterSource) -> bool:
+    """Whether the checkpoint of the base is quantised itself."""
+    return stored_settings(load_architecture(source.model)) is not None
+
+
+def _refuse_quantised_rest(source: AdapterSource) -> None:
     if source.quantise.rest is not None:
         raise ConfigError(
             "layers beside the experts were quantised in training, of which only bitsandbytes "
             "knows the numbers; leave --by-shard out, which needs memory for the whole model."
         )
-    if not base.weights.files:
-        raise ConfigError(f"{source.model!r} has no safetensors here; leave --by-shard out.")
-    config = source.quantise.config()
-    kind = None if config is None else packed_format(config.storage)
-    return FromFiles(base, None if source.dtype == "auto" else _dtype(source), kind), base
+
+
+def _refuse_unfit(source: AdapterSource, adapted: PeftModel) -> None:
+    """Of a dry run: what can be said without a weight of the base, which may be elsewhere yet.
+
+    Raises:
+        ConfigError: if a merge would be refused before it reads one.
+    """
+    base, files = find_base(_name(source)), None
+    if not _is_packed(source):
+        _refuse_quantised_rest(source)
+        files = _files(source, base) if base.weights.files else None
+    refuse_unfit(adapted, files, base.model)
 
 
 def _name(source: AdapterSource) -> str:

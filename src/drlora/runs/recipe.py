@@ -127,8 +127,10 @@ class Recipe:
                    "options.start_a": (self.adapter.option("start_a"), "random")}  # fmt: skip
         if objective_of(self.objective).tries and self.adapter.starts_from_data:
             self._refuse_placing(placing)
-        for name in ("start_from", "start_ranks"):
-            for setting, (rule, nothing) in placing.items():
+        # Rows of A are laid in the ranks of a map; an adapter that goes on has rows.
+        placed_by = {"start_from": placing, "start_ranks": {"start": placing["start"]}}
+        for name, settings in placed_by.items():
+            for setting, (rule, nothing) in settings.items():
                 if getattr(self, name) and rule != nothing:
                     raise ConfigError(
                         f"{name}={getattr(self, name)!r} and adapter.{setting}={rule!r} contradict "

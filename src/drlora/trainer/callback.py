@@ -12,7 +12,8 @@ Trainer's, and the length that growth is planned for are kept in the checkpoint'
 Where `train()` is called again, by the user or because auto_find_batch_size tries a smaller batch,
 transformers counts steps from 0 again and goes on with the weights, and so do ranks and logs: the
 logs count on, so that they tell how the ranks came about. Logs of an earlier program that trained
-into the same folder are set aside as `growth-1.jsonl` and so on.
+into the same folder, or of an earlier trial of `hyperparameter_search`, which has a model of its
+own, are set aside as `growth-1.jsonl` and so on.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from peft import PeftModel
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -105,6 +107,8 @@ class DrLoraCallback(TrainerCallback, ExportableState):
         _refuse_without_ddp(args, kwargs["model"])
         saved = self._saved(state)
         remember(saved.get("engines", {}))
+        if state.is_hyper_param_search:  # each trial has a model of its own
+            self.begin_again()
         is_new = self.dynamics is None
         if self.dynamics is not None:
             if not self._ended and args.auto_find_batch_size:
@@ -181,7 +185,7 @@ class DrLoraCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Give the checkpoint its manifest, and bring the logs up to it to the disk."""
-        folder = Path(args.output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        folder = _just_saved(args, state)
         self._save_as_trained(kwargs.get("model"), folder, state)
         wait_for_all()  # each process has files of its own in it
         if state.is_world_process_zero:
@@ -323,6 +327,18 @@ def _refuse_without_ddp(args: TrainingArguments, model: Any) -> None:
             "leaves DDP out then: each process would train a model of its own. Call it afterwards, "
             "or evaluate by eval_on_start=True."
         )
+
+
+def _just_saved(args: TrainingArguments, state: TrainerState) -> Path:
+    """The checkpoint that the Trainer has just written.
+
+    `hyperparameter_search` has a folder for each trial, which the Trainer does not tell callbacks.
+    """
+    folder, name = Path(args.output_dir or "."), f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+    if not state.is_hyper_param_search:
+        return folder / name
+    written = folder.glob(f"*/{name}/{TRAINER_STATE_NAME}")
+    return max(written, key=lambda path: path.stat().st_mtime_ns).parent
 
 
 def _is_sharded(model: Any) -> bool:
