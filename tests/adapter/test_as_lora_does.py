@@ -21,7 +21,7 @@ from peft.helpers import disable_input_dtype_casting
 from peft.tuners.tuners_utils import BaseTunerLayer
 from tiny import make_batch, make_config, make_model, trainable
 from tiny_adapter import SETTINGS, logits, make_settings, trained
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerState, TrainingArguments
 
 import drlora
 from drlora.adapter.inject import adapted_layers
@@ -284,7 +284,7 @@ def test_the_best_checkpoint_of_one_of_two_adapters_is_refused():
     model = get_peft_model(make_model(), make_settings())
     model.add_adapter("mine", make_settings())
     model.set_adapter("mine")
-    state = SimpleNamespace(max_steps=12, global_step=0, is_world_process_zero=False)
+    state = TrainerState(max_steps=12, is_world_process_zero=False)
     arguments = SimpleNamespace(
         load_best_model_at_end=True, get_warmup_steps=lambda steps: 0, output_dir="x"
     )

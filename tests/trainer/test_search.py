@@ -21,7 +21,6 @@ def new_model():
     return get_peft_model(make_model(), drlora.DrLoraConfig(**SETTINGS))
 
 
-@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 def test_each_trial_of_a_search_is_a_run_of_its_own(tmp_path):
     pytest.importorskip("optuna")
     found, rates = {}, [1e-2, 3e-2, 1e-2]
