@@ -144,12 +144,21 @@ def test_it_is_exported_started_asked_and_ended(run, install, port, tmp_path, ca
 def test_ctrl_c_ends_the_engine_and_is_no_error(run, install, port, tmp_path):
     install("vllm")
     command = [sys.executable, "-m", "drlora", "serve", str(run), "--port", port]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ) as process:
+
+    def heeds_ctrl_c():  # which a shell takes from what it starts in the background
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, env=os.environ, preexec_fn=heeds_ctrl_c
+    ) as process:
         for line in process.stdout:
             if line.startswith("serving"):
                 break
         process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 0
+        try:
+            assert process.wait(60) == 0
+        finally:
+            process.terminate()
         assert "ended    the engine is stopped" in process.stdout.read()
     assert (tmp_path / "ended").read_text() == "SIGINT"
 
