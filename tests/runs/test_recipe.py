@@ -69,6 +69,27 @@ def test_the_learning_rates_warmup_is_also_the_adapters():
     assert recipe_from(own).adapter.warmup_steps == 70
 
 
+@pytest.mark.parametrize(
+    ("adapter", "said"),
+    [
+        (
+            {"r_target": 8, "grow_every": 5, "options": {"young_a": "gradient"}},
+            "both 8: adapter.grow_every=5, adapter.options.young_a='gradient' has no effect",
+        ),
+        ({"r_target": 8, "settle_steps": 3}, "adapter.settle_steps=3 has no effect"),
+        ({"r_target": 8, "young_rows": "own"}, None),  # as without a word
+        ({"r_target": 16, "grow_every": 5}, None),
+        ({"r_target": 8, "r_max": 32, "grow_every": 5, "options": {"move_share": 0.1}}, None),
+    ],
+)
+def test_settings_of_growth_that_cannot_be_are_told(caplog, adapter, said):
+    load_recipe({**MINIMAL, "adapter": {"r_init": 8, "r_max": 32, **adapter}})
+    assert (said in caplog.text) if said else "no effect" not in caplog.text
+    caplog.clear()
+    load_recipe({**MINIMAL, "adapter": {"r_init": 8, "r_max": 32, **adapter}, "method": "lora"})
+    assert "ranks do not grow" not in caplog.text
+
+
 def test_resolved_recipe_is_a_recipe_and_stays_as_it_is(path):
     recipe = load_recipe(path, ["adapter.preset=paper-v5", "training.max_steps=9"])
     text = yaml.safe_dump(recipe.to_dict())

@@ -1,4 +1,4 @@
-"""What a method decides otherwise than the section `adapter` of a recipe: told once, not silent."""
+"""What of the section `adapter` of a recipe is decided otherwise, or idle: told once, not silent."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ from typing import Any
 
 from drlora.config.adapter import DrLoraConfig
 from drlora.errors import shown
+
+# Settings and options of growth by events.
+_OF_GROWTH = ("p_grow", "grow_every", "settle_steps", "young_rows")
+_OPTIONS_OF_GROWTH = ("young_a", "young_a_scale")
 
 logger = logging.getLogger(__name__)
 
@@ -33,3 +37,32 @@ def tell_of_method(method: str, given: Mapping[str, Any], adapter: DrLoraConfig)
             decided.append(f"options.{name} is {shown(adapter.options[name])}, not {shown(value)}")
     if decided:
         logger.warning("method %s decides: adapter.%s", method, "; adapter.".join(decided))
+
+
+def tell_of_idle_growth(given: Mapping[str, Any], adapter: DrLoraConfig) -> None:
+    """Log what is set for growth where no rank is left to grow, and none moves.
+
+    Args:
+        given: the section `adapter`, as the recipe has it.
+        adapter: what came of it.
+    """
+    if adapter.grows or adapter.allocation != "grow" or adapter.options.get("move_share"):
+        return
+    options = given.get("options") or {}
+    usual = DrLoraConfig()
+    idle = [
+        f"{name}={shown(given[name])}"
+        for name in _OF_GROWTH
+        if name in given and given[name] != getattr(usual, name)
+    ]
+    idle += [
+        f"options.{name}={shown(options[name])}"
+        for name in _OPTIONS_OF_GROWTH
+        if name in options and options[name] != usual.option(name)
+    ]
+    if idle:
+        logger.warning(
+            "ranks do not grow, since r_init and r_target are both %d: adapter.%s has no effect",
+            adapter.r_target,
+            ", adapter.".join(idle),
+        )

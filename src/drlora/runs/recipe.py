@@ -37,7 +37,7 @@ from drlora.io.settings import check_type, read_settings, refuse_unknown, with_o
 from drlora.ranks.continue_adapter import RANKS, kept_settings
 from drlora.recipes import resolve_recipe
 from drlora.runs.data_section import ROLES, DataSection, absolute
-from drlora.runs.method_notes import tell_of_method
+from drlora.runs.method_notes import tell_of_idle_growth, tell_of_method
 from drlora.runs.moved import located_at
 from drlora.runs.quantise import QuantiseSection
 from drlora.runs.training_section import COMMON_TRAINING, NOT_IN_RECIPES, TRAINING_DEFAULTS
@@ -208,6 +208,8 @@ def load_recipe(
     recipe = recipe_from(tree)
     if recipe.method:
         tell_of_method(recipe.method, tree.get("adapter") or {}, recipe.adapter)
+    else:
+        tell_of_idle_growth(tree.get("adapter") or {}, recipe.adapter)
     return recipe if isinstance(source, Mapping) else located_at(recipe, source, overrides)
 
 
