@@ -4,8 +4,9 @@
 
 A table is between `<!-- make_evidence.py: PLAN [METHOD ...] -->` and `<!-- end -->`: PLAN is the
 name of a plan in experiments/, and each METHOD one that is shown of it (none given: all). Its
-numbers are those of the plan's own page, in per cent of the baseline. `concentration` is no plan,
-but what experiments/concentration.py wrote.
+numbers are those of the plan's own page, in per cent of the baseline. `PLAN over OTHER METHOD ...`
+is the gain of methods over one that is no baseline, alone. `concentration` is no plan, but what
+experiments/concentration.py wrote.
 The site has only what lies in docs/, so the figures that it shows are drawn there.
 """
 
@@ -67,6 +68,8 @@ def tables(block: re.Match[str]) -> str:
         return concentration(json.loads(CONCENTRATION.read_text("utf-8")))
     matrix = _matrix(name)
     plan = matrix.plan
+    if methods[:1] == ["over"]:
+        return "\n".join(line for m in plan.models for line in _over(matrix, m, *methods[1:]))
     done, total = len(matrix.finished()), len(matrix.compare) + matrix.waiting
     lines = [f"{done} of {total} compared runs; all tables: `{plan.output_dir}/README.md`.", ""]
     for model in plan.models:
@@ -159,6 +162,17 @@ def _of_model(matrix: Matrix, model: str, methods: Sequence[str]) -> Iterator[st
             if m != first
         ]
         yield from table(["method", *tasks], rows)
+
+
+def _over(matrix: Matrix, model: str, other: str, *methods: str) -> Iterator[str]:
+    tasks = [task for task in matrix.plan.tasks if _is_complete(matrix, model, task)]
+    if not tasks:
+        return
+    everywhere = dict.fromkeys(tasks, other)
+    rows = [[f"`{method}`", *_gains(matrix, model, everywhere, method)] for method in methods]
+    means = ["mean of tasks"] if len(tasks) > 1 else []
+    yield from (f"**{model}**: gain in held-out loss over `{other}`, in per cent", "")
+    yield from table(["method", *tasks, *means], rows)
 
 
 def _lowest_gain(matrix: Matrix, baseline: Place, method: str) -> str:
