@@ -176,22 +176,26 @@ def end_to_end(*, in_full: bool) -> str:
 
 
 def time_to_loss(*, in_full: bool) -> str:
-    """Seconds of training until the held-out loss that TRL and PEFT end with."""
+    """Seconds until the held-out loss that TRL and PEFT end with, from the start of the process."""
     rows = newest("to_the_loss")
     arms = list(dict.fromkeys(arm for _, arm in rows))
     if not in_full:
         lines = _head(["seconds until TRL + PEFT's held-out loss at the end", *map(_program, arms)])
         for case in dict.fromkeys(case for case, _ in rows):
-            cells = [_sooner(rows[case, arm], is_theirs=arm == arms[0]) for arm in arms]
+            theirs = rows[case, arms[0]]
+            cells = [_sooner(rows[case, arm], theirs, with_start=True) for arm in arms]
             lines.append(_line([_said_of(case), *cells]))
         return "\n".join(lines) + "\n"
     lines = _head(["a whole run", "program", "rate", "tokens a second", "to the first step",
-                   "held-out loss at the end", "seconds until TRL + PEFT's", "seeds"])  # fmt: skip
+                   "held-out loss at the end", "seconds of steps until TRL + PEFT's",
+                   "with the start", "seeds"])  # fmt: skip
     for (case, arm), row in rows.items():
+        theirs = rows[case, arms[0]]
         lines.append(_line([_said_of(case) if arm == arms[0] else "", _program(arm),
                             f"{row['rate']:g}", f"{row['tokens_per_s']:,.0f}",
                             f"{row['startup_s']:.1f} s", f"{fmean(row['held_out']):.3f}",
-                            _sooner(row, is_theirs=arm == arms[0]),
+                            *(_sooner(row, theirs, with_start=with_start)
+                              for with_start in (False, True)),
                             str(len(row["seeds"]))]))  # fmt: skip
     return "\n".join(lines) + f"\n\n{_origin([*rows.values()])}"
 
@@ -209,16 +213,19 @@ def _program(arm: str) -> str:
     return f"{said}, `{method}`" if method else said
 
 
-def _sooner(row: Row, *, is_theirs: bool) -> str:
-    """Mean seconds, and by what less than TRL and PEFT: mean and range over the seeds."""
-    seconds, ratios = [s for s in row["goal_s"] if s], row["theirs_over_this"]
-    if not seconds:
-        return f"not reached in {fmean(row['whole_s']):.0f}"
-    missed = len(row["goal_s"]) - len(seconds)
-    said = f"{fmean(seconds):.0f}"
-    if not is_theirs:
+def _sooner(row: Row, theirs: Row, *, with_start: bool) -> str:
+    """Mean seconds, and how many times as soon as TRL and PEFT: mean and range over the seeds."""
+    starts = [one["startup_s"] if with_start else 0 for one in (row, theirs)]
+    both = zip(row["goal_s"], theirs["goal_s"], strict=True)
+    pairs = [(mine + starts[0], other + starts[1]) for mine, other in both if mine]
+    if not pairs:
+        return f"not reached in {fmean(row['whole_s']) + starts[0]:.0f}"
+    said = f"{fmean(mine for mine, _ in pairs):.0f}"
+    if row is not theirs:
+        ratios = [other / mine for mine, other in pairs]
         between = f", {min(ratios):.1f} to {max(ratios):.1f}" if len(ratios) > 1 else ""
         said += f" ({fmean(ratios):.1f} x{between})"
+    missed = len(row["seeds"]) - len(pairs)
     return said + (f"; not reached by {missed} of {len(row['seeds'])} seeds" if missed else "")
 
 

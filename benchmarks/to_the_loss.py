@@ -1,12 +1,14 @@
 """Seconds of training until the held-out loss that a script of TRL and PEFT ends with.
 
-    PYTHONPATH=src python -m benchmarks.to_the_loss [embedded] [slice] [--seeds 0 1 2] [--threads 2]
+    PYTHONPATH=src python -m benchmarks.to_the_loss [embedded] [slice] [--seeds 0 1 2]
+        [--rate 4e-3] [--threads 2]
 
 Models, files and programs are those of `benchmarks.end_to_end`, in more steps and with a rate that
 decays. `drlora train` runs as it does without a word (ranks that grow by the published rule) and
 with the method that is recommended for short runs, TRL and PEFT with LoRA of one rank on the same
 experts; all train as many numbers. Each has the rate of its own, of `GRID` and beyond while the
-best lies at its end, whose run of one seed more ends with the lowest held-out loss.
+best lies at its end, whose run of one seed more ends with the lowest held-out loss; or all have the
+one that is given.
 
 Only steps count, not evaluations and not what comes before the first step; what a start from data
 takes is in `startup_s`. A time is that of the first measurement whose loss is no higher: the loss
@@ -98,22 +100,22 @@ def until(row: Row, loss: float) -> float | None:
     return None
 
 
-def compare(name: str, seeds: list[int], threads: int) -> list[Row]:
-    """Rows of one case, one an implementation."""
+def compare(name: str, seeds: list[int], threads: int, rate: float | None = None) -> list[Row]:
+    """Rows of one case, one an implementation; `rate`: of all, which is not tuned then."""
     case, taken, rates = CASES[name], {arm: [] for arm in ARMS}, {}  # type: ignore[var-annotated]
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         tokens = prepare(case, folder) * case.batch
         for arm in ARMS:
-            rates[arm] = tuned_rate(arm, folder, threads, tokens)
+            rates[arm] = (rate, {}) if rate else tuned_rate(arm, folder, threads, tokens)
         for seed in seeds:
             for arm, rows in taken.items():
                 rows.append(run_arm(arm, folder, rates[arm][0], seed, threads, tokens))
     told = f"to the loss {name}, {case.dtype}, {case.steps} steps of {tokens:.0f} tokens, r{RANK}"
     found = []
     for arm, rows in taken.items():
-        rate, tried = rates[arm]
-        row: Row = {"case": told, "implementation": arm, "seeds": seeds, "rate": rate,
+        own, tried = rates[arm]
+        row: Row = {"case": told, "implementation": arm, "seeds": seeds, "rate": own,
                     "tuning": {str(key): value for key, value in tried.items()}}  # fmt: skip
         goals = [last(one) for one in taken[THEIRS]]
         row["held_out"] = [last(one) for one in rows]
@@ -142,12 +144,13 @@ def main(argv: list[str] | None = None) -> int:
     )
     add_names(parser, CASES)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--rate", type=float, help="of all, in place of one tuned for each")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--dry", action="store_true", help="append no rows")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)  # as the rows say
     for name in options.names:
-        rows = compare(name, options.seeds, options.threads)
+        rows = compare(name, options.seeds, options.threads, options.rate)
         if not options.dry:
             append("to_the_loss", rows)
     return 0

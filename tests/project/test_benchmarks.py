@@ -406,6 +406,20 @@ def test_each_is_tuned_until_its_best_lies_between_two(monkeypatch, tmp_path):
     assert recommended["theirs_over_this"] == [1.0, 1.0]
 
 
+def test_the_time_to_a_loss_is_said_with_and_without_the_start():
+    theirs = {"startup_s": 5.0, "goal_s": [25.0, 35.0], "whole_s": [25.0, 35.0], "seeds": [0, 1]}
+    mine = theirs | {"startup_s": 15.0, "goal_s": [5.0, None]}
+    assert table._sooner(theirs, theirs, with_start=True) == "35"
+    assert table._sooner(mine, theirs, with_start=False) == (
+        "5 (5.0 x); not reached by 1 of 2 seeds"
+    )
+    assert table._sooner(mine, theirs, with_start=True) == (
+        "20 (1.5 x); not reached by 1 of 2 seeds"
+    )
+    never = mine | {"goal_s": [None, None]}
+    assert table._sooner(never, theirs, with_start=True) == "not reached in 45"
+
+
 def test_a_run_is_told_its_method_rate_and_seed(tmp_path):
     end_to_end.prepare(end_to_end.Case(None, "float32", 2, 3, 1e-3, decay=True), tmp_path)
     to_the_loss.set_run(tmp_path, "lora-all-gradient", 0.25, 7)
