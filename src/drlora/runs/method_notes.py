@@ -1,4 +1,4 @@
-"""What of the section `adapter` of a recipe is decided otherwise, or idle: told once, not silent."""
+"""What of a recipe's section `adapter` is decided otherwise, or idle: told once, not silent."""
 
 from __future__ import annotations
 
