@@ -1,4 +1,4 @@
-"""All CPU benchmarks, the table and the chart: `make bench`, under ten minutes on two cores.
+"""All CPU benchmarks, the table and the chart: `make bench`, ten to fifteen minutes on two cores.
 
 Writes benchmarks/results/table.md (what docs/benchmarks.md shows) and chart.svg beside it. Cases
 that take long get fewer rounds here, and bfloat16 layers are skipped, with a word, on a processor

@@ -19,7 +19,7 @@ from tiny_run import make_tokenizer, save_all, save_model_folder
 from transformers import AutoModelForCausalLM
 
 from drlora.cli.main import main
-from drlora.errors import CheckpointError, ConfigError
+from drlora.errors import CheckpointError, ConfigError, DrLoraError
 from drlora.export.base_weights import find_base
 from drlora.export.by_shard import FromFiles
 from drlora.export.shards import bytes_of
@@ -230,7 +230,25 @@ def test_a_size_of_files_is_for_merged_weights(tmp_path):
             export_adapter(adapter, format, tmp_path / "out", max_shard_size=size, dry_run=True)
 
 
+def test_a_dry_run_looks_for_the_data_too(tmp_path):
+    adapter = save(tmp_path, make_model(), torch.float32)
+    for dry_run in (True, False):
+        with pytest.raises(DrLoraError, match="nowhere.jsonl"):
+            export_adapter(
+                adapter, "merged", tmp_path / "out", data="nowhere.jsonl", dry_run=dry_run
+            )
+
+
+def test_units_are_the_same_for_a_merge_of_the_whole_model(tmp_path):
+    """transformers has no KiB."""
+    adapter = save(tmp_path, make_model(), torch.float32)
+    export_adapter(adapter, "merged", tmp_path / "out", max_shard_size="20KiB")
+    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 1
+
+
 def test_sizes():
     assert [bytes_of(s) for s in ("5GB", "1.5 kb", "2MiB", "7")] == [5 * 10**9, 1500, 2 << 20, 7]
-    with pytest.raises(ConfigError, match="write 5GB"):
-        bytes_of("many")
+    assert bytes_of(".5MB") == bytes_of("500KB")
+    for size in ("many", ".GB", "0GB", "1.5.2GB", "-1GB", "5 G B", 5):
+        with pytest.raises(ConfigError, match="write 5GB"):
+            bytes_of(size)

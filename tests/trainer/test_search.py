@@ -21,7 +21,8 @@ def new_model():
     return get_peft_model(make_model(), drlora.DrLoraConfig(**SETTINGS))
 
 
-def test_each_trial_of_a_search_is_a_run_of_its_own(tmp_path):
+@pytest.mark.parametrize("name", ["run-{}", "rates/of {}"])
+def test_each_trial_of_a_search_is_a_run_of_its_own(tmp_path, name):
     pytest.importorskip("optuna")
     found, rates = {}, [1e-2, 3e-2, 1e-2]
     trainer = make_trainer(tmp_path / "search", save_steps=4)
@@ -36,6 +37,7 @@ def test_each_trial_of_a_search_is_a_run_of_its_own(tmp_path):
         lambda trial: {"learning_rate": trial.suggest_categorical(f"rate-{trial.number}",
                                                                   [rates[trial.number]])},
         objective, n_trials=len(rates), backend="optuna",
+        hp_name=lambda trial: name.format(trial.number),
     )  # fmt: skip
     assert found[0] == found[2]
     logs = [tmp_path / "search" / f"growth{end}.jsonl" for end in ("-1", "-2", "")]
@@ -43,5 +45,5 @@ def test_each_trial_of_a_search_is_a_run_of_its_own(tmp_path):
     assert first and first == third and first[-1]["step"] <= STEPS
     for number in range(3):
         for step in (4, 8):
-            refuse_damaged(tmp_path / "search" / f"run-{number}" / f"checkpoint-{step}")
+            refuse_damaged(tmp_path / "search" / name.format(number) / f"checkpoint-{step}")
     assert not list((tmp_path / "search").glob(f"checkpoint-*/{MANIFEST}"))

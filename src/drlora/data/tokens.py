@@ -34,7 +34,7 @@ from drlora.errors import ConfigError, DataError, shown
 VERSION = 1
 """Of the tokens; they are cached by it, so whoever changes what is made here raises it."""
 
-_MADE_BY = {name: version(name) for name in ("jinja2", "tokenizers", "transformers", "trl")}
+_MADE_BY = {name: version(name) for name in ("tokenizers", "transformers", "trl")}
 
 _SHOWN = 300  # characters of a conversation that is refused
 _OTHER_OBJECTIVES = {

@@ -14,20 +14,21 @@ from drlora.export.base_weights import INDEX, SINGLE
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
           "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
-_SIZE = re.compile(r"\s*([0-9.]+)\s*([A-Za-z]*)\s*")
+_SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([A-Za-z]*)\s*")
 
 
 def bytes_of(size: str) -> int:
     """`5GB` as a number of bytes.
 
     Raises:
-        ConfigError: if it is no size.
+        ConfigError: if it is no size, or less than a byte.
     """
-    match = _SIZE.fullmatch(size)
+    match = _SIZE.fullmatch(size) if isinstance(size, str) else None
     unit = _UNITS.get(match[2].upper()) if match else None
-    if match is None or unit is None or match[1].count(".") > 1:
+    found = int(float(match[1]) * unit) if match and unit else 0
+    if found < 1:
         raise ConfigError(f"max_shard_size={size!r} is no size; write 5GB or 500MB.")
-    return int(float(match[1]) * unit)
+    return found
 
 
 class ShardWriter:

@@ -123,6 +123,8 @@ def export_adapter(
     if merge_into != MERGE_INTO[0]:
         _refuse_original(source, format)
     if dry_run:
+        if data is not None:
+            load_source(source.data, data, default_split(data, "eval"), EXAMPLES)
         return ExportResult(make_plan(adapter_without_base(source), format, rank, routers))
     base: Any = load_base_model(source)
     # Also a checkpoint that is quantised already, of which a recipe need not say anything.

@@ -332,13 +332,15 @@ def _refuse_without_ddp(args: TrainingArguments, model: Any) -> None:
 def _just_saved(args: TrainingArguments, state: TrainerState) -> Path:
     """The checkpoint that the Trainer has just written.
 
-    `hyperparameter_search` has a folder for each trial, which the Trainer does not tell callbacks.
+    `hyperparameter_search` has a folder for each trial, by a name that the user may choose, which
+    the Trainer does not tell callbacks.
     """
     folder, name = Path(args.output_dir or "."), f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
     if not state.is_hyper_param_search:
         return folder / name
-    written = folder.glob(f"*/{name}/{TRAINER_STATE_NAME}")
-    return max(written, key=lambda path: path.stat().st_mtime_ns).parent
+    written = folder.glob(f"**/{name}/{TRAINER_STATE_NAME}")
+    newest = max(written, key=lambda path: path.stat().st_mtime_ns, default=None)
+    return newest.parent if newest else folder / name
 
 
 def _is_sharded(model: Any) -> bool:

@@ -19,6 +19,7 @@ from drlora.export.format import Contents, Format
 from drlora.export.make import Made, measured
 from drlora.export.merging import Kept, merge
 from drlora.export.reference import compare_trained
+from drlora.export.shards import bytes_of
 from drlora.export.updates import Updates
 from drlora.io.run_files import EXPORT_RECORD, README
 from drlora.ops.merge import NEAREST, Rounding
@@ -76,7 +77,8 @@ class _Merged(Format):
         tokenizer: PreTrainedTokenizerBase | None,
         max_shard_size: str | None,
     ) -> None:
-        size = {"max_shard_size": max_shard_size} if max_shard_size else {}
+        # As a number: transformers knows fewer units.
+        size = {"max_shard_size": bytes_of(max_shard_size)} if max_shard_size else {}
         made.result.save_pretrained(folder, **size)
         write_config(made.result, folder)
         if tokenizer is not None:
